@@ -1,0 +1,71 @@
+# make demo   the main job, from nothing to a report: runs/demo/report.md
+# make test   everything that CI checks
+# Both set up .venv first; repeating costs nothing. See the end of this file for the others.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
+# The first interpreter that is new enough; or say make PYTHON=/path/to/python3.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# An extra package index that has the build of torch this machine wants, once: make setup
+# TORCH_INDEX=https://download.pytorch.org/whl/cu130 (or .../cpu). Empty: pip's own index.
+TORCH_INDEX ?= $(shell cat .venv/torch_index 2>/dev/null)
+
+BIN := .venv/bin
+PLACE := $(CURDIR) $(TORCH_INDEX)
+STAMP := .venv/installed-$(shell { cat pyproject.toml setup.py; echo "$(PLACE)"; } | cksum | cut -d' ' -f1)
+
+export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo demo-seeds test test-slow test-gpu check format setup clean
+
+demo: setup
+	@$(BIN)/python launch/demo.py
+
+# The GeMoE row with three seeds, on the same pretrained model; the report goes to results/demo.
+demo-seeds: setup
+	@$(BIN)/python launch/demo.py --seeds 0 1 2 --report results/demo
+
+test: check
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4
+
+test-slow: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+setup: $(STAMP)
+	@:
+
+# The stamp's name holds a checksum of the pins, so that a changed pin installs again; a moved
+# checkout or another TORCH_INDEX starts from an empty environment.
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@echo "== set-up: Python packages into .venv (minutes the first time, then never again)"
+	@test "$$(cat .venv/place 2>/dev/null)" = "$(PLACE)" || { \
+		$(PYTHON) -m venv --clear .venv; \
+		echo "$(TORCH_INDEX)" > .venv/torch_index; \
+		echo "$(PLACE)" > .venv/place; }
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	@rm -f .venv/installed-*
+	@touch $@
+
+# Removes what the demo made (runs/demo) and the environment.
+clean:
+	rm -rf .venv runs/demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

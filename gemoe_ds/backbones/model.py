@@ -1,0 +1,203 @@
+"""MoEModel: a backbone whose MoE blocks are ours, and the loss of one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.layer import MoELayer
+from gemoe_ds.moe.router import Router
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """Which consecutive block of every layer's experts lives on this rank, and how to reach all."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
+
+    def local(self, num_experts: int) -> slice:
+        if num_experts % self.num_ranks:
+            fitting = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            raise ConfigError(
+                f"parallel.ep_size={self.num_ranks} does not divide the backbone's {num_experts} "
+                f"experts; possible: {', '.join(map(str, fitting))}"
+            )
+        size = num_experts // self.num_ranks
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+class MoEModel(nn.Module):
+    """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
+
+    Everything that does not train is stored in `dtype`; what trains stays float32 (the optimizer
+    updates it directly, and routing is float32 by construction).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        checkpoint: Path | None,
+        tokenizer_dir: Path,
+        router: tuple[type[Router], Any],
+        *,
+        train: str = "routers",
+        dtype: torch.dtype = torch.float32,
+        shard: ExpertShard | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        shard = shard or ExpertShard()
+        train_all = train == "all"
+        if train_all and shard.num_ranks > 1:
+            raise ConfigError(
+                "model.train=all with parallel.ep_size>1: trainable experts over expert-parallel "
+                "ranks are not supported yet; set parallel.ep_size=1 (data parallel)"
+            )
+        self.backbone = backbone
+        self.dtype = dtype
+        self.hf = backbone.load(checkpoint, tokenizer_dir)
+        blocks = backbone.moe_blocks(self.hf)
+        if not blocks:
+            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
+        self.routing = [block.routing for block in blocks]
+        self.num_parameters = sum(p.numel() for p in self.hf.parameters())
+        self.params_per_expert = [block.params_per_expert for block in blocks]
+        self.image = backbone.image_spec(self.hf)
+        self.hf.requires_grad_(train_all)
+        self.ctx = TokenContext(len(blocks))
+        for slot, block in enumerate(blocks):
+            self._convert(block, slot, router, shard, trainable=train_all)
+        for parameter in self.hf.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        self.num_added_parameters = sum(
+            p.numel()
+            for layer in self.moe_layers
+            for name, p in layer.router.named_parameters()
+            if name != "gate.weight"
+        )
+        if recompute:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _convert(
+        self,
+        block: BlockSpec,
+        slot: int,
+        router: tuple[type[Router], Any],
+        shard: ExpertShard,
+        *,
+        trainable: bool,
+    ) -> None:
+        router_class, config = router
+        new_router = router_class(config, block.routing)
+        new_router.adopt_gate(block.gate_ED)
+        local = shard.local(block.routing.num_experts)
+        weights = [block.gate_up_EGD.data, block.down_EDF.data]
+        if shard.num_ranks > 1:  # copies, so that the experts of other ranks are freed
+            weights = [w[local].clone() for w in weights]
+        if not trainable:
+            weights = [w.to(self.dtype) for w in weights]
+        experts = Experts(*weights, trainable=trainable)
+        layer = MoELayer(new_router, experts, shard.make_dispatcher(), self.ctx, slot)
+        setattr(block.parent, block.attribute, layer)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [module for module in self.hf.modules() if isinstance(module, MoELayer)]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that trains, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def activated_parameters(self, mean_k_L: list[float]) -> int:
+        """Parameters that a token uses: all but the experts it does not visit.
+
+        Counts the backbone (the paper's "N"); predictors are left out, as in its tables.
+        """
+        idle = sum(
+            (spec.num_experts - k) * per_expert
+            for spec, k, per_expert in zip(
+                self.routing, mean_k_L, self.params_per_expert, strict=True
+            )
+        )
+        return round(self.num_parameters - idle)
+
+    def hidden(
+        self, input_ids_BS: Tensor, is_valid_BS: Tensor, is_vision_BS: Tensor, pixels_NCHW: Tensor
+    ) -> Tensor:
+        self.ctx.begin(is_valid_BS, is_vision_BS)
+        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, pixels_NCHW)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        pixels_NCHW: Tensor,
+        targets_per_micro_batch: float | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a micro-batch and its parts by name (scalars).
+
+        `lm` is the sum of the token cross-entropies over `targets_per_micro_batch`, by default
+        the number of targets here. The trainer gives the mean over all micro-batches of the step,
+        on all ranks, so that every target of the global batch weighs the same. Auxiliary losses
+        are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value.
+        """
+        with self._autocast(input_ids_BS.device):
+            logits, targets = self._target_logits(
+                self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW), labels_BS
+            )
+        ce_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        if targets_per_micro_batch is None:
+            targets_per_micro_batch = max(targets.numel(), 1)
+        lm = ce_sum / targets_per_micro_batch
+        parts = {"lm": lm}
+        loss = lm
+        for name, term in self.ctx.mean_losses().items():
+            loss = loss + term.weight * term.value
+            parts[name] = term.value.detach()
+        parts["lm"] = lm.detach()
+        return {"loss": loss, **parts}
+
+    def _target_logits(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
+        next_BS = labels_BS[:, 1:]
+        is_target = next_BS != -100
+        return self.backbone.head(self.hf)(hidden_BSD[:, :-1][is_target]), next_BS[is_target]
+
+    @torch.no_grad()
+    def predictions(
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        pixels_NCHW: Tensor,
+        labels_BS: Tensor,
+    ) -> Tensor:
+        """Whether the greedy choice equals the label, bool [B, S]; False where there is no label.
+
+        An answer whose every token is predicted given the ones before is what greedy generation
+        would have written, so no generation loop is needed to score exact matches.
+        """
+        with self._autocast(input_ids_BS.device):
+            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
+            logits, targets = self._target_logits(hidden_BSD, labels_BS)
+        correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+        correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
+        return correct_BS

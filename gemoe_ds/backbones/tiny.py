@@ -1,0 +1,194 @@
+"""The demo's backbone: LLaVA with OLMoE as its language model, from stock transformers, made small.
+
+Nothing in its MoE path is special to the demo: the blocks are `OlmoeSparseMoeBlock`s, 64 experts,
+top-8, weights not renormalised, as in OLMoE-1B-7B.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OlmoeConfig,
+)
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec, ImageSpec
+from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.registry import ConfigModel
+
+_KEY_RULES = (  # converted model -> Hugging Face
+    (r"\.mlp\.router\.gate\.weight$", ".mlp.gate.weight"),
+    (r"\.mlp\.experts\.gate_up_EGD$", ".mlp.experts.gate_up_proj"),
+    (r"\.mlp\.experts\.down_EDF$", ".mlp.experts.down_proj"),
+)
+
+
+class TinyBackbone(Backbone):
+    """ViT + two-layer projector + OLMoE. Options shape a fresh model; a checkpoint has its own."""
+
+    name: ClassVar[str] = "tiny"
+
+    class Config(ConfigModel):
+        hidden_size: int = Field(64, ge=8, description="width D of the language model")
+        num_layers: int = Field(4, ge=1, description="decoder layers, every one with an MoE block")
+        num_heads: int = Field(4, ge=1)
+        num_experts: int = Field(64, ge=1)
+        top_k: int = Field(8, ge=1, description="experts a token in pretraining")
+        expert_width: int = Field(16, ge=8, description="F of each expert")
+        image_size: int = Field(64, ge=8)
+        patch_size: int = Field(16, ge=1)
+        vision_width: int = Field(64, ge=8)
+        vision_layers: int = Field(2, ge=1)
+        initializer_range: float = Field(0.02, gt=0)
+        max_position: int = Field(2048, ge=1)
+
+    config: Config
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        if checkpoint is not None:
+            return self._from_checkpoint(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        return LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
+
+    def _fresh_config(self, tokenizer: object) -> LlavaConfig:
+        config = self.config
+        text = OlmoeConfig(
+            vocab_size=len(tokenizer),  # type: ignore[arg-type]
+            hidden_size=config.hidden_size,
+            intermediate_size=config.expert_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.top_k,
+            norm_topk_prob=False,
+            max_position_embeddings=config.max_position,
+            initializer_range=config.initializer_range,
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
+        )
+        vision = CLIPVisionConfig(
+            hidden_size=config.vision_width,
+            intermediate_size=4 * config.vision_width,
+            num_hidden_layers=config.vision_layers,
+            num_attention_heads=4,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+        )
+        image_token_id = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[attr-defined]
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=image_token_id,
+            vision_feature_layer=-1,
+            image_seq_length=(config.image_size // config.patch_size) ** 2,
+        )
+
+    def _from_checkpoint(self, folder: Path) -> nn.Module:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
+            )
+        try:
+            model, report = LlavaForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # whatever the reader chokes on, the file is what is wrong
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(f"model.checkpoint={folder} cannot be read: {reason}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if report.get(problem):
+                raise CheckpointError(
+                    f"model.checkpoint={folder}: {problem.replace('_', ' ')}: "
+                    f"{sorted(map(str, report[problem]))[:3]}; it is not a complete `tiny` model"
+                )
+        self._refuse_contradictions(model.config, folder)
+        return model
+
+    def _refuse_contradictions(self, stored: LlavaConfig, folder: Path) -> None:
+        text, vision = stored.text_config, stored.vision_config
+        shapes = {
+            "hidden_size": text.hidden_size,
+            "num_layers": text.num_hidden_layers,
+            "num_heads": text.num_attention_heads,
+            "num_experts": text.num_experts,
+            "top_k": text.num_experts_per_tok,
+            "expert_width": text.intermediate_size,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "vision_width": vision.hidden_size,
+            "vision_layers": vision.num_hidden_layers,
+        }
+        for field in self.config.model_fields_set & shapes.keys():
+            if getattr(self.config, field) != shapes[field]:
+                raise ConfigError(
+                    f"model.backbone.{field}={getattr(self.config, field)}, but {folder} has "
+                    f"{shapes[field]}; leave shapes out of a recipe that names a checkpoint"
+                )
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        blocks = []
+        for path, module in model.named_modules():
+            if isinstance(module, OlmoeSparseMoeBlock):
+                parent_path, _, attribute = path.rpartition(".")
+                routing = RoutingSpec(
+                    d_model=module.gate.hidden_dim,
+                    num_experts=module.gate.num_experts,
+                    top_k=module.gate.top_k,
+                    renormalise=module.gate.norm_topk_prob,
+                )
+                blocks.append(
+                    BlockSpec(
+                        path,
+                        model.get_submodule(parent_path),
+                        attribute,
+                        routing,
+                        module.gate.weight,
+                        module.experts.gate_up_proj,
+                        module.experts.down_proj,
+                    )
+                )
+        return blocks
+
+    def image_spec(self, model: nn.Module) -> ImageSpec:
+        vision = model.config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        return ImageSpec(vision.image_size, tokens, model.config.image_token_id)
+
+    def hidden(
+        self, model: nn.Module, input_ids_BS: Tensor, is_valid_BS: Tensor, pixels_NCHW: Tensor
+    ) -> Tensor:
+        # Padding stands right of everything and attention is causal, so no valid token can see
+        # it: without a mask, attention takes its fast causal path.
+        kwargs = {"use_cache": False, "attention_mask": None}
+        if pixels_NCHW.shape[0]:
+            pixels = pixels_NCHW.to(model.lm_head.weight.dtype)
+            return model.model(input_ids_BS, pixel_values=pixels, **kwargs).last_hidden_state
+        hidden_BSD = model.model(input_ids_BS, **kwargs).last_hidden_state
+        if any(p.requires_grad for p in model.model.vision_tower.parameters()):
+            # A rank without images must still reduce the vision gradients that others reduce.
+            size = model.config.vision_config.image_size
+            blank = pixels_NCHW.new_zeros(1, 3, size, size)
+            features = torch.cat(model.get_image_features(blank, return_dict=True).pooler_output)
+            hidden_BSD = hidden_BSD + 0 * features.sum()
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        return model.lm_head
+
+    def checkpoint_key(self, name: str) -> str:
+        for pattern, replacement in _KEY_RULES:
+            name = re.sub(pattern, replacement, name)
+        return name

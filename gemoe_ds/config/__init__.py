@@ -1,0 +1,17 @@
+"""RunConfig: a YAML recipe plus `key.path=value` becomes one strict, typed, frozen tree."""
+
+from gemoe_ds.config.cli import Flags, parse_cli
+from gemoe_ds.config.deepspeed import deepspeed_config
+from gemoe_ds.config.load import load_config
+from gemoe_ds.config.tree import BackboneChoice, OptimConfig, RouterChoice, RunConfig
+
+__all__ = [
+    "BackboneChoice",
+    "Flags",
+    "OptimConfig",
+    "RouterChoice",
+    "RunConfig",
+    "deepspeed_config",
+    "load_config",
+    "parse_cli",
+]

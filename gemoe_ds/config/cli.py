@@ -1,0 +1,125 @@
+"""The command line of launch/train.py: a recipe, overrides, and a few flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gemoe_ds.config.load import load_config
+from gemoe_ds.config.tree import Choice, RunConfig
+from gemoe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line asks for beside the run itself."""
+
+    recipe: str
+    dry_run: bool
+    print_config: bool
+
+
+def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
+    """Parse the arguments after the program's name.
+
+    Raises ConfigError (one line) for any mistake. `--help` prints every option and exits with 0.
+    """
+    arguments = _parser().parse_intermixed_args(list(argv))
+    flag_overrides = [
+        f"{key}={json.dumps(value)}"  # quoted: a path is never another YAML type
+        for key, value in (("deepspeed", arguments.deepspeed), ("resume", arguments.resume))
+        if value is not None
+    ]
+    config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
+    return config, Flags(arguments.recipe, arguments.dry_run, arguments.print_config)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists what is accepted")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        allow_abbrev=False,
+        description="Train; `python`, `torchrun` and `deepspeed` start the same run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(_option_lines()),
+    )
+    parser.add_argument("recipe", help="a YAML file, such as those in launch/recipes/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change an option of the recipe"
+    )
+    parser.add_argument(
+        "--deepspeed", "--deepspeed_config", metavar="FILE", help="same as deepspeed=FILE"
+    )
+    parser.add_argument("--resume", metavar="auto|none|DIR", help="same as resume=...")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe, stop"
+    )
+    # The deepspeed launcher adds it; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _option_lines() -> Iterator[str]:
+    """The epilog of --help, made from the models themselves."""
+    yield "options of a recipe (YAML, or key.path=value here):"
+    yield from _lines_of(RunConfig, "")
+    for choice in (c for c in _models_in(RunConfig) if issubclass(c, Choice)):
+        path = "model." + choice.family.__name__.lower()
+        for name in choice.family.names():
+            yield f"options of {path}.name={name}:"
+            yield from _lines_of(choice.family.named(name).Config, f"{path}.")
+
+
+def _lines_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        inner = field.annotation
+        if (
+            isinstance(inner, type)
+            and issubclass(inner, BaseModel)
+            and not issubclass(inner, Choice)
+        ):
+            yield from _lines_of(inner, f"{prefix}{key}.")
+        else:
+            yield f"  {prefix}{key:<{28 - len(prefix)}} {_describe(field)}"
+
+
+def _models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield field.annotation
+            yield from _models_in(field.annotation)
+
+
+def _describe(field: FieldInfo) -> str:
+    required = field.default is PydanticUndefined
+    default = "required" if required else f"default {json.dumps(field.default)}"
+    parts = [_type_name(field.annotation), default, field.description or ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _type_name(annotation: Any) -> str:
+    """The type as a user writes the value: `float | null`, `routers | all`, `[float, float]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Choice):
+        return "{name: " + " | ".join(annotation.family.names()) + ", ...}"
+    if annotation is NoneType:
+        return "null"
+    arguments = get_args(annotation)
+    if not arguments:
+        return annotation if isinstance(annotation, str) else str(annotation.__name__)
+    if get_origin(annotation) is Annotated:
+        return _type_name(arguments[0])
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(map(_type_name, arguments))}]"
+    return " | ".join(map(_type_name, arguments))

@@ -1,0 +1,166 @@
+"""YAML recipe + `key.path=value` overrides -> RunConfig; every mistake becomes one clear line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from gemoe_ds.config.tree import Choice, RunConfig
+from gemoe_ds.errors import ConfigError
+
+_SHOWN_ERRORS = 3
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply the overrides in order, validate.
+
+    A recipe may start from another one with `extends: other.yaml` (relative to itself, one level).
+    Mappings merge key by key; where `name` changes, the options of the old name are dropped.
+    Raises ConfigError: unreadable file, unknown key, missing key, wrong type or range.
+    """
+    return config_from_dict(_with_overrides(read_recipe(Path(path)), overrides))
+
+
+def config_from_dict(tree: dict[str, Any]) -> RunConfig:
+    """Validate a plain dict; raises ConfigError with the path of each bad key, on one line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        lines = [_explain(detail, tree) for detail in details[:_SHOWN_ERRORS]]
+        if len(details) > _SHOWN_ERRORS:
+            lines.append(f"and {len(details) - _SHOWN_ERRORS} more")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The plain dict of a recipe file, with what it extends merged under it."""
+    tree = _read_yaml(path)
+    if "extends" not in tree:
+        return tree
+    base = tree.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be the path of a recipe, got {base!r}")
+    base_path = path.parent / base
+    base_tree = _read_yaml(base_path)
+    if "extends" in base_tree:
+        raise ConfigError(f"{path}: extends {base}, which itself extends; one level is the rule")
+    return _merged(base_tree, tree)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this recipe: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of options, got {tree!r:.40}")
+    return tree
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, recursively; another `name` takes none of the old one's options."""
+    if "name" in base and top.get("name", base["name"]) != base["name"]:
+        return dict(top)
+    merged = dict(base)
+    for key, value in top.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _merged(below, value)
+        merged[key] = value
+    return merged
+
+
+def _with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    # Merged among themselves first: a name and its options may come in either order.
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"override {override!r}: write it as key.path=value")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"override {override!r}: not a YAML value: {_one_line(error)}"
+            ) from None
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        changes = _merged(changes, nested)
+    return _merged(tree, changes)
+
+
+def _explain(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    """One pydantic error as `path: what is wrong; what would be right`."""
+    keys = [str(key) for key in detail["loc"]]
+    path = ".".join(keys)
+    if detail["type"] == "extra_forbidden":
+        owner, valid = _options_at(keys[:-1], tree)
+        near = difflib.get_close_matches(keys[-1], valid, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{path}: no such option; {owner} has {', '.join(valid)}{hint}"
+    if detail["type"] == "missing":
+        return f"{path}: missing; set it in the recipe or as {path}=VALUE"
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # ours; one about several keys names them already
+        names_keys = not path or str(cause).startswith(f"{path}.")
+        return str(cause) if names_keys else f"{path}: {cause}"
+    message = detail["msg"].removeprefix("Input ").removeprefix("should ")
+    return f"{path}={detail['input']!r:.60}: should {message}"
+
+
+def _options_at(keys: Sequence[str], tree: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """What to call the mapping at this path, and the options that it has."""
+    model: type[BaseModel] = RunConfig
+    owner, node = "a recipe", tree
+    for depth, key in enumerate(keys):
+        node = node[key]
+        model = _model_in(model.model_fields[key].annotation)
+        owner = ".".join(keys[: depth + 1])
+        if issubclass(model, Choice):
+            owner = node["name"]
+            model = model.family.named(owner).Config
+    return owner, list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel]:
+    """The options class of a field: `M`, or the M of `M | None`."""
+    classes = [annotation, *get_args(annotation)]
+    return next(c for c in classes if isinstance(c, type) and issubclass(c, BaseModel))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return " ".join(str(error).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without two of its traps: `1e-4` is a number, and a key stands only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,207 @@
+"""The options of a run as pydantic models; every default of the project's own knobs stands here.
+
+Router and backbone options live with their classes, as the nested `Config`; `model.router` and
+`model.backbone` name a registered class and hold that class's options beside the name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    Field,
+    FiniteFloat,
+    SerializeAsAny,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
+
+import gemoe_ds.backbones
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.backbones.backbone import Backbone
+from gemoe_ds.config.deepspeed import read_file, stage_of
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import Router
+from gemoe_ds.registry import ConfigModel, Registered
+
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+NonNegative = Annotated[FiniteFloat, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Momentum = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+
+
+class Choice(ConfigModel):
+    """A registered class by name, with its own options: `{name: gemoe, k_high: 8}` in YAML."""
+
+    family: ClassVar[type[Registered]]
+
+    name: str
+    config: SerializeAsAny[ConfigModel]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decode(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            known = ", ".join(cls.family.names())
+            raise ConfigError(f"needs a mapping with a name; known names: {known}")
+        options = {key: option for key, option in value.items() if key != "name"}
+        chosen = cls.family.named(value["name"])
+        return {"name": value["name"], "config": chosen.Config.model_validate(options)}
+
+    @model_serializer
+    def _encode(self) -> dict[str, Any]:
+        return self.flat()
+
+    def flat(self, *, only_set: bool = False) -> dict[str, Any]:
+        """Name and options side by side, as in a recipe; `only_set`: without defaulted ones."""
+        return {"name": self.name} | self.config.model_dump(mode="json", exclude_unset=only_set)
+
+
+class RouterChoice(Choice):
+    family: ClassVar[type[Registered]] = Router
+
+    @property
+    def router_class(self) -> type[Router]:
+        return Router.named(self.name)
+
+
+class BackboneChoice(Choice):
+    family: ClassVar[type[Registered]] = Backbone
+
+    @property
+    def backbone_class(self) -> type[Backbone]:
+        return Backbone.named(self.name)
+
+
+class ModelConfig(ConfigModel):
+    backbone: BackboneChoice = Field(description="model family and its options")
+    checkpoint: str | None = Field(
+        None, description="Hugging Face folder of the base weights; null: random, to pretrain"
+    )
+    router: RouterChoice = Field(description="routing method and its options")
+    train: Literal["routers", "all"] = Field(
+        "routers", description="routers: freeze everything else; all: pretraining"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of activations and frozen weights; what trains stays float32"
+    )
+    recompute: bool = Field(False, description="recompute activations in backward (saves memory)")
+
+    @model_validator(mode="after")
+    def _routers_need_weights(self) -> Self:
+        if self.train == "routers" and self.checkpoint is None:
+            raise ConfigError(
+                "model.checkpoint: model.train=routers starts from pretrained weights; give their "
+                "folder, or model.train=all to pretrain from random ones"
+            )
+        return self
+
+    @field_serializer("backbone")
+    def _encode_backbone(self, backbone: BackboneChoice) -> dict[str, Any]:
+        # A checkpoint brings its own shapes; a defaulted one, written out, would contradict it.
+        return backbone.flat(only_set=self.checkpoint is not None)
+
+
+class DataConfig(ConfigModel):
+    train: str = Field(description="folder written by a data_prep script")
+    validation: str | None = Field(None, description="such a folder, held out; null: none")
+    tokenizer: str = Field(description="folder of a Hugging Face tokenizer")
+    max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
+    threads: int = Field(2, ge=1, description="reader threads of each rank")
+
+
+class OptimConfig(ConfigModel):
+    lr: Positive = Field(description="peak learning rate of AdamW")
+    predictor_lr: Positive | None = Field(
+        None, description="of router parameters beside the gate, such as GeMoE's EAP; null: as lr"
+    )
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: Fraction = Field(0.0, description="final lr / peak lr of the cosine")
+    clip_norm: Positive | None = Field(1.0, description="global gradient norm; null: no clipping")
+
+
+class ParallelConfig(ConfigModel):
+    ep_size: int = Field(1, ge=1, description="ranks that share one copy of the experts")
+
+
+class TrainConfig(ConfigModel):
+    steps: int = Field(ge=1, description="optimizer steps")
+    micro_batch: int = Field(ge=1, description="samples of a rank and forward pass")
+    accumulation: int = Field(1, ge=1, description="micro-batches of a rank and step")
+
+
+class CheckpointConfig(ConfigModel):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+
+
+class MonitorConfig(ConfigModel):
+    every: int = Field(10, ge=1, description="steps between metrics")
+    tensorboard: bool = True
+
+
+class RunConfig(ConfigModel):
+    """Everything that a training run depends on, besides the files that it names."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of data order and fresh weights")
+    output_dir: str = Field(description="folder of this run: checkpoints, metrics, resolved recipe")
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    deepspeed: str = Field("ds_configs/zero2.json", description="DeepSpeed's own JSON file")
+    resume: str = Field("none", description="none, auto (the newest in output_dir) or a folder")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} exceeds "
+                f"train.steps={self.train.steps}; shorten the warm-up or train longer"
+            )
+        return self
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the DeepSpeed file; ConfigError if it cannot be read or used."""
+        return stage_of(self.deepspeed, read_file(self.deepspeed))
+
+    def dump_yaml(self) -> str:
+        """The resolved recipe; loading it gives an equal run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    def validate_world(self, world_size: int) -> None:
+        """Raise ConfigError for what does not fit `world_size` ranks."""
+        ep_size = self.parallel.ep_size
+        if world_size % ep_size:
+            fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"parallel.ep_size={ep_size} does not divide the {world_size} ranks of this run; "
+                f"possible: {', '.join(fitting)}, or start another number of ranks"
+            )
+
+    def check_paths(self) -> None:
+        """Raise ConfigError for the first input path that does not exist, by its key."""
+        resume = None if self.resume in ("none", "auto") else self.resume
+        for key, path in (
+            ("data.train", self.data.train),
+            ("data.validation", self.data.validation),
+            ("data.tokenizer", self.data.tokenizer),
+            ("model.checkpoint", self.model.checkpoint),
+            ("deepspeed", self.deepspeed),
+            ("resume", resume),
+        ):
+            if path is not None and not Path(path).exists():
+                raise ConfigError(f"{key}={path}: no such file or folder (from {Path.cwd()})")
+        if Path(self.output_dir).is_file():
+            raise ConfigError(f"output_dir={self.output_dir}: is a file; give a folder")

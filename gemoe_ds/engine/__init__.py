@@ -1,0 +1,1 @@
+"""The only room that imports deepspeed: processes, expert-parallel groups, engine, checkpoints."""

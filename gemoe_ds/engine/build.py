@@ -1,0 +1,130 @@
+"""A converted model in a DeepSpeed engine: parameter groups, AdamW, schedule, checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import nn
+
+from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.config import OptimConfig, RunConfig, deepspeed_config
+from gemoe_ds.engine.distributed import World
+
+Engine = Any  # deepspeed.DeepSpeedEngine
+
+
+def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
+    """The engine, checked: every parameter that trains is in its optimizer, and no other.
+
+    DeepSpeed sees an ordinary dense model: frozen experts are buffers, and no `expert_parallel`
+    section exists, so its ordinary ZeRO and checkpoint paths serve. It runs in float32 mode (no
+    `bf16` section): the frozen part is stored in `model.dtype` and what trains is float32.
+    """
+    groups = parameter_groups(model, config.optim)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
+            opt, schedule(config.optim, config.train.steps)
+        ),
+        config=deepspeed_config(config, world.size),
+    )
+    check_optimizer_holds(model)
+    return engine
+
+
+def parameter_groups(model: MoEModel, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Named groups: `router` (gates), `predictor` (the routers' other parameters), `backbone`."""
+    router_names = {
+        id(p): name for layer in model.moe_layers for name, p in layer.router.named_parameters()
+    }
+    members: dict[str, list[nn.Parameter]] = {"router": [], "predictor": [], "backbone": []}
+    for parameter in model.trainable().values():
+        name = router_names.get(id(parameter))
+        kind = "backbone" if name is None else "router" if name == "gate.weight" else "predictor"
+        members[kind].append(parameter)
+    predictor_lr = optim.lr if optim.predictor_lr is None else optim.predictor_lr
+    lr = {"router": optim.lr, "predictor": predictor_lr, "backbone": optim.lr}
+    return [
+        {"name": name, "params": params, "lr": lr[name], "weight_decay": optim.weight_decay}
+        for name, params in members.items()
+        if params
+    ]
+
+
+def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at a step counted from 0: linear warm-up, then cosine or flat.
+
+    The first step already has a rate above 0, and the last one still has.
+    """
+    warmup = optim.warmup_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if optim.schedule == "constant":
+            return 1.0
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine
+
+    return factor
+
+
+def check_optimizer_holds(model: MoEModel) -> None:
+    """Stop if a parameter that trains has no master copy in the optimizer.
+
+    A parameter that the optimizer lost keeps its value while the loss still falls: the worst kind
+    of failure. Collective: every rank must call it.
+    """
+    lost = [
+        name
+        for name, parameter in model.trainable().items()
+        if safe_get_full_fp32_param(parameter) is None
+    ]
+    if lost:
+        raise RuntimeError(
+            f"the optimizer does not hold {len(lost)} trainable parameters: {lost[:3]}"
+        )
+
+
+def group_summary(model: MoEModel, optim: OptimConfig) -> str:
+    """Counts per optimizer group and of what is frozen, one line each."""
+    lines, trained = [], 0
+    for group in parameter_groups(model, optim):
+        count = sum(p.numel() for p in group["params"])
+        trained += count
+        lines.append(
+            f"  {group['name']:<9} {count:>13,} parameters in {len(group['params'])} tensors, "
+            f"lr {group['lr']:g}"
+        )
+    total = model.num_parameters + model.num_added_parameters
+    return "\n".join([*lines, f"  {'frozen':<9} {total - trained:>13,} parameters"])
+
+
+class MovedCheck:
+    """After the first step every optimizer group must have moved; holds copies until then."""
+
+    def __init__(self, model: MoEModel, optim: OptimConfig) -> None:
+        self._before = {
+            group["name"]: [(p, p.detach().clone()) for p in group["params"]]
+            for group in parameter_groups(model, optim)
+        }
+
+    def check(self) -> None:
+        """Raise RuntimeError naming a group none of whose parameters changed; call it once."""
+        for name, pairs in self._before.items():
+            if all(torch.equal(parameter, before) for parameter, before in pairs):
+                raise RuntimeError(
+                    f"after the first step no parameter of group {name!r} has moved: "
+                    "it has no gradient, or the optimizer does not hold it"
+                )
+        self._before.clear()

@@ -1,0 +1,81 @@
+"""Start and end the process group, however this process was launched."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from gemoe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `size` ranks, one device each."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """The number of ranks that the launcher announced, before any group exists; 1 if none did."""
+    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(variable):
+            return int(os.environ[variable])
+    return 1
+
+
+@contextmanager
+def distributed() -> Iterator[World]:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it whatever happens.
+
+    Under `deepspeed`, `torchrun` or MPI the ranks come from the launcher; a process started alone
+    is a world of one.
+    """
+    if launched_world_size() == 1 and "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Its shared-memory op is only for inference, and compiling it takes half a minute (or
+        # fails without ninja). DeepSpeed asks this table before it builds.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= accelerator.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no device: this host has "
+                f"{accelerator.device_count()}; start fewer ranks per host"
+            )
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    try:
+        yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
+    finally:
+        # Without this, gloo's threads make the interpreter abort at exit once in a few runs.
+        deepspeed.comm.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Sum in place over all ranks."""
+    deepspeed.comm.all_reduce(tensor)

@@ -1,0 +1,1 @@
+"""One mixture-of-experts layer in pure torch: route, dispatch, experts, combine."""

@@ -1,0 +1,86 @@
+"""What the MoE layers of a model share during a forward: token kinds in, losses out.
+
+Shapes: T tokens of the micro-batch (padding included), L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One auxiliary loss of one layer: a scalar with gradient, and its coefficient."""
+
+    value: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number to report that knows how ranks and micro-batches combine.
+
+    `mean`: sum of `total` over sum of `count`; `sum`: sum of `total`. `total` may be a vector
+    (a histogram, a load per expert); `count` is a scalar.
+    """
+
+    total: Tensor
+    reduction: Literal["mean", "sum"] = "mean"
+    count: Tensor | float = 1.0
+
+
+@dataclass
+class LayerRecord:
+    """The slot of one layer, OVERWRITTEN by every forward.
+
+    Overwriting is what makes recomputation safe: an appended loss would be counted twice.
+    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them.
+    """
+
+    losses: dict[str, LossTerm] = field(default_factory=dict)
+    stats: dict[str, Stat] = field(default_factory=dict)
+    logits_TE: Tensor | None = None
+    entropy_T: Tensor | None = None
+    k_T: Tensor | None = None
+
+
+class TokenContext:
+    """Modality and validity of every token, and one `LayerRecord` a layer.
+
+    One object is shared by reference by the model and all its MoE layers; `begin` refills it
+    once a forward, before the first layer runs.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerRecord() for _ in range(num_layers)]
+        self.is_valid_T = torch.ones(0, dtype=torch.bool)
+        self.is_vision_T = torch.zeros(0, dtype=torch.bool)
+        self.sequence_T = torch.zeros(0, dtype=torch.long)
+        self.collect = False  # fill `LayerRecord.stats`
+        self.trace = False  # keep `entropy_T` and `k_T`
+
+    def begin(self, is_valid_BS: Tensor, is_vision_BS: Tensor) -> None:
+        """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S])."""
+        num_sequences, length = is_valid_BS.shape
+        self.is_valid_T = is_valid_BS.reshape(-1)
+        self.is_vision_T = is_vision_BS.reshape(-1)
+        self.sequence_T = torch.arange(num_sequences, device=is_valid_BS.device).repeat_interleave(
+            length
+        )
+        for slot in range(len(self.layers)):
+            self.layers[slot] = LayerRecord()
+
+    def mean_losses(self) -> dict[str, LossTerm]:
+        """Every auxiliary loss by name, averaged over the layers that have it."""
+        terms: dict[str, list[LossTerm]] = {}
+        for record in self.layers:
+            for name, term in record.losses.items():
+                terms.setdefault(name, []).append(term)
+        return {
+            name: LossTerm(torch.stack([t.value for t in some]).mean(), some[0].weight)
+            for name, some in terms.items()
+        }

@@ -1,0 +1,65 @@
+"""Name -> class, filled by subclassing: a new router is one file and no list to edit."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from gemoe_ds.errors import ConfigError
+
+R = TypeVar("R", bound="Registered")
+
+
+class ConfigModel(BaseModel):
+    """Base of every options class: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Registered:
+    """Base of a family of named classes.
+
+    A direct subclass (`Router`, `Backbone`) opens a family. A class below it that sets `name`
+    joins that family and nests its options as `Config`.
+    """
+
+    name: ClassVar[str]
+    _family: ClassVar[dict[str, type[Any]]]
+    Config: ClassVar[type[ConfigModel]] = ConfigModel  # options; subclasses nest their own
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Registered in cls.__bases__:
+            cls._family = {}
+        elif "name" in cls.__dict__:
+            known = cls._family.get(cls.name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise TypeError(
+                    f"{cls.name!r} names both {known.__qualname__} and {cls.__qualname__}"
+                )
+            cls._family[cls.name] = cls
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The registered names of this family, sorted."""
+        return sorted(cls._family)
+
+    @classmethod
+    def named(cls: type[R], name: str) -> type[R]:
+        """The class registered under `name`; raises ConfigError listing the known ones."""
+        try:
+            return cls._family[name]
+        except KeyError:
+            known = ", ".join(cls.names())
+            raise ConfigError(
+                f"{cls.__name__.lower()} {name!r} is not known; known: {known}"
+            ) from None
+
+
+def import_all(package: str, path: list[str]) -> None:
+    """Import every module of a package, so that its classes register themselves."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

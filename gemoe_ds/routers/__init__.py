@@ -1,0 +1,5 @@
+"""Routing methods, one published method a file; importing the package registers them all."""
+
+from gemoe_ds.registry import import_all
+
+import_all(__name__, list(__path__))

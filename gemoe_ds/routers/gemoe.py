@@ -1,0 +1,143 @@
+"""GeMoE: each token's number of experts follows its gating entropy (arXiv 2606.26287, ECCV 2026).
+
+Equation numbers are the paper's. Where the text leaves a choice open, the default below is the
+reading that its published numbers support, and the alternative is a switch; docs/routers.md
+gives the reasons one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.monotonic import monotonic_loss
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec, linear_fp32
+from gemoe_ds.registry import ConfigModel
+from gemoe_ds.routers.top_k import renormalised
+
+
+@dataclass(frozen=True)
+class GeMoEDecision(Decision):
+    """A decision with the expected k before rounding (Eq. 10), [T], differentiable."""
+
+    k_soft_T: Tensor
+
+
+class GeMoERouter(Router):
+    """Top-k by scores with k predicted from the token (Eqs. 8 to 13).
+
+    The predictor (EAP) is one linear layer on the router's own input. It learns from the
+    monotonic loss alone: with ranks below k as the mask, cross-entropy has no gradient to k.
+    """
+
+    name: ClassVar[str] = "gemoe"
+
+    class Config(ConfigModel):
+        k_low: int = Field(1, ge=0, description="smallest k that the predictor may give")
+        k_high: int | None = Field(None, ge=1, description="largest k; default: the backbone's own")
+        monotonic_weight: float = Field(1.0, ge=0, description="lambda_1 of Eq. 13")
+        balance_weight: float = Field(0.001, ge=0, description="lambda_2 of Eq. 13")
+        margin_per_bit: float = Field(
+            1.2, ge=0, description="margin of Eq. 12 per bit of entropy (A1)"
+        )
+        margin_constant: float = Field(0.0, ge=0, description="margin added to every pair (A1)")
+        correlation: Literal["positive", "negative"] = Field(
+            "positive", description="negative: the paper's reversed ablation (Table 5)"
+        )
+        detach_entropy: bool = Field(
+            True, description="entropy only guides, it is not trained (A6)"
+        )
+        detach_x: bool = Field(
+            False, description="keep the monotonic loss out of lower layers (A11)"
+        )
+        ce_to_k: Literal["none", "soft_mask"] = Field(
+            "none", description="soft_mask: let cross-entropy reach k (A4, an experiment)"
+        )
+        soft_mask_temperature: float = Field(
+            1.0, gt=0, description="width of the soft mask, experts"
+        )
+        renormalise: Literal["backbone", "none", "sum"] = Field(
+            "backbone", description="divide the chosen scores by their sum (A12)"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.k_low = config.k_low
+        self.k_high = spec.top_k if config.k_high is None else config.k_high
+        if not self.k_low <= self.k_high <= spec.num_experts:
+            raise ConfigError(
+                f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
+                f"k_low <= k_high <= {spec.num_experts} experts"
+            )
+        # Expert assignment predictor; default init, not zeros, which would tie every k (A5).
+        num_choices = self.k_high - self.k_low + 1
+        self.eap = nn.Linear(spec.d_model, num_choices, bias=False, dtype=torch.float32)
+        # The ablation without the monotonic loss leaves the predictor at its random start.
+        self.eap.requires_grad_(config.monotonic_weight > 0 or config.ce_to_k != "none")
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> GeMoEDecision:
+        scores_TE = logits_TE.softmax(-1)
+        k_soft_T = self.predict_k(x_TD)
+        k_T = k_soft_T.detach().round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
+        top_TK = scores_TE.topk(self.k_high, dim=-1).indices
+        rank_K = torch.arange(self.k_high, device=k_T.device)
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+        mask_TE.scatter_(1, top_TK, rank_K < k_T[:, None])
+        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        if self.config.ce_to_k == "soft_mask":
+            weights_TE = self._with_soft_mask(weights_TE, top_TK, rank_K, k_soft_T)
+        return GeMoEDecision(scores_TE, mask_TE, weights_TE, k_soft_T)
+
+    def predict_k(self, x_TD: Tensor) -> Tensor:
+        """k_soft = sum_k k softmax(W_a x)_k over k_low..k_high (Eqs. 9, 10), float32 [T]."""
+        probabilities_TK = linear_fp32(
+            self.eap, x_TD.detach() if self.config.detach_x else x_TD
+        ).softmax(-1)
+        k_K = torch.arange(
+            self.k_low, self.k_high + 1, device=x_TD.device, dtype=probabilities_TK.dtype
+        )
+        return probabilities_TK @ k_K
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        assert isinstance(decision, GeMoEDecision)
+        config, valid_T = self.config, ctx.is_valid_T
+        entropy_T = losses.entropy_bits(decision.scores_TE)  # Eq. 8
+        if config.detach_entropy:
+            entropy_T = entropy_T.detach()
+        if config.correlation == "negative":
+            entropy_T = -entropy_T
+        monotonic = monotonic_loss(  # Eq. 12
+            entropy_T[valid_T],
+            decision.k_soft_T[valid_T],
+            slope=config.margin_per_bit,
+            constant=config.margin_constant,
+        )
+        balance = losses.load_balance(decision.scores_TE, decision.mask_TE, valid_T)  # Eq. 3
+        return {
+            "monotonic": LossTerm(monotonic, config.monotonic_weight),
+            "load_balance": LossTerm(balance, config.balance_weight),
+        }
+
+    def _with_soft_mask(
+        self, weights_TE: Tensor, top_TK: Tensor, rank_K: Tensor, k_soft_T: Tensor
+    ) -> Tensor:
+        """The same weights, times a factor of value 1 whose gradient raises or lowers k."""
+        distance_TK = k_soft_T[:, None] - rank_K - 0.5
+        soft_TK = (distance_TK / self.config.soft_mask_temperature).sigmoid()
+        factor_TE = torch.ones_like(weights_TE).scatter(1, top_TK, 1 + soft_TK - soft_TK.detach())
+        return weights_TE * factor_TE
+
+    @property
+    def max_k(self) -> int:
+        return self.k_high

@@ -1,0 +1,68 @@
+"""Static top-k routing, the baseline: every token gets the same k experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.registry import ConfigModel
+
+
+class TopKRouter(Router):
+    """softmax over all experts in float32, then the k largest, weighted by their raw scores.
+
+    With the backbone's own k and gate this is the backbone's own routing (OLMoE, DeepSeek-V2
+    family: not renormalised; Mixtral, Qwen3: renormalised).
+    """
+
+    name: ClassVar[str] = "top_k"
+
+    class Config(ConfigModel):
+        k: int | None = Field(
+            None, ge=1, description="experts a token; default: the backbone's own"
+        )
+        renormalise: Literal["backbone", "none", "sum"] = Field(
+            "backbone", description="divide the chosen scores by their sum"
+        )
+        balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.k = spec.top_k if config.k is None else config.k
+        if self.k > spec.num_experts:
+            raise ConfigError(
+                f"model.router.k={self.k} exceeds the backbone's {spec.num_experts} experts"
+            )
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TE = logits_TE.softmax(-1)
+        chosen_TK = scores_TE.topk(self.k, dim=-1).indices
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        return Decision(scores_TE, mask_TE, weights_TE)
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        balance = losses.load_balance(decision.scores_TE, decision.mask_TE, ctx.is_valid_T)
+        return {"load_balance": LossTerm(balance, self.config.balance_weight)}
+
+    @property
+    def max_k(self) -> int:
+        return self.k
+
+
+def renormalised(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
+    """The combine weights: raw scores, or divided by the sum of the chosen ones."""
+    if how == "sum" or (how == "backbone" and spec.renormalise):
+        return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
+    return scores_TE

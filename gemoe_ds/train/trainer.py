@@ -1,0 +1,157 @@
+"""The training loop: data, loss, DeepSpeed step, upkeep, metrics, checkpoints, in reading order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.config import RunConfig
+from gemoe_ds.data.collate import Batch
+from gemoe_ds.engine.assign import assign_
+from gemoe_ds.engine.build import Engine, MovedCheck
+from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.errors import DataError
+from gemoe_ds.moe.context import Stat
+from gemoe_ds.train.monitor import Monitor, StatSum
+
+
+class Trainer:
+    """Runs steps `start_step`..`config.train.steps`; `save(step)` is called where it is due."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: MoEModel,
+        engine: Engine,
+        steps: Iterator[list[Batch]],
+        world: World,
+        monitor: Monitor | None,
+        save: Callable[[int], object],
+        start_step: int = 0,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.engine = engine
+        self.steps = steps
+        self.world = world
+        self.monitor = monitor
+        self.save = save
+        self.start_step = start_step
+        self.stats = StatSum()
+
+    def run(self) -> None:
+        config, total = self.config, self.config.train.steps
+        moved = MovedCheck(self.model, config.optim) if self.start_step == 0 else None
+        bar = tqdm(
+            initial=self.start_step,
+            total=total,
+            desc="training",
+            unit="step",
+            disable=not self.world.is_first,
+            dynamic_ncols=True,
+        )
+        self.engine.train()
+        window_start, window_tokens = time.perf_counter(), 0
+        for step in range(self.start_step + 1, total + 1):
+            due = step % config.monitor.every == 0 or step == total
+            batches = next(self.steps)
+            window_tokens += self.train_step(batches, collect=due)
+            if moved:
+                moved = moved.check()
+            for layer in self.model.moe_layers:
+                layer.router.after_step(step, assign_)
+            bar.update()
+
+            # once in a while: metrics
+            if due:
+                self.stats.add("throughput/tokens", Stat(torch.tensor(window_tokens), "sum"))
+                seconds = time.perf_counter() - window_start
+                values = self._report(step, seconds)
+                bar.set_postfix(self._summary(values))
+                window_start, window_tokens = time.perf_counter(), 0
+
+            # once in a while: checkpoint
+            if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self.save(step)
+        bar.close()
+
+    def train_step(self, batches: list[Batch], *, collect: bool) -> int:
+        """One optimizer step on this rank's micro-batches; returns their valid tokens.
+
+        Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
+        divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
+        averages over both.
+        """
+        targets = torch.tensor(
+            float(sum(batch.num_targets for batch in batches)), device=self.world.device
+        )
+        sum_over_ranks(targets)
+        if targets == 0:
+            raise DataError("a whole global batch has no target token; check the conversations")
+        per_micro_batch = targets.item() / (len(batches) * self.world.size)
+        tokens = 0
+        for batch in batches:
+            tokens += int(batch.is_valid_BS.sum())
+            batch = batch.to(self.world.device)
+            self.model.ctx.collect = collect
+            parts = self.engine(
+                input_ids_BS=batch.input_ids_BS,
+                labels_BS=batch.labels_BS,
+                is_valid_BS=batch.is_valid_BS,
+                is_vision_BS=batch.is_vision_BS,
+                pixels_NCHW=batch.pixels_NCHW,
+                targets_per_micro_batch=per_micro_batch,
+            )
+            self.engine.backward(parts["loss"])
+            if collect:
+                self._collect(parts)
+            self.engine.step()
+        return tokens
+
+    def _collect(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.stats.add(f"loss/{name}" if name != "loss" else "loss/total", Stat(value))
+        for layer, record in enumerate(self.model.ctx.layers):
+            for name, stat in record.stats.items():
+                self.stats.add(f"{name}/layer_{layer:02d}", stat)
+
+    def _report(self, step: int, seconds: float) -> dict[str, float | Tensor]:
+        """Reduce the collected statistics over ranks and write them; all ranks must come here."""
+        values: dict[str, float | Tensor] = dict(
+            self.stats.reduced(sum_over_ranks, self.world.device)
+        )
+        tokens = torch.as_tensor(values.pop("throughput/tokens")).item()
+        values["throughput/tokens_per_second"] = tokens / seconds
+        for name in [n for n in values if n.startswith("tokens_per_expert/")]:
+            load_E = torch.as_tensor(values.pop(name))
+            layer = name.split("/")[1]
+            values[f"load_max_over_mean/{layer}"] = (
+                load_E.max() / load_E.mean().clamp_min(1e-9)
+            ).item()
+            values[f"idle_experts/{layer}"] = float((load_E == 0).sum())
+        mean_k = [v for n, v in values.items() if n.startswith("mean_k/")]
+        values["mean_k"] = torch.stack(
+            [torch.as_tensor(v).double().squeeze() for v in mean_k]
+        ).mean()
+        for group in self.engine.optimizer.param_groups:
+            values[f"lr/{group['name']}"] = group["lr"]
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            values["grad_norm"] = float(norm)
+        if self.monitor:
+            self.monitor.write(step, values)
+        return values
+
+    @staticmethod
+    def _summary(values: dict[str, float | Tensor]) -> dict[str, str]:
+        shown = {
+            "loss": values["loss/total"],
+            "mean_k": values["mean_k"],
+            "tokens/s": values["throughput/tokens_per_second"],
+        }
+        return {name: f"{float(value):.4g}" for name, value in shown.items()}

@@ -1,0 +1,29 @@
+"""Train a recipe: `deepspeed launch/train.py RECIPE`, `torchrun ...`, or plain `python ...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+
+from gemoe_ds.config import parse_cli
+from gemoe_ds.errors import exit_on_error
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_error():
+        config, flags = parse_cli(argv)
+        if flags.print_config:
+            print(config.dump_yaml(), end="")
+            return
+        config.check_paths()
+        from gemoe_ds.engine.distributed import launched_world_size
+        from gemoe_ds.train.run import train
+
+        config.validate_world(launched_world_size())
+        train(config, dry_run=flags.dry_run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

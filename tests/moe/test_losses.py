@@ -1,0 +1,76 @@
+"""Loss and measure functions against hand-computed values and plain definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import LayerRecord, LossTerm, TokenContext
+
+
+def test_entropy_in_bits():
+    scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
+    torch.testing.assert_close(losses.entropy_bits(scores), torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_entropy_gradient_is_finite_at_zero_scores():
+    logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
+    losses.entropy_bits(logits.softmax(-1)).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_balance_is_one_when_balanced_whatever_k(k):
+    scores = torch.full((16, 8), 1 / 8)
+    mask = torch.stack([torch.roll(torch.arange(8) < k, t) for t in range(16)])
+    valid = torch.ones(16, dtype=torch.bool)
+    torch.testing.assert_close(losses.load_balance(scores, mask, valid), torch.tensor(1.0))
+
+
+def test_balance_by_hand_for_a_variable_k():
+    # three tokens with k = 2, 1, 0 and one of padding with k = 2: counts (2, 1), P = (0.6, 0.4)
+    scores = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5], [0.0, 1.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1]]).bool()
+    valid = torch.tensor([True, True, True, False])
+    loss = losses.load_balance(scores, mask, valid)
+    assert math.isclose(loss.item(), 2 * (2 / 3 * 0.6 + 1 / 3 * 0.4), rel_tol=1e-6)
+    loss.backward()
+    expected = 2 * torch.tensor([2 / 3, 1 / 3]) / 3
+    torch.testing.assert_close(scores.grad[:3], expected.expand(3, 2))
+    assert not scores.grad[3].any()
+
+
+def test_balance_without_any_assignment_is_zero():
+    scores = torch.full((4, 2), 0.5)
+    none = torch.zeros(4, 2, dtype=torch.bool)
+    assert losses.load_balance(scores, none, torch.ones(4, dtype=torch.bool)) == 0
+    assert losses.load_balance(scores, ~none, torch.zeros(4, dtype=torch.bool)) == 0
+
+
+def test_z_loss_ignores_padding():
+    logits = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
+    value = losses.z_loss(logits, torch.tensor([True, False]))
+    assert math.isclose(value.item(), math.log(2) ** 2, rel_tol=1e-6)
+
+
+def test_spearman_equals_scipy_with_ties():
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(200, generator=g)
+    b = torch.randint(1, 9, (200,), generator=g)
+    assert math.isclose(losses.spearman(a, b).item(), stats.spearmanr(a, b).statistic, rel_tol=1e-9)
+    assert losses.spearman(a, torch.full((200,), 8)) is None
+    assert losses.spearman(a[:1], b[:1]) is None
+
+
+def test_context_averages_losses_over_layers_that_have_them():
+    ctx = TokenContext(3)
+    for slot, value in ((0, 1.0), (2, 3.0)):
+        ctx.layers[slot] = LayerRecord(losses={"x": LossTerm(torch.tensor(value), 0.5)})
+    term = ctx.mean_losses()["x"]
+    assert (term.value.item(), term.weight) == (2.0, 0.5)
+    ctx.begin(torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool))
+    assert not ctx.mean_losses() and ctx.sequence_T.tolist() == [0, 0, 0, 1, 1, 1]

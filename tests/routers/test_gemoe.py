@@ -1,0 +1,194 @@
+"""GeMoE by hand, and every switch of its ambiguities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.routers.gemoe import GeMoERouter
+
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=3, renormalise=False)
+
+
+def make(tokens=3, spec=SPEC, **options):
+    torch.manual_seed(0)
+    router = GeMoERouter(GeMoERouter.Config(**options), spec)
+    ctx = TokenContext(1)
+    ctx.begin(torch.ones(1, tokens, dtype=torch.bool), torch.zeros(1, tokens, dtype=torch.bool))
+    return router, ctx
+
+
+def set_k(router, *choices):
+    """Make the predictor answer choice i for the unit vector e_i."""
+    with torch.no_grad():
+        router.eap.weight.zero_()
+        for token, choice in enumerate(choices):
+            router.eap.weight[choice - router.k_low, token] = 100.0
+
+
+def test_three_tokens_by_hand():
+    router, ctx = make()
+    with torch.no_grad():
+        router.gate.weight.copy_(
+            torch.tensor([[3.0, 0, 0, 0], [2, 5, 0, 0], [1, 0, 1, 0], [0, 4, 0, 0]])
+        )
+    set_k(router, 2, 1, 3)
+    x = torch.eye(4)[:3]
+    plan = router(x, ctx, 0)
+    p = (x @ router.gate.weight.t()).softmax(-1)
+    # token 0 takes experts 0 and 1; token 1 expert 1; token 2 expert 2 and two equal ones
+    chosen = {(t, e) for e, t in _assignments(plan)}
+    assert {(0, 0), (0, 1), (1, 1), (2, 2)} <= chosen and len(chosen) == 6
+    for (e, t), weight in zip(_assignments(plan), plan.weights_A, strict=True):
+        assert math.isclose(weight.item(), p[t, e].item(), rel_tol=1e-6)  # raw scores, Eq. 2
+
+
+def _assignments(plan):
+    experts = torch.repeat_interleave(torch.arange(plan.num_experts), plan.tokens_per_expert_E)
+    return list(zip(experts.tolist(), plan.token_ids_A.tolist(), strict=True))
+
+
+def test_expected_k_and_rounding_half_to_even():
+    router, ctx = make(k_low=1, k_high=4)
+    with torch.no_grad():
+        router.eap.weight.zero_()  # uniform over 1..4: 2.5 -> 2
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(router.predict_k(x), torch.full((3,), 2.5))
+    assert router(x, ctx, 0).tokens_per_expert_E.sum() == 3 * 2
+
+
+def test_fresh_predictor_is_near_the_middle_but_not_constant():
+    """facts A4, A5: 16 untrained predictors of width 2048 round to 4.52 on average."""
+    spec = RoutingSpec(2048, 64, 8, False)
+    means = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        router = GeMoERouter(GeMoERouter.Config(), spec)
+        k = router.predict_k(torch.randn(256, 2048)).round()
+        assert k.unique().numel() > 1
+        means.append(k.mean().item())
+    assert abs(sum(means) / 16 - 4.5) < 0.2
+
+
+def test_cross_entropy_has_no_gradient_to_the_predictor_by_default():
+    for switch, reaches in (("none", False), ("soft_mask", True)):
+        router, ctx = make(ce_to_k=switch)
+        x = torch.randn(3, 4)
+        plan = router(x, ctx, 0)
+        grad = torch.autograd.grad(plan.weights_A.sum(), router.eap.weight, allow_unused=True)[0]
+        assert (grad is not None and bool(grad.any())) == reaches
+
+
+def test_soft_mask_changes_no_value():
+    x = torch.randn(3, 4)
+    plans = []
+    for switch in ("none", "soft_mask"):
+        router, ctx = make(ce_to_k=switch)
+        plans.append(router(x, ctx, 0))
+    torch.testing.assert_close(plans[0].weights_A, plans[1].weights_A)
+    assert plans[0].token_ids_A.tolist() == plans[1].token_ids_A.tolist()
+
+
+def _monotonic(router, ctx, x):
+    router(x, ctx, 0)
+    return ctx.layers[0].losses["monotonic"].value
+
+
+def test_entropy_guides_but_is_not_trained():
+    x = torch.randn(3, 4)
+    for detach in (True, False):
+        router, ctx = make(detach_entropy=detach)
+        grad = torch.autograd.grad(
+            _monotonic(router, ctx, x), router.gate.weight, allow_unused=True
+        )[0]
+        assert (grad is None) == detach
+
+
+def test_detach_x_keeps_the_loss_out_of_lower_layers():
+    for detach in (False, True):
+        router, ctx = make(detach_x=detach)
+        x = torch.randn(3, 4, requires_grad=True)
+        grad = torch.autograd.grad(_monotonic(router, ctx, x), x, allow_unused=True)[0]
+        assert (grad is None) == detach
+
+
+def test_margins_and_correlation():
+    x = torch.randn(3, 4)
+    values = {}
+    for name, options in {
+        "default": {},
+        "none": {"margin_per_bit": 0.0},
+        "constant": {"margin_per_bit": 0.0, "margin_constant": 0.5},
+        "reversed": {"correlation": "negative"},
+    }.items():
+        router, ctx = make(**options)
+        values[name] = _monotonic(router, ctx, x)
+        h = -(router.score(x, ctx).softmax(-1) * router.score(x, ctx).log_softmax(-1)).sum(
+            -1
+        ) / math.log(2)
+        h = -h if name == "reversed" else h
+        k = router.predict_k(x)
+        slope, constant = options.get("margin_per_bit", 1.2), options.get("margin_constant", 0.0)
+        pairs = [(i, j) for i in range(3) for j in range(3) if h[i] > h[j]]
+        hinges = [
+            max(0, (slope * (h[i] - h[j]) + constant - (k[i] - k[j])).item()) for i, j in pairs
+        ]
+        assert math.isclose(values[name].item(), sum(hinges) / len(pairs), rel_tol=1e-5)
+    assert len({round(v.item(), 6) for v in values.values()}) == 4
+
+
+def test_padding_enters_nothing():
+    router, ctx = make(tokens=4)
+    x = torch.randn(4, 4)
+    ctx.begin(torch.tensor([[True, True, True, False]]), torch.zeros(1, 4, dtype=torch.bool))
+    padded = router(x, ctx, 0)
+    with_padding = {n: t.value for n, t in ctx.layers[0].losses.items()}
+    ctx.begin(torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool))
+    plain = router(x[:3], ctx, 0)
+    for name, term in ctx.layers[0].losses.items():
+        torch.testing.assert_close(term.value, with_padding[name])
+    assert padded.token_ids_A.tolist() == plain.token_ids_A.tolist()
+
+
+def test_k_low_zero_allows_tokens_without_experts():
+    router, ctx = make(k_low=0)
+    set_k(router, 0, 0, 0)
+    assert router(torch.eye(4)[:3], ctx, 0).token_ids_A.numel() == 0
+
+
+def test_renormalise_switch():
+    x = torch.randn(3, 4)
+    router, ctx = make(renormalise="sum")
+    plan = router(x, ctx, 0)
+    sums = torch.zeros(3).index_add(0, plan.token_ids_A, plan.weights_A.detach())
+    torch.testing.assert_close(sums, torch.ones(3))
+
+
+@pytest.mark.parametrize("options", [{"k_low": 4, "k_high": 3}, {"k_high": 5}])
+def test_impossible_range_is_refused(options):
+    with pytest.raises(ConfigError, match="k_low"):
+        make(**options)
+
+
+def test_without_monotonic_loss_the_predictor_does_not_train():
+    router, _ = make(monotonic_weight=0.0)
+    assert not router.eap.weight.requires_grad
+    assert make()[0].eap.weight.requires_grad
+
+
+def test_statistics():
+    router, ctx = make()
+    ctx.collect = True
+    ctx.is_vision_T = torch.tensor([True, False, False])
+    set_k(router, 2, 1, 3)
+    router(torch.eye(4)[:3], ctx, 0)
+    stats = ctx.layers[0].stats
+    assert stats["k_histogram_image"].total.tolist() == [0, 0, 1, 0]
+    assert stats["k_histogram_text"].total.tolist() == [0, 1, 0, 1]
+    assert stats["mean_k"].total / stats["mean_k"].count == 2
+    assert stats["tokens_per_expert"].total.sum() == 6

@@ -1,0 +1,156 @@
+"""Imports run one way between the rooms of the project, and heavy libraries stay in theirs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import repository
+
+PACKAGE = "gemoe_ds"
+
+# A room may import itself and the rooms above it, no other.
+ROOMS = [
+    "errors",
+    "registry",
+    "moe",
+    "routers",
+    "backbones",
+    "data",
+    "config",
+    "engine",
+    "train",
+    "evaluation",
+    "analysis",
+]
+
+# Libraries that are welcome in some rooms only. Scripts count as rooms by their folder's name.
+# data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
+ONLY_IN = {
+    "deepspeed": {"engine"},
+    "transformers": {"backbones", "data", "data_prep"},
+    "datasets": {"data"},
+    "grain": {"data"},
+    "matplotlib": {"analysis"},
+}
+
+# analysis/ reads the files that runs leave behind, never models.
+FORBIDDEN = {("analysis", room) for room in ROOMS[2:-1]}
+
+SCRIPTS = ("launch", "data_prep")
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of every import, in functions too, and of import_module("...").
+
+    `from a import b` gives `a.b`: b may be a module. `package` resolves relative imports.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args:
+            function = node.func
+            name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
+            first = node.args[0]
+            if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
+                yield node.lineno, str(first.value)
+
+
+def violations(root: Path) -> list[str]:
+    """Every import under `root` that breaks the rules above, as `file:line: reason`."""
+    found = []
+    for folder in (PACKAGE, *SCRIPTS):
+        for path in sorted((root / folder).rglob("*.py")):
+            relative = path.relative_to(root)
+            room = folder if folder in SCRIPTS else relative.with_suffix("").parts[1]
+            package = ".".join(relative.parts[:-1])
+            for line, name in imported(ast.parse(path.read_text()), package):
+                reason = objection(room, name)
+                if reason:
+                    found.append(f"{relative}:{line}: {reason}")
+    return found
+
+
+def objection(room: str, name: str) -> str | None:
+    """Why `room` must not import `name`; None if it may."""
+    top, _, rest = name.partition(".")
+    if top in ONLY_IN and room not in ONLY_IN[top]:
+        return f"{room} imports {top}, which belongs in {', '.join(sorted(ONLY_IN[top]))}"
+    target = rest.partition(".")[0]
+    if top != PACKAGE or target not in ROOMS or room in SCRIPTS or room == "__init__":
+        return None
+    if room not in ROOMS:
+        return f"{room} is no room yet; give it a place in ROOMS"
+    if ROOMS.index(target) > ROOMS.index(room) or (room, target) in FORBIDDEN:
+        return f"{room} must not import {target}"
+    return None
+
+
+def test_imports_run_one_way() -> None:
+    assert violations(repository()) == []
+
+
+def test_every_part_of_the_package_is_a_room() -> None:
+    parts = {
+        path.stem
+        for path in (repository() / PACKAGE).iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert parts - {"__init__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("gemoe_ds/moe/a.py", "import deepspeed", "moe imports deepspeed"),
+        ("gemoe_ds/moe/a.py", "from transformers import X", "moe imports transformers"),
+        ("gemoe_ds/moe/a.py", "def f():\n    import deepspeed.comm", "a.py:2: moe imports"),
+        ("gemoe_ds/moe/a.py", "import gemoe_ds.routers.top_k", "moe must not import routers"),
+        ("gemoe_ds/moe/a.py", "from gemoe_ds import engine", "moe must not import engine"),
+        ("gemoe_ds/moe/a.py", "from ..config import X", "moe must not import config"),
+        ("gemoe_ds/moe/a.py", "from .. import data", "moe must not import data"),
+        ("gemoe_ds/moe/b/a.py", "from ...train import X", "moe must not import train"),
+        ("gemoe_ds/registry.py", "from gemoe_ds.moe import x", "registry must not import moe"),
+        (
+            "gemoe_ds/train/a.py",
+            "import importlib\nimportlib.import_module('deepspeed')",
+            "train imports deepspeed",
+        ),
+        ("gemoe_ds/analysis/a.py", "import gemoe_ds.moe", "analysis must not import moe"),
+        ("gemoe_ds/new/a.py", "import gemoe_ds.moe", "new is no room yet"),
+        ("launch/a.py", "import deepspeed", "launch imports deepspeed"),
+    ],
+)
+def test_the_checker_catches_a_planted_violation(
+    tmp_path: Path, file: str, source: str, expected: str
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    (found,) = violations(tmp_path)
+    assert expected in found
+
+
+def test_the_checker_lets_the_allowed_pass(tmp_path: Path) -> None:
+    allowed = {
+        "gemoe_ds/engine/a.py": "import deepspeed\nfrom gemoe_ds.moe import x\nfrom . import b",
+        "gemoe_ds/data/a.py": "from transformers import AutoTokenizer",
+        "gemoe_ds/analysis/a.py": "from gemoe_ds.errors import DataError\nimport matplotlib.pyplot",
+        "launch/a.py": "import gemoe_ds.train\nimport gemoe_ds.analysis",
+    }
+    for file, source in allowed.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert violations(tmp_path) == []

@@ -1,0 +1,99 @@
+"""A tiny model, tokenizer and batches on disk and in memory, shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.tiny import TinyBackbone
+from gemoe_ds.moe.router import Router
+
+WORDS = ["<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", *"abcdefghijklmnopqrst"]
+SHAPE = {
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_experts": 8,
+    "top_k": 4,
+    "expert_width": 8,
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_width": 16,
+    "vision_layers": 1,
+    "initializer_range": 0.3,
+}
+IMAGE_TOKENS = 4
+
+
+def write_tokenizer(folder: Path) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=["<image>"],
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_base(folder: Path) -> tuple[Path, Path]:
+    """A random tiny model as a Hugging Face folder, and a tokenizer folder."""
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    torch.manual_seed(0)
+    hf = TinyBackbone(TinyBackbone.Config(**SHAPE)).load(None, tokenizer)
+    hf.save_pretrained(folder / "hf")
+    return folder / "hf", tokenizer
+
+
+def make_model(
+    base: tuple[Path, Path],
+    router: str = "gemoe",
+    options: dict | None = None,
+    shard: ExpertShard | None = None,
+    seed: int = 0,
+    **kwargs: object,
+) -> MoEModel:
+    torch.manual_seed(seed)
+    chosen = Router.named(router)
+    return MoEModel(
+        TinyBackbone(TinyBackbone.Config()),
+        base[0],
+        base[1],
+        (chosen, chosen.Config(**(options or {}))),
+        shard=shard,
+        **kwargs,
+    )
+
+
+def random_batch(seed: int, batch: int = 2, length: int = 14, images: bool = True) -> dict:
+    """Tensors of `MoEModel.forward`: image, random text with random targets, ragged right padding."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(6, len(WORDS), (batch, length), generator=g)
+    vision = torch.zeros(batch, length, dtype=torch.bool)
+    if images:
+        vision[:, 1 : 1 + IMAGE_TOKENS] = True
+    ids[:, 0] = 1
+    ids[vision] = 3
+    lengths = torch.randint(length // 2 + 1, length + 1, (batch,), generator=g)
+    valid = torch.arange(length) < lengths[:, None]
+    is_label = (torch.rand(batch, length, generator=g) < 0.5) & valid & ~vision
+    is_label[:, IMAGE_TOKENS + 1] = True
+    return {
+        "input_ids_BS": ids.masked_fill(~valid, 0),
+        "labels_BS": ids.masked_fill(~is_label, -100),
+        "is_valid_BS": valid,
+        "is_vision_BS": vision & valid,
+        "pixels_NCHW": torch.randn(batch if images else 0, 3, 16, 16, generator=g),
+    }
+
+
+def num_targets(batch: dict) -> int:
+    return int((batch["labels_BS"][:, 1:] != -100).sum())
