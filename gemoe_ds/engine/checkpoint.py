@@ -151,6 +151,14 @@ def find(resume: str, output: Path, identity: dict[str, Any]) -> tuple[Found | N
     return None, []
 
 
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder; CheckpointError if there is none."""
+    found, _ = find("auto", run, {})
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint there; give the output_dir of a training run")
+    return found.folder
+
+
 def verify(folder: Path, identity: dict[str, Any] | None) -> Found:
     """Check schema, checksums and, unless None, the identity; CheckpointError if not."""
     manifest_path = folder / MANIFEST

@@ -76,6 +76,13 @@ def _free_port() -> int:
         return port
 
 
+def gather_objects(value: object) -> list:
+    """The objects of all ranks, in rank order, on every rank."""
+    gathered: list = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sum in place over all ranks."""
     deepspeed.comm.all_reduce(tensor)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder
-from gemoe_ds.moe import losses
 
 Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
 UNNAMED = "question"  # kind of a turn that the data does not name
@@ -57,13 +56,13 @@ class Scores:
     def accuracy_micro(self) -> float:
         return self.right.total() / max(self.asked.total(), 1)
 
-    def tokens(self) -> dict[str, np.ndarray]:
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """entropy_LN (bits), k_LN and is_vision_N of every valid token."""
-        return {
-            "entropy_LN": np.concatenate(self.entropy_LN, axis=1),
-            "k_LN": np.concatenate(self.k_LN, axis=1),
-            "is_vision_N": np.concatenate(self.is_vision_N),
-        }
+        return (
+            np.concatenate(self.entropy_LN, axis=1),
+            np.concatenate(self.k_LN, axis=1),
+            np.concatenate(self.is_vision_N),
+        )
 
 
 def evaluate(
@@ -132,12 +131,3 @@ def _count_routing(scores: Scores, model: MoEModel) -> None:
     scores.is_vision_N.append(ctx.is_vision_T[valid_T].cpu().numpy())
     load = torch.stack([record.stats["tokens_per_expert"].total for record in ctx.layers])
     scores.load_LE = scores.load_LE + load.double().cpu().numpy()
-
-
-def spearman_per_layer(tokens: dict[str, np.ndarray]) -> list[float | None]:
-    """Spearman(H, k) of each layer over all valid tokens; None where k is constant."""
-    values = []
-    for entropy_N, k_N in zip(tokens["entropy_LN"], tokens["k_LN"], strict=True):
-        rho = losses.spearman(torch.from_numpy(entropy_N), torch.from_numpy(k_N))
-        values.append(None if rho is None else rho.item())
-    return values

@@ -1,0 +1,132 @@
+"""A small world of drawn objects: what stands in a scene, how it looks, what is known about it.
+
+A scene is a grid of cells, some with an object (shape, colour, texture), sometimes one with a sign
+that shows a letter. Each kind of object also has arbitrary names that no picture shows: knowledge,
+the same in every split, which a model can only memorise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring")
+COLOURS = {
+    "red": (224, 48, 48),
+    "green": (48, 176, 72),
+    "blue": (56, 88, 232),
+    "yellow": (236, 208, 48),
+    "purple": (160, 64, 208),
+    "white": (236, 236, 236),
+}
+TEXTURES = ("plain", "striped")
+LETTERS = "ACEHKPTX"
+ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
+PROPERTIES = ("name", "home", "owner", "song")
+SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
+NAME_LENGTH = 3
+CELL = 16  # pixels; one object fills a cell
+BACKGROUND = (48, 48, 48)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene and the cell that it stands in."""
+
+    shape: str
+    colour: str
+    texture: str
+    row: int
+    column: int
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.colour} {self.texture} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order; `sign` is a letter and its (row, column), or None."""
+
+    things: tuple[Thing, ...]
+    sign: tuple[str, int, int] | None
+
+
+class Knowledge:
+    """The arbitrary facts: (property, shape, colour, texture) -> a name of three syllables."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(f"knowledge {seed}")
+        keys = itertools.product(PROPERTIES, SHAPES, COLOURS, TEXTURES)
+        self._names = {key: " ".join(rng.choices(SYLLABLES, k=NAME_LENGTH)) for key in keys}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, of: str, thing: Thing) -> str:
+        return self._names[of, thing.shape, thing.colour, thing.texture]
+
+
+def place(row: int, column: int) -> str:
+    return f"{ROWS[row]} {COLUMNS[column]}"
+
+
+def random_scene(rng: random.Random, max_things: int = 3, sign_chance: float = 0.35) -> Scene:
+    """One to `max_things` objects in distinct cells, and perhaps a sign in another."""
+    cells = list(itertools.product(range(len(ROWS)), range(len(COLUMNS))))
+    rng.shuffle(cells)
+    sign = (rng.choice(LETTERS), *cells.pop()) if rng.random() < sign_chance else None
+    chosen = sorted(cells[: rng.randint(1, max_things)])
+    things = tuple(
+        Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(TEXTURES), row, column)
+        for row, column in chosen
+    )
+    return Scene(things, sign)
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """The picture of a scene, 2 x 2 cells; objects are shifted by up to a pixel."""
+    image = Image.new("RGB", (CELL * len(COLUMNS), CELL * len(ROWS)), BACKGROUND)
+    for thing in scene.things:
+        tile, mask = _tile(thing)
+        corner = (thing.column * CELL + rng.randint(0, 1), thing.row * CELL + rng.randint(0, 1))
+        image.paste(tile, corner, mask)
+    if scene.sign:
+        letter, row, column = scene.sign
+        draw = ImageDraw.Draw(image)
+        x, y = column * CELL, row * CELL
+        draw.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=(245, 245, 245))
+        font = ImageFont.load_default(size=13)
+        draw.text((x + CELL // 2, y + CELL // 2), letter, (0, 0, 0), font, anchor="mm")
+    return image
+
+
+def _tile(thing: Thing) -> tuple[Image.Image, Image.Image]:
+    """The object in its colour and texture, and the mask of its shape, 15 x 15 pixels."""
+    size = CELL - 1
+    last, middle = size - 2, size // 2
+    mask = Image.new("L", (size, size))
+    pen = ImageDraw.Draw(mask)
+    box = (1, 1, last, last)
+    if thing.shape == "circle":
+        pen.ellipse(box, fill=255)
+    elif thing.shape == "square":
+        pen.rectangle(box, fill=255)
+    elif thing.shape == "diamond":
+        pen.polygon([(middle, 0), (size - 1, middle), (middle, size - 1), (0, middle)], fill=255)
+    elif thing.shape == "triangle":
+        pen.polygon([(middle, 1), (last, last), (1, last)], fill=255)
+    elif thing.shape == "cross":
+        pen.rectangle((middle - 2, 1, middle + 2, last), fill=255)
+        pen.rectangle((1, middle - 2, last, middle + 2), fill=255)
+    else:  # ring
+        pen.ellipse(box, outline=255, width=3)
+    tile = Image.new("RGB", (size, size), COLOURS[thing.colour])
+    if thing.texture == "striped":
+        stripes = ImageDraw.Draw(tile)
+        for y in range(1, size, 4):
+            stripes.rectangle((0, y, size, y + 1), fill=(0, 0, 0))
+    return tile, mask

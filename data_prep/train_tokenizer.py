@@ -1,0 +1,66 @@
+"""Train a tokenizer on converted samples and save it as a transformers folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from gemoe_ds.data.sample import open_samples, whole_folder
+from gemoe_ds.errors import exit_on_error
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
+
+
+def texts(folders: list[Path]) -> Iterator[str]:
+    """Every question and answer as they will stand in a sequence."""
+    for folder in folders:
+        samples = open_samples(folder)
+        for index in tqdm(range(len(samples)), desc=f"reading {folder}", unit="sample"):
+            for turn in samples[index].turns:
+                yield f" USER: {turn.human} ASSISTANT: {turn.gpt}"
+
+
+def train(folders: list[Path], vocab_size: int, out: Path) -> None:
+    """Byte-level BPE: no text is out of its reach; the same data gives the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(folders), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=["<image>"],
+    )
+    with whole_folder(out) as folder:
+        fast.save_pretrained(folder)
+    print(f"{out}: {len(fast)} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="converted folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens, at most")
+    arguments = parser.parse_args(argv)
+    with exit_on_error():
+        train(arguments.data, arguments.vocab_size, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reads what evaluations leave behind: tables, figures and the report; never a model."""

@@ -1,0 +1,184 @@
+"""results.json: the rows of a report, one an evaluation, measured against the backbone's own k."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemoe_ds.analysis.record import EvalRecord, load_json
+from gemoe_ds.errors import DataError
+from gemoe_ds.registry import ConfigModel
+
+BASELINE = "top_k"  # with k = the backbone's own: what retention is measured against
+LABELS = {"top_k": "Top-{k}", "top_k_tuned": "Top-{k}, tuned", "gemoe": "GeMoE"}
+
+
+class Row(EvalRecord):
+    """A record and where it stands, both in percent."""
+
+    retention: float  # 100 * accuracy / accuracy of the baseline
+    sparsity: float  # 100 * (1 - mean_k / backbone_k)
+
+
+class FigureFile(ConfigModel):
+    """A figure of the report: its file in figures/ and what it shows."""
+
+    file: str
+    caption: str
+
+
+class Meta(ConfigModel):
+    """How and where the rows were measured."""
+
+    command: str
+    commit: str | None
+    machine: str
+    date: str
+    seconds: float
+    backbone_k: int
+    figures: tuple[FigureFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one method and k: its seeds."""
+
+    method: str
+    k: int | None
+    rows: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        if self.method in LABELS:
+            return LABELS[self.method].format(k=self.k)
+        return self.method if self.k is None else f"{self.method}, k = {self.k}"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the method picks k for every token."""
+        return self.k is None
+
+    def values(self, of: Callable[[Row], float | None]) -> list[float]:
+        """One value a seed, where it is defined."""
+        return [value for value in map(of, self.rows) if value is not None]
+
+    def mean(self, of: Callable[[Row], float | None]) -> float:
+        return statistics.fmean(self.values(of))
+
+    def sd(self, of: Callable[[Row], float | None]) -> float | None:
+        """Sample standard deviation over seeds; None with fewer than two."""
+        values = self.values(of)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+class Results(ConfigModel):
+    """Everything that the report says."""
+
+    rows: tuple[Row, ...]
+    meta: Meta
+
+    @property
+    def groups(self) -> list[Group]:
+        """Fixed k first, largest k first, untuned before tuned; then the adaptive methods."""
+        members: dict[tuple[str, int | None], list[Row]] = {}
+        for row in self.rows:
+            members.setdefault((row.method, row.k), []).append(row)
+
+        def place(key: tuple[str, int | None]) -> tuple[bool, bool, str, int]:
+            method, k = key
+            return k is None, method != BASELINE, method, -(k or 0)
+
+        return [
+            Group(*key, tuple(sorted(members[key], key=lambda row: row.seed)))
+            for key in sorted(members, key=place)
+        ]
+
+    @property
+    def baseline(self) -> Group:
+        return next(g for g in self.groups if g.method == BASELINE and g.k == self.meta.backbone_k)
+
+    @property
+    def adaptive(self) -> list[Group]:
+        return [group for group in self.groups if group.is_adaptive]
+
+    @property
+    def kinds(self) -> list[str]:
+        return sorted(self.rows[0].accuracy_by_kind)
+
+
+def build_results(
+    records: Sequence[EvalRecord], *, command: str, seconds: float | None = None
+) -> Results:
+    """Rows in the order of `records`; DataError if they cannot be compared with each other.
+
+    `command` started the whole run, which took `seconds` (default: the sum over the records).
+    """
+    _check_comparable(records)
+    backbone_k = records[0].backbone_k
+    bases = [r.accuracy for r in records if r.method == BASELINE and r.k == backbone_k]
+    if not bases:
+        have = ", ".join(f"{r.method} k={r.k}" if r.k is not None else r.method for r in records)
+        raise DataError(
+            f"no evaluation of {BASELINE} with k={backbone_k} is among those given ({have}), and "
+            f"retention is measured against it: evaluate with model.router.k={backbone_k} too"
+        )
+    base = statistics.fmean(bases)
+    if base == 0:
+        raise DataError(
+            f"{BASELINE} with k={backbone_k} answers no question right, so that nothing can be "
+            "measured against it; evaluate a model that was trained"
+        )
+    rows = tuple(
+        Row(
+            **record.model_dump(),
+            retention=100 * record.accuracy / base,
+            sparsity=100 * (1 - record.mean_k / backbone_k),
+        )
+        for record in records
+    )
+    if seconds is None:
+        seconds = sum(record.seconds + (record.train_seconds or 0) for record in records)
+    commits = dict.fromkeys(record.commit or "unknown" for record in records)
+    meta = Meta(
+        command=command,
+        commit=None if list(commits) == ["unknown"] else ", ".join(commits),
+        machine="; ".join(dict.fromkeys(record.machine for record in records)),
+        date=max(record.date for record in records),
+        seconds=seconds,
+        backbone_k=backbone_k,
+    )
+    return Results(rows=rows, meta=meta)
+
+
+def _check_comparable(records: Sequence[EvalRecord]) -> None:
+    """Same backbone and questions everywhere, and every method, k and seed once."""
+    if not records:
+        raise DataError("no evaluation was given: name at least one folder that holds eval.json")
+    first = records[0]
+    seen: set[tuple[str, int | None, int]] = set()
+    for record in records:
+        name = f"{record.method} k={record.k} seed={record.seed}"
+        if record.key in seen:
+            raise DataError(f"two of the evaluations are {name}: give each one once")
+        seen.add(record.key)
+        for field in ("backbone_k", "num_experts", "num_layers", "num_questions_by_kind"):
+            here, there = getattr(record, field), getattr(first, field)
+            if here != there:
+                raise DataError(
+                    f"{field} is {here} in the evaluation of {name} but {there} in that of "
+                    f"{first.method} k={first.k} seed={first.seed}: they cannot share a table; "
+                    "evaluate the same backbone on the same data"
+                )
+
+
+def read_results(path: Path) -> Results:
+    """Read results.json back; DataError, one line, if it is missing, damaged or incomplete."""
+    way_out = "make it again from the evaluation folders"
+    results = load_json(path, Results, way_out)
+    base = (BASELINE, results.meta.backbone_k)
+    if base not in {(row.method, row.k) for row in results.rows}:
+        raise DataError(f"{path} has no row of {BASELINE} with k={base[1]}: {way_out}")
+    _check_comparable(results.rows)
+    return results

@@ -1,0 +1,94 @@
+"""Which samples each rank sees in which step: shuffled, endless, resumable at any step in O(1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import grain
+
+from gemoe_ds.data.collate import Batch, Collator, Encoded
+from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.errors import DataError
+
+
+ENDLESS = 2**40  # samples
+
+
+class _Source:
+    """A SampleFolder as grain wants it: row number -> encoded sample."""
+
+    def __init__(self, samples: SampleFolder, collator: Collator) -> None:
+        self.samples = samples
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> Encoded:
+        return self.collator.encode(int(row), self.samples[int(row)])
+
+
+class TrainStream:
+    """Iterator over steps; each item is this rank's `accumulation` micro-batches.
+
+    The samples stand in one endless shuffled order. Micro-batch a of rank r in step s is block
+    (s * accumulation + a) * world + r of `micro_batch` samples: the global batch does not depend
+    on how it is split, and two ranks see what one rank with twice the accumulation sees.
+    """
+
+    def __init__(
+        self,
+        samples: SampleFolder,
+        collator: Collator,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        threads: int,
+        start_step: int = 0,
+    ) -> None:
+        if len(samples) < micro_batch:
+            raise DataError(
+                f"{samples.path}: {len(samples)} samples do not fill train.micro_batch={micro_batch}"
+            )
+        order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
+        # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
+        endless = order.repeat(ENDLESS // len(samples))
+        blocks = endless.batch(micro_batch, batch_fn=collator.batch)[rank::world]
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        self._blocks = iter(blocks.to_iter_dataset(options))
+        self._blocks.set_state({"next_index": start_step * accumulation})
+        self.accumulation = accumulation
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        return [next(self._blocks) for _ in range(self.accumulation)]
+
+
+class EvalStream:
+    """Every sample once, over the ranks. All ranks iterate equally often: one that has run out of
+    samples gets None, because expert-parallel ranks must run the model together."""
+
+    def __init__(
+        self, samples: SampleFolder, collator: Collator, *, batch: int, rank: int, world: int
+    ) -> None:
+        self.samples = samples
+        self.collator = collator
+        blocks = [range(i, min(i + batch, len(samples))) for i in range(0, len(samples), batch)]
+        self._mine: Sequence[range] = blocks[rank::world]
+        self._length = -(-len(blocks) // world)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        for index in range(self._length):
+            if index >= len(self._mine):
+                yield None
+                continue
+            rows = self._mine[index]
+            yield self.collator.batch([self.collator.encode(r, self.samples[r]) for r in rows])

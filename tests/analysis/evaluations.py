@@ -1,0 +1,102 @@
+"""Evaluations made of literal or seeded numbers, for the tests of analysis/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
+
+KINDS = ("caption", "count", "exist", "fact", "relation", "text")
+GROUND = {
+    "commit": "0123abc",
+    "machine": "2 x Test CPU",
+    "date": "2026-01-02T03:04:05+00:00",
+    "backbone_k": 8,
+}
+
+
+def record(method: str, k: int | None, accuracy: dict[str, float], **changed: Any) -> EvalRecord:
+    """Two layers of 64 experts; every number that is not given follows from k or is a constant."""
+    per_layer = changed.pop("mean_k_per_layer", (k, k))
+    mean_k = sum(per_layer) / len(per_layer)
+    values = GROUND | {
+        "method": method,
+        "k": k,
+        "seed": 0,
+        "num_experts": 64,
+        "accuracy": sum(accuracy.values()) / len(accuracy),
+        "accuracy_by_kind": accuracy,
+        "num_questions_by_kind": {kind: 1000 for kind in accuracy},
+        "accuracy_micro": sum(accuracy.values()) / len(accuracy),
+        "mean_k": mean_k,
+        "mean_k_per_layer": per_layer,
+        "mean_k_vision": mean_k,
+        "mean_k_text": mean_k,
+        "activated_parameters": 400_000,
+        "total_parameters": 2_000_000,
+        "entropy_per_layer": (4.0, 3.5),
+        "spearman_per_layer": (None, None),
+        "load_max_over_mean_per_layer": (2.0, 2.5),
+        "idle_experts_per_layer": (0, 1),
+        "seconds": 10.0,
+        "tokens": 50_000,
+        "checkpoint": "runs/x",
+        "command": f"python launch/evaluate.py {method} {k}",
+    }
+    return EvalRecord(**values | changed)
+
+
+def tokens(
+    k: int | None, seed: int = 0, num_layers: int = 4, num_tokens: int = 30_000
+) -> dict[str, np.ndarray]:
+    """entropy_LN (2 to 6 bits), k_LN and is_vision_N; k follows entropy unless it is fixed."""
+    rng = np.random.default_rng(seed)
+    is_vision_N = rng.random(num_tokens) < 0.6
+    centre_L1 = np.linspace(4.6, 3.9, num_layers)[:, None]
+    entropy_LN = centre_L1 + 0.7 * rng.standard_normal((num_layers, num_tokens))
+    entropy_LN = np.clip(entropy_LN + 0.5 * ~is_vision_N, 2, 6).astype(np.float32)
+    if k is not None:
+        return {
+            "entropy_LN": entropy_LN,
+            "k_LN": np.full(entropy_LN.shape, k),
+            "is_vision_N": is_vision_N,
+        }
+    growth_L1 = np.linspace(1.5, 1.9, num_layers)[:, None]
+    soft_LN = 8 / (1 + np.exp(-growth_L1 * (entropy_LN - 4.0)))
+    soft_LN = soft_LN + 0.3 * rng.standard_normal(soft_LN.shape)
+    k_LN = np.clip(np.rint(soft_LN), 1, 8).astype(np.int64)
+    return {"entropy_LN": entropy_LN, "k_LN": k_LN, "is_vision_N": is_vision_N}
+
+
+def evaluation(
+    method: str, k: int | None, loss: float, seed: int = 0
+) -> tuple[EvalRecord, TokenSample]:
+    """Four layers, six kinds; `loss`: points below the baseline, unlike for every kind."""
+    arrays = tokens(k, seed)
+    rng = np.random.default_rng([seed, k or 99])
+    share = np.array([0.4, 1.1, 0.3, 2.3, 1.2, 0.7])
+    noise = 0.15 * rng.standard_normal(len(KINDS)) * (method != "top_k")
+    level = np.array([97.1, 92.4, 99.2, 90.6, 88.3, 95.0])
+    accuracy = (level - loss * share + noise) / 100
+    load_LE = rng.gamma(2.0, 500.0, (4, 64)).round()
+    summary = routing_summary(**arrays, load_LE=load_LE)
+    made = record(
+        method,
+        k,
+        dict(zip(KINDS, accuracy.clip(0, 1).tolist(), strict=True)),
+        seed=seed,
+        activated_parameters=round(250_000 + 25_000 * summary["mean_k"]),
+        train_seconds=None if method == "top_k" else 61.0,
+        **summary,
+    )
+    return made, TokenSample.draw(**arrays)
+
+
+def demo_evaluations() -> list[tuple[EvalRecord, TokenSample]]:
+    """What `make demo-seeds` leaves behind, in kind: 7 static rows, 2 tuned, 3 seeds of GeMoE."""
+    losses = {8: 0, 7: 0.1, 6: 0.5, 5: 1.4, 4: 3.0, 3: 6.2, 2: 12.1}
+    static = [evaluation("top_k", k, loss) for k, loss in losses.items()]
+    tuned = [evaluation("top_k_tuned", 8, -0.2), evaluation("top_k_tuned", 5, 0.9)]
+    return static + tuned + [evaluation("gemoe", None, 0.2, seed) for seed in range(3)]

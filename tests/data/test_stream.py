@@ -1,0 +1,93 @@
+"""The order of samples: independent of how the batch is split, endless, resumable in O(1)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from gemoe_ds.backbones.tokenizer import load_tokenizer
+from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.dataset import EvalStream, TrainStream
+from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.errors import DataError
+from tests.tiny import write_tokenizer
+
+NUM = 23
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stream")
+    samples = (Sample(f"s{i}", None, (Turn("a b", "c d e"[: 1 + 2 * (i % 3)]),)) for i in range(NUM))
+    write_samples(samples, root / "data", source="test", shard_size=5)
+    tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer"))
+    collator = Collator(tokenizer, image_size=8, image_tokens=4, image_token_id=3, max_length=64)
+    return open_samples(root / "data"), collator
+
+
+def ledger(setting, steps, *, world=1, rank=0, accumulation=1, start=0, batch=3, seed=7):
+    samples, collator = setting
+    stream = TrainStream(
+        samples,
+        collator,
+        seed=seed,
+        micro_batch=batch,
+        accumulation=accumulation,
+        rank=rank,
+        world=world,
+        threads=2,
+        start_step=start,
+    )
+    return [[b.ids for b in batches] for batches in itertools.islice(stream, steps)]
+
+
+def test_splits_of_one_global_batch_see_the_same_micro_batches(setting):
+    alone = ledger(setting, 20, accumulation=4)
+    for world, accumulation in ((2, 2), (4, 1)):
+        ranks = [
+            ledger(setting, 20, world=world, rank=r, accumulation=accumulation)
+            for r in range(world)
+        ]
+        for step in range(20):
+            merged = [ranks[r][step][a] for a in range(accumulation) for r in range(world)]
+            assert merged == alone[step]
+
+
+def test_every_pass_holds_every_sample_once_in_another_order(setting):
+    ids = [i for step in ledger(setting, NUM * 2, batch=1) for block in step for i in block]
+    first, second = ids[:NUM], ids[NUM:]
+    assert sorted(first) == sorted(second) == sorted(f"s{i}" for i in range(NUM))
+    assert first != second
+    assert first != [i for s in ledger(setting, NUM, batch=1, seed=8) for b in s for i in b]
+
+
+@pytest.mark.parametrize("start", [0, 1, 9, 30])
+def test_resumed_stream_continues_the_uninterrupted_one(setting, start):
+    options = {"world": 2, "rank": 1, "accumulation": 2}
+    whole = ledger(setting, 34, **options)
+    assert ledger(setting, 4, start=start, **options) == whole[start : start + 4]
+
+
+def test_resume_takes_no_longer_far_into_the_run(setting):
+    began = time.perf_counter()
+    ledger(setting, 1, start=10_000_000)
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_every_sample_once_and_all_ranks_iterate_equally(setting, world):
+    samples, collator = setting
+    seen, lengths = [], set()
+    for rank in range(world):
+        batches = list(EvalStream(samples, collator, batch=4, rank=rank, world=world))
+        lengths.add(len(batches))
+        seen += [i for b in batches if b is not None for i in b.ids]
+    assert sorted(seen) == sorted(f"s{i}" for i in range(NUM))
+    assert len(lengths) == 1
+
+
+def test_too_few_samples_for_a_micro_batch(setting):
+    with pytest.raises(DataError, match="23 samples do not fill train.micro_batch=24"):
+        ledger(setting, 1, batch=24)
