@@ -25,7 +25,6 @@ SHAPE = {
     "patch_size": 8,
     "vision_width": 16,
     "vision_layers": 1,
-    "initializer_range": 0.3,
 }
 IMAGE_TOKENS = 4
 

@@ -141,6 +141,7 @@ def accuracy_by_kind(results: Results, tokens: Tokens) -> Figure | None:
     axes.set_xticks(places, [f"{kind}\n{100 * base.mean(_of(kind)):.1f} %" for kind in kinds])
     axes.set_xlabel(f"question kind, and the accuracy of {base.label} on it")
     axes.set_ylabel(f"accuracy minus {base.label}'s (points)")
+    axes.set_xlim(-0.6, len(kinds) - 0.4)
     axes.margins(y=0.08)
     axes.grid(False, axis="x")
     axes.tick_params(axis="x", length=0)
@@ -201,8 +202,8 @@ def mean_k_per_layer(results: Results, tokens: Tokens) -> Figure | None:
 
 @figure(
     "Gating entropy against the number of experts, layer by layer (the paper's Fig. 6). Grey: "
-    "how many tokens of the first seed, darker is more, on a logarithmic scale. Line: mean k of the "
-    "tokens of like entropy."
+    "how many tokens of the first seed, darker is more, on a logarithmic scale. Line: mean k of "
+    "the tokens of like entropy."
 )
 def entropy_against_k(results: Results, tokens: Tokens) -> Figure | None:
     chosen = _adaptive_panels(results, tokens)

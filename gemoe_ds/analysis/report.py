@@ -105,8 +105,8 @@ def _headline(results: Results) -> list[str]:
         parts.append(
             f"**{group.label} keeps {group.mean(lambda r: r.retention):.2f} % of {base.label}'s "
             f"accuracy at {group.mean(lambda r: r.sparsity):.1f} % expert sparsity{seeds}; "
-            f"{_correlation(group)}** It answers {accuracy:.2f} % right with {mean_k:.2f} experts a "
-            f"token, {base.label} {100 * base.mean(lambda r: r.accuracy):.2f} % with "
+            f"{_correlation(group)}** It answers {accuracy:.2f} % right with {mean_k:.2f} experts "
+            f"a token, {base.label} {100 * base.mean(lambda r: r.accuracy):.2f} % with "
             f"{base.mean(lambda r: r.mean_k):.2f}.{_fair_control(results, group)}"
         )
     return parts

@@ -50,7 +50,6 @@ class TinyBackbone(Backbone):
         patch_size: int = Field(16, ge=1)
         vision_width: int = Field(64, ge=8)
         vision_layers: int = Field(2, ge=1)
-        initializer_range: float = Field(0.02, gt=0)
         max_position: int = Field(2048, ge=1)
 
     config: Config
@@ -59,7 +58,21 @@ class TinyBackbone(Backbone):
         if checkpoint is not None:
             return self._from_checkpoint(checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        return LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
+        model = LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
+        self._scale_initial_weights(model)
+        return model
+
+    @torch.no_grad()
+    def _scale_initial_weights(self, model: nn.Module) -> None:
+        """Unit-variance signals in the language model, and experts that are heard from the start.
+
+        Scores are not renormalised: over 64 experts each weighs about 1/64 at first, and with the
+        usual initial std of 0.02 the MoE blocks would add nothing for thousands of steps.
+        """
+        for name, weight in model.model.language_model.layers.named_parameters():
+            if weight.dim() >= 2:
+                gain = 2.0 if name.endswith("experts.down_proj") else 1.0
+                weight.normal_(0, gain * weight.shape[-1] ** -0.5)
 
     def _fresh_config(self, tokenizer: object) -> LlavaConfig:
         config = self.config
@@ -74,7 +87,6 @@ class TinyBackbone(Backbone):
             num_experts_per_tok=config.top_k,
             norm_topk_prob=False,
             max_position_embeddings=config.max_position,
-            initializer_range=config.initializer_range,
             pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
             bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
             eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]

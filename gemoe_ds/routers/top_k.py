@@ -32,6 +32,12 @@ class TopKRouter(Router):
             "backbone", description="divide the chosen scores by their sum"
         )
         balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
+        entropy_weight: float = Field(
+            0.0, ge=0, description="coefficient of the mean gating entropy (Huang et al. 2024, L_d)"
+        )
+        entropy_target: float = Field(
+            0.0, ge=0, description="bits; a layer whose mean entropy is below it is left alone"
+        )
 
     config: Config
 
@@ -54,7 +60,13 @@ class TopKRouter(Router):
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
         balance = losses.load_balance(decision.scores_TE, decision.mask_TE, ctx.is_valid_T)
-        return {"load_balance": LossTerm(balance, self.config.balance_weight)}
+        terms = {"load_balance": LossTerm(balance, self.config.balance_weight)}
+        if self.config.entropy_weight:
+            valid_T = ctx.is_valid_T
+            total = (losses.entropy_bits(decision.scores_TE) * valid_T).sum()
+            excess = (total / valid_T.sum().clamp_min(1) - self.config.entropy_target).relu()
+            terms["entropy"] = LossTerm(excess, self.config.entropy_weight)
+        return terms
 
     @property
     def max_k(self) -> int:

@@ -1,0 +1,232 @@
+"""Evaluation records: what is written is read back, and what is damaged is named in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gemoe_ds.analysis import record as module
+from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.analysis.record import (
+    EvalRecord,
+    TokenSample,
+    read_record,
+    routing_summary,
+    spearman,
+    write_record,
+)
+from gemoe_ds.errors import DataError
+from tests.analysis.evaluations import evaluation, record
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    made, sample = evaluation("gemoe", None, 0.2)
+    write_record(tmp_path / "new" / "folder", made, sample)
+    read, tokens = read_record(tmp_path / "new" / "folder")
+    assert read == made
+    for name, array in vars(sample).items():
+        got = getattr(tokens, name)
+        assert got.dtype == array.dtype
+        np.testing.assert_array_equal(got, array)
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "eval.json",
+        "tokens.npz",
+    ]
+
+
+def test_an_interrupted_write_leaves_no_old_record_beside_new_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sample = evaluation("gemoe", None, 0.2)
+    write_record(tmp_path, made, sample)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_record(tmp_path, made, sample)
+    with pytest.raises(DataError, match="eval.json is missing: run the evaluation again"):
+        read_record(tmp_path)
+
+
+def edit_json(folder: Path, **changed: Any) -> None:
+    path = folder / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: (f / "eval.json").unlink(), "eval.json is missing"),
+        (lambda f: truncate(f / "eval.json"), "eval.json is damaged"),
+        (lambda f: edit_json(f, surprise=1), "surprise: Extra inputs"),
+        (lambda f: edit_json(f, accuracy=1.5), "accuracy: Input should be less than or equal to 1"),
+        (lambda f: edit_json(f, accuracy=0.5), "accuracy 0.5 is not the mean"),
+        (lambda f: edit_json(f, mean_k=3.0), "mean_k 3.0 is not the mean"),
+        (lambda f: edit_json(f, seconds=float("nan")), "seconds"),
+        (lambda f: edit_json(f, entropy_per_layer=[1.0]), "entropy_per_layer has not one entry"),
+        (lambda f: edit_json(f, num_questions_by_kind={}), "name different kinds"),
+        (lambda f: (f / "tokens.npz").unlink(), "tokens.npz is missing"),
+        (lambda f: truncate(f / "tokens.npz"), "tokens.npz is damaged"),
+        (lambda f: (f / "tokens.npz").write_bytes(b""), "tokens.npz is damaged"),
+        (lambda f: (f / "tokens.npz").write_bytes(b"noise" * 9), "tokens.npz is damaged"),
+        (lambda f: np.savez(f / "tokens.npz", k_LN=np.zeros((4, 1))), "tokens.npz is damaged"),
+        (
+            lambda f: np.savez(
+                f / "tokens.npz",
+                entropy_LN=np.zeros((3, 5)),
+                k_LN=np.zeros((4, 5)),
+                is_vision_N=np.zeros(5, bool),
+                k_hist_vision_LK=np.zeros((4, 9)),
+                k_hist_text_LK=np.zeros((4, 9)),
+            ),
+            r"entropy_LN is \(3, 5\), not \(4, 5\)",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(tmp_path: Path, damage: Any, expected: str) -> None:
+    write_record(tmp_path, *evaluation("gemoe", None, 0.2))
+    read_record(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=expected) as caught:
+        read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).endswith(": run the evaluation again")
+
+
+def test_a_folder_that_is_not_there_and_one_that_is_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="eval.json is missing"):
+        read_record(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="eval.json cannot be read"):
+        read_record(tmp_path / "file")
+
+
+def test_tokens_of_another_number_of_layers_are_not_written(tmp_path: Path) -> None:
+    made = record("top_k", 8, {"fact": 0.9})
+    with pytest.raises(ValueError, match="not"):
+        write_record(tmp_path, made, evaluation("top_k", 8, 0)[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_field_without_a_default_is_required() -> None:
+    values = record("top_k", 8, {"fact": 0.9}).model_dump()
+    for name, field in EvalRecord.model_fields.items():
+        if field.is_required():
+            with pytest.raises(ValidationError, match=name):
+                EvalRecord(**{key: value for key, value in values.items() if key != name})
+
+
+pairs = st.lists(st.tuples(st.integers(-4, 4), st.integers(0, 8)), min_size=2, max_size=40)
+
+
+@given(pairs)
+@settings(max_examples=150, deadline=None)
+def test_spearman_equals_scipy_with_ties_and_is_none_where_undefined(
+    values: list[tuple[int, int]],
+) -> None:
+    x_N, y_N = (np.array(column) for column in zip(*values, strict=True))
+    rho = spearman(x_N / 7, y_N)
+    if len(set(x_N)) == 1 or len(set(y_N)) == 1:
+        assert rho is None
+    else:
+        assert rho == pytest.approx(scipy.stats.spearmanr(x_N, y_N).statistic, abs=1e-12)
+
+
+def test_spearman_of_many_tokens() -> None:
+    rng = np.random.default_rng(0)
+    entropy_N = rng.random(50_000).astype(np.float32)
+    k_N = np.rint(8 * entropy_N + rng.standard_normal(50_000)).astype(np.int8)
+    expected = scipy.stats.spearmanr(entropy_N, k_N).statistic
+    assert spearman(entropy_N, k_N) == pytest.approx(expected, abs=1e-12)
+
+
+def test_spearman_by_hand() -> None:
+    # Ranks 1 2 3 4 and 1.5 1.5 3 4: covariance 4.5, variances 5 and 4.5.
+    rho = spearman(np.array([0.1, 0.2, 0.3, 0.4]), np.array([5, 5, 6, 9]))
+    assert rho == pytest.approx(4.5 / np.sqrt(5 * 4.5))
+    assert spearman(np.array([1.0, 2.0]), np.array([3, 3])) is None
+    assert spearman(np.array([1.0]), np.array([3])) is None
+    assert spearman(np.array([]), np.array([])) is None
+    with pytest.raises(ValueError, match="one length"):
+        spearman(np.zeros(3), np.zeros(4))
+
+
+def test_a_sample_keeps_whole_tokens_and_counts_all_of_them() -> None:
+    rng = np.random.default_rng(0)
+    k_LN = rng.integers(0, 9, (3, 500))
+    entropy_LN = k_LN + 10.0 * np.arange(500)  # tells which token and which k it was
+    is_vision_N = np.arange(500) % 3 == 0
+    sample = TokenSample.draw(entropy_LN, k_LN, is_vision_N, limit=100)
+    sample.check(3)
+    token_N = sample.entropy_LN[0].astype(int) // 10
+    assert len(set(token_N)) == 100
+    np.testing.assert_array_equal(sample.k_LN, k_LN[:, token_N])
+    np.testing.assert_array_equal(sample.is_vision_N, is_vision_N[token_N])
+    for layer in range(3):
+        for k in range(9):
+            here_N = k_LN[layer] == k
+            assert sample.k_hist_vision_LK[layer, k] == (here_N & is_vision_N).sum()
+            assert sample.k_hist_text_LK[layer, k] == (here_N & ~is_vision_N).sum()
+    whole = TokenSample.draw(entropy_LN, k_LN, is_vision_N)
+    np.testing.assert_array_equal(whole.k_LN, k_LN)
+
+
+def test_a_sample_refuses_arrays_that_do_not_belong_together() -> None:
+    with pytest.raises(ValueError, match="are not"):
+        TokenSample.draw(np.zeros((2, 5)), np.zeros((2, 4)), np.zeros(5, bool))
+    with pytest.raises(ValueError, match="are not"):
+        TokenSample.draw(np.zeros((2, 5)), np.zeros((2, 5)), np.zeros(4, bool))
+
+
+def test_the_routing_summary_by_hand() -> None:
+    summary = routing_summary(
+        entropy_LN=np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 1.0]]),
+        k_LN=np.array([[1, 2, 6], [3, 3, 3]]),
+        is_vision_N=np.array([True, True, False]),
+        load_LE=np.array([[6, 3, 0], [0, 0, 0]]),
+    )
+    assert summary == {
+        "mean_k": 3.0,
+        "mean_k_per_layer": [3.0, 3.0],
+        "mean_k_vision": 2.25,
+        "mean_k_text": 4.5,
+        "entropy_per_layer": [2.0, 3.0],
+        "spearman_per_layer": [1.0, None],
+        "load_max_over_mean_per_layer": [2.0, None],
+        "idle_experts_per_layer": [1, 3],
+        "num_experts": 3,
+        "tokens": 3,
+    }
+
+
+def test_a_modality_without_a_token_has_no_mean() -> None:
+    summary = routing_summary(
+        np.ones((1, 2)), np.ones((1, 2), int), np.zeros(2, bool), np.ones((1, 4))
+    )
+    assert summary["mean_k_vision"] is None
+    assert summary["mean_k_text"] == 1.0
+    with pytest.raises(ValueError, match="without tokens"):
+        routing_summary(np.ones((1, 0)), np.ones((1, 0)), np.zeros(0, bool), np.ones((1, 4)))
+
+
+def test_provenance_fills_the_fields_of_a_record() -> None:
+    where = provenance()
+    assert set(where) == {"command", "commit", "machine", "date"}
+    assert " x " in where["machine"]
+    assert where["date"].endswith("+00:00")
+    assert record("top_k", 8, {"fact": 0.9}, **where).command == where["command"]

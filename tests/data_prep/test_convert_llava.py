@@ -1,0 +1,161 @@
+"""The converter on everything that LLaVA-Pretrain and mix665k are known to hold."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from data_prep.convert_llava import main
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.errors import DataError
+
+
+def png(size=(8, 8), mode="RGB", form="PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 128).save(buffer, form)
+    return buffer.getvalue()
+
+
+def row(row_id="1", image="a/x.png", first="<image>\nWhat?", answer="This.", **more):
+    talk = [{"from": "human", "value": first}, {"from": "gpt", "value": answer}]
+    built = {"id": row_id, "conversations": talk, **more}
+    return built if image is None else {**built, "image": image}
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    (images / "x.png").write_bytes(png())
+    (images / "grey.jpg").write_bytes(png(mode="L", form="JPEG"))
+    (images / "cmyk.jpg").write_bytes(png(mode="CMYK", form="JPEG"))
+    (images / "palette.gif").write_bytes(png(mode="P", form="GIF"))
+    (images / "truncated.png").write_bytes(png((64, 64))[:80])
+    (images / "text.jpg").write_text("<html>image gone</html>")
+    (images / "dot.png").write_bytes(png((1, 1)))
+
+    def run(rows, *options):
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        arguments = ["--json", tmp_path / "rows.json", "--images", tmp_path / "images"]
+        arguments += ["--out", tmp_path / "out", "--workers", "1", *options]
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return open_samples(tmp_path / "out", verify=True)
+
+    run.folder = tmp_path
+    return run
+
+
+def test_ordinary_rows(convert):
+    many = [
+        {"from": speaker, "value": value}
+        for speaker, value in [("human", "<image>\nA?"), ("gpt", "B"), ("human", "C?"), ("gpt", "D")]
+    ]
+    samples = convert(
+        [
+            row("004539375"),
+            row(7, first="Describe it.\n<image>"),
+            row("3", image="a/grey.jpg"),
+            row("4", image="a/cmyk.jpg"),
+            row("5", image="a/palette.gif"),
+            row("6", image=None, first="Only text?", model=""),
+            row("8") | {"conversations": many},
+        ]
+    )
+    assert len(samples) == 7 and samples.manifest["num_dropped"] == 0
+    assert [s.id for s in samples] == ["004539375", "7", "3", "4", "5", "6", "8"]
+    assert samples[1].turns[0].human == "Describe it."
+    assert samples[5].image is None and samples[5].turns[0].human == "Only text?"
+    assert [(t.human, t.gpt) for t in samples[6].turns] == [("A?", "B"), ("C?", "D")]
+    original = (convert.folder / "images/a/x.png").read_bytes()
+    assert samples[0].image == original, "image bytes stay as they are"
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (row("b", image="a/missing.png"), "No such file"),
+        (row("b", image="a/truncated.png"), "cannot be decoded"),
+        (row("b", image="a/text.jpg"), "cannot be decoded"),
+        (row("b", image="a/dot.png"), "1x1, smaller than 4"),
+        (row("b", image=["a/x.png"]), "not one file name"),
+        (row("b", first="no marker"), "expected 1 <image>"),
+        (row("b", image=None), "expected 0 <image>"),
+        (row("b", first="<image><image>"), "expected 1 <image>"),
+        (row("b", answer="  "), "answer is empty"),
+        (row("b") | {"conversations": [{"from": "gpt", "value": "x"}]}, "pairs"),
+        (row("b") | {"conversations": row()["conversations"][::-1]}, "not from 'human'"),
+        ({"id": "b"}, "conversations"),
+        (row("b") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "no text"),
+    ],
+)
+def test_unusable_rows_are_dropped_counted_and_explained(convert, bad, reason):
+    samples = convert([row(str(i)) for i in range(9)] + [bad])
+    assert (len(samples), samples.manifest["num_dropped"]) == (9, 1)
+    assert samples.manifest["dropped"][0]["id"] == "b"
+    assert reason in samples.manifest["dropped"][0]["reason"]
+
+
+def test_kinds_name_the_questions(convert):
+    kinds = convert.folder / "kinds.json"
+    kinds.write_text(json.dumps({"1": ["count"], "2": ["count", "too many"]}))
+    rows = [row("1"), row("2"), *(row(str(i)) for i in range(3, 9))]
+    samples = convert(rows, "--kinds", kinds)
+    assert samples[0].turns[0].kind == "count" and samples[1].turns[0].kind is None
+    assert "2 kinds for 1 questions" in samples.manifest["dropped"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([row("1"), row("2", image="a/none.png")], "1 of 2 rows cannot be used, more than 20%"),
+        ([row("1", image="a/none.png")], "none of 1 rows can be used; first: 1: image a/none.png"),
+        ([], "none of 0 rows"),
+        ({"not": "a list"}, "expected a JSON list"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(convert, rows, words):
+    code, message = convert(rows)
+    assert code == 2
+    line = message.strip().splitlines()[-1]
+    assert line.startswith("error: ") and words in line and "Traceback" not in message
+    assert sorted(p.name for p in convert.folder.iterdir()) == ["images", "rows.json"]
+
+
+def test_an_existing_folder_is_not_touched(convert):
+    convert([row()])
+    before = (convert.folder / "out/manifest.json").read_text()
+    code, message = convert([row("other")])
+    assert code == 2 and "exists already" in message
+    assert (convert.folder / "out/manifest.json").read_text() == before
+
+
+def test_workers_change_nothing(convert):
+    rows = [row(str(i)) for i in range(30)]
+    one = convert(rows, "--shard-size", "7").manifest["shards"]
+    (convert.folder / "out").rename(convert.folder / "first")
+    two = convert(rows, "--shard-size", "7", "--workers", "2").manifest["shards"]
+    assert [s["sha256"] for s in one] == [s["sha256"] for s in two] and len(one) == 5
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "manifest"])
+def test_damage_is_named(convert, harm):
+    convert([row(str(i)) for i in range(5)])
+    shard = next((convert.folder / "out").glob("shard*"))
+    content = shard.read_bytes()
+    if harm == "cut":
+        shard.write_bytes(content[:-10])
+    elif harm == "flip":
+        shard.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    elif harm == "remove":
+        shard.unlink()
+    else:
+        (convert.folder / "out/manifest.json").write_text("{")
+    with pytest.raises(DataError) as error:
+        open_samples(convert.folder / "out", verify=True)
+    assert ("manifest" if harm == "manifest" else shard.name) in str(error.value)
