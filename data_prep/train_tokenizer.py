@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +17,7 @@ from gemoe_ds.data.sample import open_samples, whole_folder
 from gemoe_ds.errors import exit_on_error
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
+ROLES = ["USER:", "ASSISTANT:"]  # in every turn: one token each, with the space before it
 
 
 def texts(folders: list[Path]) -> Iterator[str]:
@@ -40,6 +41,7 @@ def train(folders: list[Path], vocab_size: int, out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(folders), trainer)
+    tokenizer.add_tokens([AddedToken(role, lstrip=True, normalized=False) for role in ROLES])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

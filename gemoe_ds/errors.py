@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,10 +27,21 @@ class DataError(GemoeError, RuntimeError):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a `GemoeError` into one `error: ...` line on stderr and exit code 2."""
+    """Turn a `GemoeError` into one `error: ...` line on stderr and exit code 2.
+
+    With several ranks, what all of them find is said once: the others hold back, and the launcher
+    ends them when the first rank has gone. What only one rank finds is said by that rank.
+    """
     try:
         yield
     except GemoeError as error:
         message = " ".join(str(error).split())
+        rank = int(os.environ.get("RANK") or 0)
+        if rank:
+            time.sleep(_FIRST_RANK_SPEAKS_FIRST)
+            message = f"(rank {rank}) {message}"
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        os._exit(2) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else sys.exit(2)
+
+
+_FIRST_RANK_SPEAKS_FIRST = 5.0  # seconds

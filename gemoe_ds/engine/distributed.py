@@ -38,7 +38,7 @@ def launched_world_size() -> int:
 
 @contextmanager
 def distributed() -> Iterator[World]:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it whatever happens.
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it at the end.
 
     Under `deepspeed`, `torchrun` or MPI the ranks come from the launcher; a process started alone
     is a world of one.
@@ -62,11 +62,10 @@ def distributed() -> Iterator[World]:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
-    try:
-        yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
-    finally:
-        # Without this, gloo's threads make the interpreter abort at exit once in a few runs.
-        deepspeed.comm.destroy_process_group()
+    yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
+    # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
+    # after an exception: the other ranks may be waiting in a collective, and so would this one.
+    deepspeed.comm.destroy_process_group()
 
 
 def _free_port() -> int:

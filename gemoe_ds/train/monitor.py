@@ -42,7 +42,7 @@ class StatSum:
         summed = iter(packed.cpu().split([piece.numel() for piece in pieces]))
         values = {}
         for name in names:
-            total, count = next(summed).reshape(self.totals[name].shape), next(summed)
+            total, count = next(summed).reshape(self.totals[name].shape), next(summed).squeeze()
             if self.reductions[name] == "sum":
                 values[name] = total
             elif count > 0:
