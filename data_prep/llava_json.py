@@ -1,8 +1,8 @@
 """Write generated conversations exactly as LLaVA-1.5's files are: JSON beside an image folder.
 
-    OUT/train.json  validation.json  test.json   [{id, image, conversations: [{from, value}]}]
-    OUT/<split>_kinds.json                       {id: [kind of each question]}
-    OUT/images/00012/00012345.png                named as in LLaVA-Pretrain
+OUT/train.json  validation.json  test.json   [{id, image, conversations: [{from, value}]}]
+OUT/<split>_kinds.json                       {id: [kind of each question]}
+OUT/images/00012/00012345.png                named as in LLaVA-Pretrain
 """
 
 from __future__ import annotations

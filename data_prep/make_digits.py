@@ -47,8 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     data = load_digits()
     order = rng.sample(range(len(data.images)), len(data.images))
     items = (
-        (f"digit_{i:04d}", picture(data.images[i], arguments.image_size),
-         questions(int(data.target[i]), rng))
+        (
+            f"digit_{i:04d}",
+            picture(data.images[i], arguments.image_size),
+            questions(int(data.target[i]), rng),
+        )
         for i in tqdm(order, desc="digits", unit="image")
     )
     held_out = len(order) // 10

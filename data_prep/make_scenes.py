@@ -120,7 +120,12 @@ def _pick_unique(scene: Scene, rng: random.Random) -> tuple[Thing, str] | None:
 
 
 def conversation(
-    scene: Scene, knowledge: Knowledge, rng: random.Random, names: int, others: int, caption_too: bool
+    scene: Scene,
+    knowledge: Knowledge,
+    rng: random.Random,
+    names: int,
+    others: int,
+    caption_too: bool,
 ) -> list[Question]:
     """`names` knowledge questions and `others` of the remaining kinds, no question twice."""
     asked: dict[str, Question] = {}
@@ -176,10 +181,16 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with exit_on_error():
         if not 1 <= arguments.max_things <= 3:
-            raise DataError(f"--max-things {arguments.max_things}: must be 1 to 3 (4 cells, a sign)")
+            raise DataError(
+                f"--max-things {arguments.max_things}: must be 1 to 3 (4 cells, a sign)"
+            )
         if min(arguments.train, arguments.validation, arguments.test) < 1:
             raise DataError("--train, --validation and --test must each be at least 1")
-        sizes = {"validation": arguments.validation, "test": arguments.test, "train": arguments.train}
+        sizes = {
+            "validation": arguments.validation,
+            "test": arguments.test,
+            "train": arguments.train,
+        }
         write_splits(items(arguments), sizes, arguments.out)
 
 

@@ -82,33 +82,32 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
         steps.append(
             _train(name, recipe, num_ranks, DEMO / name, 60, needs=("pretrain",), seed=seed)
         )
-    evaluations = [
-        (f"top_{k}", f"{RECIPES}/demo_top_8.yaml model.router.k={k}", "pretrain") for k in STATIC_K
-    ]
+    static = f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}"
+    evaluations = [("static", static, "pretrain")]
     evaluations += [
-        (
-            name if recipe == "demo_gemoe" else f"{name}_tuned",
-            f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}",
-            name,
-        )
-        for name, recipe, _ in tuned
+        (name, f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}", name) for name, _, _ in tuned
     ]
     for name, arguments, trained_by in evaluations:
         folder = DEMO / "eval" / name
+        options = f"{arguments} --data {DEMO}/data/test --out {folder}"
+        command = ("deepspeed", "--num_gpus", str(num_ranks), "launch/evaluate.py")
         steps.append(
-            _python(
+            Step(
                 f"evaluate_{name}",
-                f"launch/evaluate.py {arguments} --data {DEMO}/data/test --out {folder}",
+                (*command, *shlex.split(options)),
                 folder,
-                seconds=12,
+                seconds=60 if name == "static" else 25,
                 needs=(trained_by,),
             )
         )
-    folders = [str(DEMO / "eval" / name) for name, _, _ in evaluations]
+    folders = [f"{DEMO}/eval/static/k_{k}" for k in STATIC_K]
+    folders += [f"{DEMO}/eval/{name}" for name, _, _ in tuned]
+    made_by = "make demo" if report == DEMO else "make demo-seeds"
     steps.append(
         _python(
             "report",
-            f"launch/analyze.py {' '.join(folders)} --out {report}",
+            f"launch/analyze.py {' '.join(folders)} --out {report} "
+            f"--tensorboard {DEMO}/figures_board --command '{made_by}'",
             report / "report.md",
             seconds=15,
             needs=tuple(f"evaluate_{name}" for name, _, _ in evaluations),

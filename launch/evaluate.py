@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     with exit_on_error():
         if (arguments.trained is None) == (arguments.k is None):
-            raise ConfigError("give --trained RUN (what it trained) or --k K ... (static), not both")
+            raise ConfigError(
+                "give --trained RUN (what it trained) or --k K ... (static), not both"
+            )
         _evaluate(arguments)
 
 
@@ -67,7 +69,9 @@ def _evaluate(arguments: Arguments) -> None:
             if k is not None:
                 for layer in model.moe_layers:
                     layer.router.k = k
-            out = arguments.out / f"k_{k}" if arguments.k and len(arguments.k) > 1 else arguments.out
+            out = (
+                arguments.out / f"k_{k}" if arguments.k and len(arguments.k) > 1 else arguments.out
+            )
             say(world, f"evaluating {config.model.router.name}{'' if k is None else f' k={k}'}")
             record_one(arguments, config, model, samples, collator, world, checkpoint, k, out)
 
@@ -79,11 +83,10 @@ def record_one(arguments, config, model, samples, collator, world, checkpoint, k
     from gemoe_ds.data.dataset import EvalStream
     from gemoe_ds.engine.distributed import gather_objects
     from gemoe_ds.evaluation.runner import evaluate
+    from gemoe_ds.train.monitor import seconds_in
 
     began = time.perf_counter()
-    stream = EvalStream(
-        samples, collator, batch=arguments.batch, rank=world.rank, world=world.size
-    )
+    stream = EvalStream(samples, collator, batch=arguments.batch, rank=world.rank, world=world.size)
     scores = evaluate(
         model, samples, stream, world.device, gather_objects, show_progress=world.is_first
     )
@@ -105,7 +108,7 @@ def record_one(arguments, config, model, samples, collator, world, checkpoint, k
         activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
         total_parameters=model.num_parameters,
         seconds=time.perf_counter() - began,
-        train_seconds=None,
+        train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
         checkpoint=str(checkpoint) if checkpoint else config.model.checkpoint,
         **routing,
         **provenance(),

@@ -73,7 +73,7 @@ def make_model(
 
 
 def random_batch(seed: int, batch: int = 2, length: int = 14, images: bool = True) -> dict:
-    """Tensors of `MoEModel.forward`: image, random text with random targets, ragged right padding."""
+    """Tensors of `MoEModel.forward`: an image, random text and targets, ragged padding."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, len(WORDS), (batch, length), generator=g)
     vision = torch.zeros(batch, length, dtype=torch.bool)

@@ -64,15 +64,18 @@ class TinyBackbone(Backbone):
 
     @torch.no_grad()
     def _scale_initial_weights(self, model: nn.Module) -> None:
-        """Unit-variance signals in the language model, and experts that are heard from the start.
+        """Signals of unit variance, and experts that are heard from the start.
 
         Scores are not renormalised: over 64 experts each weighs about 1/64 at first, and with the
         usual initial std of 0.02 the MoE blocks would add nothing for thousands of steps.
         """
-        for name, weight in model.model.language_model.layers.named_parameters():
-            if weight.dim() >= 2:
+        for name, weight in model.model.named_parameters():
+            if name.endswith("position_embedding.weight"):
+                weight.normal_(0, 0.5)  # 0.02 drowns among pixels: places are then learned late
+            elif weight.dim() >= 2 and "embed_tokens" not in name:
                 gain = 2.0 if name.endswith("experts.down_proj") else 1.0
-                weight.normal_(0, gain * weight.shape[-1] ** -0.5)
+                fan_in = weight[0].numel() if weight.dim() == 4 else weight.shape[-1]
+                weight.normal_(0, gain * fan_in**-0.5)
 
     def _fresh_config(self, tokenizer: object) -> LlavaConfig:
         config = self.config

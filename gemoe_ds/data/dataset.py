@@ -1,4 +1,4 @@
-"""Which samples each rank sees in which step: shuffled, endless, resumable at any step in O(1)."""
+"""Which samples each rank sees in which step: shuffled, endless, resumable in O(1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import grain
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import DataError
-
 
 ENDLESS = 2**40  # samples
 
@@ -51,7 +50,8 @@ class TrainStream:
     ) -> None:
         if len(samples) < micro_batch:
             raise DataError(
-                f"{samples.path}: {len(samples)} samples do not fill train.micro_batch={micro_batch}"
+                f"{samples.path}: {len(samples)} samples do not fill "
+                f"train.micro_batch={micro_batch}"
             )
         order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.

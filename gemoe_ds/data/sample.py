@@ -1,4 +1,4 @@
-"""The one on-disk schema: parquet shards of conversations with their encoded images, and a manifest.
+"""The one on-disk schema: parquet shards of conversations and images, and a manifest.
 
     OUT/shard-00000-of-00003.parquet   columns id, image (bytes or null), turns [{human, gpt, kind}]
     OUT/manifest.json                  schema, source, counts, what was dropped and why, sha256s

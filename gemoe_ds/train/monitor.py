@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.moe.context import Stat
 
+METRICS = "metrics.jsonl"
+
 Sum = Callable[[Tensor], None]  # sums a tensor over all ranks, in place
 
 
@@ -59,7 +61,7 @@ class Monitor:
     """
 
     def __init__(self, output: Path, start_step: int, tensorboard: bool) -> None:
-        self.path = output / "metrics.jsonl"
+        self.path = output / METRICS
         kept = []
         if start_step and self.path.exists():
             lines = self.path.read_text().splitlines()
@@ -106,3 +108,9 @@ class Monitor:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def seconds_in(run: Path) -> float:
+    """Wall time of the steps that a run's metrics.jsonl holds, over all its restarts."""
+    lines = (run / METRICS).read_text().splitlines()
+    return sum(json.loads(line)["throughput/seconds"] for line in lines)

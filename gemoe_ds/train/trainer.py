@@ -127,6 +127,7 @@ class Trainer:
         )
         tokens = torch.as_tensor(values.pop("throughput/tokens")).item()
         values["throughput/tokens_per_second"] = tokens / seconds
+        values["throughput/seconds"] = seconds
         for name in [n for n in values if n.startswith("tokens_per_expert/")]:
             load_E = torch.as_tensor(values.pop(name))
             layer = name.split("/")[1]

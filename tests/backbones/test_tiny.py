@@ -38,7 +38,9 @@ def test_native_routing_reproduces_the_unmodified_model(base, images):
         )
         logits = model.backbone.head(model.hf)(hidden)
     valid = batch["is_valid_BS"]
-    torch.testing.assert_close(logits[valid], stock_logits(base, batch)[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits[valid], stock_logits(base, batch)[valid], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_targets(base):
@@ -135,8 +137,10 @@ def test_saved_model_loads_in_stock_transformers(base, tmp_path):
 def test_activated_parameters_count_only_visited_experts(base):
     model = make_model(base)
     per_expert = 3 * 16 * 8
-    total = sum(p.numel() for p in Backbone.named("tiny")(
-        TinyBackbone.Config()).load(base[0], base[1]).parameters())
+    total = sum(
+        p.numel()
+        for p in Backbone.named("tiny")(TinyBackbone.Config()).load(base[0], base[1]).parameters()
+    )
     assert model.num_parameters == total
     assert model.activated_parameters([8.0, 8.0]) == total
     assert model.activated_parameters([4.0, 2.5]) == total - round((4 + 5.5) * per_expert)

@@ -20,7 +20,9 @@ NUM = 23
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
-    samples = (Sample(f"s{i}", None, (Turn("a b", "c d e"[: 1 + 2 * (i % 3)]),)) for i in range(NUM))
+    samples = (
+        Sample(f"s{i}", None, (Turn("a b", "c d e"[: 1 + 2 * (i % 3)]),)) for i in range(NUM)
+    )
     write_samples(samples, root / "data", source="test", shard_size=5)
     tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer"))
     collator = Collator(tokenizer, image_size=8, image_tokens=4, image_token_id=3, max_length=64)

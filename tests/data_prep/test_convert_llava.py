@@ -54,7 +54,12 @@ def convert(tmp_path, capsys):
 def test_ordinary_rows(convert):
     many = [
         {"from": speaker, "value": value}
-        for speaker, value in [("human", "<image>\nA?"), ("gpt", "B"), ("human", "C?"), ("gpt", "D")]
+        for speaker, value in [
+            ("human", "<image>\nA?"),
+            ("gpt", "B"),
+            ("human", "C?"),
+            ("gpt", "D"),
+        ]
     ]
     samples = convert(
         [
@@ -91,7 +96,10 @@ def test_ordinary_rows(convert):
         (row("b") | {"conversations": [{"from": "gpt", "value": "x"}]}, "pairs"),
         (row("b") | {"conversations": row()["conversations"][::-1]}, "not from 'human'"),
         ({"id": "b"}, "conversations"),
-        (row("b") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, "no text"),
+        (
+            row("b") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]},
+            "no text",
+        ),
     ],
 )
 def test_unusable_rows_are_dropped_counted_and_explained(convert, bad, reason):

@@ -33,7 +33,9 @@ def test_files_are_llava_rows_with_images(scenes):
         assert len(rows(scenes, split)) == len(kinds) == size
         for row in rows(scenes, split):
             assert set(row) == {"id", "image", "conversations"}
-            assert [m["from"] for m in row["conversations"]] == ["human", "gpt"] * len(kinds[row["id"]])
+            assert [m["from"] for m in row["conversations"]] == ["human", "gpt"] * len(
+                kinds[row["id"]]
+            )
             assert row["conversations"][0]["value"].startswith("<image>\n")
             assert Image.open(scenes / "images" / row["image"]).size == (32, 32)
 
@@ -54,7 +56,11 @@ def test_splits_share_no_scene_and_no_question_is_asked_twice(scenes):
 
 def test_every_kind_occurs_and_held_out_splits_have_no_caption(scenes):
     kinds = {
-        split: {k for ks in json.loads((scenes / f"{split}_kinds.json").read_text()).values() for k in ks}
+        split: {
+            k
+            for ks in json.loads((scenes / f"{split}_kinds.json").read_text()).values()
+            for k in ks
+        }
         for split in ("train", "test")
     }
     everything = {"name", "find", "attribute", "place", "existence", "count", "relation", "text"}
@@ -125,16 +131,36 @@ def test_impossible_options_are_one_line(tmp_path, capsys, options):
 
 def test_digits_are_real_pixels_with_true_answers(tmp_path):
     make_digits.main(["--out", str(tmp_path / "d")])
-    assert [len(rows(tmp_path / "d", s)) for s in ("train", "validation", "test")] == [1439, 179, 179]
+    assert [len(rows(tmp_path / "d", s)) for s in ("train", "validation", "test")] == [
+        1439,
+        179,
+        179,
+    ]
     for row in rows(tmp_path / "d", "test"):
-        said = {q["value"].removeprefix("<image>\n"): a["value"]
-                for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)}
+        said = {
+            q["value"].removeprefix("<image>\n"): a["value"]
+            for q, a in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)
+        }
         digit = int(said["What digit is this?"])
         assert said["Is it even or odd?"] == ("odd" if digit % 2 else "even")
         assert int(said["What digit comes next after it?"]) == (digit + 1) % 10
     source = tmp_path / "d"
-    convert(["--json", str(source / "test.json"), "--kinds", str(source / "test_kinds.json"),
-             "--images", str(source / "images"), "--out", str(tmp_path / "out")])
+    convert(
+        [
+            "--json",
+            str(source / "test.json"),
+            "--kinds",
+            str(source / "test_kinds.json"),
+            "--images",
+            str(source / "images"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     samples = open_samples(tmp_path / "out")
     assert len(samples) == 179 and {t.kind for t in samples[0].turns} == {
-        "digit", "parity", "compare", "arithmetic"}
+        "digit",
+        "parity",
+        "compare",
+        "arithmetic",
+    }

@@ -126,7 +126,9 @@ def test_resumed_run_equals_the_uninterrupted_one(runs):
     whole, cut = runs
     assert losses(whole).keys() == set(range(1, STEPS + 1))
     assert losses(cut) == losses(whole), "no step twice, none lost, the same losses to the bit"
-    first, second = (load_file(r / f"checkpoints/step-{STEPS:06d}/trained.safetensors") for r in runs)
+    first, second = (
+        load_file(r / f"checkpoints/step-{STEPS:06d}/trained.safetensors") for r in runs
+    )
     assert all((first[name] == second[name]).all() for name in first)
 
 
@@ -137,15 +139,24 @@ def test_checkpoint_holds_only_what_trains(runs):
     assert not list((runs[0] / "checkpoints").glob(".writing*"))
 
 
+PER_LAYER = (
+    "mean_k mean_k_image mean_k_text k_histogram_image k_histogram_text entropy_bits spearman "
+    "load_max_over_mean idle_experts"
+).split()
+
+
 def test_metrics_have_every_loss_and_every_layer(runs):
     last = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
-    expected = {"loss/total", "loss/lm", "loss/monotonic", "loss/load_balance", "grad_norm", "mean_k"}
+    expected = {
+        "loss/total",
+        "loss/lm",
+        "loss/monotonic",
+        "loss/load_balance",
+        "grad_norm",
+        "mean_k",
+    }
     for layer in ("layer_00", "layer_01"):
-        expected |= {
-            f"{name}/{layer}"
-            for name in ("mean_k", "mean_k_image", "mean_k_text", "entropy_bits", "k_histogram_image",
-                         "k_histogram_text", "load_max_over_mean", "idle_experts")
-        }  # fmt: skip
+        expected |= {f"{name}/{layer}" for name in PER_LAYER}
     assert expected <= last.keys()
     tokens = sum(last["k_histogram_image/layer_00"]) + sum(last["k_histogram_text/layer_00"])
     mean_k = sum(

@@ -1,0 +1,162 @@
+"""launch/train.py as a user starts it: what is wrong costs one line, a non-zero exit, no files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from launch.train import main
+from tests.helpers import free_port, repository
+from tests.tiny import write_base
+from tests.train.test_resume import make_config, write_data
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("launch")
+    hf, tokenizer = write_base(root)
+    return {"root": root, "hf": hf, "tokenizer": tokenizer, "data": write_data(root / "data")}
+
+
+@pytest.fixture
+def recipe(setting, tmp_path):
+    config = make_config(setting, tmp_path / "run", parallel__ep_size=1, checkpoint__every=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump_yaml())
+    return path
+
+
+def refused(capfd, *arguments) -> str:
+    """The single error line of a run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert "Traceback" not in "\n".join(lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.router.treshold=1", "model.router.treshold: no such option; gemoe has"),
+        ("optim.learning_rate=1", "optim.learning_rate: no such option; optim has lr"),
+        ("data.train=/nowhere", "data.train=/nowhere: no such file or folder"),
+        ("model.checkpoint=/nowhere", "model.checkpoint=/nowhere: no such"),
+        ("parallel.ep_size=2", "parallel.ep_size=2 does not divide the 1 ranks"),
+        ("model.router.name=gemo", "known: gemoe, top_k"),
+        ("resume=/nowhere", "resume=/nowhere: no such"),
+    ],
+)
+def test_wrong_options_are_one_line(recipe, capfd, override, words):
+    assert words in refused(capfd, recipe, override)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_print_config_prints_a_recipe_and_stops(recipe, capsys):
+    main([str(recipe), "--print-config", "seed=7"])
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+    assert not (recipe.parent / "run").exists()
+
+
+def start(launcher: list[str], *arguments, env: dict | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (env or {})
+    programs = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [*launcher, "launch/train.py", *map(str, arguments)],
+        cwd=repository(),
+        env=environment | {"PATH": programs},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def deepspeed() -> list[str]:
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+
+
+def torchrun() -> list[str]:
+    return ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+
+
+def test_alone_deepspeed_and_torchrun_start_the_same_run(recipe, tmp_path):
+    """One rank with twice the accumulation, and two ranks (EP 2) under both launchers."""
+    losses = {}
+    for name, launcher, changes in (
+        ("alone", [sys.executable], ["train.accumulation=4"]),
+        ("deepspeed", deepspeed(), ["parallel.ep_size=2"]),
+        ("torchrun", torchrun(), ["parallel.ep_size=2"]),
+    ):
+        out = tmp_path / name
+        done = start(launcher, recipe, f"output_dir={out}", "train.steps=2", *changes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["loss/lm"] for line in lines]
+        assert (out / "config.yaml").exists()
+    assert losses["deepspeed"] == losses["torchrun"]
+    assert losses["deepspeed"] == pytest.approx(losses["alone"], rel=1e-5)
+
+
+def test_dry_run_takes_a_step_and_writes_nothing(recipe):
+    done = start([sys.executable], recipe, "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "dry run: one step of" in done.stdout and "router" in done.stdout
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize("harm", ["experts", "foreign", "damaged"])
+def test_two_ranks_refuse_together_without_a_hang(setting, recipe, tmp_path, harm):
+    changes = ["parallel.ep_size=2", "train.steps=2"]
+    if harm == "experts":
+        changes = ["parallel.ep_size=2", f"model.checkpoint={odd_experts(setting, tmp_path, 5)}"]
+        words = "ep_size=2 does not divide the backbone's 5 experts"
+    else:
+        done = start(deepspeed(), recipe, *changes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        step = recipe.parent / "run/checkpoints/step-000002"
+        if harm == "foreign":
+            changes += [f"resume={step}", "model.router.k_low=2", "train.steps=4"]
+            words = "belongs to another run"
+        else:
+            (step / "trained.safetensors").write_bytes(b"x")
+            changes += [f"resume={step}", "train.steps=4"]
+            words = "trained.safetensors is damaged"
+    before = sorted(tmp_path.rglob("*"))
+    began = time.monotonic()
+    done = start(deepspeed(), recipe, *changes)
+    assert done.returncode != 0 and time.monotonic() - began < 90
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
+
+
+def odd_experts(setting, folder, num_experts):
+    import torch
+
+    from gemoe_ds.backbones.tiny import TinyBackbone
+    from tests.tiny import SHAPE
+
+    torch.manual_seed(0)
+    config = TinyBackbone.Config(**SHAPE | {"num_experts": num_experts, "top_k": 2})
+    TinyBackbone(config).load(None, setting["tokenizer"]).save_pretrained(folder / "odd")
+    return folder / "odd"
+
+
+def test_a_finished_run_is_left_alone_and_an_occupied_folder_refused(recipe):
+    first = start([sys.executable], recipe, "train.steps=1")
+    assert first.returncode == 0, first.stderr[-2000:]
+    again = start([sys.executable], recipe, "train.steps=1", "--resume", "auto")
+    assert again.returncode == 0 and "already finished" in again.stdout
+    fresh = start([sys.executable], recipe, "train.steps=1")
+    assert fresh.returncode == 2 and "already holds a run" in fresh.stderr
+    shutil.rmtree(recipe.parent / "run")
