@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring")
+SHAPES = ("square", "dot", "bar", "post", "cross", "frame")
 COLOURS = {
     "red": (224, 48, 48),
     "green": (48, 176, 72),
@@ -22,14 +22,14 @@ COLOURS = {
     "purple": (160, 64, 208),
     "white": (236, 236, 236),
 }
-TEXTURES = ("plain", "striped")
-LETTERS = "ACEHKPTX"
+TEXTURES = ("plain", "striped", "checked")
+LETTERS = "LTIOXH"
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
-PROPERTIES = ("name", "home", "owner", "song")
+PROPERTIES = ("name", "home", "owner", "song", "food", "tool", "city", "game")
 SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
 NAME_LENGTH = 3
 CELL = 16  # pixels; one object fills a cell
-BACKGROUND = (48, 48, 48)
+BACKGROUND = (32, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -96,37 +96,35 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         image.paste(tile, corner, mask)
     if scene.sign:
         letter, row, column = scene.sign
-        draw = ImageDraw.Draw(image)
-        x, y = column * CELL, row * CELL
-        draw.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=(245, 245, 245))
-        font = ImageFont.load_default(size=13)
-        draw.text((x + CELL // 2, y + CELL // 2), letter, (0, 0, 0), font, anchor="mm")
+        centre = (column * CELL + CELL // 2, row * CELL + CELL // 2)
+        font = ImageFont.load_default(size=17)
+        ImageDraw.Draw(image).text(centre, letter, "white", font, anchor="mm", stroke_width=1)
     return image
 
 
 def _tile(thing: Thing) -> tuple[Image.Image, Image.Image]:
     """The object in its colour and texture, and the mask of its shape, 15 x 15 pixels."""
-    size = CELL - 1
-    last, middle = size - 2, size // 2
+    size, last = CELL - 1, CELL - 3
+    boxes = {  # shapes differ in where they are bright, so that a patch tells them apart at once
+        "square": [(1, 1, last, last)],
+        "bar": [(0, 5, last + 1, 9)],
+        "post": [(5, 0, 9, last + 1)],
+        "cross": [(0, 5, last + 1, 9), (5, 0, 9, last + 1)],
+        "frame": [(0, 0, last + 1, 3), (0, last - 2, last + 1, last + 1)]
+        + [(0, 0, 3, last + 1), (last - 2, 0, last + 1, last + 1)],
+    }
     mask = Image.new("L", (size, size))
     pen = ImageDraw.Draw(mask)
-    box = (1, 1, last, last)
-    if thing.shape == "circle":
-        pen.ellipse(box, fill=255)
-    elif thing.shape == "square":
+    if thing.shape == "dot":
+        pen.ellipse((3, 3, last - 2, last - 2), fill=255)
+    for box in boxes.get(thing.shape, []):
         pen.rectangle(box, fill=255)
-    elif thing.shape == "diamond":
-        pen.polygon([(middle, 0), (size - 1, middle), (middle, size - 1), (0, middle)], fill=255)
-    elif thing.shape == "triangle":
-        pen.polygon([(middle, 1), (last, last), (1, last)], fill=255)
-    elif thing.shape == "cross":
-        pen.rectangle((middle - 2, 1, middle + 2, last), fill=255)
-        pen.rectangle((1, middle - 2, last, middle + 2), fill=255)
-    else:  # ring
-        pen.ellipse(box, outline=255, width=3)
     tile = Image.new("RGB", (size, size), COLOURS[thing.colour])
-    if thing.texture == "striped":
-        stripes = ImageDraw.Draw(tile)
-        for y in range(1, size, 4):
-            stripes.rectangle((0, y, size, y + 1), fill=(0, 0, 0))
+    dark = ImageDraw.Draw(tile)
+    for y in range(1, size, 4):
+        if thing.texture == "striped":
+            dark.rectangle((0, y, size, y + 1), fill=(0, 0, 0))
+        elif thing.texture == "checked":
+            for x in range(y % 8 // 4 * 4 - 3, size, 8):
+                dark.rectangle((x, y - 1, x + 3, y + 2), fill=(0, 0, 0))
     return tile, mask

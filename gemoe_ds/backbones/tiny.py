@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     OlmoeConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec, ImageSpec
+from gemoe_ds.backbones.vision import vision_config
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
@@ -50,6 +52,9 @@ class TinyBackbone(Backbone):
         patch_size: int = Field(16, ge=1)
         vision_width: int = Field(64, ge=8)
         vision_layers: int = Field(2, ge=1)
+        vision_checkpoint: str | None = Field(
+            None, description="tower of launch/pretrain_vision.py for a fresh model; null: random"
+        )
         max_position: int = Field(2048, ge=1)
 
     config: Config
@@ -60,7 +65,17 @@ class TinyBackbone(Backbone):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         model = LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
         self._scale_initial_weights(model)
+        if self.config.vision_checkpoint:
+            tower = CLIPVisionModel.from_pretrained(self.config.vision_checkpoint)
+            model.model.vision_tower.load_state_dict(tower.state_dict())
         return model
+
+    def vision_config(self) -> CLIPVisionConfig:
+        """The shape of the vision tower of a fresh model."""
+        config = self.config
+        return vision_config(
+            config.image_size, config.patch_size, config.vision_width, config.vision_layers
+        )
 
     @torch.no_grad()
     def _scale_initial_weights(self, model: nn.Module) -> None:
@@ -70,12 +85,10 @@ class TinyBackbone(Backbone):
         usual initial std of 0.02 the MoE blocks would add nothing for thousands of steps.
         """
         for name, weight in model.model.named_parameters():
-            if name.endswith("position_embedding.weight"):
-                weight.normal_(0, 0.5)  # 0.02 drowns among pixels: places are then learned late
-            elif weight.dim() >= 2 and "embed_tokens" not in name:
+            skipped = "vision_tower" in name or "embed_tokens" in name
+            if weight.dim() >= 2 and not skipped:
                 gain = 2.0 if name.endswith("experts.down_proj") else 1.0
-                fan_in = weight[0].numel() if weight.dim() == 4 else weight.shape[-1]
-                weight.normal_(0, gain * fan_in**-0.5)
+                weight.normal_(0, gain * weight.shape[-1] ** -0.5)
 
     def _fresh_config(self, tokenizer: object) -> LlavaConfig:
         config = self.config
@@ -94,17 +107,9 @@ class TinyBackbone(Backbone):
             bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
             eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
         )
-        vision = CLIPVisionConfig(
-            hidden_size=config.vision_width,
-            intermediate_size=4 * config.vision_width,
-            num_hidden_layers=config.vision_layers,
-            num_attention_heads=4,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-        )
         image_token_id = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[attr-defined]
         return LlavaConfig(
-            vision_config=vision,
+            vision_config=self.vision_config(),
             text_config=text,
             image_token_id=image_token_id,
             vision_feature_layer=-1,

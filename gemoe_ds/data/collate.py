@@ -114,21 +114,8 @@ class Collator:
                 f"sample {sample.id}: no answer fits into max_length={self.max_length} tokens "
                 "(data.max_length); raise it or remove the sample"
             )
-        pixels = None if sample.image is None else self._pixels(sample)
+        pixels = None if sample.image is None else decode_image(sample, self.image_size)
         return Encoded(row, sample.id, input_ids, labels, turn, pixels)
-
-    def _pixels(self, sample: Sample) -> np.ndarray:
-        assert sample.image is not None
-        try:
-            with Image.open(io.BytesIO(sample.image)) as image:
-                rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
-            ) from error
-        if rgb.size != (self.image_size, self.image_size):
-            rgb = rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return np.asarray(rgb).transpose(2, 0, 1)
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         length = max(len(e.input_ids) for e in encoded)
@@ -147,6 +134,21 @@ class Collator:
             ids=tuple(e.id for e in encoded),
             rows=tuple(e.row for e in encoded),
         )
+
+
+def decode_image(sample: Sample, size: int) -> np.ndarray:
+    """The image of a sample as uint8 [3, size, size]; DataError naming the sample if broken."""
+    assert sample.image is not None
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
+        ) from error
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:

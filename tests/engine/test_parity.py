@@ -67,9 +67,8 @@ def reference(base, config, batches: list[dict], steps: int):
 def train_on_rank(rank: int, base, cases: list):
     from deepspeed.utils import safe_get_full_grad
 
-    from gemoe_ds.backbones.tokenizer import load_tokenizer  # noqa: F401  (as the real run does)
     from gemoe_ds.engine.build import MovedCheck, initialize
-    from gemoe_ds.engine.distributed import distributed, sum_over_ranks
+    from gemoe_ds.engine.distributed import distributed
     from gemoe_ds.engine.groups import expert_shard
 
     results = []
@@ -97,26 +96,41 @@ def train_on_rank(rank: int, base, cases: list):
                     moved.check()
             weights = {n: p.detach().clone() for n, p in model.trainable().items()}
             results.append((grads, norms, weights))
-            assert torch.equal(_summed(sum_over_ranks), torch.tensor(float(world.size)))
+        _guards_hold(engine, model, config)
     return results
 
 
-def _summed(sum_over_ranks) -> torch.Tensor:
-    one = torch.ones(())
-    sum_over_ranks(one)
-    return one
+def _guards_hold(engine, model, config) -> None:
+    """What must stop a run does; and an assigned value outlives the optimizer's next step."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from gemoe_ds.engine.assign import assign_
+    from gemoe_ds.engine.build import MovedCheck, check_optimizer_holds
+
+    with pytest.raises(RuntimeError, match="no parameter of group 'router' has moved"):
+        MovedCheck(model, config.optim).check()
+    gate = model.moe_layers[0].router.gate.weight
+    value = torch.full_like(gate, 0.25)
+    assign_(gate, value)
+    assert torch.equal(safe_get_full_fp32_param(gate), value)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    for index in range(config.train.accumulation):
+        engine.backward(engine(**micro_batches(2)[index])["loss"])
+        engine.step()
+    assert torch.equal(gate, value), "the master copy has not overwritten it"
+    model.lost = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="does not hold 1 trainable parameters: .*lost"):
+        check_optimizer_holds(model)
 
 
-CASES = [
-    (router, zero, ep, accumulation, clip)
-    for router, zero, ep, accumulation, clip in [
-        ("gemoe", 1, 2, 1, None),
-        ("gemoe", 2, 2, 1, 0.01),
-        ("gemoe", 1, 2, 2, 0.01),
-        ("gemoe", 2, 2, 2, None),
-        ("gemoe", 2, 1, 2, None),
-        ("top_k", 2, 2, 2, 1.0),
-    ]
+CASES = [  # router, ZeRO stage, EP size, accumulation, clip norm
+    ("gemoe", 1, 2, 1, None),
+    ("gemoe", 2, 2, 1, 0.01),
+    ("gemoe", 1, 2, 2, 0.01),
+    ("gemoe", 2, 2, 2, None),
+    ("gemoe", 2, 1, 2, None),
+    ("top_k", 2, 2, 2, 1.0),
 ]
 
 
