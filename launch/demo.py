@@ -72,7 +72,9 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
             needs=("convert_train",),
         )
     )
-    prepared = ("convert_train", "convert_validation", "convert_test", "tokenizer")
+    vision = f"launch/pretrain_vision.py {RECIPES}/demo_pretrain.yaml --out {DEMO}/vision"
+    steps.append(_python("vision", vision, DEMO / "vision", seconds=30, needs=("tokenizer",)))
+    prepared = ("convert_validation", "convert_test", "vision")
     steps.append(
         _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 300, needs=prepared)
     )

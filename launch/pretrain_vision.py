@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 import torch
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from gemoe_ds.config import load_config
 from gemoe_ds.data.collate import decode_image
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--kind", default="caption", help="kind of the turns that are captions")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_intermixed_args(argv)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         samples = open_samples(config.data.train)
         pixels, words = caption_words(samples, arguments.kind, vision.image_size)
         print(f"{len(pixels)} captions, {words.shape[1]} words")
-        steps = train_tower(
+        tower = train_tower(
             vision,
             pixels,
             words,
@@ -71,12 +71,9 @@ def main(argv: list[str]) -> None:
             lr=arguments.lr,
             seed=config.seed,
         )
-        bar = trange(arguments.steps, desc="vision tower", unit="step", dynamic_ncols=True)
-        for _, (loss, model) in zip(bar, steps, strict=False):
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         with whole_folder(arguments.out) as folder:
-            model.tower.save_pretrained(folder)
-        print(f"{arguments.out}: loss {loss:.4f}")
+            tower.save_pretrained(folder)
+        print(f"saved {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ Shapes: N images, C channels, P patches, D tower width, V words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
+from tqdm import trange
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
@@ -40,14 +39,15 @@ def train_tower(
     batch: int,
     lr: float,
     seed: int,
-) -> Iterator[tuple[float, WordVotes]]:
-    """Yield the loss and the model after each step; pixels uint8, words bool."""
+) -> CLIPVisionModel:
+    """The tower after `steps` steps, with a progress bar; pixels uint8, words bool."""
     torch.manual_seed(seed)
     model = WordVotes(config, words_NV.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    bar = trange(steps, desc="vision tower", unit="step", dynamic_ncols=True)
+    for _ in bar:
         chosen = torch.randint(len(pixels_NCHW), (batch,), generator=generator)
         logits_NV = model(pixels_NCHW[chosen].float() / 127.5 - 1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits_NV, words_NV[chosen].float())
@@ -55,7 +55,8 @@ def train_tower(
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield loss.item(), model
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return model.tower
 
 
 def vision_config(image_size: int, patch_size: int, width: int, layers: int) -> CLIPVisionConfig:
