@@ -3,19 +3,22 @@
 Reads what LLaVA-Pretrain (558k) and mix665k hold: `<image>` first or last in the first question,
 text-only rows without `image`, string or integer ids, other keys, many turns. Every image is
 decoded here, so that no step of a training run meets a broken one; the encoded bytes are kept as
-they are. Rows that cannot be used are dropped, counted and listed with the reason.
+they are. Rows that cannot be used are dropped, counted and listed with the reason; a row without
+an id is called by its number.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +34,37 @@ MARKER = "<image>"
 SPEAKERS = ("human", "gpt")
 
 
-def convert_row(
-    row: dict[str, Any], kinds: dict[str, list[str]], images: Path, min_size: int
-) -> Sample | Dropped:
+Job = tuple[str, Any, Any]  # id, row, kinds of its questions
+
+
+def jobs(rows: list[Any], kinds: dict[str, Any]) -> Iterator[Job]:
+    """Every row with its id as a string and its own kinds: all that a worker needs."""
+    for number, row in enumerate(rows):
+        found = row.get("id") if isinstance(row, dict) else None
+        row_id = f"row {number}" if found is None else _printable(str(found))
+        yield row_id, row, kinds.get(row_id)
+
+
+def convert_row(job: Job, images: Path, min_size: int) -> Sample | Dropped:
     """One row of the JSON as a Sample, or the reason why it cannot be one."""
-    row_id = str(row.get("id", "?")) if isinstance(row, dict) else "?"
+    row_id, row, kinds = job
     try:
-        turns = _turns(row, kinds.get(row_id))
+        turns = _turns(row, kinds)
         image = _image(row, images, min_size)
     except _Unusable as reason:
-        return Dropped(row_id, str(reason))
+        return Dropped(row_id, _printable(str(reason)))
     return Sample(row_id, image, turns)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class _Unusable(Exception):
     """Why a row is dropped."""
 
 
-def _turns(row: Any, kinds: list[str] | None) -> tuple[Turn, ...]:
+def _turns(row: Any, kinds: Any) -> tuple[Turn, ...]:
     messages = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise _Unusable("conversations is not a list of question and answer pairs")
@@ -59,6 +75,8 @@ def _turns(row: Any, kinds: list[str] | None) -> tuple[Turn, ...]:
             raise _Unusable(f"message {index} is not from {speaker!r}")
         if not isinstance(message.get("value"), str):
             raise _Unusable(f"message {index} has no text")
+        if message["value"] != _printable(message["value"]):  # half a surrogate pair
+            raise _Unusable(f"message {index} is not valid Unicode")
         texts.append(message["value"].strip())
     has_image = row.get("image") is not None
     if sum(text.count(MARKER) for text in texts) != has_image or (
@@ -68,6 +86,10 @@ def _turns(row: Any, kinds: list[str] | None) -> tuple[Turn, ...]:
     texts[0] = texts[0].replace(MARKER, "").strip()
     if not all(texts[1::2]):
         raise _Unusable("an answer is empty")
+    if kinds is not None and not (
+        isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    ):
+        raise _Unusable("its kinds are not a list of names")
     if kinds is not None and len(kinds) != len(texts) // 2:
         raise _Unusable(f"{len(kinds)} kinds for {len(texts) // 2} questions")
     names = kinds or [None] * (len(texts) // 2)
@@ -87,12 +109,12 @@ def _image(row: dict[str, Any], images: Path, min_size: int) -> bytes | None:
         encoded = (images / name).read_bytes()
     except OSError as error:
         raise _Unusable(f"image {name}: {error.strerror}") from None
+    except ValueError as error:  # a NUL in the name
+        raise _Unusable(f"image {name!r}: {error}") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and palettes are no reason to complain
-            with Image.open(io.BytesIO(encoded)) as image:
-                image.convert("RGB")
-                size = image.size
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.convert("RGB")
+            size = image.size
     except Exception as error:  # Pillow's decoders raise almost anything on broken files
         raise _Unusable(f"image {name} cannot be decoded: {error}") from None
     if min(size) < min_size:
@@ -101,16 +123,33 @@ def _image(row: dict[str, Any], images: Path, min_size: int) -> bytes | None:
 
 
 def convert_rows(
-    rows: list[Any], kinds: dict[str, list[str]], images: Path, min_size: int, workers: int
+    rows: list[Any], kinds: dict[str, Any], images: Path, min_size: int, workers: int
 ) -> Iterator[Sample | Dropped]:
-    """The rows in order, converted by `workers` processes."""
-    convert = partial(convert_row, kinds=kinds, images=images, min_size=min_size)
-    bar = partial(tqdm, total=len(rows), desc="converting", unit="row", dynamic_ncols=True)
-    if workers <= 1:
-        yield from bar(map(convert, rows))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from bar(pool.map(convert, rows, chunksize=64))
+    """The rows in order, converted by `workers` threads.
+
+    Threads, not processes: Pillow decodes without the interpreter lock, and a process that is
+    killed while it sends a picture leaves its parent waiting for the rest. Few rows are under way
+    at a time, because what is converted waits in memory until it is written.
+    """
+    pending, under_way = jobs(rows, kinds), deque[Future[list[Sample | Dropped]]]()
+
+    def convert_chunk(chunk: list[Job]) -> list[Sample | Dropped]:
+        return [convert_row(job, images, min_size) for job in chunk]
+
+    bar = tqdm(total=len(rows), desc="converting", unit="row", dynamic_ncols=True)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while True:
+            while len(under_way) < 4 * workers and (chunk := list(itertools.islice(pending, 32))):
+                under_way.append(pool.submit(convert_chunk, chunk))
+            if not under_way:
+                return
+            converted = under_way.popleft().result()
+            yield from converted
+            bar.update(len(converted))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -131,16 +170,18 @@ def convert(arguments: argparse.Namespace) -> None:
         raise DataError(f"--images {arguments.images}: no such folder")
     rows = read_json(arguments.json, list)
     kinds = read_json(arguments.kinds, dict) if arguments.kinds else {}
-    converted: Iterable[Sample | Dropped] = convert_rows(
+    converted = convert_rows(
         rows, kinds, arguments.images, arguments.min_image_size, arguments.workers
     )
-    manifest = write_samples(
-        converted,
-        arguments.out,
-        source=str(arguments.json),
-        shard_size=arguments.shard_size,
-        max_bad_fraction=arguments.max_bad_fraction,
-    )
+    with warnings.catch_warnings(), closing(converted):
+        warnings.simplefilter("ignore")  # odd EXIF and palettes are no reason to complain
+        manifest = write_samples(
+            converted,
+            arguments.out,
+            source=str(arguments.json),
+            shard_size=arguments.shard_size,
+            max_bad_fraction=arguments.max_bad_fraction,
+        )
     print(
         f"{arguments.out}: {manifest['num_samples']} samples in {len(manifest['shards'])} shards, "
         f"{manifest['num_dropped']} rows dropped"
@@ -160,9 +201,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-bad-fraction", type=float, default=0.2, help="more dropped rows than this: stop"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
+    arguments = parser.parse_args(argv)
+    for option in ("shard_size", "min_image_size", "workers"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    if not 0 <= arguments.max_bad_fraction <= 1:
+        parser.error("--max-bad-fraction must be from 0 to 1")
     with exit_on_error():
-        convert(parser.parse_args(argv))
+        convert(arguments)
 
 
 if __name__ == "__main__":

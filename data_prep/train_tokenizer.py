@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.data.sample import open_samples, whole_folder
-from gemoe_ds.errors import exit_on_error
+from gemoe_ds.errors import DataError, exit_on_error
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
 ROLES = ["USER:", "ASSISTANT:"]  # in every turn: one token each, with the space before it
@@ -31,13 +31,18 @@ def texts(folders: list[Path]) -> Iterator[str]:
 
 def train(folders: list[Path], vocab_size: int, out: Path) -> None:
     """Byte-level BPE: no text is out of its reach; the same data gives the same tokenizer."""
+    smallest = len(SPECIAL) + len(alphabet := pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < smallest:
+        raise DataError(
+            f"--vocab-size {vocab_size}: bytes and special tokens alone are {smallest}; raise it"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(folders), trainer)
@@ -58,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="converted folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens, at most")
+    parser.add_argument(
+        "--vocab-size", type=int, default=1024, help="tokens at most, beside the two of the roles"
+    )
     arguments = parser.parse_args(argv)
     with exit_on_error():
         train(arguments.data, arguments.vocab_size, arguments.out)

@@ -53,7 +53,9 @@ class Tokenizer(Protocol):
     eos_token_id: int
     pad_token_id: int
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool
+    ) -> dict[str, list[list[int]]]:
         """Token ids of several texts."""
 
 
@@ -72,8 +74,11 @@ class Encoded:
 class Collator:
     """Encodes samples (`encode`) and pads them to a batch (`batch`).
 
-    A sequence longer than `max_length` ends at the last whole turn that fits. A sample that has
-    no target left is a DataError: its loss would silently be 0.
+    A sequence longer than `max_length` ends at the last whole turn that fits; if not even the
+    first one does, inside the first answer, which then counts for the loss but is of no turn, so
+    that evaluation does not grade half an answer. A sample that has no target left is a DataError:
+    its loss would silently be 0. Special tokens that stand in a text (a page about HTML has `</s>`)
+    are spelled, not obeyed.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class Collator:
         tokenizer = self.tokenizer
         questions = [f" USER: {turn.human} ASSISTANT:" for turn in sample.turns]
         answers = [f" {turn.gpt}" for turn in sample.turns]
-        tokens = tokenizer([*questions, *answers], add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(
+            [*questions, *answers], add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
         placeholders = [self.image_token_id] * (self.image_tokens if sample.image else 0)
         input_ids = [tokenizer.bos_token_id, *placeholders]
         labels, turn = [IGNORE] * len(input_ids), [-1] * len(input_ids)
@@ -103,8 +110,12 @@ class Collator:
         for index, (question, answer) in enumerate(
             zip(tokens[:num_turns], tokens[num_turns:], strict=True)
         ):
-            length = len(input_ids) + len(question) + len(answer) + 1
-            if length > self.max_length:
+            room = self.max_length - len(input_ids) - len(question)
+            if len(answer) + 1 > room:
+                if index == 0 and room > 0:
+                    input_ids += [*question, *answer[:room]]
+                    labels += [IGNORE] * len(question) + answer[:room]
+                    turn += [-1] * (len(question) + room)
                 break
             input_ids += [*question, *answer, tokenizer.eos_token_id]
             labels += [IGNORE] * len(question) + [*answer, tokenizer.eos_token_id]
@@ -130,7 +141,7 @@ class Collator:
             is_valid_BS=torch.arange(length) < lengths[:, None],
             is_vision_BS=ids == self.image_token_id,
             turn_BS=_padded([e.turn for e in encoded], length, -1).to(torch.int16),
-            pixels_NCHW=pixels.float() / 127.5 - 1,
+            pixels_NCHW=pixels.float().div_(127.5).sub_(1),
             ids=tuple(e.id for e in encoded),
             rows=tuple(e.row for e in encoded),
         )
@@ -142,7 +153,7 @@ def decode_image(sample: Sample, size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
             rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise almost anything on broken files
         raise DataError(
             f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
         ) from error
@@ -152,4 +163,7 @@ def decode_image(sample: Sample, size: int) -> np.ndarray:
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    padded = np.full((len(rows), length), value)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return torch.from_numpy(padded)

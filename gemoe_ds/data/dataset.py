@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-
-import grain
+from types import ModuleType
 
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import DataError
 
 ENDLESS = 2**40  # samples
+
+
+def _import_grain() -> ModuleType:
+    """Without its warning that jax is missing, which nothing here would use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import grain
+    finally:
+        logging.disable(before)
+    return grain
 
 
 class _Source:
@@ -53,6 +64,7 @@ class TrainStream:
                 f"{samples.path}: {len(samples)} samples do not fill "
                 f"train.micro_batch={micro_batch}"
             )
+        grain = _import_grain()
         order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
         endless = order.repeat(ENDLESS // len(samples))

@@ -3,7 +3,8 @@
     OUT/shard-00000-of-00003.parquet   columns id, image (bytes or null), turns [{human, gpt, kind}]
     OUT/manifest.json                  schema, source, counts, what was dropped and why, sha256s
 
-A folder is written under another name and renamed, so it is whole or absent.
+A folder is written under another name and renamed, so it is whole or absent. A shard is cut into
+small row groups, because the training order is random and one row costs reading its group.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +31,8 @@ from gemoe_ds.errors import DataError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LISTED_DROPS = 1000
+GROUP = 32  # rows that are read together
+CACHE_BYTES = 256 * 2**20  # of groups that an open folder keeps in memory
 
 _TURN = pa.struct([("human", pa.string()), ("gpt", pa.string()), ("kind", pa.string())])
 _COLUMNS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("turns", pa.list_(_TURN))])
@@ -61,20 +66,54 @@ class Dropped:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not."""
+    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
+
+    It vanishes too on Ctrl-C and on SIGTERM. After SIGKILL or a power cut `<out>.tmp-<pid>` is
+    left; nothing reads it. Raises DataError if `out` exists or cannot be written.
+    """
     if out.exists():
         raise DataError(f"{out} exists already; remove it or choose another folder")
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.replace(temporary, out)
+        with _termination_raises():
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in [*temporary.iterdir(), temporary]:
+                _fsync(path)
+            os.replace(temporary, out)
+            _fsync(out.parent)
+    except OSError as error:
+        raise DataError(f"{out}: cannot write it: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield  # signals belong to someone else
+        return
+
+    def unwind(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_samples(
@@ -85,7 +124,7 @@ def write_samples(
     shard_size: int = 4096,
     max_bad_fraction: float = 0.2,
 ) -> dict[str, Any]:
-    """Write a folder of samples and return its manifest; reads `samples` once, a shard at a time.
+    """Write a folder of samples and return its manifest; reads `samples` once, a group at a time.
 
     Raises DataError, and leaves nothing behind, if `out` exists, if no sample is left, or if more
     than `max_bad_fraction` of the rows were dropped.
@@ -94,13 +133,10 @@ def write_samples(
         dropped: list[Dropped] = []
         shards: list[tuple[Path, int]] = []
         kept = (row for row in samples if isinstance(row, Sample) or dropped.append(row))
-        while batch := list(itertools.islice(kept, shard_size)):
+        while first := list(itertools.islice(kept, 1)):
             path = folder / f"part-{len(shards):05d}"
-            rows = [
-                {"id": s.id, "image": s.image, "turns": [asdict(t) for t in s.turns]} for s in batch
-            ]
-            pq.write_table(pa.Table.from_pylist(rows, _COLUMNS), path)
-            shards.append((path, len(batch)))
+            rest = itertools.islice(kept, shard_size - 1)
+            shards.append((path, _write_shard(itertools.chain(first, rest), path)))
         num_samples = sum(count for _, count in shards)
         total = num_samples + len(dropped)
         example = f"; first: {dropped[0].id}: {dropped[0].reason}" if dropped else ""
@@ -137,17 +173,40 @@ def write_samples(
     return manifest
 
 
-class SampleFolder:
-    """Random access to a written folder; shards are memory-mapped, row i is O(log shards)."""
+def _write_shard(samples: Iterator[Sample], path: Path) -> int:
+    count = 0
+    with pq.ParquetWriter(path, _COLUMNS, use_dictionary=False, write_statistics=False) as writer:
+        while group := list(itertools.islice(samples, GROUP)):
+            rows = [
+                {"id": s.id, "image": s.image, "turns": [asdict(t) for t in s.turns]} for s in group
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, _COLUMNS))
+            count += len(group)
+    return count
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+
+class SampleFolder:
+    """Random access to a written folder, from any thread, in bounded memory.
+
+    Row i costs O(log groups), and reading its group unless that is among the `cache_bytes` kept.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], cache_bytes: int) -> None:
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self._tables = [
-            pq.read_table(path / shard["file"], memory_map=True) for shard in manifest["shards"]
+        self._names = [shard["file"] for shard in manifest["shards"]]
+        self._shards = [pq.ParquetFile(path / name, memory_map=True) for name in self._names]
+        self._groups = [
+            (shard, group)
+            for shard, file in enumerate(self._shards)
+            for group in range(file.num_row_groups)
         ]
-        self._ends = list(itertools.accumulate(table.num_rows for table in self._tables))
+        sizes = (self._shards[s].metadata.row_group(g).num_rows for s, g in self._groups)
+        self._ends = list(itertools.accumulate(sizes))
+        self._kept: dict[int, pa.Table] = {}  # oldest first; a random order gains nothing from LRU
+        self._kept_bytes, self._cache_bytes = 0, cache_bytes
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -155,9 +214,11 @@ class SampleFolder:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = bisect.bisect_right(self._ends, index)
-        table = self._tables[shard]
-        row = index - (self._ends[shard - 1] if shard else 0)
+        number = bisect.bisect_right(self._ends, index)
+        table = self._kept.get(number)
+        if table is None:
+            table = self._read(number)
+        row = index - (self._ends[number - 1] if number else 0)
         turns = table["turns"][row].as_py()
         return Sample(
             table["id"][row].as_py(),
@@ -165,14 +226,33 @@ class SampleFolder:
             tuple(Turn(t["human"], t["gpt"], t["kind"]) for t in turns),
         )
 
+    def _read(self, number: int) -> pa.Table:
+        with self._lock:
+            if number in self._kept:  # another thread was faster
+                return self._kept[number]
+            shard, group = self._groups[number]
+            try:
+                table = self._shards[shard].read_row_group(group, use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(
+                    f"{self.path / self._names[shard]} is damaged ({error}); convert again"
+                ) from error
+            self._kept[number] = table
+            self._kept_bytes += table.nbytes
+            while self._kept_bytes > self._cache_bytes and len(self._kept) > 1:
+                self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+            return table
 
-def open_samples(path: str | Path, *, verify: bool = False) -> SampleFolder:
+
+def open_samples(
+    path: str | Path, *, verify: bool = False, cache_bytes: int = CACHE_BYTES
+) -> SampleFolder:
     """Open a folder; DataError naming the file if one is missing, cut short or (verify) changed."""
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         shards = [(path / s["file"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
-        schema = manifest["schema"]
+        schema, _ = manifest["schema"], manifest["fingerprint"]
     except OSError as error:
         raise DataError(
             f"{path}: no {MANIFEST} there ({error.strerror}); make it with data_prep/"
@@ -181,14 +261,16 @@ def open_samples(path: str | Path, *, verify: bool = False) -> SampleFolder:
         raise DataError(f"{path}/{MANIFEST} is damaged ({error!r}); convert again") from error
     if schema != SCHEMA:
         raise DataError(f"{path}: schema {schema}, this version reads {SCHEMA}; convert again")
+    if not shards:
+        raise DataError(f"{path}/{MANIFEST} is damaged (it lists no shard); convert again")
     for file, size, checksum in shards:
         if not file.is_file():
             raise DataError(f"{file} is missing; convert again")
         if file.stat().st_size != size or (verify and _sha256(file) != checksum):
             raise DataError(f"{file} is damaged (size or checksum differs); convert again")
     try:
-        return SampleFolder(path, manifest)
-    except pa.ArrowException as error:
+        return SampleFolder(path, manifest, cache_bytes)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: a shard cannot be read ({error}); convert again") from error
 
 

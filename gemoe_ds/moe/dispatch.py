@@ -64,8 +64,8 @@ class AllToAllDispatcher(Dispatcher):
     A token's row goes to a rank ONCE however many of its experts live there; the weights travel
     along, partial sums are formed where the experts are, and one row comes back per pair. Bytes
     each way = pairs * D * itemsize. Every rank takes part in every exchange in the same order,
-    with zero rows too. One count exchange, and one wait for the device, a layer (besides
-    the plan's own).
+    with zero rows too. One count exchange a layer. On a GPU the host waits twice here (the list of
+    pairs, the counts) and once in the plan.
     """
 
     def __init__(self, all_to_all: AllToAll, rank: int, num_ranks: int) -> None:

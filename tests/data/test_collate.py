@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.train_tokenizer import train
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.errors import ConfigError, DataError
 from tests.tiny import WORDS, write_tokenizer
 
@@ -65,11 +66,44 @@ def test_padding_stands_right_and_text_only_samples_have_no_pixels(tokenizer):
     assert alone.pixels_NCHW.shape == (0, 3, 4, 4)
 
 
-def test_long_conversations_end_at_a_turn(tokenizer):
-    encoded = make(tokenizer, max_length=12).encode(0, Sample("x", image(), TWO))
+@pytest.mark.parametrize("max_length", [10, 12, 14])
+def test_long_conversations_end_at_a_turn(tokenizer, max_length):
+    encoded = make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
     assert words(encoded.input_ids) == "<s> <image> <image> USER: a b ASSISTANT: c </s>"
-    with pytest.raises(DataError, match="sample x: no answer fits into max_length=8"):
-        make(tokenizer, max_length=8).encode(0, Sample("x", image(), TWO))
+
+
+@pytest.mark.parametrize("max_length, answer", [(8, "c d </s>"), (7, "c d"), (6, "c")])
+def test_a_first_answer_that_does_not_fit_is_learned_in_part_but_not_graded(
+    tokenizer, max_length, answer
+):
+    sample = Sample("x", None, (Turn("a b", "c d"), Turn("e", "f")))
+    collator = make(tokenizer, max_length=max_length)
+    batch = collator.batch([collator.encode(0, sample)])
+    assert words(batch.input_ids_BS[0]) == f"<s> USER: a b ASSISTANT: {answer}"
+    assert words(i for i in batch.labels_BS[0].tolist() if i >= 0) == answer
+    assert (batch.turn_BS[0] == 0).sum() == (2 if answer.endswith("</s>") else 0)
+
+
+@pytest.mark.parametrize("max_length", [1, 4, 7])
+def test_a_sample_without_a_target_is_named(tokenizer, max_length):
+    """Seven tokens stand before the first answer."""
+    with pytest.raises(DataError, match=f"sample x: no answer fits into max_length={max_length} "):
+        make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
+
+
+def test_special_tokens_in_a_text_are_spelled_not_obeyed(tmp_path):
+    """An <image> in a text would ask for pixels that are not there, a </s> would end an answer."""
+    said = "the tags <image> <s> </s> <pad>"
+    sample = Sample("x", image(), (Turn(said, f"{said}."),))
+    write_samples([sample], tmp_path / "data", source="test")
+    train([tmp_path / "data"], 300, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    collator = make(tokenizer, max_length=512)
+    batch = collator.batch([collator.encode(0, sample)])
+    ids = batch.input_ids_BS[0]
+    assert ids[:3].tolist() == [1, 3, 3] and ids[-1] == 2
+    assert set(ids[3:-1].tolist()).isdisjoint(range(4)) and batch.is_vision_BS.sum() == 2
+    assert tokenizer.decode(ids[3:-1]) == f"USER: {said}ASSISTANT: {said}."  # roles eat a space
 
 
 def test_a_broken_image_names_its_sample(tokenizer):

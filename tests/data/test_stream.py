@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import subprocess
+import sys
 import time
 
 import pytest
+import torch
 
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
@@ -93,3 +97,49 @@ def test_evaluation_sees_every_sample_once_and_all_ranks_iterate_equally(setting
 def test_too_few_samples_for_a_micro_batch(setting):
     with pytest.raises(DataError, match="23 samples do not fill train.micro_batch=24"):
         ledger(setting, 1, batch=24)
+
+
+def test_two_ranks_see_what_one_with_twice_the_accumulation_sees(setting):
+    """The whole batches, not only their ids."""
+    samples, collator = setting
+    options = {"seed": 3, "micro_batch": 4, "threads": 2, "start_step": 5}
+    alone = next(TrainStream(samples, collator, rank=0, world=1, accumulation=2, **options))
+    for rank in range(2):
+        (batch,) = next(
+            TrainStream(samples, collator, rank=rank, world=2, accumulation=1, **options)
+        )
+        for name in ("input_ids_BS", "labels_BS", "is_valid_BS", "turn_BS", "pixels_NCHW"):
+            torch.testing.assert_close(getattr(batch, name), getattr(alone[rank], name))
+        assert batch.rows == alone[rank].rows
+
+
+def test_rows_find_their_samples(setting):
+    samples, collator = setting
+    stream = TrainStream(
+        samples, collator, seed=0, micro_batch=5, accumulation=1, rank=0, world=1, threads=1
+    )
+    evaluation = EvalStream(samples, collator, batch=5, rank=0, world=1)
+    for batch in [*next(stream), *(b for b in evaluation if b is not None)]:
+        assert [samples[row].id for row in batch.rows] == list(batch.ids)
+
+
+def test_a_broken_image_stops_the_stream_with_one_line(setting, tmp_path):
+    """The converter would have dropped it: this is damage that came later."""
+    _, collator = setting
+    write_samples(
+        [Sample("bad", b"no image", (Turn("a", "b"),))] * 4, tmp_path / "data", source="test"
+    )
+    with pytest.raises(DataError, match="^sample bad: its image cannot be decoded") as error:
+        ledger((open_samples(tmp_path / "data"), collator), 1, batch=2)
+    assert "\n" not in str(error.value)
+
+
+def test_grain_does_not_talk_about_jax():
+    """Its import warns on stderr; nothing here would use what is missing."""
+    said = subprocess.run(
+        [sys.executable, "-c", "from gemoe_ds.data.dataset import _import_grain as i; i()"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stderr == "" and logging.root.manager.disable == logging.NOTSET

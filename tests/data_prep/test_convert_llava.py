@@ -96,6 +96,15 @@ def test_ordinary_rows(convert):
         (row("b") | {"conversations": [{"from": "gpt", "value": "x"}]}, "pairs"),
         (row("b") | {"conversations": row()["conversations"][::-1]}, "not from 'human'"),
         ({"id": "b"}, "conversations"),
+        (row("b", image="a"), "Is a directory"),
+        (row("b", image="a/\0.png"), "null byte"),
+        (row("b", image=""), "Is a directory"),
+        (row("b", answer="half a pair \ud83d"), "not valid Unicode"),
+        (
+            row("b")
+            | {"conversations": [*row()["conversations"], {"from": "human", "value": "?"}]},
+            "pairs",
+        ),
         (
             row("b") | {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]},
             "no text",
@@ -111,11 +120,32 @@ def test_unusable_rows_are_dropped_counted_and_explained(convert, bad, reason):
 
 def test_kinds_name_the_questions(convert):
     kinds = convert.folder / "kinds.json"
-    kinds.write_text(json.dumps({"1": ["count"], "2": ["count", "too many"]}))
-    rows = [row("1"), row("2"), *(row(str(i)) for i in range(3, 9))]
+    kinds.write_text(json.dumps({"1": ["count"], "2": ["count", "too many"], "3": "count"}))
+    rows = [row(1), row("2"), *(row(str(i)) for i in range(3, 19))]
     samples = convert(rows, "--kinds", kinds)
     assert samples[0].turns[0].kind == "count" and samples[1].turns[0].kind is None
-    assert "2 kinds for 1 questions" in samples.manifest["dropped"][0]["reason"]
+    assert [d["reason"] for d in samples.manifest["dropped"]] == [
+        "2 kinds for 1 questions",
+        "its kinds are not a list of names",
+    ]
+
+
+def test_rows_without_an_id_are_called_by_their_number(convert):
+    nameless = row()
+    del nameless["id"]
+    samples = convert([row(str(i)) for i in range(9)] + [nameless, row(None), "not a row"])
+    assert [s.id for s in samples][-2:] == ["row 9", "row 10"]
+    assert samples.manifest["dropped"][0]["id"] == "row 11"
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--shard-size", "0"), ("--workers", "-1"), ("--max-bad-fraction", "20"), ("--images", "no")],
+)
+def test_options_out_of_range_are_refused(convert, option, value):
+    code, message = convert([row()], option, value)
+    assert code == 2 and option in message.strip().splitlines()[-1]
+    assert not (convert.folder / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -144,11 +174,11 @@ def test_an_existing_folder_is_not_touched(convert):
 
 
 def test_workers_change_nothing(convert):
-    rows = [row(str(i)) for i in range(30)]
-    one = convert(rows, "--shard-size", "7").manifest["shards"]
+    rows = [row(str(i)) for i in range(150)]  # several chunks for each worker
+    one = convert(rows, "--shard-size", "40").manifest["shards"]
     (convert.folder / "out").rename(convert.folder / "first")
-    two = convert(rows, "--shard-size", "7", "--workers", "2").manifest["shards"]
-    assert [s["sha256"] for s in one] == [s["sha256"] for s in two] and len(one) == 5
+    two = convert(rows, "--shard-size", "40", "--workers", "3").manifest["shards"]
+    assert [s["sha256"] for s in one] == [s["sha256"] for s in two] and len(one) == 4
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "manifest"])
