@@ -1,9 +1,10 @@
 """Write the demo's data: seeded drawn scenes with conversations, in LLaVA-1.5's format.
 
 Question kinds: `name` asks for knowledge about an object that the question describes in full,
-`find` for knowledge about an object that must be found in the picture first; `attribute`,
-`place`, `existence`, `count`, `relation` and `text` ask what can be seen. Training conversations
-also hold captions. Splits share the knowledge and nothing else: every scene is its own.
+`find` and `visit` for knowledge about an object that must first be found in the picture, by what
+it looks like or by where it stands; `attribute`, `place`, `existence`, `count`, `relation` and
+`text` ask what can be seen. Training conversations also hold captions. Splits share the knowledge
+and nothing else: every scene is its own.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def find(scene: Scene, knowledge: Knowledge, rng: random.Random) -> Question | N
     thing, reference = picked
     of = rng.choice(PROPERTIES)
     return Question("find", f"{of} of the {reference}?", knowledge.name(of, thing))
+
+
+def visit(scene: Scene, knowledge: Knowledge, rng: random.Random) -> Question:
+    thing, of = rng.choice(scene.things), rng.choice(PROPERTIES)
+    where = place(thing.row, thing.column)
+    return Question("visit", f"{of} at {where}?", knowledge.name(of, thing))
 
 
 def attribute(scene: Scene, rng: random.Random) -> Question | None:
@@ -139,6 +146,7 @@ def conversation(
     fill(names, [lambda: name(scene, knowledge, rng)])
     others_kinds = [
         lambda: find(scene, knowledge, rng),
+        lambda: visit(scene, knowledge, rng),
         lambda: attribute(scene, rng),
         lambda: placement(scene, rng),
         lambda: existence(scene, rng),
@@ -175,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=24000, help="scenes")
     parser.add_argument("--validation", type=int, default=500, help="scenes")
     parser.add_argument("--test", type=int, default=1000, help="scenes")
-    parser.add_argument("--names", type=int, default=2, help="knowledge questions a scene")
-    parser.add_argument("--others", type=int, default=7, help="other questions a scene")
+    parser.add_argument("--names", type=int, default=3, help="knowledge questions a scene")
+    parser.add_argument("--others", type=int, default=6, help="other questions a scene")
     parser.add_argument("--max-things", type=int, default=3, help="objects a scene, at most 3")
     arguments = parser.parse_args(argv)
     with exit_on_error():

@@ -63,7 +63,17 @@ def test_every_kind_occurs_and_held_out_splits_have_no_caption(scenes):
         }
         for split in ("train", "test")
     }
-    everything = {"name", "find", "attribute", "place", "existence", "count", "relation", "text"}
+    everything = {
+        "name",
+        "find",
+        "visit",
+        "attribute",
+        "place",
+        "existence",
+        "count",
+        "relation",
+        "text",
+    }
     assert kinds["train"] == everything | {"caption"}
     assert kinds["test"] <= everything
 
@@ -96,6 +106,9 @@ def test_answers_are_true():
             elif q.kind == "place":
                 cell = (words[2] == "bottom", words[3] == "right")
                 assert q.answer == getattr(table[cell], words[0])
+            elif q.kind == "visit":
+                thing = table[words[2] == "bottom", words[3] == "right"]
+                assert q.answer == knowledge.name(words[0], thing)
             elif q.kind == "name":
                 colour, texture, shape = words[-3:]
                 assert q.answer == knowledge._names[words[0], shape, colour, texture]
