@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# dtypes that torch's grouped matrix product takes on CPU and on CUDA
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16)
+# What torch's grouped matrix product is known to take; anything else goes expert by expert.
+_GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 class Experts(nn.Module):
@@ -52,9 +52,9 @@ def grouped_linear(rows_AK: Tensor, weight_EMK: Tensor, rows_per_expert_E: Tenso
     else:
         dtype = torch.promote_types(rows_AK.dtype, weight_EMK.dtype)
     rows_AK, weight_EMK = rows_AK.to(dtype), weight_EMK.to(dtype)
-    # grouped_mm wants 16-byte rows; what it cannot take goes expert by expert.
+    # it wants rows of whole 16 bytes
     aligned = all(n * dtype.itemsize % 16 == 0 for n in weight_EMK.shape[1:])
-    if dtype in _GROUPED_DTYPES and aligned and rows_AK.shape[0]:
+    if dtype in _GROUPED_DTYPES.get(device, ()) and aligned and rows_AK.shape[0]:
         ends_E = rows_per_expert_E.cumsum(0).to(torch.int32)
         out_AM = nn.functional.grouped_mm(rows_AK, weight_EMK.transpose(1, 2), offs=ends_E)
         if out_AM.requires_grad:  # its backward refuses an expanded gradient, such as that of sum()
