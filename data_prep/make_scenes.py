@@ -183,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=24000, help="scenes")
     parser.add_argument("--validation", type=int, default=500, help="scenes")
     parser.add_argument("--test", type=int, default=1000, help="scenes")
-    parser.add_argument("--names", type=int, default=3, help="knowledge questions a scene")
-    parser.add_argument("--others", type=int, default=6, help="other questions a scene")
+    parser.add_argument("--names", type=int, default=2, help="knowledge questions a scene")
+    parser.add_argument("--others", type=int, default=7, help="other questions a scene")
     parser.add_argument("--max-things", type=int, default=3, help="objects a scene, at most 3")
     arguments = parser.parse_args(argv)
     with exit_on_error():

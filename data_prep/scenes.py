@@ -27,7 +27,7 @@ LETTERS = "LTIOXH"
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 PROPERTIES = ("name", "home", "owner", "song", "food", "tool", "city", "game")
 SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
-NAME_LENGTH = 4
+NAME_LENGTH = 3
 CELL = 16  # pixels; one object fills a cell
 BACKGROUND = (32, 32, 32)
 
@@ -56,7 +56,7 @@ class Scene:
 
 
 class Knowledge:
-    """The arbitrary facts: (property, shape, colour, texture) -> a name of four syllables."""
+    """The arbitrary facts: (property, shape, colour, texture) -> a name of three syllables."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"knowledge {seed}")

@@ -90,12 +90,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(recipe: Path) -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_name_drops_the_old_options_whatever_the_order(recipe: Path, order: int) -> None:
     config = load(recipe, *["model.router.name=top_k", "model.router.k=5"][::order])
-    assert config.model.router.flat() == {
-        "name": "top_k",
-        "k": 5,
-        "renormalise": "backbone",
-        "balance_weight": 0.001,
-    }
+    defaults = Router.named("top_k").Config(k=5).model_dump()
+    assert config.model.router.flat() == {"name": "top_k", **defaults}
 
 
 def test_extends_merges_by_key(recipe: Path) -> None:
