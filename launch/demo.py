@@ -78,14 +78,17 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
     steps.append(
         _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 300, needs=prepared)
     )
+    steps.append(
+        _train("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 120, needs=("pretrain",))
+    )
     tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
     tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
     for name, recipe, seed in tuned:
         steps.append(
-            _train(name, recipe, num_ranks, DEMO / name, 60, needs=("pretrain",), seed=seed)
+            _train(name, recipe, num_ranks, DEMO / name, 90, needs=("anneal",), seed=seed)
         )
     static = f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}"
-    evaluations = [("static", static, "pretrain")]
+    evaluations = [("static", static, "anneal")]
     evaluations += [
         (name, f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}", name) for name, _, _ in tuned
     ]

@@ -45,6 +45,10 @@ def test_the_demo_compares_like_with_like() -> None:
     assert rest[0] == rest[1] == rest[2]
     assert {config.model.router.name for config in recipes} == {"gemoe", "top_k"}
     assert len({config.output_dir for config in recipes}) == 3
-    pretrain = load_config(repository() / "launch" / "recipes" / "demo_pretrain.yaml")
-    assert rest[0]["model"]["checkpoint"] == f"{pretrain.output_dir}/hf"
-    assert rest[0]["data"] == pretrain.model_dump()["data"]
+    pretrain, anneal = (
+        load_config(repository() / "launch" / "recipes" / f"demo_{name}.yaml")
+        for name in ("pretrain", "anneal")
+    )
+    assert anneal.model.checkpoint == f"{pretrain.output_dir}/hf"
+    assert rest[0]["model"]["checkpoint"] == f"{anneal.output_dir}/hf"
+    assert rest[0]["data"] == anneal.model_dump()["data"] == pretrain.model_dump()["data"]
