@@ -84,9 +84,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
     tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
     tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
     for name, recipe, seed in tuned:
-        steps.append(
-            _train(name, recipe, num_ranks, DEMO / name, 90, needs=("anneal",), seed=seed)
-        )
+        steps.append(_train(name, recipe, num_ranks, DEMO / name, 90, needs=("anneal",), seed=seed))
     static = f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}"
     evaluations = [("static", static, "anneal")]
     evaluations += [
