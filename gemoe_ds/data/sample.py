@@ -79,9 +79,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for path in [*temporary.iterdir(), temporary]:
-                _fsync(path)
+                fsync_path(path)
             os.replace(temporary, out)
-            _fsync(out.parent)
+            fsync_path(out.parent)
     except OSError as error:
         raise DataError(f"{out}: cannot write it: {error}") from error
     finally:
@@ -108,7 +108,8 @@ def _termination_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,7 +157,7 @@ def write_samples(
                     "file": final.name,
                     "num_samples": count,
                     "bytes": final.stat().st_size,
-                    "sha256": _sha256(final),
+                    "sha256": sha256_of(final),
                 }
             )
         fingerprint = hashlib.sha256("".join(s["sha256"] for s in listed).encode()).hexdigest()
@@ -266,7 +267,7 @@ def open_samples(
     for file, size, checksum in shards:
         if not file.is_file():
             raise DataError(f"{file} is missing; convert again")
-        if file.stat().st_size != size or (verify and _sha256(file) != checksum):
+        if file.stat().st_size != size or (verify and sha256_of(file) != checksum):
             raise DataError(f"{file} is damaged (size or checksum differs); convert again")
     try:
         return SampleFolder(path, manifest, cache_bytes)
@@ -274,6 +275,7 @@ def open_samples(
         raise DataError(f"{path}: a shard cannot be read ({error}); convert again") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
+from gemoe_ds.data.sample import fsync_path, sha256_of
 from gemoe_ds.engine.build import Engine
 from gemoe_ds.engine.distributed import World
 from gemoe_ds.errors import CheckpointError
@@ -70,7 +71,7 @@ def checksum_folder(folder: Path | None) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
         digest.update(path.name.encode())
-        digest.update(_sha256(path).encode())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 
 
@@ -107,18 +108,18 @@ def save(
             "schema": SCHEMA,
             "step": step,
             "identity": identity,
-            "files": {str(p.relative_to(temporary)): _sha256(p) for p in files},
+            "files": {str(p.relative_to(temporary)): sha256_of(p) for p in files},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*files, temporary / MANIFEST, temporary / DEEPSPEED, temporary]:
-            _fsync(path)
+            fsync_path(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         pointer = root / f".{LATEST}"
         pointer.write_text(final.name)
-        _fsync(pointer)
+        fsync_path(pointer)
         os.replace(pointer, root / LATEST)
-        _fsync(root)
+        fsync_path(root)
         for old in sorted(root.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -187,7 +188,7 @@ def verify(folder: Path, identity: dict[str, Any] | None) -> Found:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing; use another checkpoint")
-        if _sha256(path) != checksum:
+        if sha256_of(path) != checksum:
             raise CheckpointError(f"{folder}: {name} is damaged (checksum); use another checkpoint")
     return Found(folder, step, manifest)
 
@@ -228,16 +229,3 @@ def _check_names(model: MoEModel, stored: dict[str, torch.Tensor], folder: Path)
             f"{folder} does not fit this model: {len(differ)} tensors differ, first {differ[0]}: "
             f"stored {found.get(differ[0])}, expected {shapes.get(differ[0])}"
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
