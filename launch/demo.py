@@ -48,7 +48,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
             "scenes",
             f"data_prep/make_scenes.py --out {DEMO}/scenes --seed 0",
             DEMO / "scenes",
-            seconds=40,
+            seconds=15,
         )
     ]
     for split in ("train", "validation", "test"):
@@ -59,7 +59,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
                 f"data_prep/convert_llava.py --json {scenes}/{split}.json "
                 f"--kinds {scenes}/{split}_kinds.json --images {scenes}/images --out {data}",
                 data,
-                seconds=10,
+                seconds=4,
                 needs=("scenes",),
             )
         )
@@ -73,7 +73,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
         )
     )
     vision = f"launch/pretrain_vision.py {RECIPES}/demo_pretrain.yaml --out {DEMO}/vision"
-    steps.append(_python("vision", vision, DEMO / "vision", seconds=30, needs=("tokenizer",)))
+    steps.append(_python("vision", vision, DEMO / "vision", seconds=35, needs=("tokenizer",)))
     prepared = ("convert_validation", "convert_test", "vision")
     steps.append(
         _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 300, needs=prepared)
@@ -84,7 +84,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
     tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
     tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
     for name, recipe, seed in tuned:
-        steps.append(_train(name, recipe, num_ranks, DEMO / name, 90, needs=("anneal",), seed=seed))
+        steps.append(_train(name, recipe, num_ranks, DEMO / name, 60, needs=("anneal",), seed=seed))
     static = f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}"
     evaluations = [("static", static, "anneal")]
     evaluations += [
@@ -99,7 +99,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
                 f"evaluate_{name}",
                 (*command, *shlex.split(options)),
                 folder,
-                seconds=60 if name == "static" else 25,
+                seconds=25 if name == "static" else 15,
                 needs=(trained_by,),
             )
         )

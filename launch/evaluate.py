@@ -13,10 +13,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import ConfigError, exit_on_error
+
+if TYPE_CHECKING:
+    from gemoe_ds.analysis.record import EvalRecord, TokenSample
+    from gemoe_ds.backbones.model import MoEModel
+    from gemoe_ds.evaluation.runner import Scores
 
 Arguments = argparse.Namespace
 
@@ -43,63 +49,75 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(arguments: Arguments) -> None:
+    from gemoe_ds.analysis.record import write_record
     from gemoe_ds.config import load_config
+    from gemoe_ds.data.dataset import EvalStream
     from gemoe_ds.data.sample import open_samples
     from gemoe_ds.engine.checkpoint import newest, put_trained
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.distributed import distributed, gather_objects
     from gemoe_ds.engine.groups import expert_shard
+    from gemoe_ds.evaluation.runner import evaluate
+    from gemoe_ds.train.monitor import seconds_in
     from gemoe_ds.train.run import build_collator, build_model, say
 
+    trained, static_ks = arguments.trained, arguments.k or []
     overrides = list(arguments.overrides)
-    if arguments.k:
-        overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
+    if static_ks:
+        overrides.append(f"model.router={{name: top_k, k: {static_ks[0]}}}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")  # every rank has all experts: nothing to exchange
     config = load_config(arguments.recipe, overrides)
     samples = open_samples(arguments.data)
-    checkpoint = newest(arguments.trained) if arguments.trained else None
+    checkpoint = newest(trained) if trained else None
     with distributed() as world:
         model = build_model(config, expert_shard(config.parallel.ep_size, world))
         model.to(world.device)
+        name = config.model.router.name
         if checkpoint:
             put_trained(model, checkpoint)
             say(world, f"trained parts from {checkpoint}")
         collator = build_collator(config, model)
-        for k in arguments.k or [None]:
-            if k is not None:
+        for k in static_ks or [getattr(model.moe_layers[0].router, "k", None)]:
+            if static_ks:
                 for layer in model.moe_layers:
                     layer.router.k = k
-            out = (
-                arguments.out / f"k_{k}" if arguments.k and len(arguments.k) > 1 else arguments.out
+            say(world, f"evaluating {name}{'' if k is None else f' k={k}'}")
+            began = time.perf_counter()
+            stream = EvalStream(
+                samples, collator, batch=arguments.batch, rank=world.rank, world=world.size
             )
-            say(world, f"evaluating {config.model.router.name}{'' if k is None else f' k={k}'}")
-            record_one(arguments, config, model, samples, collator, world, checkpoint, k, out)
+            scores = evaluate(
+                model, samples, stream, world.device, gather_objects, show_progress=world.is_first
+            )
+            if not world.is_first:
+                continue
+            record, tokens = _record(
+                model,
+                scores,
+                method=f"{name}_tuned" if trained and k is not None else name,
+                k=k,
+                seed=config.seed,
+                seconds=time.perf_counter() - began,
+                train_seconds=seconds_in(trained) if trained else None,
+                checkpoint=str(checkpoint or config.model.checkpoint),
+            )
+            out = arguments.out / f"k_{k}" if len(static_ks) > 1 else arguments.out
+            write_record(out, record, tokens)
+            say(
+                world,
+                f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
+                f"({record.seconds:.1f} s)",
+            )
 
 
-def record_one(arguments, config, model, samples, collator, world, checkpoint, k, out) -> None:
-    """Score one routing and write its record."""
+def _record(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecord, TokenSample]:
+    """What one evaluation leaves behind; `identity` says what was evaluated."""
     from gemoe_ds.analysis.provenance import provenance
-    from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary, write_record
-    from gemoe_ds.data.dataset import EvalStream
-    from gemoe_ds.engine.distributed import gather_objects
-    from gemoe_ds.evaluation.runner import evaluate
-    from gemoe_ds.train.monitor import seconds_in
+    from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
 
-    began = time.perf_counter()
-    stream = EvalStream(samples, collator, batch=arguments.batch, rank=world.rank, world=world.size)
-    scores = evaluate(
-        model, samples, stream, world.device, gather_objects, show_progress=world.is_first
-    )
-    if not world.is_first:
-        return
     entropy_LN, k_LN, is_vision_N = scores.tokens()
     routing = routing_summary(entropy_LN, k_LN, is_vision_N, scores.load_LE)
-    static_k = getattr(model.moe_layers[0].router, "k", None)
-    name = config.model.router.name
     record = EvalRecord(
-        method=f"{name}_tuned" if checkpoint and static_k is not None else name,
-        k=static_k,
-        seed=config.seed,
         backbone_k=model.routing[0].top_k,
         accuracy=scores.accuracy,
         accuracy_by_kind=scores.accuracy_by_kind,
@@ -107,18 +125,11 @@ def record_one(arguments, config, model, samples, collator, world, checkpoint, k
         accuracy_micro=scores.accuracy_micro,
         activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
         total_parameters=model.num_parameters,
-        seconds=time.perf_counter() - began,
-        train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
-        checkpoint=str(checkpoint) if checkpoint else config.model.checkpoint,
+        **identity,
         **routing,
         **provenance(),
     )
-    write_record(out, record, TokenSample.draw(entropy_LN, k_LN, is_vision_N))
-    print(
-        f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
-        f"({record.seconds:.1f} s)",
-        flush=True,
-    )
+    return record, TokenSample.draw(entropy_LN, k_LN, is_vision_N)
 
 
 if __name__ == "__main__":

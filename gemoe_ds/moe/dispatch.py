@@ -17,7 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from gemoe_ds.moe.plan import RoutingPlan
 
-ExpertFn = Callable[[Tensor, Tensor], Tensor]  # (rows_BD, rows_per_expert_L) -> y_BD
+# (rows_BD, weights_B, rows_per_expert_L) -> weight * y_BD
+ExpertFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (output, input, output_splits, input_splits): the collective itself, e.g. of torch.distributed
 AllToAll = Callable[[Tensor, Tensor, list[int], list[int]], None]
 
@@ -30,14 +31,14 @@ class Dispatcher(ABC):
         """y_TD = sum over the token's assignments of weight * expert(x), dtype of `x_TD`."""
 
 
-def combine(y_AD: Tensor, weights_A: Tensor, row_ids_A: Tensor, num_rows: int) -> Tensor:
-    """sum of weight * y over the assignments of each row, [num_rows, D].
+def combine(weighted_AD: Tensor, row_ids_A: Tensor, num_rows: int) -> Tensor:
+    """Sum of the weighted expert outputs of each row, [num_rows, D].
 
-    Accumulates in the dtype of the weights (float32): a bf16 sum over up to 8 experts would lose
-    the small ones.
+    Accumulates in float32 at least: a bf16 sum over up to 8 experts would lose the small ones.
     """
-    weighted_AD = y_AD.to(weights_A.dtype) * weights_A[:, None]
-    return weighted_AD.new_zeros(num_rows, y_AD.shape[1]).index_add(0, row_ids_A, weighted_AD)
+    weighted_AD = weighted_AD.to(torch.promote_types(weighted_AD.dtype, torch.float32))
+    sums = weighted_AD.new_zeros(num_rows, weighted_AD.shape[1])
+    return sums.index_add(0, row_ids_A, weighted_AD)
 
 
 class LocalDispatcher(Dispatcher):
@@ -45,8 +46,8 @@ class LocalDispatcher(Dispatcher):
 
     def __call__(self, x_TD: Tensor, plan: RoutingPlan, experts: ExpertFn) -> Tensor:
         rows_AD = x_TD.index_select(0, plan.token_ids_A)
-        y_AD = experts(rows_AD, plan.tokens_per_expert_E)
-        return combine(y_AD, plan.weights_A, plan.token_ids_A, plan.num_tokens).to(x_TD.dtype)
+        weighted_AD = experts(rows_AD, plan.weights_A, plan.tokens_per_expert_E)
+        return combine(weighted_AD, plan.token_ids_A, plan.num_tokens).to(x_TD.dtype)
 
 
 @dataclass
@@ -113,12 +114,12 @@ class AllToAllDispatcher(Dispatcher):
         )
         order_B = expert_ids_B.argsort(stable=True)
         row_ids_B, weights_B = row_ids_B[order_B], weights_B.index_select(0, order_B)
-        y_BD = experts(rows_QD.index_select(0, row_ids_B), received[:, 1:].sum(0))
+        weighted_BD = experts(rows_QD.index_select(0, row_ids_B), weights_B, received[:, 1:].sum(0))
         # 5. One partial sum a pair, back home in the rows' dtype, summed there in float32.
-        partial_QD = combine(y_BD, weights_B, row_ids_B, rows_QD.shape[0]).to(x_TD.dtype)
+        partial_QD = combine(weighted_BD, row_ids_B, rows_QD.shape[0]).to(x_TD.dtype)
         partial_PD = _Return.apply(partial_QD, rows)  # type: ignore[no-untyped-call]
         self._count(sent_rows, sent_assignments, x_TD, counts, places_A, plan.weights_A)
-        sum_dtype = plan.weights_A.dtype
+        sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
         home_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
         return home_TD.index_add(0, token_ids_P, partial_PD.to(sum_dtype)).to(x_TD.dtype)
 

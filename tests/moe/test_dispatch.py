@@ -78,7 +78,7 @@ def test_frozen_experts_are_invisible_to_optimizer_and_checkpoint():
     experts = Experts(torch.randn(2, 16, 8), torch.randn(2, 8, 8), trainable=False)
     assert not list(experts.parameters()) and not experts.state_dict()
     x = torch.randn(3, 8, requires_grad=True)
-    experts(x, torch.tensor([1, 2])).sum().backward()
+    experts(x, torch.ones(3), torch.tensor([1, 2])).sum().backward()
     assert x.grad is not None and experts.gate_up_EGD.grad is None
 
 
