@@ -25,7 +25,20 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "checked")
 LETTERS = "LTIOXH"
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
-PROPERTIES = ("name", "home", "owner", "song", "food", "tool", "city", "game", "year", "team")
+PROPERTIES = (
+    "name",
+    "home",
+    "owner",
+    "song",
+    "food",
+    "tool",
+    "city",
+    "game",
+    "year",
+    "team",
+    "pet",
+    "ship",
+)
 SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
 NAME_LENGTH = 3
 CELL = 16  # pixels; one object fills a cell

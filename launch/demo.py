@@ -76,7 +76,7 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
     steps.append(_python("vision", vision, DEMO / "vision", seconds=35, needs=("tokenizer",)))
     prepared = ("convert_validation", "convert_test", "vision")
     steps.append(
-        _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 300, needs=prepared)
+        _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 370, needs=prepared)
     )
     steps.append(
         _train("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 120, needs=("pretrain",))
