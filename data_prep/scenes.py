@@ -25,20 +25,7 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "checked")
 LETTERS = "LTIOXH"
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
-PROPERTIES = (
-    "name",
-    "home",
-    "owner",
-    "song",
-    "food",
-    "tool",
-    "city",
-    "game",
-    "year",
-    "team",
-    "pet",
-    "ship",
-)
+PROPERTIES = tuple("name home owner song food tool city game year team pet ship".split())
 SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
 NAME_LENGTH = 3
 CELL = 16  # pixels; one object fills a cell

@@ -22,6 +22,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+
+from gemoe_ds.config.load import read_recipe
+
 DEMO = Path("runs/demo")
 RECIPES = Path("launch/recipes")
 STATIC_K = (8, 7, 6, 5, 4, 3, 2)
@@ -79,12 +83,12 @@ def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]
         _train("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 370, needs=prepared)
     )
     steps.append(
-        _train("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 120, needs=("pretrain",))
+        _train("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 105, needs=("pretrain",))
     )
     tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
     tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
     for name, recipe, seed in tuned:
-        steps.append(_train(name, recipe, num_ranks, DEMO / name, 60, needs=("anneal",), seed=seed))
+        steps.append(_train(name, recipe, num_ranks, DEMO / name, 65, needs=("anneal",), seed=seed))
     static = f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}"
     evaluations = [("static", static, "anneal")]
     evaluations += [
@@ -154,7 +158,7 @@ class Progress:
         for step in steps:  # a step comes after those that it needs
             parts = [*step.command, *(self.fingerprints[name] for name in step.needs)]
             if step.recipe:
-                parts.append(step.recipe.read_text())
+                parts.append(json.dumps(read_recipe(step.recipe), sort_keys=True))
             self.fingerprints[step.name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def is_done(self, step: Step) -> bool:

@@ -71,12 +71,16 @@ def test_only_a_resumable_step_keeps_what_an_interrupted_try_left(chain: list[St
     assert outputs(chain) == ["a", "half b", "c"]
 
 
-def test_a_changed_recipe_repeats_its_step_and_what_needs_it(chain: list[Step]) -> None:
+@pytest.mark.parametrize("changed", ["b.yaml", "base.yaml"])
+def test_a_changed_recipe_repeats_its_step_and_what_needs_it(
+    chain: list[Step], tmp_path: Path, changed: str
+) -> None:
+    (tmp_path / "base.yaml").write_text("steps: 1\n")
+    (tmp_path / "b.yaml").write_text("extends: base.yaml\n")
     assert run(chain) == 0
     for step in chain:
         step.output.write_text("old ")
-    assert chain[1].recipe is not None
-    chain[1].recipe.write_text("steps: 2\n")
+    (tmp_path / changed).write_text("steps: 2\n")
     assert run(chain) == 0
     assert outputs(chain) == ["old ", "b", "c"]
 
