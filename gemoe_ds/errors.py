@@ -40,8 +40,13 @@ def exit_on_error() -> Iterator[None]:
         if rank:
             time.sleep(_FIRST_RANK_SPEAKS_FIRST)
             message = f"(rank {rank}) {message}"
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            # One write that begins with a newline: another rank's bar may stand in this line.
+            sys.stderr.write(f"\nerror: {message}\n")
+            sys.stderr.flush()
+            os._exit(2)
         print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(2) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else sys.exit(2)
+        sys.exit(2)
 
 
 _FIRST_RANK_SPEAKS_FIRST = 5.0  # seconds
