@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers.utils.logging import disable_progress_bar
 
 from gemoe_ds.errors import ConfigError
 
@@ -63,10 +62,7 @@ def distributed() -> Iterator[World]:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
-    world = World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
-    if not world.is_first:
-        disable_progress_bar()
-    yield world
+    yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
     # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
     # after an exception: the other ranks may be waiting in a collective, and so would this one.
     deepspeed.comm.destroy_process_group()
