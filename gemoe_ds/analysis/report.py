@@ -29,6 +29,7 @@ def _columns(results: Results) -> list[Column]:
     most = max(row.activated_parameters for row in results.rows)
     return kinds + [
         Column("Average", lambda row: 100 * row.accuracy, 2),
+        Column("Questions", lambda row: 100 * row.accuracy_micro, 2),
         Column("Mean k", lambda row: row.mean_k, 2),
         Column("Activated M", lambda row: row.activated_parameters / 1e6, 3 if most < 1e7 else 1),
         Column("Retention %", lambda row: row.retention, 2),
@@ -151,7 +152,7 @@ def _legend(results: Results) -> str:
     total = " to ".join(f"{t / 1e6:.3f}" for t in dict.fromkeys([totals[0], totals[-1]]))
     lines = [
         f"- Accuracy in percent: exact match on {sum(questions.values()):,} questions "
-        f"({listed}); *Average* is the mean over kinds.",
+        f"({listed}); *Average* is the mean over kinds, *Questions* over all questions.",
         f"- *Retention*: average accuracy in percent of {base.label}'s. *Sparsity*: "
         f"100 x (1 - mean k / {results.meta.backbone_k}).",
         f"- *Mean k*: experts a token, over all MoE layers and tokens. *Activated M*: million "
