@@ -60,12 +60,8 @@ class MoEModel(nn.Module):
         super().__init__()
         shard = shard or ExpertShard()
         train_all = train == "all"
-        if train_all and shard.num_ranks > 1:
-            raise ConfigError(
-                "model.train=all with parallel.ep_size>1: trainable experts over expert-parallel "
-                "ranks are not supported yet; set parallel.ep_size=1 (data parallel)"
-            )
         self.backbone = backbone
+        self.shard = shard
         self.dtype = dtype
         self.hf = backbone.load(checkpoint, tokenizer_dir)
         blocks = backbone.moe_blocks(self.hf)
@@ -120,6 +116,13 @@ class MoEModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def sharded_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""
+        if self.shard.num_ranks == 1:
+            return {}
+        of_experts = {id(p) for layer in self.moe_layers for p in layer.experts.parameters()}
+        return {n: p for n, p in self.trainable().items() if id(p) in of_experts}
 
     def activated_parameters(self, mean_k_L: list[float]) -> int:
         """Parameters that a token uses: all but the experts it does not visit.

@@ -190,20 +190,28 @@ class TinyBackbone(Backbone):
     def hidden(
         self, model: nn.Module, input_ids_BS: Tensor, is_valid_BS: Tensor, pixels_NCHW: Tensor
     ) -> Tensor:
+        embedded_BSD = model.get_input_embeddings()(input_ids_BS)
+        dtype = embedded_BSD.dtype
+        if pixels_NCHW.shape[0]:
+            features = self._image_features(model, pixels_NCHW.to(dtype))
+            where = model.model.get_placeholder_mask(input_ids_BS, embedded_BSD, features)
+            embedded_BSD = embedded_BSD.masked_scatter(where, features)
+        elif model.training:
+            # A rank without images runs the same modules in the same order as the others, on a
+            # blank one that adds nothing: ZeRO reduces gradients, and ZeRO 3 gathers weights,
+            # module by module on all ranks. For its sake the merge above is ours, not Llava's.
+            size = model.config.vision_config.image_size
+            blank = pixels_NCHW.new_zeros(1, 3, size, size, dtype=dtype)
+            embedded_BSD = embedded_BSD + 0 * self._image_features(model, blank).sum()
         # Padding stands right of everything and attention is causal, so no valid token can see
         # it: without a mask, attention takes its fast causal path.
-        kwargs = {"use_cache": False, "attention_mask": None}
-        if pixels_NCHW.shape[0]:
-            pixels = pixels_NCHW.to(model.lm_head.weight.dtype)
-            return model.model(input_ids_BS, pixel_values=pixels, **kwargs).last_hidden_state
-        hidden_BSD = model.model(input_ids_BS, **kwargs).last_hidden_state
-        if any(p.requires_grad for p in model.model.vision_tower.parameters()):
-            # A rank without images must still reduce the vision gradients that others reduce.
-            size = model.config.vision_config.image_size
-            blank = pixels_NCHW.new_zeros(1, 3, size, size)
-            features = torch.cat(model.get_image_features(blank, return_dict=True).pooler_output)
-            hidden_BSD = hidden_BSD + 0 * features.sum()
-        return hidden_BSD
+        output = model.model(inputs_embeds=embedded_BSD, use_cache=False, attention_mask=None)
+        return output.last_hidden_state
+
+    @staticmethod
+    def _image_features(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
+        features = model.model.get_image_features(pixels_NCHW, return_dict=True).pooler_output
+        return torch.cat(features).to(pixels_NCHW.dtype)
 
     def head(self, model: nn.Module) -> nn.Module:
         return model.lm_head

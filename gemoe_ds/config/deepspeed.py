@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gemoe_ds.config.tree import RunConfig
 
 AUTO = "auto"
-SUPPORTED_STAGES = (1, 2)
+SUPPORTED_STAGES = (0, 1, 2, 3)
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -42,14 +42,19 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         _must_agree(file, key, options.get(key, AUTO), source, value)
     _check_precision(config, options)
     _check_optimizer(config, options)
-    stage_of(file, options)
+    stage = stage_of(file, options)
+    _check_offload(file, options)
     if "expert_parallel" in options:
         raise ConfigError(
             f"{file}: expert_parallel: gemoe_ds converts the experts itself; remove the section "
             "and set parallel.ep_size in the recipe"
         )
     kept = {k: v for k, v in options.items() if k not in ("bf16", "fp16", "optimizer")}
-    return _without_auto(kept) | {key: value for key, (_, value) in filled.items()}
+    result = _without_auto(kept) | {key: value for key, (_, value) in filled.items()}
+    if stage == 0:
+        result["gradient_clipping"] = 0.0  # our optimizer clips there (engine/optimizer.py)
+    # Offloading works with torch's AdamW; DeepSpeed's own for CPUs would be compiled at start.
+    return {"zero_force_ds_cpu_optimizer": False} | result
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -105,13 +110,28 @@ def _check_optimizer(config: RunConfig, options: dict[str, Any]) -> None:
         _must_agree(file, f"optimizer.params.{key}", value, f"optim.{key}", known[key])
 
 
+def _check_offload(file: str, options: dict[str, Any]) -> None:
+    zero = _section(file, options, "zero_optimization")
+    if "offload_param" in zero:
+        raise ConfigError(
+            f"{file}: zero_optimization.offload_param: frozen experts are buffers, which DeepSpeed "
+            "does not offload; remove it and raise parallel.ep_size, which shards them"
+        )
+    device = _section(file, zero, "offload_optimizer").get("device", "none")
+    if device not in ("none", "cpu", AUTO):
+        raise ConfigError(
+            f"{file}: zero_optimization.offload_optimizer.device={device} is not supported: "
+            "checkpoints read the optimizer's state from memory; use cpu"
+        )
+
+
 def stage_of(file: str, options: dict[str, Any]) -> int:
     """The ZeRO stage that a DeepSpeed file asks for; ConfigError unless it is supported."""
     stage = _section(file, options, "zero_optimization").get("stage", 0)
     if stage not in SUPPORTED_STAGES:
         raise ConfigError(
-            f"{file}: zero_optimization.stage={stage} is not supported yet; use stage "
-            f"{' or '.join(map(str, SUPPORTED_STAGES))} (ds_configs/zero2.json)"
+            f"{file}: zero_optimization.stage={stage}: should be one of "
+            f"{', '.join(map(str, SUPPORTED_STAGES))}"
         )
     return int(stage)
 

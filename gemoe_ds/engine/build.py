@@ -8,27 +8,36 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import OptimConfig, RunConfig, deepspeed_config
 from gemoe_ds.engine.distributed import World
-
-Engine = Any  # deepspeed.DeepSpeedEngine
+from gemoe_ds.engine.groups import (
+    expert_group_name,
+    expert_parallel_group,
+    mark_trainable_experts,
+)
+from gemoe_ds.engine.optimizer import GlobalNormAdamW
+from gemoe_ds.engine.zero import Engine, full_shape, full_value, is_held
 
 
 def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     """The engine, checked: every parameter that trains is in its optimizer, and no other.
 
-    DeepSpeed sees an ordinary dense model: frozen experts are buffers, and no `expert_parallel`
-    section exists, so its ordinary ZeRO and checkpoint paths serve. It runs in float32 mode (no
-    `bf16` section): the frozen part is stored in `model.dtype` and what trains is float32.
+    With frozen experts DeepSpeed sees an ordinary dense model: they are buffers, and no
+    `expert_parallel` section exists. It runs in float32 mode (no `bf16` section): the frozen part
+    is stored in `model.dtype` and what trains is float32.
     """
+    mark_trainable_experts(model)
     groups = parameter_groups(model, config.optim)
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps
-    )
+    options = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
+    if config.zero_stage == 0:
+        optimizer = GlobalNormAdamW(groups, clip_norm=config.optim.clip_norm, **options)
+        if model.sharded_parameters():
+            optimizer.expert_group = expert_parallel_group(model.shard.num_ranks)
+    else:
+        optimizer = torch.optim.AdamW(groups, **options)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -37,27 +46,36 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         ),
         config=deepspeed_config(config, world.size),
     )
-    check_optimizer_holds(model)
+    check_optimizer_holds(engine, model)
     return engine
 
 
 def parameter_groups(model: MoEModel, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Named groups: `router` (gates), `predictor` (the routers' other parameters), `backbone`."""
+    """Named groups: `router` (gates), `predictor` (the routers' other parameters), `backbone`.
+
+    Experts that are sharded over ranks stand apart, under the name that DeepSpeed wants.
+    """
     router_names = {
         id(p): name for layer in model.moe_layers for name, p in layer.router.named_parameters()
     }
+    sharded = {id(p) for p in model.sharded_parameters().values()}
+    experts = expert_group_name(model.shard.num_ranks)
     members: dict[str, list[nn.Parameter]] = {"router": [], "predictor": [], "backbone": []}
     for parameter in model.trainable().values():
         name = router_names.get(id(parameter))
-        kind = "backbone" if name is None else "router" if name == "gate.weight" else "predictor"
-        members[kind].append(parameter)
-    predictor_lr = optim.lr if optim.predictor_lr is None else optim.predictor_lr
-    lr = {"router": optim.lr, "predictor": predictor_lr, "backbone": optim.lr}
-    return [
-        {"name": name, "params": params, "lr": lr[name], "weight_decay": optim.weight_decay}
-        for name, params in members.items()
-        if params
-    ]
+        if id(parameter) in sharded:
+            members.setdefault(experts, []).append(parameter)
+        elif name is None:
+            members["backbone"].append(parameter)
+        else:
+            members["router" if name == "gate.weight" else "predictor"].append(parameter)
+    groups = []
+    for name, params in members.items():
+        if params:
+            lr = optim.predictor_lr if name == "predictor" and optim.predictor_lr else optim.lr
+            group = {"name": name, "params": params, "lr": lr, "weight_decay": optim.weight_decay}
+            groups.append(group | ({"moe": True} if name == experts else {}))
+    return groups
 
 
 def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
@@ -79,17 +97,13 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def check_optimizer_holds(model: MoEModel) -> None:
-    """Stop if a parameter that trains has no master copy in the optimizer.
+def check_optimizer_holds(engine: Engine, model: MoEModel) -> None:
+    """Stop if the optimizer does not hold a parameter that trains.
 
     A parameter that the optimizer lost keeps its value while the loss still falls: the worst kind
     of failure. Collective: every rank must call it.
     """
-    lost = [
-        name
-        for name, parameter in model.trainable().items()
-        if safe_get_full_fp32_param(parameter) is None
-    ]
+    lost = [name for name, parameter in model.trainable().items() if not is_held(engine, parameter)]
     if lost:
         raise RuntimeError(
             f"the optimizer does not hold {len(lost)} trainable parameters: {lost[:3]}"
@@ -100,7 +114,8 @@ def group_summary(model: MoEModel, optim: OptimConfig) -> str:
     """Counts per optimizer group and of what is frozen, one line each."""
     lines, trained = [], 0
     for group in parameter_groups(model, optim):
-        count = sum(p.numel() for p in group["params"])
+        ranks = model.shard.num_ranks if group.get("moe") else 1
+        count = sum(math.prod(full_shape(p)) for p in group["params"]) * ranks
         trained += count
         lines.append(
             f"  {group['name']:<9} {count:>13,} parameters in {len(group['params'])} tensors, "
@@ -111,18 +126,21 @@ def group_summary(model: MoEModel, optim: OptimConfig) -> str:
 
 
 class MovedCheck:
-    """After the first step every optimizer group must have moved; holds copies until then."""
+    """After the first step every optimizer group must have moved; holds copies until then.
+
+    Collective under ZeRO 3, both to make and to check.
+    """
 
     def __init__(self, model: MoEModel, optim: OptimConfig) -> None:
         self._before = {
-            group["name"]: [(p, p.detach().clone()) for p in group["params"]]
+            group["name"]: [(p, full_value(p).clone()) for p in group["params"]]
             for group in parameter_groups(model, optim)
         }
 
     def check(self) -> None:
         """Raise RuntimeError naming a group none of whose parameters changed; call it once."""
         for name, pairs in self._before.items():
-            if all(torch.equal(parameter, before) for parameter, before in pairs):
+            if all([torch.equal(full_value(p), before) for p, before in pairs]):
                 raise RuntimeError(
                     f"after the first step no parameter of group {name!r} has moved: "
                     "it has no gradient, or the optimizer does not hold it"

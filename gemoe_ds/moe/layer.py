@@ -33,5 +33,6 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        plan = self.router(x_TD, self.ctx, self.slot)
+        # Not as a module call: the hooks of ZeRO 3 know tensors only, and there is no need of them.
+        plan = self.router.forward(x_TD, self.ctx, self.slot)
         return self.dispatcher(x_TD, plan, self.experts).view(x_BSD.shape)

@@ -47,12 +47,12 @@ class Router(Registered, nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
-        # A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md).
-        self.gate = nn.Linear(spec.d_model, spec.num_experts, bias=False, dtype=torch.float32)
+        self.gate = RouterLinear(spec.d_model, spec.num_experts)
 
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
         """logits_TE in float32 (float64 for float64 input)."""
-        return linear_fp32(self.gate, x_TD)
+        logits_TE: Tensor = self.gate(x_TD)
+        return logits_TE
 
     @abstractmethod
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
@@ -98,10 +98,19 @@ class Router(Registered, nn.Module):
         return self.spec.num_experts
 
 
-def linear_fp32(linear: nn.Linear, x_TD: Tensor) -> Tensor:
-    """A bias-free linear map in at least float32, whatever the activation dtype."""
-    dtype = torch.promote_types(x_TD.dtype, linear.weight.dtype)
-    return nn.functional.linear(x_TD.to(dtype), linear.weight.to(dtype))
+class RouterLinear(nn.Linear):
+    """A bias-free linear map in at least float32, whatever the activation dtype.
+
+    A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md). Call
+    the module and leave its weight alone: ZeRO 3 gathers the weight when the module is called.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=torch.float32)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, self.weight.dtype)
+        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 
 def routing_stats(

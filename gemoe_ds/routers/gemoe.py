@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.monotonic import monotonic_loss
-from gemoe_ds.moe.router import Decision, Router, RoutingSpec, linear_fp32
+from gemoe_ds.moe.router import Decision, Router, RouterLinear, RoutingSpec
 from gemoe_ds.registry import ConfigModel
 from gemoe_ds.routers.top_k import renormalised
 
@@ -80,7 +80,7 @@ class GeMoERouter(Router):
             )
         # Expert assignment predictor; default init, not zeros, which would tie every k (A5).
         num_choices = self.k_high - self.k_low + 1
-        self.eap = nn.Linear(spec.d_model, num_choices, bias=False, dtype=torch.float32)
+        self.eap = RouterLinear(spec.d_model, num_choices)
         # The ablation without the monotonic loss leaves the predictor at its random start.
         self.eap.requires_grad_(config.monotonic_weight > 0 or config.ce_to_k != "none")
 
@@ -99,13 +99,10 @@ class GeMoERouter(Router):
 
     def predict_k(self, x_TD: Tensor) -> Tensor:
         """k_soft = sum_k k softmax(W_a x)_k over k_low..k_high (Eqs. 9, 10), float32 [T]."""
-        probabilities_TK = linear_fp32(
-            self.eap, x_TD.detach() if self.config.detach_x else x_TD
-        ).softmax(-1)
-        k_K = torch.arange(
-            self.k_low, self.k_high + 1, device=x_TD.device, dtype=probabilities_TK.dtype
-        )
-        return probabilities_TK @ k_K
+        logits_TK = self.eap(x_TD.detach() if self.config.detach_x else x_TD)
+        k_K = torch.arange(self.k_low, self.k_high + 1, device=x_TD.device, dtype=logits_TK.dtype)
+        k_soft_T: Tensor = logits_TK.softmax(-1) @ k_K
+        return k_soft_T
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
-from gemoe_ds.engine.assign import assign_
 from gemoe_ds.engine.build import Engine, MovedCheck
 from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.engine.zero import assign_
 from gemoe_ds.errors import DataError
 from gemoe_ds.moe.context import Stat
 from gemoe_ds.train.monitor import Monitor, StatSum

@@ -1,0 +1,134 @@
+"""One view of parameters, gradients and Adam's state, whatever the ZeRO stage.
+
+The only file that knows where DeepSpeed keeps its master copies. Public functions of
+deepspeed.utils serve where they reach; the few inner names beside them (`flat_partitions`,
+`_link`) are held by tests/engine/test_zero.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+Engine = Any  # deepspeed.DeepSpeedEngine
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def full_value(parameter: nn.Parameter) -> Tensor:
+    """The float32 value of a parameter that trains. Collective under ZeRO 3."""
+    if _stage_3(parameter):
+        return safe_get_full_fp32_param(parameter).detach()
+    return parameter.detach()  # what trains is float32, so the parameter is its own master copy
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter; ZeRO 3 leaves an empty tensor in its place between steps."""
+    return tuple(parameter.ds_shape if _stage_3(parameter) else parameter.shape)
+
+
+def full_gradient(parameter: nn.Parameter) -> Tensor:
+    """The reduced gradient, between the last backward and the step. Collective."""
+    return safe_get_full_grad(parameter)
+
+
+def is_held(engine: Engine, parameter: nn.Parameter) -> bool:
+    """Whether the optimizer holds this parameter and will update it. Collective."""
+    if engine.zero_optimization():
+        return safe_get_full_fp32_param(parameter) is not None
+    return any(parameter is p for g in engine.optimizer.param_groups for p in g["params"])
+
+
+@torch.no_grad()
+def assign_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write `value` into the parameter AND its master copy, so that no step undoes it.
+
+    Under ZeRO 1 and 2 the next step overwrites the parameter with the master; writing only the
+    parameter is lost silently. Collective: every rank must call it with the same value.
+    """
+    value = value.to(torch.float32)
+    if _stage_3(parameter):
+        mine = _my_part(parameter, value)
+        safe_set_local_fp32_param(parameter, mine)
+        # What the next forward gathers from, else stale until the next step.
+        parameter.ds_tensor.data.copy_(mine.view_as(parameter.ds_tensor))
+        if parameter.shape == value.shape:  # small ones stay gathered all the time
+            parameter.data.copy_(value)
+        return
+    parameter.copy_(value)
+    if hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, value)
+
+
+def full_moment(engine: Engine, parameter: nn.Parameter, name: str) -> Tensor:
+    """Adam's `exp_avg` or `exp_avg_sq` of a parameter, float32. Collective under ZeRO."""
+    if engine.zero_optimization():
+        return safe_get_full_optimizer_state(parameter, name).detach()
+    state: Tensor = engine.optimizer.state[parameter][name]
+    return state
+
+
+@torch.no_grad()
+def set_moments(
+    engine: Engine, moments: Iterator[tuple[nn.Parameter, str, Tensor]], num_updates: int
+) -> None:
+    """Adam's state as it was after `num_updates` steps; every parameter must come once a moment."""
+    if engine.zero_optimization():
+        inner = engine.optimizer.optimizer
+        for flat in flat_partitions(engine):
+            # torch's own layout (AdamW.state_dict). Each its own `step`: a shared one would be
+            # advanced once a partition.
+            inner.state[flat] = {"step": torch.tensor(float(num_updates))} | {
+                name: torch.zeros_like(flat) for name in MOMENTS
+            }
+        _link(engine)
+        for parameter, name, value in moments:
+            if _stage_3(parameter):
+                safe_set_local_optimizer_state(parameter, _my_part(parameter, value), name)
+            else:
+                safe_set_full_optimizer_state(parameter, value, name)
+        return
+    state = engine.optimizer.state
+    for parameter, name, value in moments:
+        state[parameter].setdefault("step", torch.tensor(float(num_updates)))
+        state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def flat_partitions(engine: Engine) -> list[Tensor]:
+    """This rank's flat float32 partitions, which are what the inner AdamW updates."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def _link(engine: Engine) -> None:
+    """ZeRO 1 and 2 find a parameter's moments through links that the first step would make."""
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _my_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a value, padded at the end like ZeRO 3's own.
+
+    The public setters for full values do not pad: they fail unless the ranks divide the size.
+    """
+    size = parameter.ds_tensor.ds_numel
+    start = dist.get_rank(group=parameter.ds_process_group) * size
+    return nn.functional.pad(value.flatten().float(), (0, size))[start : start + size]
+
+
+def _stage_3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")

@@ -1,0 +1,242 @@
+"""One combination of the engine against plain single-process float32 PyTorch.
+
+`python -m tests.engine.parity --out results/parity` runs every combination on four gloo ranks
+(`make parity`); tests/engine/test_parity.py runs a part of them on two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tests.helpers import repository
+from tests.tiny import make_model, num_targets, random_batch
+
+# Weights that would show a wrong scale; an eps that keeps Adam from turning the rounding of a
+# gradient near zero into a step of full size.
+GEMOE = {"monotonic_weight": 0.7, "balance_weight": 0.3}
+LR, EPS, STEPS, CLIP = 1e-2, 1e-3, 3, 0.05
+
+# float32 differs by the order of sums only.
+FLOAT32_BOUND = 1e-5
+# bfloat16: from input to loss and back a value passes about 20 roundings in each of the 4 stages
+# (vision layer, projector, 2 layers of the language model), each a relative error of at most
+# u = 2^-9; independent ones add up as their root. Four times that covers the tail and the rounding
+# of the frozen weights. In the norm of each tensor, PROVIDED that no token is routed otherwise (the
+# harness counts those, and wants none) and that the loss is smooth: GeMoE's is a hinge over pairs
+# ranked by entropy, and a pair that changes sides changes the gradient by a whole unit. So bfloat16
+# is measured with the top_k router.
+BFLOAT16_BOUND = 4 * math.sqrt(20 * 4) * 2**-9  # 7.0 %
+
+
+@dataclass(frozen=True)
+class Case:
+    zero: int
+    offload: bool = False
+    ep_size: int = 1
+    train: str = "routers"
+    accumulation: int = 1
+    recompute: bool = False
+    dtype: str = "float32"
+    router: str = "gemoe"
+    clip: float | None = CLIP
+
+    @property
+    def deepspeed(self) -> Path:
+        offload = "_offload" if self.offload else ""
+        return repository() / f"ds_configs/zero{self.zero}{offload}.json"
+
+    @property
+    def bound(self) -> float:
+        return FLOAT32_BOUND if self.dtype == "float32" else BFLOAT16_BOUND
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+ROUTER = {"float32": "gemoe", "bfloat16": "top_k"}
+
+
+def all_cases() -> list[Case]:
+    stages = [(0, False), *itertools.product((1, 2, 3), (False, True))]
+    return [
+        Case(zero, offload, ep_size, train, accumulation, recompute, dtype, ROUTER[dtype])
+        for dtype, train, (zero, offload), ep_size, accumulation, recompute in itertools.product(
+            ("float32", "bfloat16"), ("routers", "all"), stages, (1, 2, 4), (1, 2), (False, True)
+        )
+    ]
+
+
+def micro_batches(count: int) -> list[dict]:
+    """Ragged ones: other batch sizes, lengths and target counts; one has text only."""
+    return [
+        random_batch(20 + i, batch=1 + i % 3, length=12 + 2 * i, images=i != 1)
+        for i in range(count)
+    ]
+
+
+def run_config(base, case: Case):
+    from gemoe_ds.config.load import config_from_dict
+
+    options = {"balance_weight": GEMOE["balance_weight"]}
+    if case.router == "gemoe":
+        options = GEMOE
+    return config_from_dict(
+        {
+            "output_dir": "unused",
+            "model": {
+                "backbone": {"name": "tiny"},
+                "checkpoint": str(base[0]),
+                "router": {"name": case.router, **options},
+                "train": case.train,
+                "dtype": case.dtype,
+                "recompute": case.recompute,
+            },
+            "data": {"train": "unused", "tokenizer": str(base[1])},
+            "optim": {"lr": LR, "eps": EPS, "schedule": "constant", "clip_norm": case.clip},
+            "parallel": {"ep_size": case.ep_size},
+            "train": {"steps": STEPS, "micro_batch": 1, "accumulation": case.accumulation},
+            "deepspeed": str(case.deepspeed),
+        }
+    )
+
+
+def build(base, config, shard=None):
+    model = make_model(
+        base,
+        config.model.router.name,
+        config.model.router.config.model_dump(),
+        shard,
+        train=config.model.train,
+        dtype=getattr(torch, config.model.dtype),
+        recompute=config.model.recompute,
+    )
+    model.ctx.trace = True
+    return model.train()
+
+
+def reference(base, case: Case, num_batches: int) -> dict:
+    """Cross-entropy per target of the global batch, other losses per micro-batch, plain AdamW."""
+    config = run_config(base, case)
+    plain = {"dtype": "float32", "recompute": False}
+    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+    model = build(base, config)
+    batches = micro_batches(num_batches)
+    params = model.trainable()
+    optimizer = torch.optim.AdamW(params.values(), lr=LR, eps=EPS, weight_decay=0.0)
+    targets = sum(map(num_targets, batches)) / num_batches
+    result: dict = {"norms": [], "losses": [], "masks": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = []
+        for batch in batches:
+            loss = model(**batch, targets_per_micro_batch=targets)["loss"] / num_batches
+            loss.backward()
+            losses.append(loss.item())
+            if step == 0:
+                result["masks"].append(chosen(model))
+        if step == 0:
+            result["grads"] = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), case.clip or float("inf"))
+        result["norms"].append(norm.item())
+        result["losses"].append(sum(losses))
+        optimizer.step()
+    return result | {"weights": {n: p.detach() for n, p in params.items()}}
+
+
+def chosen(model) -> torch.Tensor:
+    """The experts of every token and layer in the last forward, bool [L, T, E]."""
+    masks = []
+    for record in model.ctx.layers:
+        order_TE = record.logits_TE.argsort(-1, descending=True)
+        ranks_TE = torch.arange(order_TE.shape[1]).expand_as(order_TE)
+        is_chosen_TE = ranks_TE < record.k_T[:, None]
+        masks.append(torch.zeros_like(is_chosen_TE).scatter(1, order_TE, is_chosen_TE))
+    return torch.stack(masks)
+
+
+def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, float]:
+    """The largest relative error of each kind on this rank, against the reference."""
+    import deepspeed
+
+    from gemoe_ds.engine.build import MovedCheck, initialize
+    from gemoe_ds.engine.distributed import gather_objects
+    from gemoe_ds.engine.groups import expert_shard
+    from gemoe_ds.engine.zero import full_gradient, full_value
+
+    config = run_config(base, case)
+    shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
+    model = build(base, config, shard)
+    engine = initialize(model, config, world)
+    moved = MovedCheck(model, config.optim)
+    sharded = model.sharded_parameters()
+    params = model.trainable()
+    batches = micro_batches(case.accumulation * world.size)
+    targets = sum(map(num_targets, batches)) / len(batches)
+    worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "weight": 0.0, "flips": 0.0}
+
+    def compare(kind: str, name: str, have: torch.Tensor, want: torch.Tensor, floor: float) -> None:
+        measure = torch.Tensor.norm if case.dtype == "bfloat16" else largest
+        scale = max(measure(want).item(), floor)
+        if name in sharded:
+            want = want[shard.local(want.shape[0])]
+        worst[kind] = max(worst[kind], measure(have.float() - want).item() / scale)
+
+    for step in range(STEPS):
+        total = 0.0
+        for index in range(case.accumulation):
+            batch = batches[index * world.size + rank]
+            loss = engine(**batch, targets_per_micro_batch=targets)["loss"]
+            total += loss.item() / len(batches)
+            if step == 0:
+                flips = (chosen(model) != expected["masks"][index * world.size + rank]).sum()
+                worst["flips"] += flips.item()
+            engine.backward(loss)
+            if step == 0 and index == case.accumulation - 1:
+                # Some exact gradients are 0 (the bias of a key): what is left of them is rounding.
+                floor = 1e-3 * expected["norms"][0]
+                for name, grad in expected["grads"].items():
+                    compare("gradient", name, full_gradient(params[name]), grad, floor)
+            engine.step()
+        loss, norm = sum(gather_objects(total)), float(engine.get_global_grad_norm())
+        for kind, have, want in (
+            ("loss", loss, expected["losses"][step]),
+            ("norm", norm, expected["norms"][step]),
+        ):
+            if step == 0 or case.dtype == "float32":  # later bfloat16 steps start elsewhere
+                worst[kind] = max(worst[kind], abs(have - want) / abs(want))
+        if step == 0:
+            moved.check()
+    for name, weight in expected["weights"].items():
+        compare("weight", name, full_value(params[name]), weight, floor=LR)
+    engine.destroy()
+    deepspeed.comm.barrier()
+    return worst
+
+
+def largest(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.abs().max()
+
+
+def run_cases(rank: int, base, cases: list[Case], expected: dict) -> list[dict[str, float]]:
+    from gemoe_ds.engine.distributed import distributed
+
+    with distributed() as world:
+        return [
+            errors(rank, base, case, expected[reference_key(case, world.size)], world)
+            for case in cases
+        ]
+
+
+def reference_key(case: Case, num_ranks: int) -> tuple:
+    """Equal for cases that should come out the same."""
+    return case.train, case.router, case.clip, case.dtype, case.accumulation * num_ranks
+
+
+def references(base, cases: list[Case], num_ranks: int) -> dict:
+    by_key = {reference_key(case, num_ranks): case for case in cases}
+    return {key: reference(base, case, key[-1]) for key, case in by_key.items()}
