@@ -118,6 +118,11 @@ def _check_offload(file: str, options: dict[str, Any]) -> None:
             "does not offload; remove it and raise parallel.ep_size, which shards them"
         )
     device = _section(file, zero, "offload_optimizer").get("device", "none")
+    if device == "cpu" and zero.get("stage", 0) == 0:
+        raise ConfigError(
+            f"{file}: zero_optimization.offload_optimizer needs stage 1, 2 or 3: without ZeRO "
+            "nothing would be offloaded (ds_configs/zero2_offload.json)"
+        )
     if device not in ("none", "cpu", AUTO):
         raise ConfigError(
             f"{file}: zero_optimization.offload_optimizer.device={device} is not supported: "

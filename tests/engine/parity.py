@@ -1,20 +1,26 @@
 """One combination of the engine against plain single-process float32 PyTorch.
 
-`python -m tests.engine.parity --out results/parity` runs every combination on four gloo ranks
-(`make parity`); tests/engine/test_parity.py runs a part of them on two.
+`python -m tests.engine.parity` (`make parity`) runs every combination on four gloo ranks and writes
+results/parity.json; tests/engine/test_parity.py runs a part of them on two.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import math
+import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from tests.helpers import repository
-from tests.tiny import make_model, num_targets, random_batch
+from gemoe_ds.analysis.provenance import provenance
+from tests.helpers import repository, run_ranks
+from tests.tiny import make_model, num_targets, random_batch, write_base
 
 # Weights that would show a wrong scale; an eps that keeps Adam from turning the rounding of a
 # gradient near zero into a step of full size.
@@ -240,3 +246,48 @@ def reference_key(case: Case, num_ranks: int) -> tuple:
 def references(base, cases: list[Case], num_ranks: int) -> dict:
     by_key = {reference_key(case, num_ranks): case for case in cases}
     return {key: reference(base, case, key[-1]) for key, case in by_key.items()}
+
+
+def is_equal(case: Case, found: dict[str, float]) -> bool:
+    measured = {kind: error for kind, error in found.items() if kind != "flips"}
+    return found["flips"] == 0 and max(measured.values()) <= case.bound
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=repository() / "results/parity.json")
+    parser.add_argument("--ranks", type=int, default=4)
+    arguments = parser.parse_args()
+    cases, began = all_cases(), time.time()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = write_base(Path(folder))
+        expected = references(base, cases, arguments.ranks)
+        bar = tqdm(total=len(cases), unit="case")
+        for first in range(0, len(cases), 24):  # new processes now and then: a hang stays small
+            some = cases[first : first + 24]
+            by_rank = run_ranks(run_cases, arguments.ranks, base, some, expected, timeout=600)
+            for case, results in zip(some, zip(*by_rank, strict=True), strict=True):
+                # every token is counted by its own rank; an error is as large as its largest
+                found = {kind: max(r[kind] for r in results) for kind in results[0]}
+                found["flips"] = sum(r["flips"] for r in results)
+                rows.append(asdict(case) | {"errors": found, "equal": is_equal(case, found)})
+            bar.update(len(some))
+        bar.close()
+    unequal = [row for row in rows if not row["equal"]]
+    report = provenance() | {
+        "command": "make parity",
+        "seconds": round(time.time() - began, 1),
+        "ranks": arguments.ranks,
+        "bounds": {"float32": FLOAT32_BOUND, "bfloat16": BFLOAT16_BOUND},
+        "cases": rows,
+    }
+    text = json.dumps(report, indent=None).replace('{"zero"', '\n {"zero"')
+    arguments.out.write_text(text + "\n", encoding="utf-8")
+    print(f"{len(rows) - len(unequal)} of {len(rows)} combinations equal the reference")
+    for row in unequal:
+        print("DIFFERS", row)
+
+
+if __name__ == "__main__":
+    main()
