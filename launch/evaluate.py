@@ -53,9 +53,10 @@ def _evaluate(arguments: Arguments) -> None:
     from gemoe_ds.config import load_config
     from gemoe_ds.data.dataset import EvalStream
     from gemoe_ds.data.sample import open_samples
-    from gemoe_ds.engine.checkpoint import newest, put_trained
+    from gemoe_ds.engine.checkpoint import put_trained
     from gemoe_ds.engine.distributed import distributed, gather_objects
     from gemoe_ds.engine.groups import expert_shard
+    from gemoe_ds.engine.manifest import newest
     from gemoe_ds.evaluation.runner import evaluate
     from gemoe_ds.train.monitor import seconds_in
     from gemoe_ds.train.run import build_collator, build_model, say

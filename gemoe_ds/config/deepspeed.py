@@ -28,13 +28,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     file = config.deepspeed
     options = read_file(file)
-    train = config.train
+    train, accumulation = config.train, config.accumulation(world_size)
     filled: dict[str, tuple[str, int | float]] = {
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
-        "gradient_accumulation_steps": ("train.accumulation", train.accumulation),
+        "gradient_accumulation_steps": ("train.accumulation", accumulation),
         "train_batch_size": (
             "train.micro_batch * train.accumulation * ranks",
-            train.micro_batch * train.accumulation * world_size,
+            train.micro_batch * accumulation * world_size,
         ),
         "gradient_clipping": ("optim.clip_norm", config.optim.clip_norm or 0.0),
     }

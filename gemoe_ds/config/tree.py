@@ -134,17 +134,26 @@ class ParallelConfig(ConfigModel):
 class TrainConfig(ConfigModel):
     steps: int = Field(ge=1, description="optimizer steps")
     micro_batch: int = Field(ge=1, description="samples of a rank and forward pass")
-    accumulation: int = Field(1, ge=1, description="micro-batches of a rank and step")
+    accumulation: int | None = Field(
+        None, ge=1, description="micro-batches of a rank and step; null: 1, or as global_batch asks"
+    )
+    global_batch: int | None = Field(
+        None, ge=1, description="samples of a step over all ranks, however many there are"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps with a NaN or Inf that are skipped before the run stops"
+    )
 
 
 class CheckpointConfig(ConfigModel):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
 
 
 class MonitorConfig(ConfigModel):
     every: int = Field(10, ge=1, description="steps between metrics")
     tensorboard: bool = True
+    ledger: bool = Field(False, description="write which samples every step saw (ledger/)")
 
 
 class RunConfig(ConfigModel):
@@ -163,6 +172,15 @@ class RunConfig(ConfigModel):
     resume: str = Field("none", description="none, auto (the newest in output_dir) or a folder")
 
     @model_validator(mode="after")
+    def _one_batch_size(self) -> Self:
+        if self.train.accumulation is not None and self.train.global_batch is not None:
+            raise ConfigError(
+                f"train.accumulation={self.train.accumulation} and "
+                f"train.global_batch={self.train.global_batch}: set only one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(
@@ -170,6 +188,19 @@ class RunConfig(ConfigModel):
                 f"train.steps={self.train.steps}; shorten the warm-up or train longer"
             )
         return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of a rank and step; ConfigError if `train.global_batch` does not fit."""
+        train = self.train
+        if train.global_batch is None:
+            return train.accumulation or 1
+        at_once = train.micro_batch * world_size
+        if train.global_batch % at_once:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch * "
+                f"ranks = {train.micro_batch} * {world_size}; change one of the three"
+            )
+        return train.global_batch // at_once
 
     @property
     def zero_stage(self) -> int:
@@ -189,6 +220,7 @@ class RunConfig(ConfigModel):
                 f"parallel.ep_size={ep_size} does not divide the {world_size} ranks of this run; "
                 f"possible: {', '.join(fitting)}, or start another number of ranks"
             )
+        self.accumulation(world_size)
 
     def check_paths(self) -> None:
         """Raise ConfigError for the first input path that does not exist, by its key."""

@@ -19,7 +19,7 @@ from gemoe_ds.engine.groups import (
     mark_trainable_experts,
 )
 from gemoe_ds.engine.optimizer import GlobalNormAdamW
-from gemoe_ds.engine.zero import Engine, full_shape, full_value, is_held
+from gemoe_ds.engine.zero import Engine, create_moments, full_shape, full_value, is_held
 
 
 def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
@@ -47,6 +47,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         config=deepspeed_config(config, world.size),
     )
     check_optimizer_holds(engine, model)
+    create_moments(engine)
     return engine
 
 

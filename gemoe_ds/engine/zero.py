@@ -1,13 +1,13 @@
 """One view of parameters, gradients and Adam's state, whatever the ZeRO stage.
 
 The only file that knows where DeepSpeed keeps its master copies. Public functions of
-deepspeed.utils serve where they reach; the few inner names beside them (`flat_partitions`,
-`_link`) are held by tests/engine/test_zero.py.
+deepspeed.utils serve where they reach; the few inner names beside them (in `flat_partitions` and
+`create_moments`) are held by tests/engine/test_zero.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import deepspeed.comm as dist
@@ -81,29 +81,45 @@ def full_moment(engine: Engine, parameter: nn.Parameter, name: str) -> Tensor:
 
 
 @torch.no_grad()
+def create_moments(engine: Engine) -> None:
+    """Adam's state before its first step, which would else make it as it goes.
+
+    Memory that is missing is missed at the start. And ZeRO 1 and 2 link parameters to their
+    moments once, after the first optimizer GROUP has stepped: those of the others, which do not
+    exist by then, could never be read.
+    """
+    if not engine.zero_optimization():
+        for group in engine.optimizer.param_groups:
+            for parameter in group["params"]:
+                engine.optimizer.state[parameter] = _fresh_state(parameter)
+        return
+    for flat in flat_partitions(engine):
+        engine.optimizer.optimizer.state[flat] = _fresh_state(flat)
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _fresh_state(flat: Tensor) -> dict[str, Tensor]:
+    """torch's own layout (see AdamW.state_dict), each with its own `step`: one that were shared
+    would be advanced once a tensor."""
+    return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(flat) for name in MOMENTS}
+
+
+@torch.no_grad()
 def set_moments(
-    engine: Engine, moments: Iterator[tuple[nn.Parameter, str, Tensor]], num_updates: int
+    engine: Engine, moments: Iterable[tuple[nn.Parameter, str, Tensor]], num_updates: int
 ) -> None:
     """Adam's state as it was after `num_updates` steps; every parameter must come once a moment."""
-    if engine.zero_optimization():
-        inner = engine.optimizer.optimizer
-        for flat in flat_partitions(engine):
-            # torch's own layout (AdamW.state_dict). Each its own `step`: a shared one would be
-            # advanced once a partition.
-            inner.state[flat] = {"step": torch.tensor(float(num_updates))} | {
-                name: torch.zeros_like(flat) for name in MOMENTS
-            }
-        _link(engine)
-        for parameter, name, value in moments:
-            if _stage_3(parameter):
-                safe_set_local_optimizer_state(parameter, _my_part(parameter, value), name)
-            else:
-                safe_set_full_optimizer_state(parameter, value, name)
-        return
-    state = engine.optimizer.state
+    inner = engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+    for state in inner.state.values():
+        state["step"].fill_(num_updates)
     for parameter, name, value in moments:
-        state[parameter].setdefault("step", torch.tensor(float(num_updates)))
-        state[parameter][name] = value.to(parameter.device, copy=True)
+        if _stage_3(parameter):
+            safe_set_local_optimizer_state(parameter, _my_part(parameter, value), name)
+        elif engine.zero_optimization():
+            safe_set_full_optimizer_state(parameter, value, name)
+        else:
+            inner.state[parameter][name].copy_(value)
 
 
 def flat_partitions(engine: Engine) -> list[Tensor]:
@@ -112,12 +128,6 @@ def flat_partitions(engine: Engine) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     return list(optimizer.single_partition_of_fp32_groups)
-
-
-def _link(engine: Engine) -> None:
-    """ZeRO 1 and 2 find a parameter's moments through links that the first step would make."""
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _my_part(parameter: nn.Parameter, value: Tensor) -> Tensor:

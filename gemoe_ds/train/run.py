@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +14,15 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.engine import checkpoint
-from gemoe_ds.engine.build import Engine, group_summary, initialize
-from gemoe_ds.engine.distributed import World, distributed
+from gemoe_ds.engine import checkpoint, manifest
+from gemoe_ds.engine.build import group_summary, initialize
+from gemoe_ds.engine.distributed import World, distributed, gather_objects
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.manifest import Found
+from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
+from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.trainer import Trainer
 
@@ -30,29 +34,26 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
     with distributed() as world:
         torch.manual_seed(config.seed)
         samples = open_samples(config.data.train)
-        model = build_model(config, expert_shard(config.parallel.ep_size, world))
+        trainable = config.model.train == "all"
+        shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+        model = build_model(config, shard)
         say(
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
         )
 
         # Find out about a wrong checkpoint before anything is built or written.
+        output = Path(config.output_dir)
         identity = checkpoint.run_identity(
             config, world.size, samples.fingerprint, _base_checksum(config)
         )
-        output = Path(config.output_dir)
-        found, skipped = checkpoint.find(config.resume, output, identity)
-        for reason in skipped:
-            say(world, f"skipped: {reason}")
-        if found is None and any((output / "checkpoints").glob("step-*")):
-            raise ConfigError(
-                f"output_dir={output} already holds a run; continue it with resume=auto, "
-                "or choose another folder"
-            )
+        found = _checkpoint_to_resume(config, output, identity, world)
         start_step = found.step if found else 0
-        if start_step >= config.train.steps:
-            say(world, f"already finished: {found.folder if found else ''}")
+        if found and start_step >= config.train.steps:
+            say(world, f"already finished: {found.folder}")
             return
+        if found:
+            checkpoint.put_trained(model, found.folder)
 
         engine = initialize(model, config, world)
         say(world, group_summary(model, config.optim))
@@ -62,32 +63,80 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         stream = _stream(config, samples, model, world, start_step)
 
         if dry_run:
-            trainer = Trainer(config, model, engine, stream, world, None, lambda step: None)
-            tokens = trainer.train_step(next(stream), collect=False)
+            trainer = Trainer(config, model, engine, stream, world, None, None)
+            tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
             say(
                 world, f"dry run: one step of {tokens} tokens on this rank is fine; nothing written"
             )
             return
 
-        monitor = None
-        if world.is_first:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(config.dump_yaml())
-            monitor = Monitor(output, start_step, config.monitor.tensorboard)
-
-        def save(step: int) -> None:
-            folder = checkpoint.save(
-                engine, model, output, step, identity, world, config.checkpoint.keep
-            )
-            say(world, f"saved {folder}")
-
+        monitor = _prepare(config, output, start_step) if world.is_first else None
+        gather_objects(None)  # the ledger's files stay as they are from here on
+        ledger = Ledger(output, world.rank) if config.monitor.ledger else None
+        saver = Saver(
+            engine,
+            model,
+            output,
+            identity,
+            world,
+            keep=config.checkpoint.keep,
+            extra={
+                "base": {"path": config.model.checkpoint, "sha256": identity["base checkpoint"]},
+                "written by": {
+                    "ranks": world.size,
+                    "ep_size": config.parallel.ep_size,
+                    "zero_stage": config.zero_stage,
+                },
+            },
+        )
         try:
-            Trainer(config, model, engine, stream, world, monitor, save, start_step).run()
+            Trainer(
+                config,
+                model,
+                engine,
+                stream,
+                world,
+                monitor,
+                saver,
+                start_step=start_step,
+                skipped=start_step - found.updates if found else 0,
+                ledger=ledger,
+            ).run()
         finally:
-            if monitor:
-                monitor.close()
-        if config.model.train == "all":
-            _save_pretrained(config, model, engine, world, output / HF_FOLDER)
+            for open_file in (monitor, ledger):
+                if open_file:
+                    open_file.close()
+        last = saver.wait()
+        assert last is not None, "the trainer saves its last step"
+        say(world, f"saved {last}")
+        if trainable:
+            _save_pretrained(model, last, world, output / HF_FOLDER)
+
+
+def _checkpoint_to_resume(
+    config: RunConfig, output: Path, identity: dict[str, Any], world: World
+) -> Found | None:
+    """The verified checkpoint that `config.resume` means; None to start anew. Collective."""
+    found, skipped = checkpoint.find_together(config.resume, output, identity, world)
+    for reason in skipped:
+        say(world, f"skipped: {reason}")
+    if found is None and gather_objects(bool(manifest.candidates(output)))[0]:
+        raise ConfigError(
+            f"output_dir={output} already holds a run; continue it with resume=auto, "
+            "or choose another folder"
+        )
+    return found
+
+
+def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
+    """The output folder as the run goes on from `start_step`; the first rank does it."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(config.dump_yaml())
+    manifest.clean(output)
+    for folder in manifest.set_aside(output, start_step):
+        print(f"set aside: {folder}, from after step {start_step}", flush=True)
+    forget_after(output, start_step)
+    return Monitor(output, start_step, config.monitor.tensorboard)
 
 
 def build_model(config: RunConfig, shard: ExpertShard) -> MoEModel:
@@ -125,7 +174,7 @@ def say(world: World, text: str) -> None:
 
 def _base_checksum(config: RunConfig) -> str:
     checkpoint_dir = config.model.checkpoint
-    return checkpoint.checksum_folder(Path(checkpoint_dir) if checkpoint_dir else None)
+    return manifest.checksum_folder(Path(checkpoint_dir) if checkpoint_dir else None)
 
 
 def _stream(
@@ -136,7 +185,7 @@ def _stream(
         build_collator(config, model),
         seed=config.seed,
         micro_batch=config.train.micro_batch,
-        accumulation=config.train.accumulation,
+        accumulation=config.accumulation(world.size),
         rank=world.rank,
         world=world.size,
         threads=config.data.threads,
@@ -144,10 +193,11 @@ def _stream(
     )
 
 
-def _save_pretrained(
-    config: RunConfig, model: MoEModel, engine: Engine, world: World, folder: Path
-) -> None:
+def _save_pretrained(model: MoEModel, checkpoint_dir: Path, world: World, folder: Path) -> None:
+    """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were."""
     if world.is_first:
-        state = {name: p.detach().cpu() for name, p in model.hf.named_parameters()}
+        prefix = "hf."
+        trained = checkpoint.load_trained(checkpoint_dir)
+        state = {name.removeprefix(prefix): tensor for name, tensor in trained.items()}
         model.backbone.save_pretrained(model.hf, state, folder)
         say(world, f"saved {folder} as a Hugging Face model")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,14 +15,21 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck
 from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_
 from gemoe_ds.errors import DataError
 from gemoe_ds.moe.context import Stat
+from gemoe_ds.train.ledger import Ledger
 from gemoe_ds.train.monitor import Monitor, StatSum
 
 
 class Trainer:
-    """Runs steps `start_step`..`config.train.steps`; `save(step)` is called where it is due."""
+    """Runs the steps after `start_step` to `config.train.steps`, and saves where it is due.
+
+    A step whose gradient holds a NaN or Inf anywhere changes nothing, on no rank: it is counted,
+    and after `config.train.max_skipped_steps` of them the run saves and stops. `updates` are the
+    steps that were not skipped.
+    """
 
     def __init__(
         self,
@@ -31,8 +39,11 @@ class Trainer:
         steps: Iterator[list[Batch]],
         world: World,
         monitor: Monitor | None,
-        save: Callable[[int], object],
+        saver: Saver | None,
+        *,
         start_step: int = 0,
+        skipped: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -40,13 +51,16 @@ class Trainer:
         self.steps = steps
         self.world = world
         self.monitor = monitor
-        self.save = save
+        self.saver = saver
         self.start_step = start_step
+        self.skipped = skipped
+        self.ledger = ledger
         self.stats = StatSum()
 
     def run(self) -> None:
         config, total = self.config, self.config.train.steps
-        moved = MovedCheck(self.model, config.optim) if self.start_step == 0 else None
+        fresh = self.start_step == self.skipped  # no update yet
+        moved = MovedCheck(self.model, config.optim) if fresh else None
         bar = tqdm(
             initial=self.start_step,
             total=total,
@@ -60,8 +74,10 @@ class Trainer:
         for step in range(self.start_step + 1, total + 1):
             due = step % config.monitor.every == 0 or step == total
             batches = next(self.steps)
-            window_tokens += self.train_step(batches, collect=due)
-            if moved:
+            window_tokens += self.train_step(step, batches, collect=due)
+            if not self.engine.was_step_applied():
+                self._count_skipped(step)
+            elif moved:
                 moved = moved.check()
             for layer in self.model.moe_layers:
                 layer.router.after_step(step, assign_)
@@ -77,10 +93,24 @@ class Trainer:
 
             # once in a while: checkpoint
             if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                self.save(step)
+                assert self.saver is not None, "a dry run takes its step without `run`"
+                self.saver.save(step, step - self.skipped)
         bar.close()
 
-    def train_step(self, batches: list[Batch], *, collect: bool) -> int:
+    def _count_skipped(self, step: int) -> None:
+        self.skipped += 1
+        most = self.config.train.max_skipped_steps
+        if self.skipped > most:
+            assert self.saver is not None
+            self.saver.save(step, step - self.skipped)
+            self.saver.wait()
+            raise DataError(
+                f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, "
+                f"and train.max_skipped_steps={most}; look at the samples of that step "
+                "(monitor.ledger=true) or lower optim.lr"
+            )
+
+    def train_step(self, step: int, batches: list[Batch], *, collect: bool) -> int:
         """One optimizer step on this rank's micro-batches; returns their valid tokens.
 
         Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
@@ -95,7 +125,11 @@ class Trainer:
             raise DataError("a whole global batch has no target token; check the conversations")
         per_micro_batch = targets.item() / (len(batches) * self.world.size)
         tokens = 0
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
+            torch.manual_seed(micro_batch_seed(self.config.seed, block))
+            if self.ledger:
+                self.ledger.write(step, block, batch.ids)
             tokens += int(batch.is_valid_BS.sum())
             batch = batch.to(self.world.device)
             self.model.ctx.collect = collect
@@ -141,6 +175,7 @@ class Trainer:
         ).mean()
         for group in self.engine.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
+        values["skipped_steps"] = self.skipped
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             values["grad_norm"] = float(norm)
@@ -156,3 +191,13 @@ class Trainer:
             "tokens/s": values["throughput/tokens_per_second"],
         }
         return {name: f"{float(value):.4g}" for name, value in shown.items()}
+
+
+def micro_batch_seed(seed: int, block: int) -> int:
+    """The random state of a micro-batch, from its number in the run and nothing else.
+
+    So nothing needs to be stored, and a run that goes on with another number of ranks draws the
+    numbers that it would have drawn.
+    """
+    state: int = np.random.SeedSequence([seed, block]).generate_state(1, np.uint64).item()
+    return state

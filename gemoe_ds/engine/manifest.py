@@ -1,0 +1,262 @@
+"""The folder of a checkpoint on disk: find it, verify it, read tensors from it. Files only.
+
+    checkpoints/step-000200/
+      weights-00000.safetensors   what trains, float32: all that inference needs
+      adam-00000.safetensors      exp_avg/KEY and exp_avg_sq/KEY
+      manifest.json               step, identity of the run, and of every tensor its file, shape,
+                                  dtype and sha256
+    checkpoints/latest            the name of the newest one, moved last
+
+Every rank that owns tensors writes its own two files. Frozen weights are never stored; the
+identity holds the checksum of the base checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemoe_ds.data.sample import fsync_path, sha256_of
+from gemoe_ds.errors import CheckpointError
+
+SCHEMA = 2
+MANIFEST = "manifest.json"
+LATEST = "latest"
+WEIGHTS, ADAM = "weights", "adam"
+# Work in progress and leftovers begin with a dot: no `step-*` is ever half of something.
+WRITING, REMOVING = ".writing-", ".removing-"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that has passed verification. `updates`: steps that were not skipped."""
+
+    folder: Path
+    step: int
+    updates: int
+    manifest: dict[str, Any]
+
+    def tensors(self, kind: str, keys: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `WEIGHTS` or `ADAM`, all or some, on the CPU, file by file."""
+        by_file: dict[str, list[str]] = {}
+        for key, entry in self.manifest["tensors"].items():
+            if entry["file"].startswith(kind) and (keys is None or key in keys):
+                by_file.setdefault(entry["file"], []).append(key)
+        for name, some in sorted(by_file.items()):
+            with _opened(self.folder / name) as file:
+                for key in some:
+                    yield key, file.get_tensor(key)
+
+    def keys(self, kind: str) -> set[str]:
+        return {k for k, e in self.manifest["tensors"].items() if e["file"].startswith(kind)}
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the bytes of a contiguous CPU tensor."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+
+
+def describe(tensors: dict[str, Tensor], file: str) -> dict[str, dict[str, Any]]:
+    """The manifest entries of the tensors of one file."""
+    return {
+        key: {
+            "file": file,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": sha256(tensor),
+        }
+        for key, tensor in tensors.items()
+    }
+
+
+def checksum_folder(folder: Path | None) -> str:
+    """sha256 over the files of a model folder (names and contents); "none" without one."""
+    if folder is None:
+        return "none"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        digest.update(path.name.encode())
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def candidates(output: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, whole or not."""
+    return sorted((output / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a folder's name; -1 for a name that is none of ours."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def read(folder: Path) -> Found:
+    """The manifest of a checkpoint; CheckpointError if it is missing or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST} there; give a folder such as OUTPUT/checkpoints/step-000200"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+        if schema != SCHEMA:
+            raise CheckpointError(
+                f"{folder}: schema {schema}, this version reads {SCHEMA}; resume it with the "
+                "version that wrote it"
+            )
+        step, updates, tensors = manifest["step"], manifest["updates"], manifest["tensors"]
+        dict(manifest["identity"])
+        for entry in tensors.values():
+            entry["file"], entry["shape"], entry["dtype"], entry["sha256"]
+        return Found(folder, int(step), int(updates), manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} is damaged ({error!r}); use another"
+        ) from error
+
+
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Found:
+    """Check every tensor's shape, dtype and bytes; CheckpointError names the first that is wrong.
+
+    With `share` = (rank, ranks) only this rank's part of the files is read.
+    """
+    found = read(folder)
+    files = sorted({entry["file"] for entry in found.manifest["tensors"].values()})
+    for name in files[share[0] :: share[1]]:
+        expected = {k: e for k, e in found.manifest["tensors"].items() if e["file"] == name}
+        with _opened(folder / name) as file:
+            if set(file.keys()) != set(expected):
+                raise CheckpointError(f"{folder}: {name} holds other tensors than {MANIFEST} says")
+            for key, entry in expected.items():
+                if describe({key: file.get_tensor(key)}, name)[key] != entry:
+                    raise CheckpointError(
+                        f"{folder}: {name} is damaged (checksum of {key}); use another checkpoint"
+                    )
+    return found
+
+
+def check_identity(found: Found, identity: dict[str, Any]) -> None:
+    """CheckpointError if the checkpoint belongs to another run."""
+    stored = found.manifest["identity"]
+    for key, value in identity.items():
+        if stored.get(key) != value:
+            raise CheckpointError(
+                f"{found.folder} belongs to another run: its {key} is {stored.get(key)!r}, "
+                f"this run's is {value!r}; set resume=none and another output_dir to start anew"
+            )
+
+
+def find(
+    resume: str,
+    output: Path,
+    identity: dict[str, Any],
+    check: Callable[[Path], Found] = verify,
+    folders: list[Path] | None = None,
+) -> tuple[Found | None, list[str]]:
+    """The checkpoint that `resume` means ("none", "auto" or a folder), and why others were skipped.
+
+    "auto" takes the newest one that is whole, and None where there is none at all. A named one
+    that is damaged, or one of another run, is a CheckpointError. `folders`: those that "auto" may
+    choose from, by default the run's `candidates`.
+    """
+    if resume == "none":
+        return None, []
+    if resume != "auto":
+        found = check(Path(resume))
+        check_identity(found, identity)
+        return found, []
+    skipped: list[str] = []
+    for folder in candidates(output) if folders is None else folders:
+        try:
+            found = check(folder)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        check_identity(found, identity)
+        return found, skipped
+    if skipped:
+        raise CheckpointError(
+            f"{output}: none of {len(skipped)} checkpoints is whole; the newest: {skipped[0]}"
+        )
+    return None, []
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder; CheckpointError if there is none."""
+    found, _ = find("auto", run, {})
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint there; give the output_dir of a training run")
+    return found.folder
+
+
+def commit(temporary: Path, final: Path, keep: int) -> None:
+    """Make a filled folder the newest checkpoint, then delete what is too old.
+
+    Renamed after everything in it is on disk, so that a crash at any point leaves either nothing
+    or a whole checkpoint; `latest` moves after that. Older ones go only once the new one has been
+    read back and found whole: whatever happens, one valid checkpoint stays.
+    """
+    root = final.parent
+    for path in [*temporary.iterdir(), temporary]:
+        fsync_path(path)
+    os.replace(temporary, final)
+    fsync_path(root)
+    verify(final)
+    pointer = root / f".{LATEST}"
+    pointer.write_text(final.name, encoding="utf-8")
+    fsync_path(pointer)
+    os.replace(pointer, root / LATEST)
+    fsync_path(root)
+    for old in candidates(root.parent)[keep:]:
+        _remove(old)
+
+
+def clean(output: Path) -> None:
+    """Delete what interrupted saves have left."""
+    for pattern in (WRITING, REMOVING):
+        for leftover in (output / "checkpoints").glob(f"{pattern}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(output: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`: the run goes on from there, and they are of another."""
+    moved = []
+    for folder in candidates(output):
+        if step_of(folder) > step:
+            target = folder.with_name(f"aside-{folder.name}")
+            if target.exists():
+                _remove(target)
+            os.replace(folder, target)
+            moved.append(target)
+    return moved
+
+
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f"{REMOVING}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)  # at once: no `step-*` is ever half deleted
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; use another checkpoint")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is damaged ({error}); use another checkpoint"
+        ) from error

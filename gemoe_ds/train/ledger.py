@@ -1,0 +1,53 @@
+"""Which samples every step saw: one file a rank, and their union in the order of the run.
+
+A run that was interrupted, and went on with another number of ranks, has the ledger of the
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = "ledger"
+
+
+class Ledger:
+    """Writes `ledger/rank-00000.jsonl`: step, number of the micro-batch in the run, sample ids."""
+
+    def __init__(self, output: Path, rank: int) -> None:
+        folder = output / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"rank-{rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def write(self, step: int, block: int, ids: Sequence[str]) -> None:
+        line = {"step": step, "micro_batch": block, "ids": list(ids)}
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def forget_after(output: Path, step: int) -> None:
+    """Drop what a lost stretch of the run has written after `step`."""
+    for path in (output / FOLDER).glob("rank-*.jsonl"):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def read_ledger(output: Path) -> dict[int, list[str]]:
+    """Step -> ids of its samples, in the order of the run's one endless shuffled list."""
+    blocks: dict[int, dict[int, list[str]]] = {}
+    for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
+        for line in map(json.loads, _whole_lines(path)):
+            blocks.setdefault(line["step"], {})[line["micro_batch"]] = line["ids"]
+    return {
+        step: [i for _, ids in sorted(of_step.items()) for i in ids]
+        for step, of_step in sorted(blocks.items())
+    }
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """All lines but a last one that a crash has cut."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
