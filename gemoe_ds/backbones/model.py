@@ -78,12 +78,8 @@ class MoEModel(nn.Module):
         for parameter in self.hf.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        self.num_added_parameters = sum(
-            p.numel()
-            for layer in self.moe_layers
-            for name, p in layer.router.named_parameters()
-            if name != "gate.weight"
-        )
+        added = self.router_only_names()
+        self.num_added_parameters = sum(p.numel() for n, p in self.named_parameters() if n in added)
         if recompute:
             self.hf.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -116,6 +112,16 @@ class MoEModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def router_only_names(self) -> set[str]:
+        """Parameters that the backbone does not have: those of the routers beside the gate."""
+        added = {
+            id(p)
+            for layer in self.moe_layers
+            for name, p in layer.router.named_parameters()
+            if name != "gate.weight"
+        }
+        return {name for name, p in self.named_parameters() if id(p) in added}
 
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
         """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""

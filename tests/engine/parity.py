@@ -34,7 +34,7 @@ FLOAT32_BOUND = 1e-5
 # stages (vision layer, projector, 2 layers of the language model), each a relative error of at most
 # u = 2^-9; independent ones add up as their root. Four times that covers the tail and the rounding
 # of the frozen weights. It holds for the norm of each tensor, for a smooth function: a token that
-# goes to another expert, or a pair that crosses the hinge of GeMoE's loss, is a jump. So bfloat16 is
+# goes to another expert, or a pair that crosses the hinge of GeMoE's loss, is a jump. So bf16 is
 # measured with the top_k router, and with the experts that the reference has chosen (`replay`); how
 # often it would choose others is another question (tests/engine/test_numbers.py).
 # Weights get twice the bound: the second and third step start from weights that differ already.

@@ -2,123 +2,48 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from gemoe_ds.config.load import config_from_dict
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine.checkpoint import load_trained, run_identity
 from gemoe_ds.engine.manifest import checksum_folder, find
 from gemoe_ds.errors import CheckpointError
-from tests.helpers import repository, run_ranks
-from tests.tiny import write_base
+from gemoe_ds.train.ledger import read_ledger
+from tests.helpers import run_ranks
+from tests.train.resuming import (
+    BOUND,
+    Setup,
+    cut_run,
+    go_on,
+    losses,
+    make_config,
+    setup_config,
+    train_all,
+    whole_run,
+    write_setting,
+)
 
-STEPS, CUT = 6, 3
-
-
-def write_data(folder: Path, number: int = 20, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-
-    def sample(index: int) -> Sample:
-        pixels = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        pixels.save(buffer, "PNG")
-        words = [" ".join(rng.choice(list("abcdefgh"), rng.integers(1, 5))) for _ in range(4)]
-        turns = (Turn(words[0], words[1], "x"), Turn(words[2], words[3], "y"))
-        return Sample(f"s{index}", buffer.getvalue() if index % 5 else None, turns)
-
-    write_samples(map(sample, range(number)), folder, source="test")
-    return folder
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    root = tmp_path_factory.mktemp("resume")
-    hf, tokenizer = write_base(root)
-    return {"root": root, "hf": hf, "tokenizer": tokenizer, "data": write_data(root / "data")}
-
-
-def make_config(setting, output: Path, **changes):
-    tree = {
-        "output_dir": str(output),
-        "model": {
-            "backbone": {"name": "tiny"},
-            "checkpoint": str(setting["hf"]),
-            "router": {"name": "gemoe"},
-            "dtype": "float32",
-        },
-        "data": {"train": str(setting["data"]), "tokenizer": str(setting["tokenizer"])},
-        "optim": {"lr": 1e-2, "warmup_steps": 2},
-        "parallel": {"ep_size": 2},
-        "train": {"steps": STEPS, "micro_batch": 2, "accumulation": 2},
-        "checkpoint": {"every": CUT, "keep": 5},
-        "monitor": {"every": 1},
-        "deepspeed": str(repository() / "ds_configs/zero2.json"),
-    }
-    for path, value in changes.items():
-        node = tree
-        *parents, last = path.split("__")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return config_from_dict(tree)
-
-
-def run(rank: int, configs: list):
-    import deepspeed
-
-    from gemoe_ds.engine import distributed as module
-    from gemoe_ds.train.run import train
-
-    with module.distributed() as world:  # one group for all runs of this process
-        module_distributed = module.distributed
-        import gemoe_ds.train.run as run_module
-
-        run_module.distributed = lambda: _Kept(world)
-        try:
-            for config in configs:
-                try:
-                    train(config)
-                except CheckpointError as error:
-                    return str(error)
-        finally:
-            run_module.distributed = module_distributed
-        assert deepspeed.comm.get_world_size() == 2
-    return None
-
-
-class _Kept:
-    def __init__(self, world):
-        self.world = world
-
-    def __enter__(self):
-        return self.world
-
-    def __exit__(self, *_):
-        return False
-
-
-def losses(output: Path) -> dict[int, float]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss/total"] for line in lines}
+    return write_setting(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
 def runs(setting):
     """An uninterrupted run, and one cut after `CUT` steps and resumed."""
     whole, cut = setting["root"] / "whole", setting["root"] / "cut"
-    run_ranks(run, 2, [make_config(setting, whole)])
+    run_ranks(train_all, 2, [make_config(setting, whole, monitor__tensorboard=True)])
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / f"checkpoints/step-{STEPS:06d}")  # as if it had died after step 5
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:5]))
-    run_ranks(run, 2, [make_config(setting, cut, resume="auto")])
+    run_ranks(train_all, 2, [make_config(setting, cut, resume="auto")])
     return whole, cut
 
 
@@ -177,13 +102,48 @@ def test_metrics_have_every_loss_and_every_layer(runs):
 )
 def test_foreign_checkpoints_are_refused(setting, runs, change, words):
     config = make_config(setting, runs[0], resume="auto", **change)
-    identity = run_identity(config, 2, open_fingerprint(setting), checksum_folder(setting["hf"]))
+    identity = run_identity(
+        config, 2, open_samples(setting["data"]).fingerprint, checksum_folder(setting["hf"])
+    )
     with pytest.raises(CheckpointError, match="belongs to another run") as error:
         find("auto", runs[0], identity)
     assert words in str(error.value)
 
 
-def open_fingerprint(setting) -> str:
-    from gemoe_ds.data.sample import open_samples
+PAIRS = {  # from any ranks, EP size and ZeRO stage to any other; `make resume` goes through all
+    "routers": [
+        (Setup(2, 2, 2), Setup(2, 2, 2)),
+        (Setup(2, 2, 2), Setup(1, 1, 1)),
+        (Setup(2, 2, 2), Setup(4, 2, 3)),
+        (Setup(4, 4, 3), Setup(2, 1, 0)),
+    ],
+    "all": [
+        (Setup(4, 2, 3), Setup(2, 2, 1)),
+        (Setup(4, 2, 3), Setup(1, 1, 3)),
+        (Setup(2, 2, 1), Setup(4, 4, 2)),
+    ],
+}
 
-    return open_samples(setting["data"]).fingerprint
+
+@pytest.mark.parametrize("train", PAIRS)
+def test_a_run_goes_on_with_any_ranks_and_stages(setting, train):
+    for pair, worst in zip(PAIRS[train], go_on(setting, PAIRS[train], train), strict=True):
+        assert worst <= (0 if pair[0] == pair[1] else BOUND), pair
+
+
+def test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
+    """After the second cut on another number of ranks; each stretch is partly lost."""
+    whole, config = whole_run(setting, Setup(2, 1, 2), "routers")
+    if not whole.exists():
+        run_ranks(train_all, 2, [config])
+    output, _ = cut_run(setting, Setup(2, 1, 2), Setup(4, 1, 2), "routers")
+    for ranks, last in ((2, 9), (4, 15), (1, 23)):
+        config = setup_config(setting, output, Setup(ranks, 1, 2), "routers", resume="auto")
+        run_ranks(train_all, ranks, [config])
+        lost = output / f"checkpoints/step-{last:06d}"
+        if last < 23:
+            for folder in (output / "checkpoints").glob("step-*"):
+                if folder.name > lost.name:
+                    shutil.rmtree(folder)
+    assert read_ledger(output) == read_ledger(whole)
+    assert all(len(set(ids)) == 4 for ids in read_ledger(whole).values())
