@@ -1,0 +1,146 @@
+"""Faults that do not crash, planted one by one: each must be seen by the test that is named here.
+
+What a planted fault turns red is what keeps it out: without the fault the same calls pass in the
+named test.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from tests.engine.parity import Case, is_equal, references, run_cases
+from tests.helpers import run_ranks
+from tests.tiny import write_base
+from tests.train.resuming import CUT, Setup, cut_run, setup_config, train_all, write_setting
+
+TRAINABLE = Case(0, ep_size=2, train="all")
+RECOMPUTED = Case(2, ep_size=2, recompute=True)
+
+
+def an_expert_is_missing_in_the_optimizer() -> None:
+    from gemoe_ds.engine import build
+
+    whole = build.parameter_groups
+
+    def without_one(model, optim):
+        groups = whole(model, optim)
+        groups[-1]["params"].pop()
+        return groups
+
+    build.parameter_groups = without_one
+
+
+def expert_gradients_are_doubled() -> None:
+    from gemoe_ds.engine import build
+
+    whole = build.mark_trainable_experts
+
+    def doubled(model):
+        whole(model)
+        for parameter in model.sharded_parameters().values():
+            parameter.register_hook(lambda grad: 2 * grad)
+
+    build.mark_trainable_experts = doubled
+
+
+def each_rank_clips_by_its_own_norm() -> None:
+    from gemoe_ds.engine.optimizer import GlobalNormAdamW
+
+    def without_group(self, value):
+        self.__dict__["_ignored"] = value
+
+    GlobalNormAdamW.expert_group = property(lambda self: None, without_group)
+
+
+def losses_pile_up_under_recomputation() -> None:
+    from gemoe_ds.moe.router import Router
+
+    once = Router.forward
+
+    def again(self, x_TD, ctx, slot):
+        before = ctx.layers[slot].losses
+        plan = once(self, x_TD, ctx, slot)
+        record = ctx.layers[slot]
+        record.losses = {
+            name: LossTerm(term.value + before[name].value.detach(), term.weight)
+            if name in before
+            else term
+            for name, term in record.losses.items()
+        }
+        return plan
+
+    def keep(self, is_valid_BS, is_vision_BS):
+        records = list(self.layers)
+        begin(self, is_valid_BS, is_vision_BS)
+        self.layers[:] = records
+
+    begin = TokenContext.begin
+    Router.forward, TokenContext.begin = again, keep
+
+
+def a_key_is_left_as_it_was_initialised() -> None:
+    from gemoe_ds.engine import manifest
+
+    whole = manifest.Found.tensors
+
+    def all_but_one(self, kind, keys=None):
+        tensors = list(whole(self, kind, keys))
+        return iter(tensors[1:]) if kind == manifest.WEIGHTS and not all_but_one.done else tensors
+
+    def once(self, kind, keys=None):
+        result = all_but_one(self, kind, keys)
+        all_but_one.done = True
+        return result
+
+    all_but_one.done = False
+    manifest.Found.tensors = once
+
+
+def with_fault(rank: int, plant, function, *args):
+    plant()
+    return function(rank, *args)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_a_missing_expert_stops_at_start_up(base):
+    """Sees it: engine/build.py check_optimizer_holds, held by test_zero.py."""
+    expected = references(base, [TRAINABLE], 2)
+    plant = an_expert_is_missing_in_the_optimizer
+    with pytest.raises(AssertionError, match="does not hold 1 trainable parameters: .*experts"):
+        run_ranks(with_fault, 2, plant, run_cases, base, [TRAINABLE], expected)
+
+
+@pytest.mark.parametrize(
+    ("plant", "case", "kinds"),
+    [
+        (expert_gradients_are_doubled, TRAINABLE, {"gradient"}),
+        (each_rank_clips_by_its_own_norm, TRAINABLE, {"norm"}),
+        (losses_pile_up_under_recomputation, RECOMPUTED, {"loss"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_parity_sees_it(base, plant, case, kinds):
+    """Sees it: test_parity.py test_two_ranks_equal_the_reference, in these kinds of error."""
+    expected = references(base, [case], 2)
+    by_rank = [
+        found
+        for results in run_ranks(with_fault, 2, plant, run_cases, base, [case], expected)
+        for found in results
+    ]
+    assert not any(is_equal(case, found) for found in by_rank)
+    assert all(found[kind] > 100 * case.bound for found in by_rank for kind in kinds), by_rank
+
+
+def test_a_key_that_is_not_loaded_stops_the_resume(tmp_path):
+    """Sees it: engine/checkpoint.py restore, held by tests/train/test_resume.py."""
+    setting, setup = write_setting(tmp_path), Setup(1, 1, 2)
+    whole = setup_config(setting, tmp_path / f"whole-routers-{setup}", setup, "routers")
+    run_ranks(train_all, 1, [whole])
+    _, config = cut_run(setting, setup, setup, "routers")
+    (refused,) = run_ranks(with_fault, 1, a_key_is_left_as_it_was_initialised, train_all, [config])
+    assert refused and f"step-{CUT:06d}: the engine holds another" in refused
