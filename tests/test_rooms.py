@@ -21,6 +21,7 @@ ROOMS = [
     "backbones",
     "data",
     "config",
+    "export",
     "engine",
     "train",
     "evaluation",
@@ -31,7 +32,7 @@ ROOMS = [
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
     "deepspeed": {"engine"},
-    "transformers": {"backbones", "data", "data_prep"},
+    "transformers": {"backbones", "data", "data_prep", "export"},
     "datasets": {"data"},
     "grain": {"data"},
     "matplotlib": {"analysis"},

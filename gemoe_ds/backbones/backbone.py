@@ -31,6 +31,13 @@ class BlockSpec:
     down_EDF: Tensor
 
     @property
+    def expert_names(self) -> tuple[str, str]:
+        """What the block itself calls gate_up_EGD and down_EDF; asked before it is replaced."""
+        block = getattr(self.parent, self.attribute)
+        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        return names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
+
+    @property
     def params_per_expert(self) -> int:
         return (self.gate_up_EGD.numel() + self.down_EDF.numel()) // self.routing.num_experts
 
@@ -79,6 +86,22 @@ class Backbone(Registered):
         with torch.device("meta"):
             plain = type(model)(model.config)  # type: ignore[call-arg]
         plain.load_state_dict(mapped, strict=True, assign=True)
+        plain.save_pretrained(folder)
+
+    def save_trained(
+        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+    ) -> None:
+        """Write `base` with the tensors of `state` replaced; all others as they are stored there.
+
+        `state` is by parameter name of the converted model, without what only our routers have.
+        Without a base every parameter must be in it.
+        """
+        if base is None:
+            self.save_pretrained(model, state, folder)
+            return
+        plain = type(model).from_pretrained(base, dtype="auto")  # type: ignore[attr-defined]
+        for name, tensor in state.items():
+            plain.get_parameter(self.checkpoint_key(name)).data = tensor
         plain.save_pretrained(folder)
 
 

@@ -68,6 +68,8 @@ class MoEModel(nn.Module):
         if not blocks:
             raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
         self.routing = [block.routing for block in blocks]
+        self.block_paths = [block.path for block in blocks]
+        self.expert_names = [block.expert_names for block in blocks]
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
         self.image = backbone.image_spec(self.hf)

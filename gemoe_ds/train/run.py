@@ -32,7 +32,6 @@ HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face mod
 def train(config: RunConfig, *, dry_run: bool = False) -> None:
     """Run `config`; with `dry_run` build everything, take one step and write nothing."""
     with distributed() as world:
-        torch.manual_seed(config.seed)
         samples = open_samples(config.data.train)
         trainable = config.model.train == "all"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
@@ -140,7 +139,12 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
 
 
 def build_model(config: RunConfig, shard: ExpertShard) -> MoEModel:
-    """The converted model that a configuration describes, experts of this shard only."""
+    """The converted model that a configuration describes, experts of this shard only.
+
+    Seeded here: a router may hold random parameters that do not train, which evaluation and
+    export must draw alike.
+    """
+    torch.manual_seed(config.seed)
     backbone = config.model.backbone
     router = config.model.router
     return MoEModel(

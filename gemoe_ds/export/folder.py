@@ -1,0 +1,107 @@
+"""Write a trained model as a Hugging Face folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.data.sample import fsync_path
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.export.sources import write_sources
+
+ROUTERS = "routers.safetensors"  # as in modeling.py, which must not import this file
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
+
+
+def export(
+    model: MoEModel,
+    trained: dict[str, Tensor],
+    *,
+    base: Path | None,
+    tokenizer: Path,
+    router: dict[str, Any],
+    provenance: dict[str, Any],
+    out: Path,
+) -> None:
+    """`trained` (by name, experts stacked) over `base`, with routers and model code, in `out`.
+
+    `model` has its routers trained (`put_trained`). Raises ConfigError if `out` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out} exists; choose a new folder or remove it")
+    temporary = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    own = model.router_only_names()
+    weights = {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
+    model.backbone.save_trained(model.hf, weights, base, temporary)
+    for pattern in TOKENIZER_FILES:
+        for path in tokenizer.glob(pattern):
+            shutil.copy(path, temporary)
+    save_file(_router_tensors(model), temporary / ROUTERS)
+    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    architecture = config["architectures"][0]
+    write_sources(temporary, architecture, type(model.moe_layers[0].router).__module__)
+    config["gemoe"] = {
+        "router": router,
+        "blocks": _blocks(model),
+    }
+    config["auto_map"] = {
+        "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"
+    }
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (temporary / "provenance.json").write_text(
+        json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
+    )
+    (temporary / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
+        fsync_path(path)
+    temporary.rename(out)
+    fsync_path(out.parent)
+
+
+def _router_tensors(model: MoEModel) -> dict[str, Tensor]:
+    return {
+        f"{slot}.{name}": tensor.detach().clone().contiguous()
+        for slot, layer in enumerate(model.moe_layers)
+        for name, tensor in layer.router.state_dict().items()
+    }
+
+
+def _blocks(model: MoEModel) -> list[dict[str, Any]]:
+    """Where each block is in the stock model, and which of its parameters are the experts."""
+    return [
+        {"path": path, "gate_up": gate_up, "down": down, "routing": asdict(routing)}
+        for path, (gate_up, down), routing in zip(
+            model.block_paths, model.expert_names, model.routing, strict=True
+        )
+    ]
+
+
+def _card(router: dict[str, Any], provenance: dict[str, Any], model: MoEModel) -> str:
+    options = "\n".join(f"    {key}: {value}" for key, value in router.items())
+    image = model.image
+    return f"""# {router["name"]} on {provenance["base"]}
+
+Trained with gemoe_ds. Router:
+
+{options}
+
+With its own routing (torch, transformers, pydantic and safetensors are all it needs):
+
+    from transformers import AutoModelForImageTextToText
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+    model.k_per_layer  # after a forward: how many experts every token got
+
+As a stock model with the backbone's fixed number of experts: the same without `trust_remote_code`.
+
+An image is {image.size} x {image.size} pixels in [-1, 1] and stands for {image.tokens} tokens of
+id {image.token_id} after the first token. `provenance.json` says what this was made from.
+"""

@@ -1,0 +1,116 @@
+"""The exported model: the stock architecture whose MoE blocks route as they did in training.
+
+launch/export.py writes this file, and the modules of gemoe_ds that it imports, into the exported
+folder; there it needs torch, transformers and pydantic, but neither gemoe_ds nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration as Stock
+from transformers.utils.hub import cached_file
+
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.dispatch import LocalDispatcher
+from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.router import Router, RoutingSpec
+
+ROUTERS = "routers.safetensors"  # every router's parameters, float32
+
+
+class GemoeForConditionalGeneration(Stock):
+    """The stock model; `from_pretrained` replaces the forward of its MoE blocks.
+
+    `k_per_layer` holds, after a forward, how many experts every token of every MoE layer got.
+    Routing is computed in float32 whatever the dtype of the model, as in training.
+    """
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        # Loaded as the stock class and then made ours: transformers maps the names in a checkpoint
+        # for its own classes only.
+        loaded = Stock.from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__class__ = cls
+        where = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
+        model.attach_routers(load_file(cached_file(folder, ROUTERS, **where)))
+        return loaded
+
+    def attach_routers(self, tensors: dict[str, Tensor]) -> None:
+        """Put the trained routers before the experts of every MoE block that the config lists."""
+        described = self.config.gemoe
+        router_class = Router.named(described["router"]["name"])
+        options = {k: v for k, v in described["router"].items() if k != "name"}
+        self.ctx = TokenContext(len(described["blocks"]))
+        self.ctx.trace = True
+        for slot, entry in enumerate(described["blocks"]):
+            block = self.get_submodule(entry["path"])
+            spec = RoutingSpec(**entry["routing"])
+            router = router_class(router_class.Config(**options), spec)
+            prefix = f"{slot}."
+            own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            router.load_state_dict(own)
+            router.requires_grad_(False).to(next(block.parameters()).device)
+            block.gemoe_router = router
+            block.gemoe_experts = _BlockExperts(block, entry["gate_up"], entry["down"])
+            block.forward = MethodType(_block_forward(self.ctx, slot), block)
+        self.register_forward_pre_hook(_begin, with_kwargs=True)
+
+    @property
+    def k_per_layer(self) -> list[Tensor]:
+        """k of every token of the last forward, int64 [B, S] a layer; 0 for padding."""
+        return [record.k_T.view(self._batch_size, -1) for record in self.ctx.layers]
+
+
+def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Tell the layers which tokens of this forward are padding and which are of an image.
+
+    With a cache only the new tokens come; the mask covers the old ones too.
+    """
+    ids = args[0] if args else kwargs.get("input_ids")
+    shape = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
+    device = (ids if ids is not None else kwargs["inputs_embeds"]).device
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2:  # generate may prepare a 4-D one, of valid tokens
+        is_valid_BS = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        is_valid_BS = mask[:, -shape[1] :].to(device=device, dtype=torch.bool)
+    image = model.config.image_token_id
+    is_vision_BS = torch.zeros_like(is_valid_BS) if ids is None else ids == image
+    model._batch_size = shape[0]
+    model.ctx.begin(is_valid_BS, is_vision_BS)
+
+
+def _block_forward(ctx: TokenContext, slot: int) -> Any:
+    dispatcher = LocalDispatcher()
+
+    def forward(block: Any, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        plan = block.gemoe_router.forward(x_TD, ctx, slot)
+        return dispatcher(x_TD, plan, block.gemoe_experts).view(hidden_states.shape)
+
+    return forward
+
+
+class _BlockExperts(Experts):
+    """The block's own expert weights, wherever they are moved to."""
+
+    def __init__(self, block: nn.Module, gate_up: str, down: str) -> None:
+        nn.Module.__init__(self)
+        # not as a submodule: the block holds this one
+        object.__setattr__(self, "_names", (block, gate_up, down))
+
+    @property
+    def gate_up_EGD(self) -> Tensor:  # type: ignore[override]
+        block, gate_up, _ = self._names
+        return block.get_parameter(gate_up)
+
+    @property
+    def down_EDF(self) -> Tensor:  # type: ignore[override]
+        block, _, down = self._names
+        return block.get_parameter(down)

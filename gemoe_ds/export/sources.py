@@ -1,0 +1,84 @@
+"""The model code of an exported folder: our own modules, flattened into it.
+
+transformers loads code beside the weights if its imports are relative and in one folder. So
+training and the exported model share one implementation of routing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+PACKAGE = "gemoe_ds"
+ROOT = Path(__file__).resolve().parents[1]
+MODELING = f"{PACKAGE}.export.modeling"
+STOCK = "LlavaForConditionalGeneration as Stock"
+
+
+def write_sources(out: Path, architecture: str, router_module: str) -> None:
+    """modeling_gemoe.py and what it and the router import, into `out`."""
+    for module in closure([MODELING, router_module]):
+        text = rewritten(_path(module).read_text(encoding="utf-8"))
+        if module == MODELING:
+            assert STOCK in text
+            text = text.replace(STOCK, f"{architecture} as Stock")
+            name = flat(router_module)
+            text += f"\n\nfrom .{name} import __name__ as _registered  # noqa: E402\n"
+        file = "modeling_gemoe.py" if module == MODELING else f"{flat(module)}.py"
+        (out / file).write_text(text, encoding="utf-8")
+
+
+def closure(modules: list[str]) -> list[str]:
+    """These modules and all of the package that they import, directly or not."""
+    found: list[str] = []
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.append(module)
+            waiting += imported(_path(module).read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def imported(text: str) -> list[str]:
+    """The package's modules that a source names in its imports."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.append(inner if _path(inner).is_file() else node.module)
+    return found
+
+
+def rewritten(text: str) -> str:
+    """The same source with flat relative imports."""
+
+    def of_package(match: re.Match[str]) -> str:
+        module, name = match.groups()
+        inner = f"{module}.{name}"
+        if not _path(inner).is_file():
+            return match.group(0)
+        # The first line is what transformers looks for when it collects files.
+        return (
+            f"from .{flat(inner)} import __name__ as _{name}\nfrom . import {flat(inner)} as {name}"
+        )
+
+    text = re.sub(rf"^from ({PACKAGE}[\w.]*) import (\w+)$", of_package, text, flags=re.MULTILINE)
+    return re.sub(
+        rf"^from ({PACKAGE}[\w.]+) import",
+        lambda match: f"from .{flat(match.group(1))} import",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def flat(module: str) -> str:
+    """`gemoe_ds.moe.plan` -> `gemoe_moe_plan`."""
+    return "gemoe_" + "_".join(module.split(".")[1:])
+
+
+def _path(module: str) -> Path:
+    return ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
