@@ -15,6 +15,7 @@ from pydantic import (
     FiniteFloat,
     SerializeAsAny,
     field_serializer,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -89,6 +90,13 @@ class ModelConfig(ConfigModel):
         "bfloat16", description="of activations and frozen weights; what trains stays float32"
     )
     recompute: bool = Field(False, description="recompute activations in backward (saves memory)")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ConfigError("float16 is refused: its loss scaling is not proven; use bfloat16")
+        return value
 
     @model_validator(mode="after")
     def _routers_need_weights(self) -> Self:

@@ -55,6 +55,7 @@ class Trainer:
         self.start_step = start_step
         self.skipped = skipped
         self.ledger = ledger
+        self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
         self.stats = StatSum()
 
     def run(self) -> None:
@@ -94,7 +95,9 @@ class Trainer:
             # once in a while: checkpoint
             if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 assert self.saver is not None, "a dry run takes its step without `run`"
+                began = time.perf_counter()
                 self.saver.save(step, step - self.skipped)
+                self.stalled += time.perf_counter() - began
         bar.close()
 
     def _count_skipped(self, step: int) -> None:
@@ -176,6 +179,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
         values["skipped_steps"] = self.skipped
+        values["throughput/checkpoint_stall_seconds"] = self.stalled
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             values["grad_norm"] = float(norm)
