@@ -10,6 +10,7 @@ Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split ov
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from gemoe_ds.errors import ConfigError, exit_on_error
 if TYPE_CHECKING:
     from gemoe_ds.analysis.record import EvalRecord, TokenSample
     from gemoe_ds.backbones.model import MoEModel
+    from gemoe_ds.config import RunConfig
     from gemoe_ds.evaluation.runner import Scores
 
 Arguments = argparse.Namespace
@@ -37,6 +39,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--trained", type=Path, help="run folder whose trained parts are loaded")
     parser.add_argument("--k", type=int, nargs="+", help="static top-k instead of a trained router")
+    parser.add_argument(
+        "--flips",
+        action="store_true",
+        help="also run in float32; write whose k differs: k_flips.json",
+    )
     parser.add_argument("--batch", type=int, default=64, help="samples a rank and forward pass")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
@@ -45,6 +52,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError(
                 "give --trained RUN (what it trained) or --k K ... (static), not both"
             )
+        if arguments.flips and arguments.k:
+            raise ConfigError("--flips compares the k of a trained router; a static k never flips")
         _evaluate(arguments)
 
 
@@ -71,11 +80,25 @@ def _evaluate(arguments: Arguments) -> None:
     samples = open_samples(arguments.data)
     checkpoint = newest(trained) if trained else None
     with distributed() as world:
-        model = build_model(config, expert_shard(config.parallel.ep_size, world))
-        model.to(world.device)
+        shard = expert_shard(config.parallel.ep_size, world)
+
+        def loaded(config: RunConfig) -> MoEModel:
+            model = build_model(config, shard).to(world.device)
+            if checkpoint:
+                put_trained(model, checkpoint)
+            return model
+
+        def scored(model: MoEModel) -> Scores:
+            stream = EvalStream(
+                samples, collator, batch=arguments.batch, rank=world.rank, world=world.size
+            )
+            return evaluate(
+                model, samples, stream, world.device, gather_objects, show_progress=world.is_first
+            )
+
+        model = loaded(config)
         name = config.model.router.name
         if checkpoint:
-            put_trained(model, checkpoint)
             say(world, f"trained parts from {checkpoint}")
         collator = build_collator(config, model)
         for k in static_ks or [getattr(model.moe_layers[0].router, "k", None)]:
@@ -84,12 +107,7 @@ def _evaluate(arguments: Arguments) -> None:
                     layer.router.k = k
             say(world, f"evaluating {name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
-            stream = EvalStream(
-                samples, collator, batch=arguments.batch, rank=world.rank, world=world.size
-            )
-            scores = evaluate(
-                model, samples, stream, world.device, gather_objects, show_progress=world.is_first
-            )
+            scores = scored(model)
             if not world.is_first:
                 continue
             record, tokens = _record(
@@ -109,6 +127,27 @@ def _evaluate(arguments: Arguments) -> None:
                 f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
                 f"({record.seconds:.1f} s)",
             )
+
+        if arguments.flips:
+            say(world, "evaluating in float32, for the k that differ")
+            exact = scored(
+                loaded(load_config(arguments.recipe, [*overrides, "model.dtype=float32"]))
+            )
+            if world.is_first:
+                _write_flips(arguments.out, config.model.dtype, scores, exact)
+
+
+def _write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:
+    """The share of tokens, layer by layer, that get another number of experts than in float32."""
+    from gemoe_ds.analysis.provenance import provenance
+
+    _, k_LN, _ = scores.tokens()
+    _, exact_LN, _ = exact.tokens()
+    flipped_L = (k_LN != exact_LN).mean(1).tolist()
+    report = {"dtype": dtype, "tokens": k_LN.shape[1], "flipped_per_layer": flipped_L}
+    (out / "k_flips.json").write_text(json.dumps(report | provenance(), indent=1) + "\n")
+    shares = " ".join(f"{100 * share:.3f}" for share in flipped_L)
+    print(f"{out}/k_flips.json: k differs from float32 in {shares} % of the tokens, by layer")
 
 
 def _record(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecord, TokenSample]:
