@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -55,8 +56,19 @@ class Case:
 
     @property
     def deepspeed(self) -> Path:
+        """The shipped file; under ZeRO 3 one that really takes the parameters apart.
+
+        By default it keeps those of up to 100,000 elements, which would be all of this model.
+        """
         offload = "_offload" if self.offload else ""
-        return repository() / f"ds_configs/zero{self.zero}{offload}.json"
+        shipped = repository() / f"ds_configs/zero{self.zero}{offload}.json"
+        if self.zero < 3:
+            return shipped
+        options = json.loads(shipped.read_text())
+        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        file = Path(tempfile.gettempdir()) / f"gemoe_ds-{os.getpid()}-zero3{offload}.json"
+        file.write_text(json.dumps(options))
+        return file
 
     @property
     def bound(self) -> float:

@@ -62,6 +62,7 @@ def probe(rank: int, base, cases: list[Case]) -> None:
 
             # an assigned value is what the next forward uses, and outlives the next step
             gate = model.moe_layers[0].router.gate.weight
+            assert (gate.numel() == 0) == (case.zero == 3), "really taken apart"
             value = torch.full_like(full_value(gate), 0.25)
             assign_(gate, value)
             assert torch.equal(full_value(gate), value)

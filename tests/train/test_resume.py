@@ -15,6 +15,7 @@ from gemoe_ds.train.ledger import read_ledger
 from tests.helpers import run_ranks
 from tests.train.resuming import (
     BOUND,
+    CUT,
     Setup,
     cut_run,
     go_on,
@@ -147,3 +148,33 @@ def test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
                     shutil.rmtree(folder)
     assert read_ledger(output) == read_ledger(whole)
     assert all(len(set(ids)) == 4 for ids in read_ledger(whole).values())
+
+
+def full_disk_on_rank_1(rank: int, config) -> str | None:
+    """Its second checkpoint does not fit."""
+    from gemoe_ds.engine import saver
+
+    write, calls = saver.save_file, []
+
+    def limited(tensors, path):
+        calls.append(path)
+        if rank == 1 and "step-000006" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        write(tensors, path)
+
+    saver.save_file = limited
+    return train_all(rank, [config])
+
+
+def test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing(setting, tmp_path):
+    output = tmp_path / "run"
+    setup = Setup(2, 2, 2)  # trainable experts: both ranks write
+    config = setup_config(setting, output, setup, "all")
+    first, second = run_ranks(full_disk_on_rank_1, 2, config)
+    assert first == second and "No space left" in first and "older ones are untouched" in first
+    found, _ = find("auto", output, {})
+    assert found is not None and found.step == CUT
+    goes_on = setup_config(setting, output, setup, "all", resume="auto")
+    assert run_ranks(train_all, 2, [goes_on]) == [None, None]
+    assert not list((output / "checkpoints").glob(".writing*"))
+    assert losses(output).keys() == set(range(1, 24))
