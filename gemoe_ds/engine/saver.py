@@ -106,7 +106,15 @@ class Saver:
             if self._committing:
                 self._committing.join()
             self.last = self._writing = self._committing = None
+            if self.world.is_first:
+                manifest.clean(self.root.parent)
             raise CheckpointError(failures[0])
+
+    def finish_alone(self) -> None:
+        """On the way out after an error: let a save under way end, without the other ranks."""
+        for job in (self._writing, self._committing):
+            if job:
+                job.join(timeout=30.0)
 
     def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What this rank owns, copied; every rank takes part, for ZeRO gathers across them."""
@@ -217,8 +225,8 @@ class _Job:
         except Exception as error:
             self.failure = f"the checkpoint cannot be written: {error}; older ones are untouched"
 
-    def join(self) -> str | None:
-        self._thread.join()
+    def join(self, timeout: float | None = None) -> str | None:
+        self._thread.join(timeout)
         return self.failure
 
 

@@ -101,6 +101,9 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
                 skipped=start_step - found.updates if found else 0,
                 ledger=ledger,
             ).run()
+        except BaseException:
+            saver.finish_alone()
+            raise
         finally:
             for open_file in (monitor, ledger):
                 if open_file:

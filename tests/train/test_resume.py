@@ -174,7 +174,37 @@ def test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing(setting, tmp_
     assert first == second and "No space left" in first and "older ones are untouched" in first
     found, _ = find("auto", output, {})
     assert found is not None and found.step == CUT
+    assert not list((output / "checkpoints").glob(".writing*")), "nothing half-written stays"
     goes_on = setup_config(setting, output, setup, "all", resume="auto")
     assert run_ranks(train_all, 2, [goes_on]) == [None, None]
-    assert not list((output / "checkpoints").glob(".writing*"))
     assert losses(output).keys() == set(range(1, 24))
+
+
+def broken_after_a_save(rank: int, config) -> str | None:
+    """Writing takes long, and the step after it fails."""
+    import time
+
+    from gemoe_ds.engine import saver
+    from gemoe_ds.errors import DataError
+    from gemoe_ds.train.trainer import Trainer
+
+    write, train_step = saver.save_file, Trainer.train_step
+
+    def slow(tensors, path):
+        time.sleep(1.5)
+        write(tensors, path)
+
+    def breaking(self, step, batches, *, collect):
+        if step == CUT + 1:
+            raise DataError("an image is broken")
+        return train_step(self, step, batches, collect=collect)
+
+    saver.save_file, Trainer.train_step = slow, breaking
+    return train_all(rank, [config])
+
+
+def test_a_run_that_breaks_lets_its_checkpoint_be_written(setting, tmp_path):
+    config = setup_config(setting, tmp_path / "run", Setup(2, 2, 2), "routers")
+    assert run_ranks(broken_after_a_save, 2, config) == ["an image is broken"] * 2
+    found, _ = find("auto", tmp_path / "run", {})
+    assert found is not None and found.step == CUT
