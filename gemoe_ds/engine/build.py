@@ -79,6 +79,11 @@ def parameter_groups(model: MoEModel, optim: OptimConfig) -> list[dict[str, Any]
     return groups
 
 
+def title_of(group: dict[str, Any]) -> str:
+    """What a reader calls a group: sharded experts bear the name that DeepSpeed wants."""
+    return "experts" if group.get("moe") else str(group["name"])
+
+
 def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
     """Factor of the learning rate at a step counted from 0: linear warm-up, then cosine or flat.
 
@@ -119,7 +124,7 @@ def group_summary(model: MoEModel, optim: OptimConfig) -> str:
         count = sum(math.prod(full_shape(p)) for p in group["params"]) * ranks
         trained += count
         lines.append(
-            f"  {group['name']:<9} {count:>13,} parameters in {len(group['params'])} tensors, "
+            f"  {title_of(group):<9} {count:>13,} parameters in {len(group['params'])} tensors, "
             f"lr {group['lr']:g}"
         )
     total = model.num_parameters + model.num_added_parameters

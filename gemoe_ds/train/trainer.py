@@ -13,7 +13,7 @@ from tqdm import tqdm
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
-from gemoe_ds.engine.build import Engine, MovedCheck
+from gemoe_ds.engine.build import Engine, MovedCheck, title_of
 from gemoe_ds.engine.distributed import World, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_
@@ -76,12 +76,13 @@ class Trainer:
             due = step % config.monitor.every == 0 or step == total
             batches = next(self.steps)
             window_tokens += self.train_step(step, batches, collect=due)
-            if not self.engine.was_step_applied():
+            if self.engine.was_step_applied():
+                if moved:
+                    moved = moved.check()
+                for layer in self.model.moe_layers:
+                    layer.router.after_step(step, assign_)
+            else:
                 self._count_skipped(step)
-            elif moved:
-                moved = moved.check()
-            for layer in self.model.moe_layers:
-                layer.router.after_step(step, assign_)
             bar.update()
 
             # once in a while: metrics
@@ -177,7 +178,7 @@ class Trainer:
             [torch.as_tensor(v).double().squeeze() for v in mean_k]
         ).mean()
         for group in self.engine.optimizer.param_groups:
-            values[f"lr/{group['name']}"] = group["lr"]
+            values[f"lr/{title_of(group)}"] = group["lr"]
         values["skipped_steps"] = self.skipped
         values["throughput/checkpoint_stall_seconds"] = self.stalled
         norm = self.engine.get_global_grad_norm()
