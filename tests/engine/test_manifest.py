@@ -160,6 +160,7 @@ def killed(action, at: int) -> bool:
     """Run `action` in a child that is killed before its write number `at`; False if none came."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # threads do not survive a fork
         count = 0
 
         def hook(event: str, arguments: tuple) -> None:
@@ -214,6 +215,7 @@ def test_killed_at_any_moment_one_valid_checkpoint_stays(tmp_path):
         save(output, 1)
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)
             save(output, 2, keep=1, size=200_000)
             os._exit(0)
         time.sleep(rng.uniform(0, whole))
