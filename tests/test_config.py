@@ -407,3 +407,19 @@ def test_shipped_files_fit_any_recipe(recipe: Path, file: Path) -> None:
     result = resolved(recipe, file.read_text(), "model.dtype=float32")
     assert file.name.startswith(f"zero{result['zero_optimization']['stage']}")
     assert "offload" not in file.name or "offload_optimizer" in result["zero_optimization"]
+
+
+def test_global_batch_gives_the_accumulation(recipe: Path) -> None:
+    config = load(recipe, "train.global_batch=16", "train.micro_batch=2")
+    assert [config.accumulation(ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
+    assert load(recipe, "train.accumulation=3").accumulation(4) == 3
+    assert load(recipe).accumulation(4) == 1
+    with pytest.raises(ConfigError, match=r"train.global_batch=16 is not a multiple .* 2 \* 3"):
+        config.validate_world(3)
+    with pytest.raises(ConfigError, match="set only one of them"):
+        load(recipe, "train.global_batch=16", "train.accumulation=2")
+
+
+def test_float16_is_refused_with_the_reason(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="model.dtype.*loss scaling is not proven; use bfloat16"):
+        load(recipe, "model.dtype=float16")
