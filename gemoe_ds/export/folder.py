@@ -39,32 +39,47 @@ def export(
     temporary = out.with_name(f".writing-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _fill(temporary, model, trained, base, tokenizer, router, provenance)
+        for path in [*temporary.iterdir(), temporary]:
+            fsync_path(path)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(out.parent)
+
+
+def _fill(
+    folder: Path,
+    model: MoEModel,
+    trained: dict[str, Tensor],
+    base: Path | None,
+    tokenizer: Path,
+    router: dict[str, Any],
+    provenance: dict[str, Any],
+) -> None:
     own = model.router_only_names()
     weights = {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
-    model.backbone.save_trained(model.hf, weights, base, temporary)
+    model.backbone.save_trained(model.hf, weights, base, folder)
     for pattern in TOKENIZER_FILES:
         for path in tokenizer.glob(pattern):
-            shutil.copy(path, temporary)
-    save_file(_router_tensors(model), temporary / ROUTERS)
-    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-    architecture = config["architectures"][0]
-    write_sources(temporary, architecture, type(model.moe_layers[0].router).__module__)
-    config["gemoe"] = {
-        "router": router,
-        "blocks": _blocks(model),
-    }
+            shutil.copy(path, folder)
+    save_file(_router_tensors(model), folder / ROUTERS)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    router_module = type(model.moe_layers[0].router).__module__
+    write_sources(folder, config["architectures"][0], router_module)
+    config["gemoe"] = {"router": router, "blocks": _blocks(model)}
     config["auto_map"] = {
         "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"
     }
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (temporary / "provenance.json").write_text(
-        json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
-    )
-    (temporary / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
-        fsync_path(path)
-    temporary.rename(out)
-    fsync_path(out.parent)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "provenance.json", provenance)
+    (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _router_tensors(model: MoEModel) -> dict[str, Tensor]:
