@@ -12,7 +12,7 @@ from gemoe_ds.data.dataset import EvalStream
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.evaluation.runner import Scores, evaluate
 from tests.tiny import make_model, write_base
-from tests.train.test_resume import write_data
+from tests.train.resuming import write_data
 
 
 @pytest.fixture(scope="module")

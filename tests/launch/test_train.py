@@ -15,7 +15,7 @@ import yaml
 from launch.train import main
 from tests.helpers import free_port, repository
 from tests.tiny import write_base
-from tests.train.test_resume import make_config, write_data
+from tests.train.resuming import make_config, write_data
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,9 @@ def test_two_ranks_refuse_together_without_a_hang(setting, recipe, tmp_path, har
             changes += [f"resume={step}", "model.router.k_low=2", "train.steps=4"]
             words = "belongs to another run"
         else:
-            (step / "trained.safetensors").write_bytes(b"x")
+            (step / "weights-00000.safetensors").write_bytes(b"x")
             changes += [f"resume={step}", "train.steps=4"]
-            words = "trained.safetensors is damaged"
+            words = "weights-00000.safetensors is damaged"
     before = sorted(tmp_path.rglob("*"))
     began = time.monotonic()
     done = start(deepspeed(), recipe, *changes)
