@@ -17,7 +17,7 @@ from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
 from gemoe_ds.engine import manifest
 from gemoe_ds.engine.distributed import World, gather_objects
-from gemoe_ds.engine.manifest import ADAM, WEIGHTS, Found
+from gemoe_ds.engine.manifest import ADAM, SAMPLES_PER_STEP, WEIGHTS, Found
 from gemoe_ds.engine.pieces import Piece, all_keys, by_parameter, stacked
 from gemoe_ds.engine.zero import MOMENTS, Engine, full_value, set_moments
 from gemoe_ds.errors import CheckpointError
@@ -34,7 +34,7 @@ def run_identity(
     identity["seed"] = config.seed
     # The auxiliary losses are means over micro-batches, so these are part of what is optimised.
     identity["train.micro_batch"] = config.train.micro_batch
-    identity["samples per step"] = (
+    identity[SAMPLES_PER_STEP] = (
         config.train.micro_batch * config.accumulation(world_size) * world_size
     )
     return identity

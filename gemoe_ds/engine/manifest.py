@@ -33,6 +33,7 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 WEIGHTS, ADAM = "weights", "adam"
+SAMPLES_PER_STEP = "samples per step"  # of the identity
 # Work in progress and leftovers begin with a dot: no `step-*` is ever half of something.
 WRITING, REMOVING = ".writing-", ".removing-"
 
@@ -153,9 +154,12 @@ def check_identity(found: Found, identity: dict[str, Any]) -> None:
     stored = found.manifest["identity"]
     for key, value in identity.items():
         if stored.get(key) != value:
+            way_out = "set resume=none and another output_dir to start anew"
+            if key == SAMPLES_PER_STEP:
+                way_out = f"set train.global_batch={stored.get(key)}, or {way_out.split(' ', 1)[1]}"
             raise CheckpointError(
                 f"{found.folder} belongs to another run: its {key} is {stored.get(key)!r}, "
-                f"this run's is {value!r}; set resume=none and another output_dir to start anew"
+                f"this run's is {value!r}; {way_out}"
             )
 
 

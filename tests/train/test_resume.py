@@ -99,6 +99,7 @@ def test_metrics_have_every_loss_and_every_layer(runs):
         ({"model__router": {"name": "top_k"}}, "its model.router is"),
         ({"seed": 5}, "its seed is 0, this run's is 5"),
         ({"train__micro_batch": 1}, "train.micro_batch"),
+        ({"train__accumulation": 4}, "samples per step is 8, this run's is 16; set train.global_b"),
     ],
 )
 def test_foreign_checkpoints_are_refused(setting, runs, change, words):
