@@ -125,6 +125,11 @@ class MoEModel(nn.Module):
         }
         return {name for name, p in self.named_parameters() if id(p) in added}
 
+    def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors by our names those that `hf` has without our routers, by its names."""
+        own = self.router_only_names()
+        return {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
+
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
         """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""
         if self.shard.num_ranks == 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from torch import Tensor
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.data.sample import fsync_path
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import write_sources
 
-ROUTERS = "routers.safetensors"  # as in modeling.py, which must not import this file
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
 
 
@@ -34,13 +36,35 @@ def export(
 
     `model` has its routers trained (`put_trained`). Raises ConfigError if `out` exists.
     """
+    with _whole(out) as folder:
+        weights = model.stock_tensors(trained)
+        model.backbone.save_trained(model.hf, weights, base, folder)
+        for pattern in TOKENIZER_FILES:
+            for path in tokenizer.glob(pattern):
+                shutil.copy(path, folder)
+        save_file(_router_tensors(model), folder / ROUTERS)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        router_module = type(model.moe_layers[0].router).__module__
+        write_sources(folder, config["architectures"][0], router_module)
+        config["gemoe"] = {"router": router, "blocks": _blocks(model)}
+        config["auto_map"] = {
+            "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"
+        }
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "provenance.json", provenance)
+        (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, or vanishes if anything fails before."""
     if out.exists():
         raise ConfigError(f"--out {out} exists; choose a new folder or remove it")
     temporary = out.with_name(f".writing-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _fill(temporary, model, trained, base, tokenizer, router, provenance)
+        yield temporary
         for path in [*temporary.iterdir(), temporary]:
             fsync_path(path)
         temporary.rename(out)
@@ -48,34 +72,6 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_path(out.parent)
-
-
-def _fill(
-    folder: Path,
-    model: MoEModel,
-    trained: dict[str, Tensor],
-    base: Path | None,
-    tokenizer: Path,
-    router: dict[str, Any],
-    provenance: dict[str, Any],
-) -> None:
-    own = model.router_only_names()
-    weights = {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
-    model.backbone.save_trained(model.hf, weights, base, folder)
-    for pattern in TOKENIZER_FILES:
-        for path in tokenizer.glob(pattern):
-            shutil.copy(path, folder)
-    save_file(_router_tensors(model), folder / ROUTERS)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    router_module = type(model.moe_layers[0].router).__module__
-    write_sources(folder, config["architectures"][0], router_module)
-    config["gemoe"] = {"router": router, "blocks": _blocks(model)}
-    config["auto_map"] = {
-        "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"
-    }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "provenance.json", provenance)
-    (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

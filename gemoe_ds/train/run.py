@@ -203,10 +203,6 @@ def _stream(
 def _save_pretrained(model: MoEModel, checkpoint_dir: Path, world: World, folder: Path) -> None:
     """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were."""
     if world.is_first:
-        prefix = "hf."
-        trained = checkpoint.load_trained(checkpoint_dir)
-        own = {n.removeprefix(prefix) for n in model.router_only_names()}  # no model has those
-        state = {name.removeprefix(prefix): tensor for name, tensor in trained.items()}
-        state = {name: tensor for name, tensor in state.items() if name not in own}
+        state = model.stock_tensors(checkpoint.load_trained(checkpoint_dir))
         model.backbone.save_pretrained(model.hf, state, folder)
         say(world, f"saved {folder} as a Hugging Face model")

@@ -139,6 +139,15 @@ def build(base, config, shard=None):
     return model.train()
 
 
+def build_on_rank(base, case: Case, world):
+    """The configuration of a case and this rank's model, to be handed to `initialize`."""
+    from gemoe_ds.engine.groups import expert_shard
+
+    config = run_config(base, case)
+    shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
+    return config, build(base, config, shard)
+
+
 def reference(base, case: Case, num_batches: int) -> dict:
     """Cross-entropy per target of the global batch, other losses per micro-batch, plain AdamW."""
     config = run_config(base, case)
@@ -195,12 +204,9 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
 
     from gemoe_ds.engine.build import MovedCheck, initialize
     from gemoe_ds.engine.distributed import gather_objects
-    from gemoe_ds.engine.groups import expert_shard
     from gemoe_ds.engine.zero import full_gradient, full_value
 
-    config = run_config(base, case)
-    shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
-    model = build(base, config, shard)
+    config, model = build_on_rank(base, case, world)
     engine = initialize(model, config, world)
     moved = MovedCheck(model, config.optim)
     sharded = model.sharded_parameters()
@@ -216,7 +222,7 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
         measure = torch.Tensor.norm if case.dtype == "bfloat16" else largest
         scale = max(measure(want).item(), floor)
         if name in sharded:
-            want = want[shard.local(want.shape[0])]
+            want = want[model.shard.local(want.shape[0])]
         worst[kind] = max(worst[kind], measure(have.float() - want).item() / scale)
 
     for step in range(STEPS):

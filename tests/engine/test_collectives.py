@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engine.parity import Case, build, run_config
+from tests.engine.parity import Case, build_on_rank
 from tests.helpers import run_ranks
 from tests.tiny import random_batch, write_base
 
@@ -112,14 +112,11 @@ def batches_of(rank: int) -> list[dict]:
 def record(rank: int, base, cases: list[Case]) -> list[list[tuple]]:
     from gemoe_ds.engine.build import initialize
     from gemoe_ds.engine.distributed import distributed
-    from gemoe_ds.engine.groups import expert_shard
 
     sequences = []
     with distributed() as world:
         for case in cases:
-            config = run_config(base, case)
-            shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
-            model = build(base, config, shard)
+            config, model = build_on_rank(base, case, world)
             engine = initialize(model, config, world)
             recorder = Recorder()
             with recorder:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemoe_ds.moe.context import LossTerm
-from tests.engine.parity import Case, build, run_config
+from tests.engine.parity import Case, build_on_rank
 from tests.helpers import run_ranks
 from tests.tiny import SHAPE, make_model, num_targets, random_batch, write_base
 
@@ -40,15 +40,12 @@ def known_gradients(rank: int, base, cases: list[Case], sizes: list[int]) -> lis
     """The largest deviation from the closed form in every case."""
     from gemoe_ds.engine.build import initialize
     from gemoe_ds.engine.distributed import distributed
-    from gemoe_ds.engine.groups import expert_shard
     from gemoe_ds.engine.zero import full_gradient
 
     worst = []
     with distributed() as world:
         for case, size in zip(cases, sizes, strict=True):
-            config = run_config(base, case)
-            shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
-            model = build(base, config, shard)
+            config, model = build_on_rank(base, case, world)
             engine = initialize(model, config, world)
             with_known_gradient(model)
             for index in range(case.accumulation):

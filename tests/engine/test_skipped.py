@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engine.parity import Case, build, run_config
+from tests.engine.parity import Case, build_on_rank
 from tests.helpers import run_ranks
 from tests.tiny import random_batch, write_base
 from tests.train.resuming import make_config, train_all, write_setting
@@ -24,8 +24,8 @@ CASES = [
 NAN, INF = float("nan"), float("inf")
 
 
-def harms(model, case: Case, rank: int):
-    """(name, context): each on one rank only, in one place only."""
+def harms(model, case: Case):
+    """What spoils one step of one rank, each in one place only; called with the batch."""
 
     def in_batch(batch):
         batch["pixels_NCHW"][0, 0, 0, 0] = NAN
@@ -51,15 +51,12 @@ def harms(model, case: Case, rank: int):
 def probe(rank: int, base, cases: list[Case]) -> list[list[str]]:
     from gemoe_ds.engine.build import initialize
     from gemoe_ds.engine.distributed import distributed
-    from gemoe_ds.engine.groups import expert_shard
     from gemoe_ds.engine.zero import MOMENTS, full_moment, full_value
 
     done = []
     with distributed() as world:
         for case in cases:
-            config = run_config(base, case)
-            shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
-            model = build(base, config, shard)
+            config, model = build_on_rank(base, case, world)
             engine = initialize(model, config, world)
             params = model.trainable()
 
@@ -79,7 +76,7 @@ def probe(rank: int, base, cases: list[Case]) -> list[list[str]]:
 
             assert step()
             names = []
-            for harm in harms(model, case, rank):
+            for harm in harms(model, case):
                 before = state()
                 assert not step(harm), (case, harm.__name__)
                 after = state()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.parity import Case, build, micro_batches, run_config
+from tests.engine.parity import Case, build_on_rank, micro_batches
 from tests.helpers import run_ranks
 from tests.tiny import write_base
 
@@ -22,26 +22,16 @@ CASES = [
 ]
 
 
-def steps(engine, batches, count: int = 1) -> None:
-    for _ in range(count):
-        engine.backward(engine(**batches[engine.global_rank])["loss"])
-        engine.step()
-
-
 def probe(rank: int, base, cases: list[Case]) -> None:
     from gemoe_ds.engine.build import MovedCheck, check_optimizer_holds, initialize
     from gemoe_ds.engine.distributed import distributed
-    from gemoe_ds.engine.groups import expert_shard
     from gemoe_ds.engine.zero import MOMENTS, assign_, full_moment, full_value, set_moments
 
     batches = micro_batches(2)
     with distributed() as world:
         for case in cases:
-            config = run_config(base, case)
-            shard = expert_shard(case.ep_size, world, trainable=case.train == "all")
-            model = build(base, config, shard)
-            odd = torch.nn.Parameter(torch.arange(7.0))  # two ranks do not divide it
-            model.odd = odd
+            config, model = build_on_rank(base, case, world)
+            model.odd = torch.nn.Parameter(torch.arange(7.0))  # two ranks do not divide it
             engine = initialize(model, config, world)
             with pytest.raises(RuntimeError, match="no parameter of group 'router' has moved"):
                 MovedCheck(model, config.optim).check()
@@ -77,11 +67,11 @@ def probe(rank: int, base, cases: list[Case]) -> None:
             )
             for group in engine.optimizer.param_groups:
                 group["lr"] = 0.0
-            steps(engine, batches)
+            engine.backward(engine(**batches[rank])["loss"])
+            engine.step()
             assert torch.equal(full_value(gate), value), (case, "the master has not overwritten it")
 
-            stray = torch.nn.Parameter(torch.ones(3))
-            model.lost = stray
+            model.lost = torch.nn.Parameter(torch.ones(3))
             with pytest.raises(RuntimeError, match="does not hold 1 trainable parameters: .*lost"):
                 check_optimizer_holds(engine, model)
             engine.destroy()
