@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from gemoe_ds.engine.memory import keep_freed_memory
 from gemoe_ds.errors import ConfigError
 
 
@@ -51,6 +52,7 @@ def distributed() -> Iterator[World]:
         # Its shared-memory op is only for inference, and compiling it takes half a minute (or
         # fails without ninja). DeepSpeed asks this table before it builds.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        keep_freed_memory()
         device = torch.device("cpu")
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

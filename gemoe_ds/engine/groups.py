@@ -19,6 +19,7 @@ from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.engine.distributed import World
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
+from gemoe_ds.moe.exchange import Work
 
 
 def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> ExpertShard:
@@ -37,8 +38,11 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
 
     def all_to_all(
         output: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> None:
-        dist.all_to_all_single(output, rows, output_splits, input_splits, group=group)
+    ) -> Work:
+        work: Work = dist.all_to_all_single(
+            output, rows, output_splits, input_splits, group=group, async_op=True
+        )
+        return work
 
     return ExpertShard(rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size))
 

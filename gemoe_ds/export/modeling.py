@@ -16,7 +16,6 @@ from transformers import LlavaForConditionalGeneration as Stock
 from transformers.utils.hub import cached_file
 
 from gemoe_ds.moe.context import TokenContext
-from gemoe_ds.moe.dispatch import LocalDispatcher
 from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.router import Router, RoutingSpec
 
@@ -87,12 +86,10 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _block_forward(ctx: TokenContext, slot: int) -> Any:
-    dispatcher = LocalDispatcher()
-
     def forward(block: Any, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         plan = block.gemoe_router.forward(x_TD, ctx, slot)
-        return dispatcher(x_TD, plan, block.gemoe_experts).view(hidden_states.shape)
+        return block.gemoe_experts.forward(x_TD, plan).view(hidden_states.shape)
 
     return forward
 

@@ -57,16 +57,19 @@ def rewritten(text: str) -> str:
     """The same source with flat relative imports."""
 
     def of_package(match: re.Match[str]) -> str:
-        module, name = match.groups()
-        inner = f"{module}.{name}"
-        if not _path(inner).is_file():
+        package, names = match.group(1), match.group(2).split(", ")
+        if not all(_path(f"{package}.{name}").is_file() for name in names):
             return match.group(0)
         # The first line is what transformers looks for when it collects files.
-        return (
+        return "\n".join(
             f"from .{flat(inner)} import __name__ as _{name}\nfrom . import {flat(inner)} as {name}"
+            for name in names
+            for inner in [f"{package}.{name}"]
         )
 
-    text = re.sub(rf"^from ({PACKAGE}[\w.]*) import (\w+)$", of_package, text, flags=re.MULTILINE)
+    text = re.sub(
+        rf"^from ({PACKAGE}[\w.]*) import (\w+(?:, \w+)*)$", of_package, text, flags=re.MULTILINE
+    )
     return re.sub(
         rf"^from ({PACKAGE}[\w.]+) import",
         lambda match: f"from .{flat(match.group(1))} import",

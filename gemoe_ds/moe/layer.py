@@ -1,4 +1,4 @@
-"""MoELayer: route -> dispatch -> experts -> combine, hidden to hidden."""
+"""MoELayer: route -> dispatch -> experts -> combine (+ shared experts), hidden to hidden."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class MoELayer(nn.Module):
     """Stands where the backbone's own MoE block stood: x_BSD -> y_BSD.
 
     `ctx` is shared by all layers and refilled once a forward; this layer writes slot `slot`.
+    `shared` (x_TD -> y_TD) is added for every token, whatever was routed.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher,
         ctx: TokenContext,
         slot: int,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -30,9 +32,13 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.ctx = ctx
         self.slot = slot
+        self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        # Not as a module call: the hooks of ZeRO 3 know tensors only, and there is no need of them.
-        plan = self.router.forward(x_TD, self.ctx, self.slot)
-        return self.dispatcher(x_TD, plan, self.experts).view(x_BSD.shape)
+        # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
+        decision, logits_TE = self.router.decide(x_TD, self.ctx)
+        announced = self.dispatcher.announce(decision.mask_TE)
+        self.router.record(decision, logits_TE, self.ctx, self.slot)  # while the counts travel
+        y_TD = self.dispatcher(x_TD, decision.weights_TE, announced, self.experts, self.shared)
+        return y_TD.view(x_BSD.shape)

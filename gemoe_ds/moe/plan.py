@@ -1,4 +1,4 @@
-"""The ragged token -> expert assignment: the one thing that routing hands to dispatch.
+"""The ragged token -> expert assignment: what dispatch hands to the experts.
 
 Shapes: T tokens, E experts, A assignments (a token occurs 0..E times).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -24,14 +25,21 @@ class RoutingPlan:
         return self.tokens_per_expert_E.numel()
 
     @classmethod
-    def from_mask(cls, mask_TE: Tensor, weights_TE: Tensor) -> RoutingPlan:
+    def from_mask(
+        cls, mask_TE: Tensor, weights_TE: Tensor, num_assignments: int | None = None
+    ) -> RoutingPlan:
         """The plan of a bool mask and the weights at its true entries.
 
-        The transposed mask's nonzeros are already expert-major, so no sort is needed. This is
-        the only place of a layer that waits for the device (A is data-dependent).
+        The transposed mask's nonzeros are already expert-major, so no sort is needed. Unless
+        `num_assignments` (the number of true entries) is given, this waits for the device.
         """
         num_tokens, num_experts = mask_TE.shape
-        expert_ids_A, token_ids_A = mask_TE.t().nonzero(as_tuple=True)
+        counts_E = mask_TE.sum(0)
+        if num_assignments is None:
+            num_assignments = int(counts_E.sum())
+        expert_ids_A, token_ids_A = torch.nonzero_static(mask_TE.t(), size=num_assignments).unbind(
+            1
+        )
         # index_select on the flat view: its backward is one index_add, not an index_put
         weights_A = weights_TE.reshape(-1).index_select(0, token_ids_A * num_experts + expert_ids_A)
-        return cls(token_ids_A, weights_A, mask_TE.sum(0), num_tokens)
+        return cls(token_ids_A, weights_A, counts_E, num_tokens)

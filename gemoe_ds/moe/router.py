@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, Stat, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.registry import ConfigModel, Registered
 
@@ -41,7 +42,7 @@ class Decision:
 
 
 class Router(Registered, nn.Module):
-    """Base of the routing methods; nobody overrides `forward`: subclasses override the steps."""
+    """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`."""
 
     def __init__(self, config: ConfigModel, spec: RoutingSpec) -> None:
         super().__init__()
@@ -72,12 +73,17 @@ class Router(Registered, nn.Module):
         """Start from the backbone's own pretrained gate."""
         self.gate.weight.copy_(gate_ED)
 
-    def forward(self, x_TD: Tensor, ctx: TokenContext, slot: int) -> RoutingPlan:
-        """Route T tokens; losses and statistics go into `ctx.layers[slot]`. Padding gets k = 0."""
+    def decide(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Decision, Tensor]:
+        """Route T tokens: the decision, with k = 0 for padding, and logits_TE."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD, ctx)
             decision = self.select(logits_TE, x_TD, ctx)
             mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
+            return replace(decision, mask_TE=mask_TE), logits_TE
+
+    def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext, slot: int) -> None:
+        """Losses and statistics of a decision into `ctx.layers[slot]`."""
+        with torch.autocast(logits_TE.device.type, enabled=False):
             record = ctx.layers[slot]
             record.logits_TE = logits_TE
             if torch.is_grad_enabled():
@@ -85,32 +91,24 @@ class Router(Registered, nn.Module):
             if ctx.collect or ctx.trace:
                 with torch.no_grad():
                     entropy_T = losses.entropy_bits(decision.scores_TE)
-                    k_T = mask_TE.sum(1)
+                    k_T = decision.mask_TE.sum(1)
                     if ctx.trace:
                         record.entropy_T, record.k_T = entropy_T, k_T
                     if ctx.collect:
-                        record.stats = routing_stats(mask_TE, entropy_T, k_T, self.max_k, ctx)
-            return RoutingPlan.from_mask(mask_TE, decision.weights_TE)
+                        record.stats = routing_stats(
+                            decision.mask_TE, entropy_T, k_T, self.max_k, ctx
+                        )
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext, slot: int) -> RoutingPlan:
+        """Both, and the plan: a router on its own."""
+        decision, logits_TE = self.decide(x_TD, ctx)
+        self.record(decision, logits_TE, ctx, slot)
+        return RoutingPlan.from_mask(decision.mask_TE, decision.weights_TE)
 
     @property
     def max_k(self) -> int:
         """The largest k that `select` may give; the width of the k histogram."""
         return self.spec.num_experts
-
-
-class RouterLinear(nn.Linear):
-    """A bias-free linear map in at least float32, whatever the activation dtype.
-
-    A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md). Call
-    the module and leave its weight alone: ZeRO 3 gathers the weight when the module is called.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, dtype=torch.float32)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_TD.dtype, self.weight.dtype)
-        return nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 
 def routing_stats(

@@ -17,8 +17,9 @@ from torch import Tensor
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.monotonic import monotonic_loss
-from gemoe_ds.moe.router import Decision, Router, RouterLinear, RoutingSpec
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
 from gemoe_ds.routers.top_k import renormalised
 
@@ -115,8 +116,9 @@ class GeMoERouter(Router):
         if config.correlation == "negative":
             entropy_T = -entropy_T
         monotonic = monotonic_loss(  # Eq. 12
-            entropy_T[valid_T],
-            decision.k_soft_T[valid_T],
+            entropy_T,
+            decision.k_soft_T,
+            valid_T,
             slope=config.margin_per_bit,
             constant=config.margin_constant,
         )

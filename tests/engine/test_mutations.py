@@ -56,11 +56,11 @@ def each_rank_clips_by_its_own_norm() -> None:
 def losses_pile_up_under_recomputation() -> None:
     from gemoe_ds.moe.router import Router
 
-    once = Router.forward
+    once = Router.record
 
-    def again(self, x_TD, ctx, slot):
+    def again(self, decision, logits_TE, ctx, slot):
         before = ctx.layers[slot].losses
-        plan = once(self, x_TD, ctx, slot)
+        once(self, decision, logits_TE, ctx, slot)
         record = ctx.layers[slot]
         record.losses = {
             name: LossTerm(term.value + before[name].value.detach(), term.weight)
@@ -68,7 +68,6 @@ def losses_pile_up_under_recomputation() -> None:
             else term
             for name, term in record.losses.items()
         }
-        return plan
 
     def keep(self, is_valid_BS, is_vision_BS):
         records = list(self.layers)
@@ -76,7 +75,7 @@ def losses_pile_up_under_recomputation() -> None:
         self.layers[:] = records
 
     begin = TokenContext.begin
-    Router.forward, TokenContext.begin = again, keep
+    Router.record, TokenContext.begin = again, keep
 
 
 def a_key_is_left_as_it_was_initialised() -> None:

@@ -1,6 +1,8 @@
-"""Dispatch, experts, combine equal the dense definition, here and over ranks."""
+"""Dispatch, experts, combine equal the dense definition, here and over ranks, on either path."""
 
 from __future__ import annotations
+
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from gemoe_ds.moe.experts import Experts, grouped_linear
+from gemoe_ds.moe import ffn, ffn_by_expert, ffn_grouped
+from gemoe_ds.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.plan import RoutingPlan
 from tests.helpers import gloo, run_ranks
 from tests.moe.oracle import dense_moe, ragged_problem
@@ -27,19 +30,35 @@ def _grads(loss, leaves):
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True)]
 
 
-@settings(max_examples=60, deadline=None)
+def dispatch(dispatcher: Dispatcher, x, mask, weights, experts, shared=None):
+    return dispatcher(x, weights, dispatcher.announce(mask), experts, shared)
+
+
+@pytest.mark.parametrize("path", [ffn_by_expert, ffn_grouped])
+@pytest.mark.parametrize("trainable", [True, False])
+@settings(max_examples=40, deadline=None)
 @given(**RAGGED)
-def test_local_equals_dense(seed, tokens, experts, density):
-    x, mask, weights, gate_up, down = ragged_problem(seed, tokens, experts, density)
-    probe = torch.randn(tokens, x.shape[1], dtype=torch.float64)
+def test_local_equals_dense(path, trainable, seed, tokens, experts, density):
+    # the grouped product takes no float64
+    dtype = torch.float64 if path is ffn_by_expert else torch.float32
+    problem = ragged_problem(seed, tokens, experts, density)
+    x, mask, weights, gate_up, down = (
+        p if p.dtype == torch.bool else p.detach().to(dtype).requires_grad_() for p in problem
+    )
+    probe = torch.randn(tokens, x.shape[1], dtype=dtype)
     expected = dense_moe(x, mask, weights, gate_up, down)
-    layer = Experts(gate_up.detach().clone(), down.detach().clone(), trainable=True)
-    got = LocalDispatcher()(x, RoutingPlan.from_mask(mask, weights), layer)
-    torch.testing.assert_close(got, expected)
-    want = _grads((expected * probe).sum(), [x, weights, gate_up, down])
-    have = _grads((got * probe).sum(), [x, weights, layer.gate_up_EGD, layer.down_EDF])
+    layer = Experts(gate_up.detach().clone(), down.detach().clone(), trainable=trainable)
+    with patch.object(ffn, "path_for", lambda *_: path):
+        got = dispatch(LocalDispatcher(), x, mask, weights, layer)
+    tolerance = {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(got, expected, **tolerance)
+    leaves, own = [x, weights], [x, weights]
+    if trainable:
+        leaves, own = [*leaves, gate_up, down], [*own, layer.gate_up_EGD, layer.down_EDF]
+    want = _grads((expected * probe).sum(), leaves)
+    have = _grads((got * probe).sum(), own)
     for a, b in zip(have, want, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,29 +75,55 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
     assert (plan.num_tokens, plan.num_experts) == (tokens, experts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [[0, 5, 0, 3], [8, 0, 0, 0], [0, 0, 0, 0]])
-def test_grouped_product_equals_loop(dtype, counts):
-    rows = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(4, 24, 16, dtype=dtype, requires_grad=True)
-    parts = rows.split(counts)
-    expected = torch.cat([p @ w.t() for p, w in zip(parts, weight, strict=True)])
-    got = grouped_linear(rows, weight, torch.tensor(counts))
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    )
-    torch.testing.assert_close(got, expected, **tolerance)
-    for a, b in zip(
-        _grads(got.sum(), [rows, weight]), _grads(expected.sum(), [rows, weight]), strict=True
-    ):
-        torch.testing.assert_close(a, b, **tolerance)
+@pytest.mark.parametrize("path", [ffn_by_expert, ffn_grouped])
+def test_bfloat16_is_near_float32(path):
+    x, mask, weights, gate_up, down = ragged_problem(3, 40, 8, 0.4, d=16, f=24)
+    want = dense_moe(x, mask, weights, gate_up, down)
+    want_grads = _grads(want.sum(), [x, weights])
+    x16, weights32 = (t.detach().to(d) for t, d in ((x, torch.bfloat16), (weights, torch.float32)))
+    leaves = [x16.requires_grad_(), weights32.requires_grad_()]
+    frozen = (gate_up.detach().bfloat16(), down.detach().bfloat16())
+    with patch.object(ffn, "path_for", lambda *_: path):
+        got = dispatch(LocalDispatcher(), x16, mask, weights32, Experts(*frozen, trainable=False))
+    grads = _grads(got.sum(), leaves)
+    assert [got.dtype, *(g.dtype for g in grads)] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for a, b in zip([got, *grads], [want, *want_grads], strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_autocast_multiplies_in_its_dtype():
+    x, mask, weights, gate_up, down = ragged_problem(4, 20, 4, 0.5)
+    x32, weights32 = x.detach().float().requires_grad_(), weights.detach().float()
+    layer = Experts(gate_up.detach().float(), down.detach().float(), trainable=True)
+    rounded = [p.detach().bfloat16().double().requires_grad_() for p in (gate_up, down)]
+    want = dense_moe(x, mask, weights, *rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dispatch(LocalDispatcher(), x32, mask, weights32, layer)
+    assert got.dtype == torch.float32
+    have = _grads(got.sum(), [x32, layer.gate_up_EGD, layer.down_EDF])
+    for a, b in zip([got, *have], [want, *_grads(want.sum(), [x, *rounded])], strict=True):
+        assert 0 < (a - b).norm() < 0.02 * b.norm(), "bf16 products, no more and no less"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "d_model", "path"),
+    [
+        ("cpu", torch.bfloat16, 64, ffn_by_expert),
+        ("cuda", torch.bfloat16, 64, ffn_grouped),
+        ("cuda", torch.float32, 64, ffn_by_expert),
+        ("cuda", torch.bfloat16, 12, ffn_by_expert),
+    ],
+)
+def test_path_suits_the_device(device, dtype, d_model, path):
+    assert ffn.path_for(torch.device(device), dtype, d_model, 32) is path
 
 
 def test_frozen_experts_are_invisible_to_optimizer_and_checkpoint():
     experts = Experts(torch.randn(2, 16, 8), torch.randn(2, 8, 8), trainable=False)
     assert not list(experts.parameters()) and not experts.state_dict()
     x = torch.randn(3, 8, requires_grad=True)
-    experts(x, torch.ones(3), torch.tensor([1, 2])).sum().backward()
+    plan = RoutingPlan.from_mask(torch.eye(3, 2, dtype=torch.bool), torch.ones(3, 2))
+    experts(x, plan).sum().backward()
     assert x.grad is not None and experts.gate_up_EGD.grad is None
 
 
@@ -93,6 +138,10 @@ CASES = {  # name -> mask of (rank, tokens, experts)
 }
 
 
+def all_to_all(output, rows, output_splits, input_splits):
+    return dist.all_to_all_single(output, rows, output_splits, input_splits, async_op=True)
+
+
 def _ep_case(rank: int, case: str, tokens_by_rank: list[int], dtype: torch.dtype):
     size, experts, d = dist.get_world_size(), 4 * dist.get_world_size(), 8
     tokens = tokens_by_rank[rank]
@@ -105,23 +154,28 @@ def _ep_case(rank: int, case: str, tokens_by_rank: list[int], dtype: torch.dtype
     gate_up, down = gate_up.detach().to(dtype), down.detach().to(dtype)
 
     everything = Experts(gate_up, down, trainable=True)
-    expected = LocalDispatcher()(x, RoutingPlan.from_mask(mask, weights), everything)
-    leaves = [x, weights, everything.gate_up_EGD, everything.down_EDF]
+    factor = torch.full((), 0.5, dtype=dtype, requires_grad=True)
+    expected = dispatch(LocalDispatcher(), x, mask, weights, everything, lambda x: factor * x)
+    leaves = [x, weights, factor, everything.gate_up_EGD, everything.down_EDF]
     *want, gate_up_grad, down_grad = _grads((expected * probe).sum(), leaves)
     for grad in (gate_up_grad, down_grad):  # an expert's owner sees the tokens of all ranks
         dist.all_reduce(grad)
 
     block = slice(rank * 4, rank * 4 + 4)
     mine = Experts(gate_up[block].clone(), down[block].clone(), trainable=True)
-    dispatcher = AllToAllDispatcher(dist.all_to_all_single, rank, size)
-    got = dispatcher(x, RoutingPlan.from_mask(mask, weights), mine)
-    leaves = [x, weights, mine.gate_up_EGD, mine.down_EDF]
+    dispatcher = AllToAllDispatcher(all_to_all, rank, size)
+    got = dispatch(dispatcher, x, mask, weights, mine, lambda x: factor * x)
+    leaves = [x, weights, factor, mine.gate_up_EGD, mine.down_EDF]
     have = _grads((got * probe).sum(), leaves)
 
     per_rank = mask.view(tokens, size, 4).any(-1)
     remote_pairs = int(per_rank.sum() - per_rank[:, rank].sum())
     assert dispatcher.traffic.rows == remote_pairs
     assert dispatcher.traffic.row_bytes == 2 * remote_pairs * d * x.itemsize
+    remote_assignments = int(mask.sum() - mask[:, block].sum())
+    assert dispatcher.traffic.metadata_bytes == (
+        remote_assignments * 2 * weights.itemsize + (size - 1) * (1 + 4) * 8
+    )
     tolerance = {} if dtype == torch.float64 else {"rtol": 3e-2, "atol": 1e-1}
     torch.testing.assert_close(got, expected, **tolerance)
     for a, b in zip(have, [*want, gate_up_grad[block], down_grad[block]], strict=True):

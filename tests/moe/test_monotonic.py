@@ -45,6 +45,25 @@ def test_equals_definition(seed, tokens, ties, constant, attach):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 40),
+    ties=st.sampled_from([1, 100]),
+    share=st.sampled_from([0.0, 0.5, 0.9]),
+)
+def test_invalid_tokens_form_no_pair(seed, tokens, ties, share):
+    g = torch.Generator().manual_seed(seed)
+    entropy = (torch.rand(tokens, generator=g, dtype=torch.float64) * 6 * ties).round() / ties
+    k_soft = torch.rand(tokens, generator=g, dtype=torch.float64) * 7 + 1
+    valid = torch.rand(tokens, generator=g) < share
+    h, k = entropy.requires_grad_(), k_soft.requires_grad_()
+    have, want = monotonic_loss(h, k, valid), definition(h[valid], k[valid])
+    grads = [torch.autograd.grad(loss, [h, k]) for loss in (have, want)]
+    for fast, slow in zip((have, *grads[0]), (want, *grads[1]), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**31), tokens=st.integers(0, 40), levels=st.integers(1, 6))
 def test_counts_with_many_ties(seed, tokens, levels):

@@ -1,0 +1,93 @@
+"""The expert FFNs of a ragged plan as one differentiable function: gather, FFN, weighted sum.
+
+One function from rows to rows: what lies between (A rows of D, 2 F and F numbers) is the business
+of the path that suits the device. Autograd keeps the gate and up projections, [A, 2 F], and no
+more; the backward pass forms the rest anew, products excepted. It multiplies as much as the
+forward pass does, and as much again if the experts train.
+
+The combine weight enters before the down projection, which is linear: so its gradient needs F
+numbers a row, not D.
+
+Shapes: N rows, A assignments, E experts, D model, F expert width, G = 2 F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gemoe_ds.moe import ffn_by_expert, ffn_grouped
+from gemoe_ds.moe.plan import RoutingPlan
+
+
+def ragged_ffn(
+    x_ND: Tensor, plan: RoutingPlan, gate_up_EGD: Tensor, down_EDF: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """y_ND = sum of weight * W_down (silu(W_gate x) * W_up x) over the assignments of each row.
+
+    Products run in `dtype`, sums in float32 at least, and the result has the dtype of `x_ND`.
+    Differentiable once, in x, the plan's weights, and the experts if they ask for a gradient.
+    """
+    y_ND: Tensor = _RaggedFFN.apply(  # type: ignore[no-untyped-call]
+        x_ND, plan.weights_A, gate_up_EGD, down_EDF, plan, dtype
+    )
+    return y_ND
+
+
+def path_for(device: torch.device, dtype: torch.dtype, d_model: int, width: int) -> ModuleType:
+    """The module whose `forward` and `backward` are the fastest for these; see docs/performance.md.
+
+    torch's grouped product wants rows of whole 16 bytes, and is fast where it is one kernel.
+    """
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in (d_model, width))
+    if device.type == "cuda" and dtype == torch.bfloat16 and aligned:
+        return ffn_grouped
+    return ffn_by_expert
+
+
+class _RaggedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_A: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        plan: RoutingPlan,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        path = path_for(x_ND.device, dtype, x_ND.shape[1], down_EDF.shape[2])
+        plan = replace(plan, weights_A=weights_A)
+        keep = any(ctx.needs_input_grad)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            y_ND, kept = path.forward(x_ND, plan, gate_up_EGD, down_EDF, dtype, keep=keep)
+        ctx.path, ctx.plan, ctx.dtype = path, replace(plan, weights_A=weights_A[:0]), dtype
+        ctx.save_for_backward(x_ND, weights_A, gate_up_EGD, down_EDF, *kept)
+        result: Tensor = y_ND.to(x_ND.dtype)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_ND: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None, None]:
+        x_ND, weights_A, gate_up_EGD, down_EDF, *kept = ctx.saved_tensors
+        plan = replace(ctx.plan, weights_A=weights_A)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            grads = ctx.path.backward(
+                grad_ND,
+                x_ND,
+                plan,
+                gate_up_EGD,
+                down_EDF,
+                ctx.dtype,
+                kept,
+                needs_x=ctx.needs_input_grad[0],
+                needs_experts=ctx.needs_input_grad[2],
+            )
+        return *grads, None, None
