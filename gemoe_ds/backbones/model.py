@@ -56,6 +56,7 @@ class MoEModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         shard: ExpertShard | None = None,
         recompute: bool = False,
+        pack_experts: bool = False,
     ) -> None:
         super().__init__()
         shard = shard or ExpertShard()
@@ -63,6 +64,7 @@ class MoEModel(nn.Module):
         self.backbone = backbone
         self.shard = shard
         self.dtype = dtype
+        self.pack_experts = pack_experts
         self.hf = backbone.load(checkpoint, tokenizer_dir)
         blocks = backbone.moe_blocks(self.hf)
         if not blocks:
@@ -103,7 +105,7 @@ class MoEModel(nn.Module):
             weights = [w[local].clone() for w in weights]
         if not trainable:
             weights = [w.to(self.dtype) for w in weights]
-        experts = Experts(*weights, trainable=trainable)
+        experts = Experts(*weights, trainable=trainable, pack=self.pack_experts)
         layer = MoELayer(new_router, experts, shard.make_dispatcher(), self.ctx, slot)
         setattr(block.parent, block.attribute, layer)
 

@@ -90,6 +90,9 @@ class ModelConfig(ConfigModel):
         "bfloat16", description="of activations and frozen weights; what trains stays float32"
     )
     recompute: bool = Field(False, description="recompute activations in backward (saves memory)")
+    pack_experts: bool = Field(
+        False, description="on a CPU: faster bfloat16 experts for two more copies of frozen ones"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod

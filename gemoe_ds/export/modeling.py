@@ -101,6 +101,7 @@ class _BlockExperts(Experts):
         nn.Module.__init__(self)
         # not as a submodule: the block holds this one
         object.__setattr__(self, "_names", (block, gate_up, down))
+        self.pack = False  # whoever loads the model says how much memory it may take, not we
 
     @property
     def gate_up_EGD(self) -> Tensor:  # type: ignore[override]

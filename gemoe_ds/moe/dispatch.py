@@ -99,7 +99,8 @@ class AllToAllDispatcher(Dispatcher):
         self.traffic = Traffic()
 
     def announce(self, mask_TE: Tensor) -> _Announced:
-        mask_TRL = mask_TE.view(mask_TE.shape[0], self.num_ranks, -1)
+        num_tokens, num_experts = mask_TE.shape
+        mask_TRL = mask_TE.view(num_tokens, self.num_ranks, num_experts // self.num_ranks)
         sends_RT = mask_TRL.any(2).t().contiguous()
         counts = torch.cat([sends_RT.sum(1, keepdim=True), mask_TRL.sum(0)], dim=1)
         received = torch.empty_like(counts)

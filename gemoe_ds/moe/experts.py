@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.moe.ffn import ragged_ffn
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.products import PackedProducts, Products
 
 
 class Experts(nn.Module):
@@ -23,7 +24,10 @@ class Experts(nn.Module):
     gate_up_EGD: Tensor
     down_EDF: Tensor
 
-    def __init__(self, gate_up_EGD: Tensor, down_EDF: Tensor, *, trainable: bool) -> None:
+    def __init__(
+        self, gate_up_EGD: Tensor, down_EDF: Tensor, *, trainable: bool, pack: bool = True
+    ) -> None:
+        """`pack`: on a CPU, hold frozen weights in its own layout as well; see products.py."""
         super().__init__()
         num_experts, gate_up_width, d_model = gate_up_EGD.shape
         assert down_EDF.shape == (num_experts, d_model, gate_up_width // 2)
@@ -32,6 +36,8 @@ class Experts(nn.Module):
                 setattr(self, name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor.detach(), persistent=False)
+        self.pack = pack and not trainable
+        self._packed: PackedProducts | None = None
 
     @property
     def num_experts(self) -> int:
@@ -48,4 +54,13 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         else:
             dtype = torch.promote_types(x_ND.dtype, self.gate_up_EGD.dtype)
-        return ragged_ffn(x_ND, plan, self.gate_up_EGD, self.down_EDF, dtype)
+        return ragged_ffn(x_ND, plan, self._products(dtype))
+
+    def _products(self, dtype: torch.dtype) -> Products:
+        weights = self.gate_up_EGD, self.down_EDF
+        if not (self.pack and PackedProducts.can_pack(self.gate_up_EGD, dtype)):
+            return Products(*weights, dtype)
+        packed = self._packed
+        if packed is None or packed.gate_up_EGD is not weights[0]:  # moved, or given another dtype
+            packed = self._packed = PackedProducts(*weights)
+        return packed

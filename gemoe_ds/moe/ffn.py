@@ -23,18 +23,17 @@ from torch.autograd.function import once_differentiable
 
 from gemoe_ds.moe import ffn_by_expert, ffn_grouped
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.products import Products
 
 
-def ragged_ffn(
-    x_ND: Tensor, plan: RoutingPlan, gate_up_EGD: Tensor, down_EDF: Tensor, dtype: torch.dtype
-) -> Tensor:
+def ragged_ffn(x_ND: Tensor, plan: RoutingPlan, products: Products) -> Tensor:
     """y_ND = sum of weight * W_down (silu(W_gate x) * W_up x) over the assignments of each row.
 
-    Products run in `dtype`, sums in float32 at least, and the result has the dtype of `x_ND`.
-    Differentiable once, in x, the plan's weights, and the experts if they ask for a gradient.
+    Products run in their own dtype, sums in float32 at least, and the result has the dtype of
+    `x_ND`. Differentiable once, in x, the plan's weights, and the experts if they ask for it.
     """
     y_ND: Tensor = _RaggedFFN.apply(  # type: ignore[no-untyped-call]
-        x_ND, plan.weights_A, gate_up_EGD, down_EDF, plan, dtype
+        x_ND, plan.weights_A, products.gate_up_EGD, products.down_EDF, plan, products
     )
     return y_ND
 
@@ -59,15 +58,15 @@ class _RaggedFFN(torch.autograd.Function):
         gate_up_EGD: Tensor,
         down_EDF: Tensor,
         plan: RoutingPlan,
-        dtype: torch.dtype,
+        products: Products,
     ) -> Tensor:
-        path = path_for(x_ND.device, dtype, x_ND.shape[1], down_EDF.shape[2])
+        path = path_for(x_ND.device, products.dtype, x_ND.shape[1], down_EDF.shape[2])
         plan = replace(plan, weights_A=weights_A)
         keep = any(ctx.needs_input_grad)
         with torch.autocast(x_ND.device.type, enabled=False):
-            y_ND, kept = path.forward(x_ND, plan, gate_up_EGD, down_EDF, dtype, keep=keep)
-        ctx.path, ctx.plan, ctx.dtype = path, replace(plan, weights_A=weights_A[:0]), dtype
-        ctx.save_for_backward(x_ND, weights_A, gate_up_EGD, down_EDF, *kept)
+            y_ND, kept = path.forward(x_ND, plan, products, keep=keep)
+        ctx.path, ctx.plan, ctx.products = path, replace(plan, weights_A=weights_A[:0]), products
+        ctx.save_for_backward(x_ND, weights_A, *kept)
         result: Tensor = y_ND.to(x_ND.dtype)
         return result
 
@@ -76,16 +75,14 @@ class _RaggedFFN(torch.autograd.Function):
     def backward(
         ctx: Any, grad_ND: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None, None]:
-        x_ND, weights_A, gate_up_EGD, down_EDF, *kept = ctx.saved_tensors
+        x_ND, weights_A, *kept = ctx.saved_tensors
         plan = replace(ctx.plan, weights_A=weights_A)
         with torch.autocast(x_ND.device.type, enabled=False):
             grads = ctx.path.backward(
                 grad_ND,
                 x_ND,
                 plan,
-                gate_up_EGD,
-                down_EDF,
-                ctx.dtype,
+                ctx.products,
                 kept,
                 needs_x=ctx.needs_input_grad[0],
                 needs_experts=ctx.needs_input_grad[2],

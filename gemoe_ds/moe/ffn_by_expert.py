@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.products import Products
 
 
 def forward(
     x_ND: Tensor,
     plan: RoutingPlan,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    dtype: torch.dtype,
+    products: Products,
     *,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -33,10 +32,10 @@ def forward(
     y_ND = _sums_like(x_ND)
     kept = []
     for expert, ids_n, weights_n in _busy(plan):
-        rows_nD = x_ND.index_select(0, ids_n).to(dtype)
-        gate_up_nG = rows_nD @ gate_up_EGD[expert].to(dtype).t()
+        rows_nD = x_ND.index_select(0, ids_n).to(products.dtype)
+        gate_up_nG = products.gate_up(rows_nD, expert)
         hidden_nF = _swiglu(gate_up_nG).mul_(weights_n[:, None])
-        _add_rows(y_ND, ids_n, hidden_nF @ down_EDF[expert].to(dtype).t())
+        _add_rows(y_ND, ids_n, products.down(hidden_nF, expert))
         if keep:
             kept.append(gate_up_nG)
     return y_ND, kept
@@ -46,9 +45,7 @@ def backward(
     grad_ND: Tensor,
     x_ND: Tensor,
     plan: RoutingPlan,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    dtype: torch.dtype,
+    products: Products,
     kept: list[Tensor],
     *,
     needs_x: bool,
@@ -57,12 +54,12 @@ def backward(
     """Gradients of x, the weights, and the experts; None where not asked for."""
     grad_x_ND = _sums_like(x_ND) if needs_x else None
     grad_weights = []
-    grad_gate_up_EGD = torch.zeros_like(gate_up_EGD) if needs_experts else None
-    grad_down_EDF = torch.zeros_like(down_EDF) if needs_experts else None
+    grad_gate_up_EGD = torch.zeros_like(products.gate_up_EGD) if needs_experts else None
+    grad_down_EDF = torch.zeros_like(products.down_EDF) if needs_experts else None
     for (expert, ids_n, weights_n), gate_up_nG in zip(_busy(plan), kept, strict=True):
         gate_nF, up_nF = gate_up_nG.chunk(2, -1)
-        grad_nD = grad_ND.index_select(0, ids_n).to(dtype)
-        grad_hidden_nF = grad_nD @ down_EDF[expert].to(dtype)
+        grad_nD = grad_ND.index_select(0, ids_n).to(products.dtype)
+        grad_hidden_nF = products.down_grad(grad_nD, expert)
         silu_nF = silu(gate_nF)
         hidden_nF = silu_nF * up_nF
         grad_weights.append((grad_hidden_nF * hidden_nF).sum(-1, dtype=weights_n.dtype))
@@ -77,9 +74,11 @@ def backward(
             grad_hidden_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF
         )
         if grad_x_ND is not None:
-            _add_rows(grad_x_ND, ids_n, grad_gate_up_nG @ gate_up_EGD[expert].to(dtype))
+            _add_rows(grad_x_ND, ids_n, products.gate_up_grad(grad_gate_up_nG, expert))
         if grad_gate_up_EGD is not None:
-            grad_gate_up_EGD[expert] = grad_gate_up_nG.t() @ x_ND.index_select(0, ids_n).to(dtype)
+            grad_gate_up_EGD[expert] = grad_gate_up_nG.t() @ x_ND.index_select(0, ids_n).to(
+                products.dtype
+            )
     return (
         None if grad_x_ND is None else grad_x_ND.to(x_ND.dtype),
         torch.cat(grad_weights) if grad_weights else torch.zeros_like(plan.weights_A),

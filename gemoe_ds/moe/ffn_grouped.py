@@ -16,24 +16,23 @@ from torch.nn.functional import grouped_mm, silu
 
 from gemoe_ds.moe import kernels
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.products import Products
 
 
 def forward(
     x_ND: Tensor,
     plan: RoutingPlan,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    dtype: torch.dtype,
+    products: Products,
     *,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
-    ends_E = _ends(plan.tokens_per_expert_E)
+    dtype, ends_E = products.dtype, _ends(plan.tokens_per_expert_E)
     order_A, ends_N = _row_major(plan)
     rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
-    gate_up_AG = grouped_mm(rows_AD, gate_up_EGD.to(dtype).mT, offs=ends_E)
+    gate_up_AG = grouped_mm(rows_AD, products.gate_up_EGD.to(dtype).mT, offs=ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
-    out_AD = grouped_mm(hidden_AF, down_EDF.to(dtype).mT, offs=ends_E)
+    out_AD = grouped_mm(hidden_AF, products.down_EDF.to(dtype).mT, offs=ends_E)
     return _segment_sum(out_AD, order_A, ends_N, x_ND.dtype), [gate_up_AG, order_A, ends_N]
 
 
@@ -41,9 +40,7 @@ def backward(
     grad_ND: Tensor,
     x_ND: Tensor,
     plan: RoutingPlan,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    dtype: torch.dtype,
+    products: Products,
     kept: list[Tensor],
     *,
     needs_x: bool,
@@ -51,6 +48,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, the weights, and the experts; None where not asked for."""
     gate_up_AG, order_A, ends_N = kept
+    gate_up_EGD, down_EDF, dtype = products.gate_up_EGD, products.down_EDF, products.dtype
     ends_E = _ends(plan.tokens_per_expert_E)
     grad_AD = grad_ND.index_select(0, plan.token_ids_A).to(dtype)
     grad_hidden_AF = grouped_mm(grad_AD, down_EDF.to(dtype), offs=ends_E)

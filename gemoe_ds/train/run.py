@@ -159,6 +159,7 @@ def build_model(config: RunConfig, shard: ExpertShard) -> MoEModel:
         dtype=getattr(torch, config.model.dtype),
         shard=shard,
         recompute=config.model.recompute,
+        pack_experts=config.model.pack_experts,
     )
 
 

@@ -14,6 +14,7 @@ from gemoe_ds.moe import ffn, ffn_by_expert, ffn_grouped
 from gemoe_ds.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.products import PackedProducts
 from tests.helpers import gloo, run_ranks
 from tests.moe.oracle import dense_moe, ragged_problem
 
@@ -75,8 +76,10 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
     assert (plan.num_tokens, plan.num_experts) == (tokens, experts)
 
 
-@pytest.mark.parametrize("path", [ffn_by_expert, ffn_grouped])
-def test_bfloat16_is_near_float32(path):
+@pytest.mark.parametrize(
+    ("path", "pack"), [(ffn_by_expert, False), (ffn_by_expert, True), (ffn_grouped, False)]
+)
+def test_bfloat16_is_near_float32(path, pack):
     x, mask, weights, gate_up, down = ragged_problem(3, 40, 8, 0.4, d=16, f=24)
     want = dense_moe(x, mask, weights, gate_up, down)
     want_grads = _grads(want.sum(), [x, weights])
@@ -84,11 +87,31 @@ def test_bfloat16_is_near_float32(path):
     leaves = [x16.requires_grad_(), weights32.requires_grad_()]
     frozen = (gate_up.detach().bfloat16(), down.detach().bfloat16())
     with patch.object(ffn, "path_for", lambda *_: path):
-        got = dispatch(LocalDispatcher(), x16, mask, weights32, Experts(*frozen, trainable=False))
+        experts = Experts(*frozen, trainable=False, pack=pack)
+        got = dispatch(LocalDispatcher(), x16, mask, weights32, experts)
     grads = _grads(got.sum(), leaves)
     assert [got.dtype, *(g.dtype for g in grads)] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for a, b in zip([got, *grads], [want, *want_grads], strict=True):
         assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_packed_weights_follow_the_module():
+    """Packed copies are of no use once the weights moved or got another dtype."""
+    x, mask, weights, gate_up, down = ragged_problem(5, 20, 4, 0.5, d=16)
+    x16, weights32 = x.detach().bfloat16(), weights.detach().float()
+    experts = Experts(gate_up.detach().bfloat16(), down.detach().bfloat16(), trainable=False)
+    first = dispatch(LocalDispatcher(), x16, mask, weights32, experts)
+    assert isinstance(experts._packed, PackedProducts), "or this CPU has no bfloat16"
+    experts.gate_up_EGD = -experts.gate_up_EGD  # silu(-gate) * -up: something else
+    second = dispatch(LocalDispatcher(), x16, mask, weights32, experts)
+    fresh = Experts(experts.gate_up_EGD, experts.down_EDF, trainable=False, pack=False)
+    torch.testing.assert_close(
+        second, dispatch(LocalDispatcher(), x16, mask, weights32, fresh), rtol=0.05, atol=0.5
+    )
+    assert (first - second).norm() > 0.1 * first.norm()
+    assert (
+        experts.float()(x.detach().float(), RoutingPlan.from_mask(mask, weights32)).isfinite().all()
+    )
 
 
 def test_autocast_multiplies_in_its_dtype():

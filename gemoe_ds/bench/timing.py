@@ -1,0 +1,99 @@
+"""Paired timing: all contenders in turn, round after round, so that drift meets all alike."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round after the warm-up; over ranks, of the slowest."""
+
+    seconds: list[float] = field(repr=False)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    def row(self) -> dict[str, Any]:
+        """For a results file, in milliseconds."""
+        low, high = self.quartiles
+        return {
+            "ms": round(1e3 * self.median, 3),
+            "quartiles_ms": [round(1e3 * low, 3), round(1e3 * high, 3)],
+            "rounds": len(self.seconds),
+        }
+
+
+def paired(value: Callable[..., float], *timings: Timing) -> float:
+    """The median over rounds of a figure of several contenders, each round on its own."""
+    rounds = zip(*(t.seconds for t in timings), strict=True)
+    return statistics.median(value(*seconds) for seconds in rounds)
+
+
+def measure(
+    contenders: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Run each contender once a round. On several ranks all must call this with the same names."""
+    on_gpu = torch.cuda.is_available()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(warm_up + rounds):
+        for name, run in contenders.items():
+            if dist.is_initialized():
+                dist.barrier()
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(_slowest(taken[warm_up:])) for name, taken in seconds.items()}
+
+
+def _slowest(seconds: list[float]) -> list[float]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return seconds
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, seconds)
+    return [max(of_round) for of_round in zip(*gathered, strict=True)]
+
+
+def peak_memory(run: Callable[[], Any]) -> int | None:
+    """Bytes that a call needs on top of what is there already; None where it cannot be told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was kept would hide what is needed
+        before = _kilobytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        run()
+        return 1024 * (_kilobytes("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _kilobytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
