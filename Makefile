@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds test test-slow test-gpu parity resume check format setup clean
+.PHONY: demo demo-seeds test test-slow test-gpu parity resume bench check format setup clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -47,6 +47,10 @@ parity: setup
 # Every set-up (ranks, EP size, ZeRO stage) goes on from every other: results/resume.json.
 resume: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.train.resuming
+
+# The MoE layer against its peers on this machine: results/bench_cpu.json or bench_cuda.json.
+bench: setup
+	$(BIN)/python launch/bench.py
 
 check: setup
 	$(BIN)/ruff check

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 import torch
 
 from gemoe_ds.analysis.bench_report import write_report
+from gemoe_ds.analysis.cost_model import Layer, compare, fit, of_ours
+from gemoe_ds.analysis.projection import ASSUMPTIONS, project
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.analysis.record import write_text
-from gemoe_ds.bench import suites
+from gemoe_ds.bench import links, suites
 from gemoe_ds.engine.distributed import distributed
 from gemoe_ds.errors import ConfigError, exit_on_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LINK_MBIT = (None, 4000, 1000, 400)  # None: as fast as the machine can
+LINK_TOKENS = 1024
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +48,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ep", type=int, nargs="+", default=[2, 4], help="EP sizes (default 2 4)")
     parser.add_argument("--out", type=Path, help="results file (default results/bench_DEVICE.json)")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     with exit_on_error():
         if flags.rows:
@@ -61,11 +67,13 @@ def _all(flags: argparse.Namespace) -> None:
             f"--out {out} must end in .json; the report goes beside it as .md and .png"
         )
     rows: list[dict[str, Any]] = []
-    for name in flags.suites:
-        if name in suites.RANKED:
-            for ep_size in flags.ep:
-                rows += _torchrun(flags, name, ep_size, device)
-    here = [name for name in flags.suites if name not in suites.RANKED]
+    for ep_size in flags.ep if "ep" in flags.suites else ():
+        rows += _torchrun(flags, "ep", ep_size, out)
+    if "timeline" in flags.suites:
+        rows += _torchrun(flags, "timeline", flags.ep[0], out)
+    for rate in LINK_MBIT if "links" in flags.suites else ():
+        rows += _between_hosts(flags, rate)
+    here = [name for name in flags.suites if name not in ("ep", "links", "timeline")]
     if here:
         with distributed() as world:
             for name in here:
@@ -78,36 +86,90 @@ def _all(flags: argparse.Namespace) -> None:
         "seconds": round(time.monotonic() - started),
         "rows": rows,
     }
+    cost = cost_section(rows, flags.shape, out)
+    if cost:
+        results["cost_model"] = cost
     write_text(out, json.dumps(results, indent=1) + "\n")
     print(write_report(out), end="")
 
 
+def cost_section(rows: list[dict[str, Any]], shape: str, out: Path) -> dict[str, Any] | None:
+    """The cost model fitted on these rows; None if they have no EP 1 and EP 2."""
+    if not (of_ours(rows, "layer", 1) and of_ours(rows, "ep", 2)):
+        return None
+    of = suites.SHAPES[shape]
+    layer = Layer(of.d_model, of.width, of.num_experts)
+    machine = fit(rows, layer)
+    return {
+        "machine": asdict(machine),
+        "compared": compare(machine, rows, layer),
+        "projected": project(),
+        "assumptions": ASSUMPTIONS,
+        "figure": f"{out.stem}_cost.png",
+    }
+
+
 def _options(flags: argparse.Namespace) -> suites.Options:
     dtype = getattr(torch, flags.dtype)
-    return suites.Options(flags.shape, flags.tokens, dtype, flags.rounds)
+    return suites.Options(flags.shape, flags.tokens, dtype, flags.rounds, flags.trace)
 
 
 def _torchrun(
-    flags: argparse.Namespace, suite: str, ep_size: int, device: str
+    flags: argparse.Namespace, suite: str, ep_size: int, out: Path
 ) -> list[dict[str, Any]]:
-    if device == "cuda" and torch.cuda.device_count() < ep_size:
-        print(f"== {suite}, EP {ep_size}: not run, {torch.cuda.device_count()} GPU(s)", flush=True)
+    """A suite on so many ranks of this host."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ep_size:
+        print(f"== {suite}, EP {ep_size}: not run, too few GPUs", flush=True)
         return []
     print(f"== {suite}, EP {ep_size}", flush=True)
-    cores = len(os.sched_getaffinity(0))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ep_size))}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(ep_size), str(Path(__file__).resolve())),
-            *("--suites", suite, "--rows", str(rows), "--rounds", str(flags.rounds)),
-            *("--tokens", str(flags.tokens), "--dtype", flags.dtype, "--shape", flags.shape),
-        ]
-        if subprocess.run(command, env=environment).returncode:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        part = _part(flags, suite, rows, flags.tokens)
+        trace = out.with_name(f"{out.stem}_trace.json.gz").absolute()
+        command = [*launcher, "--nproc_per_node", str(ep_size), *part, "--trace", str(trace)]
+        if subprocess.run(command, env=_environment(ep_size)).returncode:
             raise ConfigError(f"{suite} on {ep_size} ranks failed; its output stands above")
         found: list[dict[str, Any]] = json.loads(rows.read_text())
     return found
+
+
+def _between_hosts(flags: argparse.Namespace, rate: float | None) -> list[dict[str, Any]]:
+    """The `ep` suite on one rank of each of two hosts with a link of that rate between them."""
+    reason = links.why_not()
+    if reason:
+        print(f"== links: not run, {reason}", flush=True)
+        return []
+    print(f"== links, {rate or 'no'} Mbit/s limit", flush=True)
+    with tempfile.TemporaryDirectory() as folder, links.two_hosts(rate) as hosts:
+        rows = Path(folder) / "rows.json"
+        address = {"MASTER_ADDR": links.ADDRESSES[0], "MASTER_PORT": "29555"}  # of the host alone
+        address |= {"GLOO_SOCKET_IFNAME": links.INTERFACE, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        ranks = [
+            subprocess.Popen(
+                [*prefix, sys.executable, *_part(flags, "ep", rows, LINK_TOKENS)],
+                env=_environment(2) | address | {"RANK": str(rank)},
+            )
+            for rank, prefix in enumerate(hosts)
+        ]
+        if any([rank.wait() for rank in ranks]):
+            raise ConfigError(f"links at {rate} Mbit/s failed; its output stands above")
+        found: list[dict[str, Any]] = json.loads(rows.read_text())
+    return [row | {"suite": "links", "link_mbit": rate} for row in found]
+
+
+def _part(flags: argparse.Namespace, suite: str, rows: Path, tokens: int) -> list[str]:
+    return [
+        str(Path(__file__).resolve()),
+        *("--suites", suite, "--rows", str(rows), "--rounds", str(flags.rounds)),
+        *("--tokens", str(tokens), "--dtype", flags.dtype, "--shape", flags.shape),
+    ]
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """The cores of the machine shared out."""
+    cores = len(os.sched_getaffinity(0))
+    return os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
 
 
 def _ranks(flags: argparse.Namespace) -> None:

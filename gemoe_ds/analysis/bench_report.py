@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from gemoe_ds.analysis.bench_figures import draw_cost, draw_layers
+from gemoe_ds.analysis.bench_rows import LABELS, MODES, OURS, PARTS, Row, grouped
 from gemoe_ds.analysis.record import write_text
 from gemoe_ds.analysis.tables import markdown
 from gemoe_ds.errors import DataError
-
-Row = dict[str, Any]
-OURS = "gemoe_ds"
-LABELS = {
-    OURS: "gemoe_ds",
-    "autoep": "DeepSpeed AutoEP",
-    "autoep_grouped": "DeepSpeed AutoEP, grouped_mm",
-    "autoep_padded": "DeepSpeed AutoEP, padded to 8",
-    "classic_moe": "DeepSpeed MoE layer",
-    "hf_eager": "transformers, eager",
-    "hf_grouped": "transformers, grouped_mm",
-    "dense product": "one dense product of equal FLOPs",
-    "router alone": "router alone",
-}
-MODES = {
-    "forward": "Forward",
-    "frozen": "Forward and backward, frozen experts",
-    "trainable": "Forward and backward, trainable experts",
-}
 
 
 def write_report(results: Path) -> str:
@@ -39,7 +21,9 @@ def write_report(results: Path) -> str:
         raise DataError(
             f"{results} is no benchmark result: {error!r}; run launch/bench.py"
         ) from error
-    _draw(data["rows"], results.with_suffix(".png"))
+    draw_layers(data["rows"], results.with_suffix(".png"))
+    if "cost_model" in data:
+        draw_cost(data["cost_model"], results.with_name(data["cost_model"]["figure"]))
     write_text(results.with_suffix(".md"), page)
     return page
 
@@ -58,22 +42,122 @@ def render(data: Row, figure: str) -> str:
         "layer: at the same mean k).",
         f"![time against mean k]({figure})",
     ]
-    for (suite, shape, tokens, ep), some in _grouped(rows).items():
+    timed = [row for row in rows if row["suite"] not in ("stages", "timeline", "links")]
+    for (suite, shape, tokens, ep), some in grouped(timed).items():
         ranks = f", EP {ep}" if ep > 1 else ""
         parts.append(f"## {suite}: {shape}, {tokens} tokens{' a rank' if ep > 1 else ''}{ranks}")
         for mode, title in MODES.items():
             of_mode = [row for row in some if row["mode"] == mode]
             if of_mode:
                 parts += [f"**{title}**", markdown(_table(of_mode))]
+    parts += _links(rows) + _stages(rows) + _timeline(rows) + _cost(data)
     return "\n\n".join(parts) + "\n"
 
 
-def _grouped(rows: list[Row]) -> dict[tuple[str, str, int, int], list[Row]]:
-    groups: dict[tuple[str, str, int, int], list[Row]] = {}
-    for row in rows:
-        key = (row["suite"], row["shape"], row["tokens"], row["ep"])
-        groups.setdefault(key, []).append(row)
-    return groups
+def _links(rows: list[Row]) -> list[str]:
+    """Two hosts, by the rate of the link between them."""
+    some = [row for row in rows if row["suite"] == "links"]
+    if not some:
+        return []
+    table = [["link, Mbit/s", "mode", "layer", "mean k", "ms", "MB sent", "x gemoe_ds"]]
+    for row in some:
+        same_link = [
+            r for r in some if (r["link_mbit"], r["mode"]) == (row["link_mbit"], row["mode"])
+        ]
+        traffic = row.get("traffic")
+        sent = (traffic["row_bytes"] + traffic["metadata_bytes"]) / 1e6 if traffic else None
+        table.append(
+            [
+                "no limit" if row["link_mbit"] is None else str(row["link_mbit"]),
+                row["mode"],
+                LABELS.get(row["layer"], row["layer"]),
+                f"{row['mean_k']:.2f}",
+                f"{row['ms']:.1f}",
+                _number(sent, "{:.1f}"),
+                _number(_against_ours(row, same_link), "{:.2f}"),
+            ]
+        )
+    tokens = some[0]["tokens"]
+    return [f"## Two hosts, links of several rates ({tokens} tokens a rank)", markdown(table)]
+
+
+def _stages(rows: list[Row]) -> list[str]:
+    some = [row for row in rows if row["suite"] == "stages"]
+    if not some:
+        return []
+    table = [["mean k", "stage", "ms", "share", "MB to move", "moved / minimal", "GB/s"]]
+    for row in some:
+        must, moved = row["minimal_bytes"], row["moved_bytes"]
+        table.append(
+            [
+                f"{row['mean_k']:.2f}",
+                row["layer"],
+                f"{row['ms']:.1f}",
+                f"{row['share']:.1%}",
+                f"{must / 1e6:.0f}" if must else "-",
+                f"{moved / must:.2f}" if must else "-",
+                f"{moved / row['ms'] / 1e6:.0f}" if must else "-",
+            ]
+        )
+    note = (
+        "Self time in a profile of the forward pass of the experts alone. *MB to move*: every "
+        "stage reads its input and writes its output once."
+    )
+    return ["## Where the experts' time goes", note, markdown(table)]
+
+
+def _timeline(rows: list[Row]) -> list[str]:
+    parts = []
+    for row in [row for row in rows if row["suite"] == "timeline"]:
+        table = [["span", "from, ms", "to, ms", "of which waiting, ms", "elements sent"]]
+        for span in row["spans"]:
+            waited, elements = span.get("waited_ms"), span.get("elements")
+            cells = [_number(waited, "{:.1f}"), _number(elements, "{}")]
+            table.append([span["name"], f"{span['start']:.1f}", f"{span['end']:.1f}", *cells])
+        note = (
+            "One pass on rank 0 under the profiler, with a shared expert twice as wide as a routed "
+            "one; the trace beside this file opens in Perfetto. An exchange spans from its start "
+            "to the end of the wait for it."
+        )
+        parts += [f"## Timeline, EP {row['ep']}", note, markdown(table)]
+    return parts
+
+
+def _cost(data: Row) -> list[str]:
+    cost = data.get("cost_model")
+    if not cost:
+        return []
+    machine = cost["machine"]
+    table = [["EP", "used for", "mode", "tokens", "mean k", "measured ms", "predicted ms", "error"]]
+    for row in cost["compared"]:
+        numbers = [
+            f"{row['mean_k']:.2f}",
+            f"{row['measured_ms']:.1f}",
+            f"{row['predicted_ms']:.1f}",
+        ]
+        head = [str(row["ep"]), row["of"], row["mode"], str(row["tokens"])]
+        table.append([*head, *numbers, f"{row['error']:+.1%}"])
+    projected = [["backbone", "EP", "GPUs", "all experts, ms", "GeMoE, ms", "speed-up"]]
+    for row in cost["projected"]:
+        if row["gpus"] in (8, 64, 512, 4096):
+            times = [f"{row['all_experts_ms']:.1f}", f"{row['gemoe_ms']:.1f}"]
+            head = [row["backbone"], str(row["ep"]), str(row["gpus"])]
+            projected.append([*head, *times, f"{row['speed_up']:.2f}"])
+    fitted = (
+        f"Fitted on EP 1 and 2 of this host: {machine['flops_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"{1e9 * machine['fixed_s_per_token']:.0f} ns a token whatever its k, "
+        f"{1e6 * machine['alpha_s']:.0f} us a message, {machine['bytes_per_s'] / 1e9:.2f} GB/s for "
+        "all ranks together. What is marked *check* was not used in the fit."
+    )
+    return [
+        "## Cost model",
+        fitted,
+        markdown(table),
+        "### Projected to GPU clusters: an estimate, not a measurement",
+        cost["assumptions"],
+        markdown(projected),
+        "![predicted against measured, and the projection](" + cost["figure"] + ")",
+    ]
 
 
 def _table(rows: list[Row]) -> list[list[str]]:
@@ -81,7 +165,7 @@ def _table(rows: list[Row]) -> list[list[str]]:
     head += ["router", "peak MB", "MB sent", "x gemoe_ds"]
     table = [head]
     for row in rows:
-        if row["layer"] in ("dense product", "router alone"):
+        if row["layer"] in PARTS:
             continue
         low, high = row["quartiles_ms"]
         traffic = row.get("traffic")
@@ -117,52 +201,3 @@ def _against_ours(row: Row, rows: list[Row]) -> float | None:
         return None
     ratio: float = row["ms"] / same[0]["ms"]
     return ratio
-
-
-def _draw(rows: list[Row], path: Path) -> None:
-    """Time against mean k, with the ideal: in proportion to k, through the largest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from gemoe_ds.analysis.drawing import COLOURS, DASHED, INK, STYLE
-
-    panels = [
-        (key, mode, [r for r in some if r["mode"] == mode])
-        for key, some in _grouped(rows).items()
-        for mode in MODES
-        if key[0] in ("layer", "ep") and any(r["mode"] == mode for r in some)
-    ]
-    if not panels:
-        return
-    with plt.rc_context(STYLE):
-        columns = min(3, len(panels))
-        lines = -(-len(panels) // columns)
-        size = (3.4 * columns, 2.8 * lines)
-        figure, grid = plt.subplots(
-            lines, columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        for spare in grid.flat[len(panels) :]:
-            spare.remove()
-        for axes, (key, mode, some) in zip(grid.flat, panels, strict=False):
-            ours = sorted((r["mean_k"], r["ms"]) for r in some if r["layer"] == OURS)
-            axes.plot(*zip(*ours, strict=True), "o-", color=COLOURS["gemoe"], label="gemoe_ds")
-            k, ms = ours[-1]
-            axes.plot([0, k], [0, ms], linestyle=DASHED, color=INK, label="ideal")
-            for row in some:
-                if row["layer"] not in (OURS, "dense product", "router alone"):
-                    axes.plot(row["mean_k"], row["ms"], "x", color=INK)
-                    label = LABELS.get(row["layer"], row["layer"])
-                    axes.annotate(
-                        label, (row["mean_k"], row["ms"]), (-5, 0), textcoords="offset points",
-                        ha="right", va="center", fontsize=6,
-                    )  # fmt: skip
-            ep = f", EP {key[3]}" if key[3] > 1 else ""
-            axes.set_title(
-                f"{MODES[mode].split(',')[0]}, {mode}{ep}" if mode != "forward" else f"Forward{ep}"
-            )
-            axes.set(xlabel="mean k", ylabel="ms", xlim=(0, None), ylim=(0, None))
-        grid.flat[0].legend(loc="upper left")
-        figure.savefig(path)
-        plt.close(figure)

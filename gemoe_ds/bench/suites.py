@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from gemoe_ds.bench import peers
 from gemoe_ds.bench.oracle import check
 from gemoe_ds.bench.problem import Ours, Problem
 from gemoe_ds.bench.shapes import SHAPES, Shape
+from gemoe_ds.bench.stages import stage_rows
+from gemoe_ds.bench.steps import steps_suite
+from gemoe_ds.bench.timeline import trace
 from gemoe_ds.bench.timing import Timing, measure, paired, peak_memory
 from gemoe_ds.engine.distributed import World
 from gemoe_ds.engine.groups import expert_shard
@@ -120,7 +124,6 @@ def layer_group(
     rounds: int,
     peer_names: list[str],
     suite: str,
-    extras: bool = True,
 ) -> list[dict[str, Any]]:
     """One process: our layer at every mean k, and the peers at the backbone's own k."""
     problem = Problem.make(shape, num_tokens, dtype, device)
@@ -132,7 +135,7 @@ def layer_group(
         errors = check(f"{OURS} at mean k {mean_k}", ours, problem, ours)
         run = runner(ours, problem, mode)
         contenders.append(Contender(OURS, mean_k, run, num_assignments, errors, ours))
-        if extras:
+        if mean_k in (PAPER_K, shape.top_k):
             contenders.append(
                 Contender(ROUTER, mean_k, router_runner(ours, problem, mode), num_assignments)
             )
@@ -289,6 +292,7 @@ class Options:
     tokens: int
     dtype: torch.dtype
     rounds: int
+    trace: Path | None = None  # where the timeline's trace goes
 
 
 def layer_suite(options: Options, world: World) -> list[dict[str, Any]]:
@@ -368,11 +372,47 @@ def _layer(
     )
 
 
+def stages_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """Time and bytes of every stage of the experts, on a CPU."""
+    if world.device.type != "cpu":
+        return []
+    shape = SHAPES[options.shape]
+    problem = Problem.make(shape, options.tokens, options.dtype, world.device)
+    return [row for k in (PAPER_K, shape.top_k) for row in stage_rows(problem, k)]
+
+
+def timeline_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """What overlaps with what over the ranks of this launch."""
+    shape = SHAPES[options.shape]
+    problem = Problem.make(shape, options.tokens, options.dtype, world.device, world.rank)
+    return [
+        {
+            "suite": "timeline",
+            "layer": OURS,
+            "mean_k": PAPER_K,
+            "mode": "frozen",
+            "shape": shape.name,
+            "tokens": options.tokens,
+            "ep": world.size,
+            "spans": trace(problem, PAPER_K, world, options.trace),
+        }
+    ]
+
+
+def whole_steps_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """Training steps of a model of two layers."""
+    shape = SHAPES[options.shape]
+    return steps_suite(shape, options.tokens, options.dtype, options.rounds, world)
+
+
 Suite = Callable[[Options, World], list[dict[str, Any]]]
 SUITES: dict[str, Suite] = {
     "layer": layer_suite,
     "tokens": tokens_suite,
     "shapes": shapes_suite,
+    "stages": stages_suite,
+    "steps": whole_steps_suite,
+    "timeline": timeline_suite,
     "ep": ep_suite,
+    "links": ep_suite,  # between two hosts, over links of several rates
 }
-RANKED = {"ep"}  # those that want several ranks

@@ -13,6 +13,7 @@ from torch import nn
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import OptimConfig, RunConfig, deepspeed_config
 from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.gemm import choose_grouped_gemm
 from gemoe_ds.engine.groups import (
     expert_group_name,
     expert_parallel_group,
@@ -30,6 +31,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     is stored in `model.dtype` and what trains is float32.
     """
     mark_trainable_experts(model)
+    choose_grouped_gemm(model, world.device)
     groups = parameter_groups(model, config.optim)
     options = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     if config.zero_stage == 0:

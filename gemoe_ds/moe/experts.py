@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.moe.ffn import ragged_ffn
+from gemoe_ds.moe.grouped_gemm import TORCH, GroupedGemm
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.products import PackedProducts, Products
 
@@ -23,6 +24,7 @@ class Experts(nn.Module):
 
     gate_up_EGD: Tensor
     down_EDF: Tensor
+    gemm: GroupedGemm = TORCH  # replaced where another one is faster: engine/gemm.py
 
     def __init__(
         self, gate_up_EGD: Tensor, down_EDF: Tensor, *, trainable: bool, pack: bool = True
@@ -59,7 +61,7 @@ class Experts(nn.Module):
     def _products(self, dtype: torch.dtype) -> Products:
         weights = self.gate_up_EGD, self.down_EDF
         if not (self.pack and PackedProducts.can_pack(self.gate_up_EGD, dtype)):
-            return Products(*weights, dtype)
+            return Products(*weights, dtype, self.gemm)
         packed = self._packed
         if packed is None or packed.gate_up_EGD is not weights[0]:  # moved, or given another dtype
             packed = self._packed = PackedProducts(*weights)

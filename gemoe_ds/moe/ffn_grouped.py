@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import silu
 
 from gemoe_ds.moe import kernels
 from gemoe_ds.moe.plan import RoutingPlan
@@ -27,12 +27,12 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
-    dtype, ends_E = products.dtype, _ends(plan.tokens_per_expert_E)
+    gemm, dtype, ends_E = products.gemm, products.dtype, _ends(plan.tokens_per_expert_E)
     order_A, ends_N = _row_major(plan)
     rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
-    gate_up_AG = grouped_mm(rows_AD, products.gate_up_EGD.to(dtype).mT, offs=ends_E)
+    gate_up_AG = gemm.times_transposed(rows_AD, products.gate_up_EGD.to(dtype), ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
-    out_AD = grouped_mm(hidden_AF, products.down_EDF.to(dtype).mT, offs=ends_E)
+    out_AD = gemm.times_transposed(hidden_AF, products.down_EDF.to(dtype), ends_E)
     return _segment_sum(out_AD, order_A, ends_N, x_ND.dtype), [gate_up_AG, order_A, ends_N]
 
 
@@ -48,21 +48,26 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, the weights, and the experts; None where not asked for."""
     gate_up_AG, order_A, ends_N = kept
-    gate_up_EGD, down_EDF, dtype = products.gate_up_EGD, products.down_EDF, products.dtype
+    gemm, gate_up_EGD, down_EDF, dtype = (
+        products.gemm,
+        products.gate_up_EGD,
+        products.down_EDF,
+        products.dtype,
+    )
     ends_E = _ends(plan.tokens_per_expert_E)
     grad_AD = grad_ND.index_select(0, plan.token_ids_A).to(dtype)
-    grad_hidden_AF = grouped_mm(grad_AD, down_EDF.to(dtype), offs=ends_E)
+    grad_hidden_AF = gemm.times(grad_AD, down_EDF.to(dtype), ends_E)
     grad_gate_up_AG, grad_weights_A, hidden_AF = _swiglu_backward(
         grad_hidden_AF, gate_up_AG, plan.weights_A, needs_experts
     )
     grad_x_ND = grad_gate_up_EGD = grad_down_EDF = None
     if needs_x:
-        grad_rows_AD = grouped_mm(grad_gate_up_AG, gate_up_EGD.to(dtype), offs=ends_E)
+        grad_rows_AD = gemm.times(grad_gate_up_AG, gate_up_EGD.to(dtype), ends_E)
         grad_x_ND = _segment_sum(grad_rows_AD, order_A, ends_N, x_ND.dtype)
     if hidden_AF is not None:
         rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
-        grad_down_EDF = grouped_mm(grad_AD.t(), hidden_AF, offs=ends_E).to(down_EDF.dtype)
-        grad_gate_up_EGD = grouped_mm(grad_gate_up_AG.t(), rows_AD, offs=ends_E)
+        grad_down_EDF = gemm.weight_grad(grad_AD, hidden_AF, ends_E).to(down_EDF.dtype)
+        grad_gate_up_EGD = gemm.weight_grad(grad_gate_up_AG, rows_AD, ends_E)
         grad_gate_up_EGD = grad_gate_up_EGD.to(gate_up_EGD.dtype)
     return grad_x_ND, grad_weights_A, grad_gate_up_EGD, grad_down_EDF
 
