@@ -67,29 +67,33 @@ def _all(flags: argparse.Namespace) -> None:
             f"--out {out} must end in .json; the report goes beside it as .md and .png"
         )
     rows: list[dict[str, Any]] = []
+
+    def save(more: list[dict[str, Any]]) -> None:
+        """After every part, so that a part that fails takes no other along."""
+        rows.extend(more)
+        results = provenance() | {
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "dtype": flags.dtype,
+            "seconds": round(time.monotonic() - started),
+            "rows": rows,
+        }
+        cost = cost_section(rows, flags.shape, out)
+        write_text(
+            out, json.dumps(results | ({"cost_model": cost} if cost else {}), indent=1) + "\n"
+        )
+
     for ep_size in flags.ep if "ep" in flags.suites else ():
-        rows += _torchrun(flags, "ep", ep_size, out)
+        save(_torchrun(flags, "ep", ep_size, out))
     if "timeline" in flags.suites:
-        rows += _torchrun(flags, "timeline", flags.ep[0], out)
+        save(_torchrun(flags, "timeline", flags.ep[0], out))
     for rate in LINK_MBIT if "links" in flags.suites else ():
-        rows += _between_hosts(flags, rate)
-    here = [name for name in flags.suites if name not in ("ep", "links", "timeline")]
-    if here:
-        with distributed() as world:
-            for name in here:
+        save(_between_hosts(flags, rate))
+    with distributed() as world:
+        for name in flags.suites:
+            if name not in ("ep", "links", "timeline"):
                 print(f"== {name}", flush=True)
-                rows += suites.SUITES[name](_options(flags), world)
-    results = provenance() | {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "dtype": flags.dtype,
-        "seconds": round(time.monotonic() - started),
-        "rows": rows,
-    }
-    cost = cost_section(rows, flags.shape, out)
-    if cost:
-        results["cost_model"] = cost
-    write_text(out, json.dumps(results, indent=1) + "\n")
+                save(suites.SUITES[name](_options(flags), world))
     print(write_report(out), end="")
 
 

@@ -7,7 +7,7 @@ F expert width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Problem:
     weights: Weights
     x_TD: Tensor
     grad_TD: Tensor  # of the loss with respect to the output
+    _experts: dict[tuple[bool, str], Experts] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -64,6 +65,14 @@ class Problem:
         x_TD[:, 0] = 1.0
         grad_TD = normal(num_tokens, d, std=1.0, generator=own)
         return cls(shape, weights, x_TD.to(device, dtype), grad_TD.to(device, dtype))
+
+    def experts(self, trainable: bool, local: slice) -> Experts:
+        """The experts of this rank, `local` of all; one module however often it is asked for."""
+        key = (trainable, str(local))
+        if key not in self._experts:
+            weights = self.weights.gate_up_EGD[local], self.weights.down_EDF[local]
+            self._experts[key] = Experts(*weights, trainable=trainable)
+        return self._experts[key]
 
     def router(self, mean_k: float) -> Router:
         """GeMoE's with this mean k; the static one for the smallest and the largest k."""
@@ -109,9 +118,8 @@ class Ours(nn.Module):
     ) -> None:
         """`local`: the experts that this rank holds."""
         super().__init__()
-        weights = problem.weights
         self.ctx = TokenContext(1)
-        experts = Experts(weights.gate_up_EGD[local], weights.down_EDF[local], trainable=trainable)
+        experts = problem.experts(trainable, local)
         self.dispatcher = dispatcher or LocalDispatcher()
         router = problem.router(mean_k)
         self.layer = MoELayer(router, experts, self.dispatcher, self.ctx, 0, shared)

@@ -143,8 +143,10 @@ def _config(router: str) -> Any:
                 "backbone": {"name": "tiny"},
                 "router": {"name": router},
                 "dtype": "bfloat16",
+                "checkpoint": "unused",
             },
             "data": {"train": "unused", "tokenizer": "unused"},
+            "optim": {"lr": 1e-4},
             "train": {"steps": 100, "micro_batch": 1},
             "deepspeed": str(_REPOSITORY / "ds_configs/zero0.json"),
         }

@@ -38,15 +38,19 @@ def ragged_ffn(x_ND: Tensor, plan: RoutingPlan, products: Products) -> Tensor:
     return y_ND
 
 
-def path_for(device: torch.device, dtype: torch.dtype, d_model: int, width: int) -> ModuleType:
-    """The module whose `forward` and `backward` are the fastest for these; see docs/performance.md.
+# What the grouped path may be used for: torch's grouped product takes these, and is fast where it
+# is one kernel (GPUs), or where a call an expert would take longer than the product (small FFNs).
+_GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+_SMALL_FFN = 1 << 17  # D * F; at 100 rows an expert, products of 0.1 GFLOP
 
-    torch's grouped product wants rows of whole 16 bytes, and is fast where it is one kernel.
-    """
-    aligned = all(n * dtype.itemsize % 16 == 0 for n in (d_model, width))
-    if device.type == "cuda" and dtype == torch.bfloat16 and aligned:
-        return ffn_grouped
-    return ffn_by_expert
+
+def path_for(device: torch.device, dtype: torch.dtype, d_model: int, width: int) -> ModuleType:
+    """The module whose `forward` and `backward` are the fastest here; see docs/performance.md."""
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in (d_model, width))  # of whole 16 bytes
+    takes = aligned and dtype in _GROUPED_DTYPES.get(device.type, ())
+    worth = device.type == "cuda" or d_model * width <= _SMALL_FFN
+    path: ModuleType = ffn_grouped if takes and worth else ffn_by_expert
+    return path
 
 
 class _RaggedFFN(torch.autograd.Function):

@@ -50,7 +50,7 @@ def test_the_check_sees_a_wrong_layer():
         check("at another k", other, problem, ours)
     damaged = ours.layer.experts.down_EDF.clone()
     damaged[:, 0] *= 1.01
-    ours.layer.experts.down_EDF = damaged
+    ours.layer.experts.down_EDF = damaged  # of all that share them, not of the problem
     with pytest.raises(AssertionError, match="output"):
         check("with a damaged weight", ours, problem, Ours(problem, MEAN_K))
 

@@ -95,22 +95,22 @@ def test_bfloat16_is_near_float32(path, pack):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
+@patch.object(ffn, "path_for", lambda *_: ffn_by_expert)
 def test_packed_weights_follow_the_module():
-    """Packed copies are of no use once the weights moved or got another dtype."""
+    """Packed copies are of no use once the weights are others, or have another dtype."""
     x, mask, weights, gate_up, down = ragged_problem(5, 20, 4, 0.5, d=16)
     x16, weights32 = x.detach().bfloat16(), weights.detach().float()
+    plan = RoutingPlan.from_mask(mask, weights32)
     experts = Experts(gate_up.detach().bfloat16(), down.detach().bfloat16(), trainable=False)
-    first = dispatch(LocalDispatcher(), x16, mask, weights32, experts)
+    first = experts(x16, plan)
     assert isinstance(experts._packed, PackedProducts), "or this CPU has no bfloat16"
     experts.gate_up_EGD = -experts.gate_up_EGD  # silu(-gate) * -up: something else
-    second = dispatch(LocalDispatcher(), x16, mask, weights32, experts)
-    fresh = Experts(experts.gate_up_EGD, experts.down_EDF, trainable=False, pack=False)
-    torch.testing.assert_close(
-        second, dispatch(LocalDispatcher(), x16, mask, weights32, fresh), rtol=0.05, atol=0.5
-    )
+    second = experts(x16, plan)
+    plain = Experts(experts.gate_up_EGD, experts.down_EDF, trainable=False, pack=False)
+    torch.testing.assert_close(second, plain(x16, plan), rtol=0.05, atol=0.5)
     assert (first - second).norm() > 0.1 * first.norm()
-    assert (
-        experts.float()(x.detach().float(), RoutingPlan.from_mask(mask, weights32)).isfinite().all()
+    torch.testing.assert_close(
+        experts.float()(x.detach().float(), plan), plain.float()(x.detach().float(), plan)
     )
 
 
@@ -129,16 +129,18 @@ def test_autocast_multiplies_in_its_dtype():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "d_model", "path"),
+    ("device", "dtype", "d_model", "width", "path"),
     [
-        ("cpu", torch.bfloat16, 64, ffn_by_expert),
-        ("cuda", torch.bfloat16, 64, ffn_grouped),
-        ("cuda", torch.float32, 64, ffn_by_expert),
-        ("cuda", torch.bfloat16, 12, ffn_by_expert),
+        ("cpu", torch.bfloat16, 2048, 1024, ffn_by_expert),
+        ("cpu", torch.bfloat16, 64, 16, ffn_grouped),
+        ("cpu", torch.float64, 64, 16, ffn_by_expert),
+        ("cuda", torch.bfloat16, 2048, 1024, ffn_grouped),
+        ("cuda", torch.float32, 2048, 1024, ffn_by_expert),
+        ("cuda", torch.bfloat16, 12, 16, ffn_by_expert),
     ],
 )
-def test_path_suits_the_device(device, dtype, d_model, path):
-    assert ffn.path_for(torch.device(device), dtype, d_model, 32) is path
+def test_path_suits_the_device(device, dtype, d_model, width, path):
+    assert ffn.path_for(torch.device(device), dtype, d_model, width) is path
 
 
 def test_frozen_experts_are_invisible_to_optimizer_and_checkpoint():
