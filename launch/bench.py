@@ -31,7 +31,7 @@ from gemoe_ds.engine.distributed import distributed
 from gemoe_ds.errors import ConfigError, exit_on_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LINK_MBIT = (None, 4000, 1000, 400)  # None: as fast as the machine can
+LINK_MBIT = (None, 1000, 400)  # None: as fast as the machine can
 LINK_TOKENS = 1024
 
 

@@ -40,6 +40,7 @@ def render(data: Row, figure: str) -> str:
         "*router* the share of scores, choice, losses and plan; each is a median of paired rounds. "
         "A last column over 1 says by how much gemoe_ds is faster at the same k (for the padded "
         "layer: at the same mean k).",
+        *_not_run(data),
         f"![time against mean k]({figure})",
     ]
     timed = [row for row in rows if row["suite"] not in ("stages", "timeline", "links")]
@@ -52,6 +53,17 @@ def render(data: Row, figure: str) -> str:
                 parts += [f"**{title}**", markdown(_table(of_mode))]
     parts += _links(rows) + _stages(rows) + _timeline(rows) + _cost(data)
     return "\n\n".join(parts) + "\n"
+
+
+def _not_run(data: Row) -> list[str]:
+    """What this page lacks, and the command that would fill it in."""
+    suites = {row["suite"] for row in data["rows"]}
+    lacking = []
+    if data["device"] == "cpu":
+        lacking.append("Not run on a GPU; on a machine with one, `make bench` does so.")
+    if "links" not in suites:
+        lacking.append("Links of a given rate were not run: they need root and iproute2.")
+    return [" ".join(lacking)] if lacking else []
 
 
 def _links(rows: list[Row]) -> list[str]:

@@ -56,11 +56,12 @@ class Problem:
 
         gate_ED = normal(e, d, std=d**-0.5, generator=same)
         gate_ED[:, 0] = normal(e, std=_LOAD_SPREAD, generator=same)
-        weights = Weights(
-            gate_ED.to(device),
-            normal(e, 2 * f, d, std=d**-0.5, generator=same).to(device, dtype),
-            normal(e, d, f, std=f**-0.5, generator=same).to(device, dtype),
-        )
+        gate_up_EGD = torch.empty(e, 2 * f, d, dtype=dtype, device=device)
+        down_EDF = torch.empty(e, d, f, dtype=dtype, device=device)
+        for expert in range(e):  # one by one: several ranks share the memory of a host
+            gate_up_EGD[expert] = normal(2 * f, d, std=d**-0.5, generator=same)
+            down_EDF[expert] = normal(d, f, std=f**-0.5, generator=same)
+        weights = Weights(gate_ED.to(device), gate_up_EGD, down_EDF)
         x_TD = normal(num_tokens, d, std=1.0, generator=own)
         x_TD[:, 0] = 1.0
         grad_TD = normal(num_tokens, d, std=1.0, generator=own)

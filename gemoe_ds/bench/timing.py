@@ -48,7 +48,7 @@ def paired(value: Callable[..., float], *timings: Timing) -> float:
 
 
 def measure(
-    contenders: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2
+    contenders: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
     """Run each contender once a round. On several ranks all must call this with the same names."""
     on_gpu = torch.cuda.is_available()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemoe_ds.moe.exchange import AllToAll, Exchange, Trip, Work
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.rows import gather_rows, sum_rows
 
 ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `Experts`
 SharedFn = Callable[[Tensor], Tensor]  # x_TD -> y_TD
@@ -134,8 +135,7 @@ class AllToAllDispatcher(Dispatcher):
             Exchange(self.all_to_all, sent_rows, got_rows),
             Exchange(self.all_to_all, sent_assignments, got_assignments),
         )
-        rows_PD = x_TD.index_select(0, token_ids_P)
-        departed = trip.depart(rows_PD, plan.weights_A, places_A)
+        departed = trip.depart(gather_rows(x_TD, token_ids_P), plan.weights_A, places_A)
         shared_TD = None if shared is None else shared(x_TD)
         rows_QD, weights_B, places_B = trip.arrive(departed)
         # 3. One partial sum a pair, back home in the rows' dtype, summed there in float32.
@@ -144,9 +144,7 @@ class AllToAllDispatcher(Dispatcher):
         )
         partial_PD = trip.home(partial_QD)
         self._count(sent_rows, sent_assignments, x_TD, counts, plan.weights_A)
-        sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        home_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
-        home_TD = home_TD.index_add(0, token_ids_P, partial_PD.to(sum_dtype)).to(x_TD.dtype)
+        home_TD = sum_rows(partial_PD, token_ids_P, x_TD.shape[0])
         return home_TD if shared_TD is None else home_TD + shared_TD
 
     def _count(

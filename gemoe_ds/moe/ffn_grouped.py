@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 from gemoe_ds.moe import kernels
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.products import Products
+from gemoe_ds.moe.rows import row_major
 
 
 def forward(
@@ -28,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
     gemm, dtype, ends_E = products.gemm, products.dtype, _ends(plan.tokens_per_expert_E)
-    order_A, ends_N = _row_major(plan)
+    order_A, ends_N = row_major(plan.token_ids_A, plan.num_tokens)
     rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
     gate_up_AG = gemm.times_transposed(rows_AD, products.gate_up_EGD.to(dtype), ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
@@ -74,14 +75,6 @@ def backward(
 
 def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
-
-
-def _row_major(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-    """Where the assignments of row 0, 1, .. stand, [A], and the end of each row's share, [N]."""
-    order_A = plan.token_ids_A.argsort(stable=True)
-    rows_N = torch.arange(plan.num_tokens, device=order_A.device)
-    sorted_A = plan.token_ids_A.index_select(0, order_A)
-    return order_A, torch.searchsorted(sorted_A, rows_N, right=True)
 
 
 def _swiglu(gate_up_AG: Tensor, weights_A: Tensor) -> Tensor:

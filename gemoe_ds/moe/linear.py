@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gemoe_ds.moe import onednn
+
 _ROWS_AT_A_TIME = 256  # on a CPU: 2 MB in float32 at D = 2048
 
 
@@ -40,8 +42,8 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_MD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_MD)
         dtype = torch.promote_types(x_TD.dtype, weight_MD.dtype)
-        weight_DM = weight_MD.to(dtype).t()
-        return torch.cat([rows.to(dtype) @ weight_DM for rows in _in_parts(x_TD)])
+        weight = weight_MD.to(dtype)
+        return torch.cat([_linear(rows.to(dtype), weight) for rows in _in_parts(x_TD)])
 
     @staticmethod
     @once_differentiable
@@ -50,16 +52,24 @@ class _WideLinear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad
         grad_x_TD, grad_MD = None, None
         if needs_x:
-            weight, grad_x_TD = weight_MD.to(grad_TM.dtype), torch.empty_like(x_TD)
+            weight_DM = weight_MD.to(grad_TM.dtype).t().contiguous()
+            grad_x_TD = torch.empty_like(x_TD)
             parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
             for grad_part, grad_x_part in parts:
-                grad_x_part.copy_(grad_part @ weight)
+                grad_x_part.copy_(_linear(grad_part, weight_DM))
         if needs_weight:
             grad_MD = torch.zeros_like(weight_MD, dtype=grad_TM.dtype)
             for grad_part, x_part in zip(_in_parts(grad_TM), _in_parts(x_TD), strict=True):
                 grad_MD.addmm_(grad_part.t(), x_part.to(grad_TM.dtype))
             grad_MD = grad_MD.to(weight_MD.dtype)
         return grad_x_TD, grad_MD
+
+
+def _linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T"""
+    if onednn.usable(rows) and rows.shape[0]:
+        return onednn.linear(rows, weight)
+    return rows @ weight.t()
 
 
 def _in_parts(rows_TD: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemoe_ds.moe import onednn
 from gemoe_ds.moe.grouped_gemm import TORCH, GroupedGemm
 
 _FEW_ROWS = 192  # below, the other side is 5 to 15 % faster (bf16, weights of 2048 x 2048)
@@ -62,12 +63,7 @@ class PackedProducts(Products):
     @staticmethod
     def can_pack(weights: Tensor, dtype: torch.dtype) -> bool:
         """bfloat16 on a CPU with instructions for it, multiplied as it is stored."""
-        return (
-            weights.device.type == "cpu"
-            and weights.dtype == dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        return weights.dtype == dtype == torch.bfloat16 and onednn.usable(weights)
 
     def gate_up(self, rows_nD: Tensor, expert: int) -> Tensor:
         return self._times("gate_up", rows_nD, self.gate_up_EGD, expert)
@@ -83,14 +79,6 @@ class PackedProducts(Products):
 
     def _times(self, name: str, rows: Tensor, weight_EMK: Tensor, expert: int) -> Tensor:
         """rows @ weight[expert].T; all experts are packed at the first use."""
-        ops = torch.ops.mkldnn
         if name not in self._packed:
-            expected_rows = 512  # a hint only
-            self._packed[name] = [
-                ops._reorder_linear_weight(weight_MK.contiguous(), expected_rows)
-                for weight_MK in weight_EMK
-            ]
-        product: Tensor = ops._linear_pointwise(
-            rows, self._packed[name][expert], None, "none", [], ""
-        )
-        return product
+            self._packed[name] = [onednn.packed(weight_MK) for weight_MK in weight_EMK]
+        return onednn.linear(rows, self._packed[name][expert])
