@@ -47,6 +47,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", choices=list(suites.SHAPES), default="olmoe")
     parser.add_argument("--ep", type=int, nargs="+", default=[2, 4], help="EP sizes (default 2 4)")
     parser.add_argument("--out", type=Path, help="results file (default results/bench_DEVICE.json)")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the results file's rows of other suites"
+    )
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
@@ -66,7 +69,7 @@ def _all(flags: argparse.Namespace) -> None:
         raise ConfigError(
             f"--out {out} must end in .json; the report goes beside it as .md and .png"
         )
-    rows: list[dict[str, Any]] = []
+    rows = _kept(out, flags.suites) if flags.keep else []
 
     def save(more: list[dict[str, Any]]) -> None:
         """After every part, so that a part that fails takes no other along."""
@@ -95,6 +98,15 @@ def _all(flags: argparse.Namespace) -> None:
                 print(f"== {name}", flush=True)
                 save(suites.SUITES[name](_options(flags), world))
     print(write_report(out), end="")
+
+
+def _kept(out: Path, suites_run: list[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier run whose suites are not run now."""
+    try:
+        earlier = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--keep: {out} is no benchmark result ({error!r})") from error
+    return [row for row in earlier if row["suite"] not in suites_run]
 
 
 def cost_section(rows: list[dict[str, Any]], shape: str, out: Path) -> dict[str, Any] | None:
@@ -129,7 +141,9 @@ def _torchrun(
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        part = _part(flags, suite, rows, flags.tokens)
+        # ranks of one host share its memory, of which AutoEP takes 2.4 GB each at 4096 tokens
+        crowded = ep_size > 2 and not torch.cuda.is_available()
+        part = _part(flags, suite, rows, flags.tokens // 2 if crowded else flags.tokens)
         trace = out.with_name(f"{out.stem}_trace.json.gz").absolute()
         command = [*launcher, "--nproc_per_node", str(ep_size), *part, "--trace", str(trace)]
         if subprocess.run(command, env=_environment(ep_size)).returncode:
