@@ -6,7 +6,7 @@ activated and added to the result one expert at a time (3 to 8 MB in flight at D
 512 rows), and only the gate and up projections outlive their expert.
 
 Serves every dtype and device; on a GPU it waits for the host once for the counts.
-Shapes: N rows, n rows of one expert, D model, F expert width, G = 2 F.
+Shapes: N rows, n rows of one expert (filled up, see `_busy`), D model, F expert width, G = 2 F.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.products import Products
@@ -31,11 +31,11 @@ def forward(
     """y_ND in the sum's dtype; kept, if asked: the projections [n, G] of every busy expert."""
     y_ND = _sums_like(x_ND)
     kept = []
-    for expert, ids_n, weights_n in _busy(plan):
+    for expert, count, ids_n, weights_n in _busy(plan, products):
         rows_nD = x_ND.index_select(0, ids_n).to(products.dtype)
         gate_up_nG = products.gate_up(rows_nD, expert)
         hidden_nF = _swiglu(gate_up_nG).mul_(weights_n[:, None])
-        _add_rows(y_ND, ids_n, products.down(hidden_nF, expert))
+        _add_rows(y_ND, ids_n[:count], products.down(hidden_nF, expert)[:count])
         if keep:
             kept.append(gate_up_nG)
     return y_ND, kept
@@ -56,13 +56,15 @@ def backward(
     grad_weights = []
     grad_gate_up_EGD = torch.zeros_like(products.gate_up_EGD) if needs_experts else None
     grad_down_EDF = torch.zeros_like(products.down_EDF) if needs_experts else None
-    for (expert, ids_n, weights_n), gate_up_nG in zip(_busy(plan), kept, strict=True):
+    busy = _busy(plan, products)
+    for (expert, count, ids_n, weights_n), gate_up_nG in zip(busy, kept, strict=True):
         gate_nF, up_nF = gate_up_nG.chunk(2, -1)
         grad_nD = grad_ND.index_select(0, ids_n).to(products.dtype)
         grad_hidden_nF = products.down_grad(grad_nD, expert)
         silu_nF = silu(gate_nF)
         hidden_nF = silu_nF * up_nF
-        grad_weights.append((grad_hidden_nF * hidden_nF).sum(-1, dtype=weights_n.dtype))
+        grad_weights_n = (grad_hidden_nF * hidden_nF).sum(-1, dtype=weights_n.dtype)
+        grad_weights.append(grad_weights_n[:count])
         if grad_down_EDF is not None:
             weighted_nF = hidden_nF.mul_(weights_n[:, None])
             grad_down_EDF[expert] = grad_nD.t() @ weighted_nF
@@ -74,7 +76,8 @@ def backward(
             grad_hidden_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF
         )
         if grad_x_ND is not None:
-            _add_rows(grad_x_ND, ids_n, products.gate_up_grad(grad_gate_up_nG, expert))
+            grad_rows_nD = products.gate_up_grad(grad_gate_up_nG, expert)
+            _add_rows(grad_x_ND, ids_n[:count], grad_rows_nD[:count])
         if grad_gate_up_EGD is not None:
             grad_gate_up_EGD[expert] = grad_gate_up_nG.t() @ x_ND.index_select(0, ids_n).to(
                 products.dtype
@@ -87,15 +90,22 @@ def backward(
     )
 
 
-def _busy(plan: RoutingPlan) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, its rows, their weights) of every expert that has rows."""
+def _busy(plan: RoutingPlan, products: Products) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(expert, its number of rows, their ids, their weights) of every expert that has rows.
+
+    oneDNN makes a kernel for every number of rows that it meets and keeps about a thousand: with
+    ragged counts it would make new ones all the time, at half a millisecond each. So the lists are
+    filled up, by less than 16 rows (64 from 512 on), with row 0 at weight 0, whose results are
+    thrown away.
+    """
     counts = plan.tokens_per_expert_E.tolist()
     lists = torch.split(plan.token_ids_A, counts), torch.split(plan.weights_A, counts)
-    return (
-        (e, ids, weights)
-        for e, (ids, weights) in enumerate(zip(*lists, strict=True))
-        if ids.numel()
-    )
+    ragged = plan.token_ids_A.device.type != "cpu" or products.dtype != torch.bfloat16
+    for expert, (ids, weights) in enumerate(zip(*lists, strict=True)):
+        count = ids.numel()
+        if count:
+            missing = 0 if ragged else -count % (16 if count < 512 else 64)
+            yield expert, count, pad(ids, (0, missing)), pad(weights, (0, missing))
 
 
 def _sums_like(x_ND: Tensor) -> Tensor:
