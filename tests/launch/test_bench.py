@@ -85,6 +85,6 @@ def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
 
 def test_bad_flags_cost_one_line():
     done = bench("--suites", "layer", "--out", "nowhere.md")
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert "must end in .json" in line and "Traceback" not in done.stderr
