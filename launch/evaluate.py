@@ -2,8 +2,10 @@
 
     launch/evaluate.py RECIPE --k 8 5 2 --data TEST --out DIR      static top-k, as the backbone is
     launch/evaluate.py RUN/config.yaml --trained RUN --data TEST --out DIR     what a run trained
+    ... --mean-k 3 4 5                                    and that with so many experts on average
 
-Writes eval.json and tokens.npz for launch/analyze.py, with several k into DIR/k_8, DIR/k_5, ...
+Writes eval.json and tokens.npz for launch/analyze.py, with several k into DIR/k_8, DIR/k_5, ...,
+with budgets into DIR/mean_k_4, ...
 Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split over the ranks.
 """
 
@@ -11,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from gemoe_ds.analysis.record import EvalRecord, TokenSample
     from gemoe_ds.backbones.model import MoEModel
     from gemoe_ds.config import RunConfig
+    from gemoe_ds.data.sample import SampleFolder
     from gemoe_ds.evaluation.runner import Scores
 
 Arguments = argparse.Namespace
@@ -40,6 +45,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trained", type=Path, help="run folder whose trained parts are loaded")
     parser.add_argument("--k", type=int, nargs="+", help="static top-k instead of a trained router")
     parser.add_argument(
+        "--mean-k",
+        type=float,
+        nargs="+",
+        help="budgets: move the trained router's k until the model uses so many experts a token",
+    )
+    parser.add_argument(
+        "--rescale", action="store_true", help="meet budgets by a factor on k, not by a shift"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        help="samples on which budgets are met (default: data.validation, else data.train)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=512, help="how many of them (default: 512)"
+    )
+    parser.add_argument("--name", help="method in the record (default: the router's name)")
+    parser.add_argument(
         "--flips",
         action="store_true",
         help="also run in float32; write whose k differs: k_flips.json",
@@ -54,7 +77,29 @@ def main(argv: list[str]) -> None:
             )
         if arguments.flips and arguments.k:
             raise ConfigError("--flips compares the k of a trained router; a static k never flips")
+        if arguments.mean_k and (arguments.k or arguments.flips):
+            raise ConfigError("--mean-k goes with --trained RUN, without --k and --flips")
+        if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
+            raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
         _evaluate(arguments)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to route that is scored, and the folder of its record in --out."""
+
+    folder: str = ""
+    k: int | None = None  # static
+    mean_k: float | None = None  # a budget for the trained router
+
+
+def _settings(arguments: Arguments) -> list[Setting]:
+    if arguments.k:
+        several = len(arguments.k) > 1
+        return [Setting(f"k_{k}" if several else "", k=k) for k in arguments.k]
+    if arguments.mean_k:
+        return [Setting(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k]
+    return [Setting()]
 
 
 def _evaluate(arguments: Arguments) -> None:
@@ -66,18 +111,20 @@ def _evaluate(arguments: Arguments) -> None:
     from gemoe_ds.engine.distributed import distributed, gather_objects
     from gemoe_ds.engine.groups import expert_shard
     from gemoe_ds.engine.manifest import newest
+    from gemoe_ds.evaluation.budget import meet_budget
     from gemoe_ds.evaluation.runner import evaluate
     from gemoe_ds.train.monitor import seconds_in
     from gemoe_ds.train.run import build_collator, build_model, say
 
-    trained, static_ks = arguments.trained, arguments.k or []
+    trained, settings = arguments.trained, _settings(arguments)
     overrides = list(arguments.overrides)
-    if static_ks:
-        overrides.append(f"model.router={{name: top_k, k: {static_ks[0]}}}")
+    if arguments.k:
+        overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")  # every rank has all experts: nothing to exchange
     config = load_config(arguments.recipe, overrides)
     samples = open_samples(arguments.data)
+    calibration = arguments.calibrate or config.data.validation or config.data.train
     checkpoint = newest(trained) if trained else None
     with distributed() as world:
         shard = expert_shard(config.parallel.ep_size, world)
@@ -88,39 +135,63 @@ def _evaluate(arguments: Arguments) -> None:
                 put_trained(model, checkpoint)
             return model
 
-        def scored(model: MoEModel) -> Scores:
+        def scored(model: MoEModel, samples: SampleFolder, limit: int | None = None) -> Scores:
             stream = EvalStream(
-                samples, collator, batch=arguments.batch, rank=world.rank, world=world.size
+                samples,
+                collator,
+                batch=arguments.batch,
+                rank=world.rank,
+                world=world.size,
+                limit=limit,
             )
             return evaluate(
                 model, samples, stream, world.device, gather_objects, show_progress=world.is_first
             )
 
         model = loaded(config)
+        routers = [layer.router for layer in model.moe_layers]
         name = config.model.router.name
         if checkpoint:
             say(world, f"trained parts from {checkpoint}")
         collator = build_collator(config, model)
-        for k in static_ks or [getattr(model.moe_layers[0].router, "k", None)]:
-            if static_ks:
-                for layer in model.moe_layers:
-                    layer.router.k = k
+        for setting in settings:
+            if setting.k is not None:
+                for router in routers:
+                    router.k = router.static_k = setting.k
+            if setting.mean_k is not None:
+                known = open_samples(calibration)
+
+                def mean_k(known: SampleFolder = known) -> float:
+                    return float(
+                        scored(model, known, arguments.calibration_samples).tokens()[1].mean()
+                    )
+
+                how = "scale" if arguments.rescale else "shift"
+                budget = meet_budget(routers, setting.mean_k, mean_k, how)
+                say(
+                    world,
+                    f"mean k {budget.mean_k:.3f} on {calibration} after {budget.passes} passes: "
+                    f"model.router.k_scale={budget.k_scale:.6g} "
+                    f"model.router.k_shift={budget.k_shift:.6g}",
+                )
+            k = routers[0].static_k
             say(world, f"evaluating {name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
-            scores = scored(model)
+            scores = scored(model, samples)
             if not world.is_first:
                 continue
             record, tokens = _record(
                 model,
                 scores,
-                method=f"{name}_tuned" if trained and k is not None else name,
+                method=arguments.name or (f"{name}_tuned" if trained and name == "top_k" else name),
                 k=k,
+                budget_k=setting.mean_k,
                 seed=config.seed,
                 seconds=time.perf_counter() - began,
                 train_seconds=seconds_in(trained) if trained else None,
                 checkpoint=str(checkpoint or config.model.checkpoint),
             )
-            out = arguments.out / f"k_{k}" if len(static_ks) > 1 else arguments.out
+            out = arguments.out / setting.folder
             write_record(out, record, tokens)
             say(
                 world,
@@ -131,7 +202,7 @@ def _evaluate(arguments: Arguments) -> None:
         if arguments.flips:
             say(world, "evaluating in float32, for the k that differ")
             exact = scored(
-                loaded(load_config(arguments.recipe, [*overrides, "model.dtype=float32"]))
+                loaded(load_config(arguments.recipe, [*overrides, "model.dtype=float32"])), samples
             )
             if world.is_first:
                 _write_flips(arguments.out, config.model.dtype, scores, exact)

@@ -33,6 +33,7 @@ class EvalRecord(ConfigModel):
 
     method: str = Field(pattern=r"^[a-z0-9_]+$")  # top_k (as it is), top_k_tuned, gemoe, ...
     k: int | None = Field(ge=0)  # None: the method picks k for every token
+    budget_k: float | None = None  # the mean k that was asked for after training
     seed: int
     backbone_k: int = Field(ge=1)  # the backbone's own k, against which sparsity counts
     num_experts: int = Field(ge=1)

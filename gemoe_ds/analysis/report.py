@@ -39,7 +39,7 @@ def _columns(results: Results) -> list[Column]:
 
 def terminal_table(results: Results, width: int | None = None) -> str:
     """The main table as aligned text; without the kinds where it would be wider than `width`."""
-    table = _main_table(results, for_terminal=True)
+    table = main_table(results, for_terminal=True)
     if width is not None and max(map(len, aligned(table))) > width:
         kept = [0, *range(1 + len(results.kinds), len(table[0]))]
         table = [[line[column] for column in kept] for line in table]
@@ -54,7 +54,7 @@ def render_report(results: Results) -> str:
         "# Results",
         *_headline(results),
         "## Accuracy and experts",
-        markdown(_main_table(results)),
+        markdown(main_table(results)),
         _legend(results),
     ]
     for group in results.adaptive:
@@ -64,14 +64,17 @@ def render_report(results: Results) -> str:
         for entry in results.meta.figures:
             name = entry.file.rsplit(".", 1)[0].replace("_", " ")
             parts += [f"![{name}](figures/{entry.file})", f"*{entry.caption}*"]
-    parts += ["## How it was run", _how(results), markdown(_runs(results))]
+    parts += ["## How it was run", how_it_was_run(results), markdown(_runs(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _main_table(results: Results, *, for_terminal: bool = False) -> list[list[str]]:
+def main_table(
+    results: Results, groups: list[Group] | None = None, *, for_terminal: bool = False
+) -> list[list[str]]:
+    """A row for each of `groups`, by default for all."""
     columns = _columns(results)
     table = [["Method", *(column.heading for column in columns)]]
-    for group in results.groups:
+    for group in results.groups if groups is None else groups:
         seeds = f" ({len(group.rows)} seeds)" if len(group.rows) > 1 else ""
         cells = [_number(group, c.value, c.decimals) for c in columns]
         if for_terminal:  # which may not know the sign
@@ -215,7 +218,7 @@ def _modalities(group: Group) -> str:
     return f"Experts a token, of {experts}: {', '.join(said)}." if said else ""
 
 
-def _how(results: Results) -> str:
+def how_it_was_run(results: Results) -> str:
     meta = results.meta
     evaluating = sum(row.seconds for row in results.rows)
     training = sum(row.train_seconds or 0 for row in results.rows)

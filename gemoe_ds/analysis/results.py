@@ -12,7 +12,23 @@ from gemoe_ds.errors import DataError
 from gemoe_ds.registry import ConfigModel
 
 BASELINE = "top_k"  # with k = the backbone's own: what retention is measured against
-LABELS = {"top_k": "Top-{k}", "top_k_tuned": "Top-{k}, tuned", "gemoe": "GeMoE"}
+LABELS = {
+    "top_k": "Top-{k}",
+    "top_k_tuned": "Top-{k}, tuned",
+    "dynmoe": "DynMoE",
+    "top_p": "Top-P",
+    "adamoe": "AdaMoE",
+    "moepp": "MoE++",
+    "remoe": "ReMoE",
+    "ada_k": "Ada-K",
+    "ltdr": "LTDR",
+    "evomoe": "EvoMoE",
+    "gemoe": "GeMoE",
+    "gemoe_reversed": "GeMoE, reversed",
+    "gemoe_mono_0": "GeMoE without L_mono",
+    "gemoe_mono_0_5": "GeMoE, 0.5 L_mono",
+    "gemoe_mono_1_5": "GeMoE, 1.5 L_mono",
+}
 
 
 class Row(EvalRecord):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.context import Rehearsal, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.layer import MoELayer
-from gemoe_ds.moe.router import Router
+from gemoe_ds.moe.router import Router, RoutingSpec
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class MoEModel(nn.Module):
     ) -> None:
         super().__init__()
         shard = shard or ExpertShard()
-        train_all = train == "all"
         self.backbone = backbone
         self.shard = shard
         self.dtype = dtype
@@ -69,18 +68,19 @@ class MoEModel(nn.Module):
         blocks = backbone.moe_blocks(self.hf)
         if not blocks:
             raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
-        self.routing = [block.routing for block in blocks]
+        self.routing = [replace(block.routing, slot=slot) for slot, block in enumerate(blocks)]
         self.block_paths = [block.path for block in blocks]
         self.expert_names = [block.expert_names for block in blocks]
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
         self.image = backbone.image_spec(self.hf)
-        self.hf.requires_grad_(train_all)
+        self.hf.requires_grad_(train == "all")
         self.ctx = TokenContext(len(blocks))
-        for slot, block in enumerate(blocks):
-            self._convert(block, slot, router, shard, trainable=train_all)
+        for block, routing in zip(blocks, self.routing, strict=True):
+            self._convert(block, routing, router, shard, trainable=train != "routers")
+        of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
         for parameter in self.hf.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and id(parameter) not in of_routers:
                 parameter.data = parameter.data.to(dtype)
         added = self.router_only_names()
         self.num_added_parameters = sum(p.numel() for n, p in self.named_parameters() if n in added)
@@ -90,32 +90,50 @@ class MoEModel(nn.Module):
     def _convert(
         self,
         block: BlockSpec,
-        slot: int,
+        routing: RoutingSpec,
         router: tuple[type[Router], Any],
         shard: ExpertShard,
         *,
         trainable: bool,
     ) -> None:
         router_class, config = router
-        new_router = router_class(config, block.routing)
+        new_router = router_class(config, routing)
         new_router.adopt_gate(block.gate_ED)
-        local = shard.local(block.routing.num_experts)
+        local = shard.local(routing.num_experts)
         weights = [block.gate_up_EGD.data, block.down_EDF.data]
         if shard.num_ranks > 1:  # copies, so that the experts of other ranks are freed
             weights = [w[local].clone() for w in weights]
         if not trainable:
             weights = [w.to(self.dtype) for w in weights]
         experts = Experts(*weights, trainable=trainable, pack=self.pack_experts)
-        layer = MoELayer(new_router, experts, shard.make_dispatcher(), self.ctx, slot)
+        layer = MoELayer(new_router, experts, shard.make_dispatcher(), self.ctx)
         setattr(block.parent, block.attribute, layer)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         return [module for module in self.hf.modules() if isinstance(module, MoELayer)]
 
+    @property
+    def updates_per_batch(self) -> int:
+        return self.moe_layers[0].router.updates_per_batch
+
+    @property
+    def rehearsals(self) -> tuple[str, ...]:
+        """What the routers want to see of a batch before they train on it."""
+        return self.moe_layers[0].router.rehearsals()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def router_state(self) -> dict[str, Tensor]:
+        """What the routers remember beside parameters, by name; equal on all ranks."""
+        return {
+            f"{path}.{name}": buffer
+            for path, router in self.named_modules()
+            if isinstance(router, Router)
+            for name, buffer in router.named_buffers()
+        }
 
     def router_only_names(self) -> set[str]:
         """Parameters that the backbone does not have: those of the routers beside the gate."""
@@ -129,7 +147,7 @@ class MoEModel(nn.Module):
 
     def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of tensors by our names those that `hf` has without our routers, by its names."""
-        own = self.router_only_names()
+        own = self.router_only_names() | set(self.router_state())
         return {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
 
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
@@ -169,14 +187,24 @@ class MoEModel(nn.Module):
         is_vision_BS: Tensor,
         pixels_NCHW: Tensor,
         targets_per_micro_batch: float | None = None,
-    ) -> dict[str, Tensor]:
+        rehearsed: dict[str, Rehearsal] | None = None,
+        rehearse: bool = False,
+    ) -> dict[str, Any]:
         """The loss of a micro-batch and its parts by name (scalars).
 
         `lm` is the sum of the token cross-entropies over `targets_per_micro_batch`, by default
         the number of targets here. The trainer gives the mean over all micro-batches of the step,
         on all ranks, so that every target of the global batch weighs the same. Auxiliary losses
         are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value.
+
+        With `rehearse` the result is that of the forwards which the routers want before, to be
+        handed in as `rehearsed` with the same inputs.
         """
+        if rehearse:
+            return dict(
+                self._rehearse(input_ids_BS, labels_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
+            )
+        self.ctx.rehearsed = rehearsed or {}
         with self._autocast(input_ids_BS.device):
             logits, targets = self._target_logits(
                 self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW), labels_BS
@@ -192,6 +220,35 @@ class MoEModel(nn.Module):
             parts[name] = term.value.detach()
         parts["lm"] = lm.detach()
         return {"loss": loss, **parts}
+
+    @torch.no_grad()
+    def _rehearse(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        pixels_NCHW: Tensor,
+    ) -> dict[str, Rehearsal]:
+        self.ctx.rehearsed = {}
+        done: dict[str, Rehearsal] = {}
+        is_scored_BS = torch.zeros_like(is_valid_BS)
+        is_scored_BS[:, :-1] = labels_BS[:, 1:] != -100
+        for name in self.rehearsals:
+            self.ctx.rehearsal = name
+            try:
+                with self._autocast(input_ids_BS.device):
+                    hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
+                    logits, targets = self._target_logits(hidden_BSD, labels_BS)
+            finally:
+                self.ctx.rehearsal = None
+            log_p_BS = logits.new_zeros(labels_BS.shape, dtype=torch.float32)
+            log_p_BS[is_scored_BS] = -nn.functional.cross_entropy(
+                logits.float(), targets, reduction="none"
+            )
+            keep = [record.keep for record in self.ctx.layers]
+            done[name] = Rehearsal(log_p_BS.flatten(), is_scored_BS.flatten(), keep)
+        return done
 
     def _target_logits(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
@@ -213,6 +270,7 @@ class MoEModel(nn.Module):
         An answer whose every token is predicted given the ones before is what greedy generation
         would have written, so no generation loop is needed to score exact matches.
         """
+        self.ctx.rehearsed = {}
         with self._autocast(input_ids_BS.device):
             hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
             logits, targets = self._target_logits(hidden_BSD, labels_BS)

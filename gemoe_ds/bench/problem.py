@@ -123,7 +123,7 @@ class Ours(nn.Module):
         experts = problem.experts(trainable, local)
         self.dispatcher = dispatcher or LocalDispatcher()
         router = problem.router(mean_k)
-        self.layer = MoELayer(router, experts, self.dispatcher, self.ctx, 0, shared)
+        self.layer = MoELayer(router, experts, self.dispatcher, self.ctx, shared)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         valid_BS = torch.ones(1, x_TD.shape[0], dtype=torch.bool, device=x_TD.device)

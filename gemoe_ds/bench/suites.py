@@ -75,7 +75,7 @@ class RouterAlone(nn.Module):
         ours.ctx.begin(
             torch.ones(1, len(x_TD), dtype=torch.bool, device=x_TD.device), x_TD[None, :, 0] < -9
         )
-        plan = ours.layer.router(x_TD, ours.ctx, 0)
+        plan = ours.layer.router(x_TD, ours.ctx)
         loss = plan.weights_A.sum()
         for term in ours.losses():
             loss = loss + term

@@ -83,8 +83,9 @@ class ModelConfig(ConfigModel):
         None, description="Hugging Face folder of the base weights; null: random, to pretrain"
     )
     router: RouterChoice = Field(description="routing method and its options")
-    train: Literal["routers", "all"] = Field(
-        "routers", description="routers: freeze everything else; all: pretraining"
+    train: Literal["routers", "experts", "all"] = Field(
+        "routers",
+        description="routers: freeze everything else; experts: those too; all: pretraining",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of activations and frozen weights; what trains stays float32"
@@ -103,10 +104,10 @@ class ModelConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _routers_need_weights(self) -> Self:
-        if self.train == "routers" and self.checkpoint is None:
+        if self.train != "all" and self.checkpoint is None:
             raise ConfigError(
-                "model.checkpoint: model.train=routers starts from pretrained weights; give their "
-                "folder, or model.train=all to pretrain from random ones"
+                f"model.checkpoint: model.train={self.train} starts from pretrained weights; give "
+                "their folder, or model.train=all to pretrain from random ones"
             )
         return self
 

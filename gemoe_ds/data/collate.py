@@ -40,9 +40,14 @@ class Batch:
         """Labels that count: the first position of a sequence predicts, but is not predicted."""
         return int((self.labels_BS[:, 1:] != IGNORE).sum())
 
-    def to(self, device: torch.device) -> Batch:
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model's forward takes, by name."""
         names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "pixels_NCHW")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
         return replace(self, **moved)
 
 

@@ -86,11 +86,20 @@ class EvalStream:
     samples gets None, because expert-parallel ranks must run the model together."""
 
     def __init__(
-        self, samples: SampleFolder, collator: Collator, *, batch: int, rank: int, world: int
+        self,
+        samples: SampleFolder,
+        collator: Collator,
+        *,
+        batch: int,
+        rank: int,
+        world: int,
+        limit: int | None = None,
     ) -> None:
+        """`limit`: the first so many samples only."""
         self.samples = samples
         self.collator = collator
-        blocks = [range(i, min(i + batch, len(samples))) for i in range(0, len(samples), batch)]
+        number = min(len(samples), limit or len(samples))
+        blocks = [range(i, min(i + batch, number)) for i in range(0, number, batch)]
         self._mine: Sequence[range] = blocks[rank::world]
         self._length = -(-len(blocks) // world)
 

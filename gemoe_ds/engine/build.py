@@ -44,7 +44,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         model=model,
         optimizer=optimizer,
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
-            opt, schedule(config.optim, config.train.steps)
+            opt, schedule(config.optim, config.train.steps, model.updates_per_batch)
         ),
         config=deepspeed_config(config, world.size),
     )
@@ -86,14 +86,16 @@ def title_of(group: dict[str, Any]) -> str:
     return "experts" if group.get("moe") else str(group["name"])
 
 
-def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at a step counted from 0: linear warm-up, then cosine or flat.
+def schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> Callable[[int], float]:
+    """Factor of the learning rate at an update counted from 0: linear warm-up, then cosine or flat.
 
-    The first step already has a rate above 0, and the last one still has.
+    The updates of one step have one rate. The first step already has a rate above 0, and the last
+    one still has.
     """
     warmup = optim.warmup_steps
 
-    def factor(step: int) -> float:
+    def factor(update: int) -> float:
+        step = update // updates_per_step
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if optim.schedule == "constant":

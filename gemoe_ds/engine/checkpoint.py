@@ -74,9 +74,10 @@ def put_trained(model: MoEModel, folder: Path) -> None:
     """Load the trained parameters into a converted model that is not in an engine yet."""
     found = manifest.read(folder)
     _check_keys(model, found)
-    wanted = {p.key: p for _, some in by_parameter(model) for p in some}
+    wanted: dict[str, Tensor] = dict(model.router_state())
+    wanted |= {p.key: p.of(p.parameter) for _, some in by_parameter(model) for p in some}
     for key, tensor in found.tensors(WEIGHTS, set(wanted)):
-        into = wanted[key].of(wanted[key].parameter)
+        into = wanted[key]
         if into.shape != tensor.shape:
             raise CheckpointError(
                 f"{folder} does not fit this model: {key} is {tuple(tensor.shape)} there, "
@@ -108,8 +109,8 @@ def restore(engine: Engine, model: MoEModel, found: Found) -> None:
         engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(found.updates)
-    engine.global_steps = found.step
-    engine.skipped_steps = found.step - found.updates
+    engine.global_steps = found.step * model.updates_per_batch
+    engine.skipped_steps = engine.global_steps - found.updates
 
 
 def _moments(
@@ -125,7 +126,7 @@ def _joined(tensors: list[Tensor], some: list[Piece]) -> Tensor:
 
 
 def _check_keys(model: MoEModel, found: Found) -> None:
-    expected, stored = all_keys(model), found.keys(WEIGHTS)
+    expected, stored = all_keys(model) | set(model.router_state()), found.keys(WEIGHTS)
     if expected != stored:
         key = min(expected ^ stored)
         where = "is not in it" if key in expected else "is not in this model"

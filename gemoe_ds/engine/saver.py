@@ -127,6 +127,8 @@ class Saver:
             for moment in MOMENTS:
                 value = full_moment(self.engine, parameter, moment)
                 adam |= {f"{moment}/{p.key}": _copied(p.of(value)) for p in mine}
+        if self.world.is_first:
+            weights |= {name: _copied(state) for name, state in self.model.router_state().items()}
         return weights, adam
 
 
@@ -190,7 +192,7 @@ class Owners:
 def owners(model: MoEModel, world: World) -> Owners:
     """Replicated pieces go to the ranks in turn by size, experts to a rank that holds them."""
     by_key: dict[str, int] = {}
-    ranks: set[int] = set()
+    ranks: set[int] = {0}  # the routers' state is its to write
     ep_size = model.shard.num_ranks
     copies = world.size // ep_size  # ranks that hold the same experts
     replicated_bytes = turn = 0

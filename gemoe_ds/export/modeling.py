@@ -57,7 +57,7 @@ class GemoeForConditionalGeneration(Stock):
             router.requires_grad_(False).to(next(block.parameters()).device)
             block.gemoe_router = router
             block.gemoe_experts = _BlockExperts(block, entry["gate_up"], entry["down"])
-            block.forward = MethodType(_block_forward(self.ctx, slot), block)
+            block.forward = MethodType(_block_forward(self.ctx), block)
         self.register_forward_pre_hook(_begin, with_kwargs=True)
 
     @property
@@ -85,11 +85,15 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     model.ctx.begin(is_valid_BS, is_vision_BS)
 
 
-def _block_forward(ctx: TokenContext, slot: int) -> Any:
+def _block_forward(ctx: TokenContext) -> Any:
     def forward(block: Any, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        plan = block.gemoe_router.forward(x_TD, ctx, slot)
-        return block.gemoe_experts.forward(x_TD, plan).view(hidden_states.shape)
+        router = block.gemoe_router
+        decision, logits_TE = router.decide(x_TD, ctx)
+        router.record(decision, logits_TE, ctx)
+        y_TD = block.gemoe_experts.forward(x_TD, router.plan(decision))
+        free_TD = router.free_output(x_TD, decision)
+        return (y_TD if free_TD is None else y_TD + free_TD).view(hidden_states.shape)
 
     return forward
 

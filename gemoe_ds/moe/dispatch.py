@@ -22,7 +22,7 @@ from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.rows import gather_rows, sum_rows
 
 ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `Experts`
-SharedFn = Callable[[Tensor], Tensor]  # x_TD -> y_TD
+SharedFn = Callable[[Tensor], Tensor | None]  # x_TD -> y_TD; None: nothing to add
 
 
 class Dispatcher(ABC):
@@ -59,7 +59,8 @@ class LocalDispatcher(Dispatcher):
         shared: SharedFn | None = None,
     ) -> Tensor:
         y_TD = experts(x_TD, RoutingPlan.from_mask(announced, weights_TE))
-        return y_TD if shared is None else y_TD + shared(x_TD)
+        shared_TD = None if shared is None else shared(x_TD)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 @dataclass

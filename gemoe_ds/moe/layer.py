@@ -1,4 +1,4 @@
-"""MoELayer: route -> dispatch -> experts -> combine (+ shared experts), hidden to hidden."""
+"""MoELayer: route -> dispatch -> experts -> combine (+ free and shared experts)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemoe_ds.moe.router import Router
 class MoELayer(nn.Module):
     """Stands where the backbone's own MoE block stood: x_BSD -> y_BSD.
 
-    `ctx` is shared by all layers and refilled once a forward; this layer writes slot `slot`.
+    `ctx` is shared by all layers and refilled once a forward.
     `shared` (x_TD -> y_TD) is added for every token, whatever was routed.
     """
 
@@ -23,7 +23,6 @@ class MoELayer(nn.Module):
         experts: Experts,
         dispatcher: Dispatcher,
         ctx: TokenContext,
-        slot: int,
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -31,14 +30,24 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.dispatcher = dispatcher
         self.ctx = ctx
-        self.slot = slot
         self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
-        decision, logits_TE = self.router.decide(x_TD, self.ctx)
-        announced = self.dispatcher.announce(decision.mask_TE)
-        self.router.record(decision, logits_TE, self.ctx, self.slot)  # while the counts travel
-        y_TD = self.dispatcher(x_TD, decision.weights_TE, announced, self.experts, self.shared)
+        router = self.router
+        decision, logits_TE = router.decide(x_TD, self.ctx)
+        mask_TE, _ = router.split(decision.mask_TE)
+        weights_TE, _ = router.split(decision.weights_TE)
+        announced = self.dispatcher.announce(mask_TE)
+        router.record(decision, logits_TE, self.ctx)  # while the counts travel
+
+        def beside(x_TD: Tensor) -> Tensor | None:  # while the rows travel
+            free_TD = router.free_output(x_TD, decision)
+            shared_TD: Tensor | None = None if self.shared is None else self.shared(x_TD)
+            if free_TD is None or shared_TD is None:
+                return shared_TD if free_TD is None else free_TD
+            return free_TD + shared_TD
+
+        y_TD = self.dispatcher(x_TD, weights_TE, announced, self.experts, beside)
         return y_TD.view(x_BSD.shape)

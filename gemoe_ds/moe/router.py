@@ -1,25 +1,26 @@
 """Router: score -> select -> losses, in that order; a routing method fills in the steps.
 
 Words: *logits* are raw, *scores* come after the softmax, *mask* says which experts were chosen,
-*weights* combine their outputs. Shapes: T tokens, D model, E experts.
+*weights* combine their outputs. Shapes: T tokens, D model, E experts, M free experts, N = E + M.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gemoe_ds.moe import losses
-from gemoe_ds.moe.context import LossTerm, Stat, TokenContext
+from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
+from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.free_experts import FreeExpert, FreeExperts
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.upkeep import Read, Upkeep
 from gemoe_ds.registry import ConfigModel, Registered
-
-Assign = Callable[[nn.Parameter, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class RoutingSpec:
     num_experts: int
     top_k: int  # the backbone's own k
     renormalise: bool  # divide the chosen scores by their sum (norm_topk_prob)
+    slot: int = 0  # which of the model's MoE layers, counted from the first
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of `select`. Routers subclass it to hand more to their own `losses`."""
+    """The outcome of `select`: E columns, after them one for each free expert if there are any.
+
+    Routers subclass it to hand more to their own `losses`.
+    """
 
     scores_TE: Tensor  # float32
     mask_TE: Tensor  # bool
@@ -42,18 +47,32 @@ class Decision:
 
 
 class Router(Registered, nn.Module):
-    """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`."""
+    """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`.
 
-    def __init__(self, config: ConfigModel, spec: RoutingSpec) -> None:
+    Every parameter belongs to a module that is CALLED in every forward, with no tokens too: ZeRO 3
+    gathers weights module by module, all ranks in the same order. Buffers that persist are the
+    router's state: equal on all ranks, in every checkpoint.
+    """
+
+    updates_per_batch = 1  # optimizer steps on the same samples
+    static_k: int | None = None  # the k of every token, for methods in which it is constant
+
+    def __init__(
+        self, config: ConfigModel, spec: RoutingSpec, free: Sequence[FreeExpert] = ()
+    ) -> None:
         super().__init__()
         self.config = config
         self.spec = spec
         self.gate = RouterLinear(spec.d_model, spec.num_experts)
+        self.free = FreeExperts(free, spec.d_model) if free else None
+        self.free_gate = RouterLinear(spec.d_model, len(free)) if free else None
 
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
-        """logits_TE in float32 (float64 for float64 input)."""
+        """logits_TE (logits_TN with free experts) in float32, or float64 for float64 input."""
         logits_TE: Tensor = self.gate(x_TD)
-        return logits_TE
+        if self.free_gate is None:
+            return logits_TE
+        return torch.cat([logits_TE, self.free_gate(x_TD)], dim=1)
 
     @abstractmethod
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
@@ -65,13 +84,32 @@ class Router(Registered, nn.Module):
         """The auxiliary losses of this layer by name; padding must not enter them."""
         return {}
 
-    def after_step(self, step: int, assign_: Assign) -> None:
-        """Upkeep after an optimizer step; `assign_(parameter, value)` survives ZeRO."""
+    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        """What `after_step` wants to know of all tokens of a step, to be summed."""
+        return {}
+
+    def before_steps(self, experts: Experts, value_of: Read) -> None:
+        """Once, before the first step of a run or of its continuation; on all ranks."""
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        """Upkeep after an optimizer step: controllers, thresholds, opening and closing experts."""
+
+    def rehearsals(self) -> tuple[str, ...]:
+        """Forwards without gradient that each forward with gradient needs before it, by name.
+
+        During one `ctx.rehearsal` is its name; what it put into `record.keep` is in `ctx.rehearsed`
+        afterwards.
+        """
+        return ()
 
     @torch.no_grad()
     def adopt_gate(self, gate_ED: Tensor) -> None:
         """Start from the backbone's own pretrained gate."""
         self.gate.weight.copy_(gate_ED)
+
+    def record_of(self, ctx: TokenContext) -> LayerRecord:
+        """The slot of this router's own layer."""
+        return ctx.layers[self.spec.slot]
 
     def decide(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Decision, Tensor]:
         """Route T tokens: the decision, with k = 0 for padding, and logits_TE."""
@@ -81,29 +119,53 @@ class Router(Registered, nn.Module):
             mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
             return replace(decision, mask_TE=mask_TE), logits_TE
 
-    def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext, slot: int) -> None:
-        """Losses and statistics of a decision into `ctx.layers[slot]`."""
+    def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext) -> None:
+        """Losses, counts and statistics of a decision into the record of this layer."""
         with torch.autocast(logits_TE.device.type, enabled=False):
-            record = ctx.layers[slot]
+            record = self.record_of(ctx)
             record.logits_TE = logits_TE
             if torch.is_grad_enabled():
                 record.losses = self.losses(decision, logits_TE, ctx)
-            if ctx.collect or ctx.trace:
-                with torch.no_grad():
-                    entropy_T = losses.entropy_bits(decision.scores_TE)
-                    k_T = decision.mask_TE.sum(1)
-                    if ctx.trace:
-                        record.entropy_T, record.k_T = entropy_T, k_T
-                    if ctx.collect:
-                        record.stats = routing_stats(
-                            decision.mask_TE, entropy_T, k_T, self.max_k, ctx
+            with torch.no_grad():
+                if self.training:
+                    record.tally = self.tally(decision, ctx)
+                if not (ctx.collect or ctx.trace):
+                    return
+                entropy_T = losses.entropy_bits(decision.scores_TE)
+                mask_TE, free_TM = self.split(decision.mask_TE)
+                k_T = mask_TE.sum(1)
+                if ctx.trace:
+                    record.entropy_T, record.k_T = entropy_T, k_T
+                if ctx.collect:
+                    record.stats = routing_stats(mask_TE, entropy_T, k_T, self.max_k, ctx)
+                    if self.free is not None:
+                        record.stats["free_per_token"] = Stat(
+                            free_TM.sum().float(), count=ctx.is_valid_T.sum()
                         )
 
-    def forward(self, x_TD: Tensor, ctx: TokenContext, slot: int) -> RoutingPlan:
-        """Both, and the plan: a router on its own."""
+    def forward(self, x_TD: Tensor, ctx: TokenContext) -> RoutingPlan:
+        """Both, and the plan of the routed experts: a router on its own."""
         decision, logits_TE = self.decide(x_TD, ctx)
-        self.record(decision, logits_TE, ctx, slot)
-        return RoutingPlan.from_mask(decision.mask_TE, decision.weights_TE)
+        self.record(decision, logits_TE, ctx)
+        return self.plan(decision)
+
+    def plan(self, decision: Decision) -> RoutingPlan:
+        mask_TE, _ = self.split(decision.mask_TE)
+        weights_TE, _ = self.split(decision.weights_TE)
+        return RoutingPlan.from_mask(mask_TE, weights_TE)
+
+    def split(self, columns_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the routed experts, and of the free ones."""
+        return columns_TN[:, : self.spec.num_experts], columns_TN[:, self.spec.num_experts :]
+
+    def free_output(self, x_TD: Tensor, decision: Decision) -> Tensor | None:
+        """What the chosen free experts add, y_TD; None where none can add anything."""
+        if self.free is None or self.free.are_silent:
+            return None
+        _, mask_TM = self.split(decision.mask_TE)
+        _, weights_TM = self.split(decision.weights_TE)
+        y_TD: Tensor = self.free(x_TD, mask_TM, weights_TM)
+        return y_TD
 
     @property
     def max_k(self) -> int:

@@ -67,17 +67,35 @@ class GeMoERouter(Router):
         renormalise: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum (A12)"
         )
+        budget_k: float | None = Field(
+            None, gt=0, description="mean k of the model to train for; null: whatever comes out"
+        )
+        budget_weight: float = Field(
+            1.0, ge=0, description="coefficient of (mean expected k - budget_k)^2; not in the paper"
+        )
+        k_scale: float = Field(
+            1.0, gt=0, description="expected k is multiplied by this before it is rounded"
+        )
+        k_shift: float = Field(
+            0.0, description="and this is added; `evaluate.py --mean-k` finds both from a budget"
+        )
 
     config: Config
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
+        self.k_scale, self.k_shift = config.k_scale, config.k_shift
         self.k_low = config.k_low
         self.k_high = spec.top_k if config.k_high is None else config.k_high
         if not self.k_low <= self.k_high <= spec.num_experts:
             raise ConfigError(
                 f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
                 f"k_low <= k_high <= {spec.num_experts} experts"
+            )
+        if config.budget_k is not None and not self.k_low <= config.budget_k <= self.k_high:
+            raise ConfigError(
+                f"model.router.budget_k={config.budget_k} is not in the range of k, "
+                f"{self.k_low} to {self.k_high}"
             )
         # Expert assignment predictor; default init, not zeros, which would tie every k (A5).
         num_choices = self.k_high - self.k_low + 1
@@ -88,7 +106,8 @@ class GeMoERouter(Router):
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> GeMoEDecision:
         scores_TE = logits_TE.softmax(-1)
         k_soft_T = self.predict_k(x_TD)
-        k_T = k_soft_T.detach().round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
+        k_T = k_soft_T.detach() * self.k_scale + self.k_shift
+        k_T = k_T.round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
         top_TK = scores_TE.topk(self.k_high, dim=-1).indices
         rank_K = torch.arange(self.k_high, device=k_T.device)
         mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
@@ -123,10 +142,18 @@ class GeMoERouter(Router):
             constant=config.margin_constant,
         )
         balance = losses.load_balance(decision.scores_TE, decision.mask_TE, valid_T)  # Eq. 3
-        return {
+        terms = {
             "monotonic": LossTerm(monotonic, config.monotonic_weight),
             "load_balance": LossTerm(balance, config.balance_weight),
         }
+        if config.budget_k is not None:
+            mean_k = (decision.k_soft_T * valid_T).sum() / valid_T.sum().clamp_min(1)
+            self.record_of(ctx).keep["mean_k"] = mean_k
+            if self.spec.slot == len(ctx.layers) - 1:  # all layers share one budget
+                mean_k = torch.stack([record.keep["mean_k"] for record in ctx.layers]).mean()
+                budget = (mean_k - config.budget_k).square()
+                terms["budget"] = LossTerm(budget, config.budget_weight)
+        return terms
 
     def _with_soft_mask(
         self, weights_TE: Tensor, top_TK: Tensor, rank_K: Tensor, k_soft_T: Tensor

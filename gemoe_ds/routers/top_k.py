@@ -43,7 +43,7 @@ class TopKRouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.k = spec.top_k if config.k is None else config.k
+        self.static_k = self.k = spec.top_k if config.k is None else config.k
         if self.k > spec.num_experts:
             raise ConfigError(
                 f"model.router.k={self.k} exceeds the backbone's {spec.num_experts} experts"

@@ -33,7 +33,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
     """Run `config`; with `dry_run` build everything, take one step and write nothing."""
     with distributed() as world:
         samples = open_samples(config.data.train)
-        trainable = config.model.train == "all"
+        trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
         model = build_model(config, shard)
         say(
@@ -98,7 +98,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
                 monitor,
                 saver,
                 start_step=start_step,
-                skipped=start_step - found.updates if found else 0,
+                updates=found.updates if found else 0,
                 ledger=ledger,
             ).run()
         except BaseException:
@@ -111,7 +111,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         last = saver.wait()
         assert last is not None, "the trainer saves its last step"
         say(world, f"saved {last}")
-        if trainable:
+        if config.model.train == "all":
             _save_pretrained(model, last, world, output / HF_FOLDER)
 
 

@@ -16,19 +16,22 @@ from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
 from gemoe_ds.engine.distributed import World, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
-from gemoe_ds.engine.zero import assign_
+from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError
-from gemoe_ds.moe.context import Stat
+from gemoe_ds.moe.context import Rehearsal, Stat
+from gemoe_ds.moe.upkeep import Upkeep
 from gemoe_ds.train.ledger import Ledger
 from gemoe_ds.train.monitor import Monitor, StatSum
+from gemoe_ds.train.tallies import Tallies
 
 
 class Trainer:
     """Runs the steps after `start_step` to `config.train.steps`, and saves where it is due.
 
-    A step whose gradient holds a NaN or Inf anywhere changes nothing, on no rank: it is counted,
-    and after `config.train.max_skipped_steps` of them the run saves and stops. `updates` are the
-    steps that were not skipped.
+    A step is one global batch, and one update of the optimizer unless the router wants more of the
+    same samples (`Router.updates_per_batch`). An update whose gradient holds a NaN or Inf anywhere
+    changes nothing, on no rank: it is counted, and after `config.train.max_skipped_steps` of them
+    the run saves and stops. `updates` are those that were not skipped.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Trainer:
         saver: Saver | None,
         *,
         start_step: int = 0,
-        skipped: int = 0,
+        updates: int = 0,
         ledger: Ledger | None = None,
     ) -> None:
         self.config = config
@@ -53,15 +56,19 @@ class Trainer:
         self.monitor = monitor
         self.saver = saver
         self.start_step = start_step
-        self.skipped = skipped
+        self.updates = updates
+        self.updates_per_batch = model.updates_per_batch
+        self.skipped = start_step * self.updates_per_batch - updates
         self.ledger = ledger
         self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
         self.stats = StatSum()
+        self.tallies = Tallies(len(model.moe_layers))
+        for layer in model.moe_layers:
+            layer.router.before_steps(layer.experts, full_value)
 
     def run(self) -> None:
         config, total = self.config, self.config.train.steps
-        fresh = self.start_step == self.skipped  # no update yet
-        moved = MovedCheck(self.model, config.optim) if fresh else None
+        moved = None if self.updates else MovedCheck(self.model, config.optim)
         bar = tqdm(
             initial=self.start_step,
             total=total,
@@ -76,13 +83,10 @@ class Trainer:
             due = step % config.monitor.every == 0 or step == total
             batches = next(self.steps)
             window_tokens += self.train_step(step, batches, collect=due)
-            if self.engine.was_step_applied():
-                if moved:
-                    moved = moved.check()
-                for layer in self.model.moe_layers:
-                    layer.router.after_step(step, assign_)
-            else:
-                self._count_skipped(step)
+            if moved and self.updates:
+                moved = moved.check()
+            if self.skipped > config.train.max_skipped_steps:
+                self._give_up(step)
             bar.update()
 
             # once in a while: metrics
@@ -97,25 +101,36 @@ class Trainer:
             if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 assert self.saver is not None, "a dry run takes its step without `run`"
                 began = time.perf_counter()
-                self.saver.save(step, step - self.skipped)
+                self.saver.save(step, self.updates)
                 self.stalled += time.perf_counter() - began
         bar.close()
 
-    def _count_skipped(self, step: int) -> None:
-        self.skipped += 1
-        most = self.config.train.max_skipped_steps
-        if self.skipped > most:
-            assert self.saver is not None
-            self.saver.save(step, step - self.skipped)
-            self.saver.wait()
-            raise DataError(
-                f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, "
-                f"and train.max_skipped_steps={most}; look at the samples of that step "
-                "(monitor.ledger=true) or lower optim.lr"
+    def _give_up(self, step: int) -> None:
+        assert self.saver is not None
+        self.saver.save(step, self.updates)
+        self.saver.wait()
+        raise DataError(
+            f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, and "
+            f"train.max_skipped_steps={self.config.train.max_skipped_steps}; look at the samples "
+            "of that step (monitor.ledger=true) or lower optim.lr"
+        )
+
+    def _after_update(self, step: int) -> None:
+        """Count it, and let the routers do their upkeep; all ranks must come here."""
+        layers, model = self.tallies.reduced(sum_over_ranks)
+        if not self.engine.was_step_applied():
+            self.skipped += 1
+            return
+        self.updates += 1
+        for layer, sums in zip(self.model.moe_layers, layers, strict=True):
+            layer.router.after_step(
+                Upkeep(
+                    step, self.config.train.steps, sums, model, assign_, full_value, layer.experts
+                )
             )
 
     def train_step(self, step: int, batches: list[Batch], *, collect: bool) -> int:
-        """One optimizer step on this rank's micro-batches; returns their valid tokens.
+        """The updates of one step on this rank's micro-batches; returns their valid tokens.
 
         Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
@@ -128,27 +143,34 @@ class Trainer:
         if targets == 0:
             raise DataError("a whole global batch has no target token; check the conversations")
         per_micro_batch = targets.item() / (len(batches) * self.world.size)
-        tokens = 0
+        seeds = []
         for index, batch in enumerate(batches):
             block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
-            torch.manual_seed(micro_batch_seed(self.config.seed, block))
+            seeds.append(micro_batch_seed(self.config.seed, block))
             if self.ledger:
                 self.ledger.write(step, block, batch.ids)
-            tokens += int(batch.is_valid_BS.sum())
-            batch = batch.to(self.world.device)
-            self.model.ctx.collect = collect
-            parts = self.engine(
-                input_ids_BS=batch.input_ids_BS,
-                labels_BS=batch.labels_BS,
-                is_valid_BS=batch.is_valid_BS,
-                is_vision_BS=batch.is_vision_BS,
-                pixels_NCHW=batch.pixels_NCHW,
-                targets_per_micro_batch=per_micro_batch,
-            )
-            self.engine.backward(parts["loss"])
-            if collect:
-                self._collect(parts)
-            self.engine.step()
+        tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
+        rehearsed: list[dict[str, Rehearsal]] = [{} for _ in batches]
+        for update in range(self.updates_per_batch):
+            for index, batch in enumerate(batches):
+                inputs = batch.to(self.world.device).inputs
+                torch.manual_seed(seeds[index])
+                if update == 0 and self.model.rehearsals:
+                    with torch.no_grad():
+                        rehearsed[index] = self.engine(**inputs, rehearse=True)
+                self.model.ctx.collect = collect
+                parts = self.engine(
+                    **inputs,
+                    targets_per_micro_batch=per_micro_batch,
+                    rehearsed=rehearsed[index],
+                )
+                self.engine.backward(parts["loss"])
+                self.tallies.add(self.model.ctx)
+                if collect:
+                    self._collect(parts)
+                self.engine.step()
+                self.model.ctx.collect = False
+            self._after_update(step)
         return tokens
 
     def _collect(self, parts: dict[str, Tensor]) -> None:

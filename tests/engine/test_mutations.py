@@ -58,10 +58,10 @@ def losses_pile_up_under_recomputation() -> None:
 
     once = Router.record
 
-    def again(self, decision, logits_TE, ctx, slot):
-        before = ctx.layers[slot].losses
-        once(self, decision, logits_TE, ctx, slot)
-        record = ctx.layers[slot]
+    def again(self, decision, logits_TE, ctx):
+        before = self.record_of(ctx).losses
+        once(self, decision, logits_TE, ctx)
+        record = self.record_of(ctx)
         record.losses = {
             name: LossTerm(term.value + before[name].value.detach(), term.weight)
             if name in before

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.demo import Progress, Step, demo_steps, run_steps
+from launch.demo import demo_steps
+from launch.steps import Progress, Step, run_steps
 from tests.helpers import repository
 
 

@@ -73,7 +73,7 @@ def make_layer(dispatcher, shared=None) -> MoELayer:
     ctx = TokenContext(1)
     ctx.begin(torch.arange(T)[None] < T - 2, torch.zeros(1, T, dtype=torch.bool))
     experts = Experts(*weights, trainable=True)
-    return MoELayer(router, experts, dispatcher, ctx, 0, shared)
+    return MoELayer(router, experts, dispatcher, ctx, shared)
 
 
 def test_shared_expert_and_losses_run_while_rows_and_counts_travel():

@@ -39,7 +39,7 @@ def test_three_tokens_by_hand():
         )
     set_k(router, 2, 1, 3)
     x = torch.eye(4)[:3]
-    plan = router(x, ctx, 0)
+    plan = router(x, ctx)
     p = (x @ router.gate.weight.t()).softmax(-1)
     # token 0 takes experts 0 and 1; token 1 expert 1; token 2 expert 2 and two equal ones
     chosen = {(t, e) for e, t in _assignments(plan)}
@@ -59,7 +59,7 @@ def test_expected_k_and_rounding_half_to_even():
         router.eap.weight.zero_()  # uniform over 1..4: 2.5 -> 2
     x = torch.randn(3, 4)
     torch.testing.assert_close(router.predict_k(x), torch.full((3,), 2.5))
-    assert router(x, ctx, 0).tokens_per_expert_E.sum() == 3 * 2
+    assert router(x, ctx).tokens_per_expert_E.sum() == 3 * 2
 
 
 def test_fresh_predictor_is_near_the_middle_but_not_constant():
@@ -79,7 +79,7 @@ def test_cross_entropy_has_no_gradient_to_the_predictor_by_default():
     for switch, reaches in (("none", False), ("soft_mask", True)):
         router, ctx = make(ce_to_k=switch)
         x = torch.randn(3, 4)
-        plan = router(x, ctx, 0)
+        plan = router(x, ctx)
         grad = torch.autograd.grad(plan.weights_A.sum(), router.eap.weight, allow_unused=True)[0]
         assert (grad is not None and bool(grad.any())) == reaches
 
@@ -89,13 +89,13 @@ def test_soft_mask_changes_no_value():
     plans = []
     for switch in ("none", "soft_mask"):
         router, ctx = make(ce_to_k=switch)
-        plans.append(router(x, ctx, 0))
+        plans.append(router(x, ctx))
     torch.testing.assert_close(plans[0].weights_A, plans[1].weights_A)
     assert plans[0].token_ids_A.tolist() == plans[1].token_ids_A.tolist()
 
 
 def _monotonic(router, ctx, x):
-    router(x, ctx, 0)
+    router(x, ctx)
     return ctx.layers[0].losses["monotonic"].value
 
 
@@ -146,10 +146,10 @@ def test_padding_enters_nothing():
     router, ctx = make(tokens=4)
     x = torch.randn(4, 4)
     ctx.begin(torch.tensor([[True, True, True, False]]), torch.zeros(1, 4, dtype=torch.bool))
-    padded = router(x, ctx, 0)
+    padded = router(x, ctx)
     with_padding = {n: t.value for n, t in ctx.layers[0].losses.items()}
     ctx.begin(torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool))
-    plain = router(x[:3], ctx, 0)
+    plain = router(x[:3], ctx)
     for name, term in ctx.layers[0].losses.items():
         torch.testing.assert_close(term.value, with_padding[name])
     assert padded.token_ids_A.tolist() == plain.token_ids_A.tolist()
@@ -158,13 +158,13 @@ def test_padding_enters_nothing():
 def test_k_low_zero_allows_tokens_without_experts():
     router, ctx = make(k_low=0)
     set_k(router, 0, 0, 0)
-    assert router(torch.eye(4)[:3], ctx, 0).token_ids_A.numel() == 0
+    assert router(torch.eye(4)[:3], ctx).token_ids_A.numel() == 0
 
 
 def test_renormalise_switch():
     x = torch.randn(3, 4)
     router, ctx = make(renormalise="sum")
-    plan = router(x, ctx, 0)
+    plan = router(x, ctx)
     sums = torch.zeros(3).index_add(0, plan.token_ids_A, plan.weights_A.detach())
     torch.testing.assert_close(sums, torch.ones(3))
 
@@ -186,7 +186,7 @@ def test_statistics():
     ctx.collect = True
     ctx.is_vision_T = torch.tensor([True, False, False])
     set_k(router, 2, 1, 3)
-    router(torch.eye(4)[:3], ctx, 0)
+    router(torch.eye(4)[:3], ctx)
     stats = ctx.layers[0].stats
     assert stats["k_histogram_image"].total.tolist() == [0, 0, 1, 0]
     assert stats["k_histogram_text"].total.tolist() == [0, 1, 0, 1]

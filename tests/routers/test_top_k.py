@@ -25,7 +25,7 @@ def test_every_token_gets_its_k_best_with_raw_scores(k, expected):
     router, ctx = make(k=k)
     x = torch.randn(7, 6)
     scores = (x @ router.gate.weight.t()).softmax(-1)
-    plan = router(x, ctx, 0)
+    plan = router(x, ctx)
     best = scores.topk(expected).values.sum(-1)
     got = torch.zeros(7).index_add(0, plan.token_ids_A, plan.weights_A.detach())
     torch.testing.assert_close(got, best)
@@ -34,7 +34,7 @@ def test_every_token_gets_its_k_best_with_raw_scores(k, expected):
 
 def test_renormalises_where_the_backbone_does():
     router, ctx = make(renormalise=True)
-    plan = router(torch.randn(7, 6), ctx, 0)
+    plan = router(torch.randn(7, 6), ctx)
     got = torch.zeros(7).index_add(0, plan.token_ids_A, plan.weights_A.detach())
     torch.testing.assert_close(got, torch.ones(7))
 
@@ -48,7 +48,7 @@ def test_routing_is_float32_for_bfloat16_activations():
     router, ctx = make()
     x = torch.randn(7, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        plan = router(x, ctx, 0)
+        plan = router(x, ctx)
     assert router.gate.weight.dtype == torch.float32
     assert plan.weights_A.dtype == torch.float32
     assert ctx.layers[0].logits_TE.dtype == torch.float32

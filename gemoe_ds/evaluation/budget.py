@@ -1,0 +1,84 @@
+"""A budget of experts, met after training: one number of the model moved until its mean k fits.
+
+Works for every router that has `k_shift` and `k_scale` (GeMoE's), whatever it was trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import Router
+
+TOLERANCE = 0.005  # of the target, on the calibration samples
+MOST_PASSES = 15
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was found: put `k_scale` and `k_shift` into a recipe's `model.router`."""
+
+    mean_k: float  # on the calibration samples
+    k_scale: float
+    k_shift: float
+    passes: int  # over the calibration samples
+
+
+def meet_budget(
+    routers: list[Router],
+    target: float,
+    measure: Callable[[], float],
+    how: Literal["shift", "scale"] = "shift",
+) -> Budget:
+    """Set `k_shift` (or `k_scale`) of all routers so that `measure()`, their mean k, is `target`.
+
+    One number for the whole model: the layers keep their differences, and tokens their order.
+    Between two values that bracket the target the next one is where a straight line would meet it
+    (Illinois); k is rounded, so that no value need give the target exactly. Raises ConfigError for
+    a target out of reach.
+    """
+    for router in routers:
+        if not hasattr(router, "k_shift"):
+            raise ConfigError(
+                f"router {router.name!r} predicts no k that a budget could move; --mean-k works "
+                "for gemoe"
+            )
+    low_k = sum(router.k_low for router in routers) / len(routers)  # type: ignore[misc]
+    high_k = sum(router.k_high for router in routers) / len(routers)  # type: ignore[misc]
+    if not low_k < target < high_k:
+        raise ConfigError(
+            f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
+            "(model.router.k_low and k_high)"
+        )
+    attribute = f"k_{how}"
+    width = high_k - low_k
+    # At these two every token gets the smallest k, or the largest.
+    low, high = (-width - 1, width + 1) if how == "shift" else (0.0, 2 * high_k / max(low_k, 0.5))
+    below, above = low_k - target, high_k - target
+    best: tuple[float, float] | None = None
+    last_side = passes = 0
+    while passes < MOST_PASSES:
+        passes += 1
+        value = low - below * (high - low) / (above - below)
+        for router in routers:
+            setattr(router, attribute, value)
+        off = measure() - target
+        if best is None or abs(off) < abs(best[1]):
+            best = value, off
+        if abs(off) <= TOLERANCE * target:
+            break
+        side = 1 if off > 0 else -1
+        if off > 0:
+            high, above = value, off
+            below /= 2 if side == last_side else 1
+        else:
+            low, below = value, off
+            above /= 2 if side == last_side else 1
+        last_side = side
+    assert best is not None
+    for router in routers:
+        setattr(router, attribute, best[0])
+    first = routers[0]
+    return Budget(target + best[1], first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+"""Ada-K: an allocator samples every token's k and learns from the reward, by PPO.
+
+Yue et al. (ICLR 2025); its repository is a README. From the paper: a linear allocator with a
+softmax over 1..E, everything else frozen; reward = log-probability of the true token, less that of
+a second forward with the default k; clipped ratio, two updates a batch, the regulariser 3e-3 * mean
+expected k; "P-Warm": first the allocator learns to give as many experts as hold a share p of the
+router's mass, p such that the mean is the default k. Second-hand: argmax at inference. Not in the
+paper: gamma and epsilon (1 and 0.2 here). Our reading, for vision-language data, in which few
+tokens are targets: one that is none gets the mean reward of its sequence (`credit`), as its k shows
+in the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import LossTerm, Rehearsal, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.registry import ConfigModel
+from gemoe_ds.routers.top_k import renormalised
+
+SAMPLED, DEFAULT = "sampled", "default"
+
+
+@dataclass(frozen=True)
+class AdaKDecision(Decision):
+    """With the allocator's log-probabilities of k_low..k_high, [T, K]."""
+
+    log_p_TK: Tensor
+
+
+class AdaKRouter(Router):
+    """Top-k by the frozen gate's scores; k from the allocator."""
+
+    name: ClassVar[str] = "ada_k"
+    warm_left: Tensor
+
+    class Config(ConfigModel):
+        k_low: int = Field(1, ge=1)
+        k_high: int | None = Field(None, ge=1, description="largest k; null: all experts (paper)")
+        warm_steps: int = Field(100, ge=0, description="steps of P-Warm before PPO")
+        warm_top_p: float | None = Field(
+            None, gt=0, lt=1, description="p of P-Warm; null: such that mean k is the backbone's"
+        )
+        updates: int = Field(2, ge=1, description="PPO updates on a batch")
+        clip: float = Field(0.2, gt=0, description="epsilon of PPO")
+        gamma: float = Field(1.0, gt=0, le=1, description="discount of the layers below the last")
+        regulariser: float = Field(3e-3, ge=0, description="lambda of the mean expected k")
+        credit: Literal["sequence", "token"] = Field(
+            "sequence", description="token: only tokens that have a target get a reward"
+        )
+        renormalise: Literal["backbone", "none", "sum"] = Field(
+            "backbone", description="divide the chosen scores by their sum (paper: sum)"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.k_low = config.k_low
+        self.k_high = spec.num_experts if config.k_high is None else config.k_high
+        if not self.k_low <= self.k_high <= spec.num_experts:
+            raise ConfigError(
+                f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
+                f"k_low <= k_high <= {spec.num_experts} experts"
+            )
+        self.updates_per_batch = config.updates
+        self.gate.requires_grad_(False)
+        self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
+        self.register_buffer("warm_left", torch.tensor(float(config.warm_steps * config.updates)))
+
+    def rehearsals(self) -> tuple[str, ...]:
+        return () if self.warm_left > 0 else (SAMPLED, DEFAULT)
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> AdaKDecision:
+        scores_TE = logits_TE.softmax(-1)
+        log_p_TK = self.allocator(x_TD.detach()).log_softmax(-1)
+        k_T = self._choose(log_p_TK, ctx)
+        ranks_TE = scores_TE.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+        mask_TE = ranks_TE < k_T[:, None]
+        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        return AdaKDecision(scores_TE, mask_TE, weights_TE, log_p_TK)
+
+    def _choose(self, log_p_TK: Tensor, ctx: TokenContext) -> Tensor:
+        """k of every token: sampled, replayed, the default, or the most likely one; int64 [T]."""
+        default_T = torch.full_like(log_p_TK[:, 0], self.spec.top_k, dtype=torch.int64)
+        if ctx.rehearsal == SAMPLED:
+            choice_T = torch.multinomial(log_p_TK.exp(), 1).squeeze(1)
+            log_p_T = log_p_TK.gather(1, choice_T[:, None]).squeeze(1)
+            self.record_of(ctx).keep |= {"choice_T": choice_T, "log_p_T": log_p_T}
+            return choice_T + self.k_low
+        if SAMPLED in ctx.rehearsed:
+            replayed_T = ctx.rehearsed[SAMPLED].keep[self.spec.slot]["choice_T"]
+            return replayed_T + self.k_low
+        if ctx.rehearsal == DEFAULT or self.training:
+            return default_T
+        return log_p_TK.argmax(1) + self.k_low
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        assert isinstance(decision, AdaKDecision)
+        valid_T = ctx.is_valid_T
+        count = valid_T.sum().clamp_min(1)
+        log_p_TK = decision.log_p_TK
+        if SAMPLED not in ctx.rehearsed:
+            wanted_T = self._warm_k(decision.scores_TE, valid_T) - self.k_low
+            nll_T = torch.nn.functional.nll_loss(log_p_TK, wanted_T, reduction="none")
+            return {"warm": LossTerm((nll_T * valid_T).sum() / count, 1.0)}
+        sampled, default = ctx.rehearsed[SAMPLED], ctx.rehearsed[DEFAULT]
+        old = sampled.keep[self.spec.slot]
+        advantage_T = self._advantage(sampled, default, ctx)
+        log_p_T = log_p_TK.gather(1, old["choice_T"][:, None]).squeeze(1)
+        ratio_T = (log_p_T - old["log_p_T"]).exp()
+        clipped_T = ratio_T.clamp(1 - self.config.clip, 1 + self.config.clip)
+        gain_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+        k_K = torch.arange(self.k_low, self.k_high + 1, device=log_p_TK.device)
+        expected_T = log_p_TK.exp() @ k_K.to(log_p_TK.dtype)
+        return {
+            "policy": LossTerm(-(gain_T * valid_T).sum() / count, 1.0),
+            "expected_k": LossTerm((expected_T * valid_T).sum() / count, self.config.regulariser),
+        }
+
+    def _advantage(self, sampled: Rehearsal, default: Rehearsal, ctx: TokenContext) -> Tensor:
+        """gamma^(L-l) (R(sampled k) - R(default k)), [T]; 0 for what gets no reward."""
+        gain_T = sampled.log_p_T - default.log_p_T
+        scored_T = sampled.is_scored_T
+        if self.config.credit == "sequence":
+            zeros_T = torch.zeros_like(gain_T)
+            sums_T = zeros_T.index_add(0, ctx.sequence_T, gain_T * scored_T)
+            counts_T = zeros_T.index_add(0, ctx.sequence_T, scored_T.to(gain_T.dtype))
+            mean_T = (sums_T / counts_T.clamp_min(1))[ctx.sequence_T]
+            gain_T = torch.where(scored_T, gain_T, mean_T)
+        discount = self.config.gamma ** (len(ctx.layers) - 1 - self.spec.slot)
+        return gain_T * discount
+
+    @torch.no_grad()
+    def _warm_k(self, scores_TE: Tensor, valid_T: Tensor) -> Tensor:
+        """How many experts hold a share p of the mass, in k_low..k_high, int64 [T]."""
+        before_TE = scores_TE.sort(-1, descending=True).values
+        before_TE = before_TE.cumsum(-1) - before_TE
+
+        def k_of(p: float | Tensor) -> Tensor:
+            return (before_TE < p).sum(1).clamp(self.k_low, self.k_high)
+
+        if self.config.warm_top_p is not None:
+            return k_of(self.config.warm_top_p)
+        low, high = scores_TE.new_tensor(0.0), scores_TE.new_tensor(1.0)
+        count = valid_T.sum().clamp_min(1)
+        # Bisection on the device, without a wait for the host; to 0.001 and no finer, lest it end
+        # at a token's own sum, where rounding decides.
+        for _ in range(10):
+            middle = (low + high) / 2
+            too_many = (k_of(middle) * valid_T).sum() / count > self.spec.top_k
+            low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
+        return k_of((low + high) / 2)
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        self.warm_left.sub_(1).clamp_(min=0)  # once an update, of which a step has several
+
+    @property
+    def max_k(self) -> int:
+        return self.k_high

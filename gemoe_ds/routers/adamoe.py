@@ -1,0 +1,98 @@
+"""AdaMoE: null experts that cost nothing stand among the true ones in a larger top-k.
+
+Zeng et al. (Findings of EMNLP 2024). From the paper: the softmax over true and null experts, the
+balance loss that averages over the nulls, its annealing, weights over the chosen true experts.
+Against the code: its Mixtral version averages over the wrong dimension, which does nothing; the
+formula of the paper is implemented. Our reading, for frozen native backbones: 4 nulls and the
+backbone's k as in GeMoE's comparison, and weights on the backbone's own scale (`renormalise`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.registry import ConfigModel
+
+
+class AdaMoERouter(Router):
+    """Top-k over E true and M null experts: a token uses 0 to k true ones."""
+
+    name: ClassVar[str] = "adamoe"
+    balance: Tensor  # the coefficient as it stands
+
+    class Config(ConfigModel):
+        nulls: int = Field(4, ge=1, description="null experts")
+        k: int | None = Field(
+            None, ge=1, description="choices a token, nulls included; default: the backbone's k"
+        )
+        balance_weight: float = Field(0.02, ge=0, description="coefficient of the balance loss")
+        balance_weight_end: float = Field(1e-4, ge=0, description="the same in the second half")
+        renormalise: Literal["backbone", "none", "sum", "all"] = Field(
+            "backbone",
+            description="sum: over the chosen true experts (paper); all: over all chosen; none: "
+            "softmax over the true experts; backbone: sum or none, as it does",
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec, ["zero"] * config.nulls)
+        self.k = spec.top_k if config.k is None else config.k
+        if self.k > spec.num_experts + config.nulls:
+            raise ConfigError(
+                f"model.router.k={self.k} exceeds {spec.num_experts} experts + {config.nulls} nulls"
+            )
+        self.register_buffer("balance", torch.tensor(config.balance_weight))
+
+    @torch.no_grad()
+    def adopt_gate(self, gate_ED: Tensor) -> None:
+        """Null rows are copies of true ones, drawn at random, so that they start as likely."""
+        super().adopt_gate(gate_ED)
+        assert self.free_gate is not None
+        drawn = torch.randint(gate_ED.shape[0], (self.config.nulls,))
+        self.free_gate.weight.copy_(gate_ED[drawn])
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TN = logits_TE.softmax(-1)
+        chosen_TK = scores_TN.topk(self.k, dim=-1).indices
+        mask_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        return Decision(scores_TN, mask_TN, self._weights(scores_TN, mask_TN))
+
+    def _weights(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
+        how = self.config.renormalise
+        if how == "backbone":
+            how = "sum" if self.spec.renormalise else "none"
+        if how == "all":
+            return scores_TN / (scores_TN * mask_TN).sum(1, keepdim=True)
+        true_TE, chosen_TE = self.split(scores_TN)[0], self.split(mask_TN)[0]
+        total_T1 = (true_TE if how == "none" else true_TE * chosen_TE).sum(1, keepdim=True)
+        return scores_TN / total_T1.clamp_min(1e-20)
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        """N sum_i f~_i P_i; f_i sums to k, and every null counts as their mean does."""
+        valid_T = ctx.is_valid_T
+        count = valid_T.sum().clamp_min(1)
+        scores_TN = decision.scores_TE
+        true_E, null_M = self.split((decision.mask_TE.sum(0) / count)[None])
+        share_N = torch.cat([true_E, null_M.mean(1, keepdim=True).expand_as(null_M)], dim=1)[0]
+        mean_score_N = (scores_TN * valid_T[:, None]).sum(0) / count
+        balance = scores_TN.shape[1] * (share_N.to(mean_score_N.dtype) * mean_score_N).sum()
+        return {"load_balance": LossTerm(self.balance * balance, 1.0)}
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        if upkeep.progress >= 0.5:
+            self.balance.fill_(self.config.balance_weight_end)
+
+    @property
+    def max_k(self) -> int:
+        return min(self.k, self.spec.num_experts)

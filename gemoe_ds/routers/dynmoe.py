@@ -1,0 +1,171 @@
+"""DynMoE: an expert is used where a token's similarity to it passes the expert's own threshold.
+
+Guo et al. (ICLR 2025) and its released code. From both: cosine similarity, learned thresholds, the
+straight-through sign, equal weights 1/k, the argmax where no expert passes at inference, the
+diversity and simplicity losses, experts closed when idle and opened for the tokens that nobody
+served. From the code: the temperature, and that gradients reach chosen experts only. Left out: two
+more loss terms that are in the code but not in the paper. Our reading, for frozen native backbones
+(GeMoE's comparison says nothing): rows start at the pretrained gate; thresholds are set after the
+first step to give `start_k`, for the paper's G = 0 takes half of all experts; `weights: scores`
+keeps the backbone's scale; nothing is closed or opened unless `adapt` asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.registry import ConfigModel
+
+
+class DynMoERouter(Router):
+    """Top-any: expert e where sigmoid(t cos(x, w_e)) > sigmoid(t G_e)."""
+
+    name: ClassVar[str] = "dynmoe"
+    is_open_E: Tensor
+    is_calibrated: Tensor
+    chosen_E: Tensor
+    unserved_D: Tensor
+    gate: CosineGate
+
+    class Config(ConfigModel):
+        start_k: float | Literal["half"] | None = Field(
+            None, description="mean k after the first step; half: G = 0 (paper); null: backbone's k"
+        )
+        temperature: float = Field(10.0, gt=0, description="t (code: 1 or 10, by version)")
+        weights: Literal["equal", "scores"] = Field(
+            "equal", description="equal: 1/k (paper); scores: softmax of the gate's logits"
+        )
+        diversity_weight: float = Field(0.01, ge=0, description="of |W^T W - I|, unit rows")
+        simplicity_weight: float = Field(0.01, ge=0, description="of the mean length of the rows")
+        adapt: Literal["no", "close", "both"] = Field(
+            "no", description="close idle experts; both: also open one for tokens without any"
+        )
+        adapt_every: int = Field(300, ge=1, description="steps between two such changes")
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.gate = CosineGate(spec.d_model, spec.num_experts)
+        self.threshold = Threshold(spec.num_experts)
+        self.start_k = spec.top_k if config.start_k is None else config.start_k
+        self.register_buffer("is_open_E", torch.ones(spec.num_experts))
+        self.register_buffer("is_calibrated", torch.tensor(float(self.start_k == "half")))
+        self.register_buffer("chosen_E", torch.zeros(spec.num_experts))  # since the last change
+        self.register_buffer("unserved_D", torch.zeros(spec.d_model))
+
+    def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
+        """The gate's plain logits, for weights and entropy; similarities are kept beside them."""
+        logits_TE, cos_TE, diversity, simplicity = self.gate(x_TD, self.is_open_E)
+        keep = self.record_of(ctx).keep
+        keep["cos_TE"], keep["diversity"], keep["simplicity"] = cos_TE, diversity, simplicity
+        plain_TE: Tensor = logits_TE
+        return plain_TE
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        t, is_open_E = self.config.temperature, self.is_open_E > 0
+        keep = self.record_of(ctx).keep
+        cos_TE = keep["cos_TE"]
+        margin_TE = (t * cos_TE).sigmoid() - (t * self.threshold(cos_TE)).sigmoid()
+        mask_TE = (margin_TE > 0) & is_open_E
+        # sign(relu(margin)), whose derivative is taken to be that of relu
+        passed_TE = 1 + margin_TE - margin_TE.detach()
+        if self.training:
+            unserved_T = ~mask_TE.any(1) & ctx.is_valid_T
+            keep["unserved_D"] = (x_TD * unserved_T[:, None]).float().sum(0).detach()
+        else:
+            best_T1 = cos_TE.masked_fill(~is_open_E, -2.0).argmax(1, keepdim=True)
+            mask_TE = mask_TE.scatter(
+                1, best_T1, mask_TE.gather(1, best_T1) | ~mask_TE.any(1, True)
+            )
+        scores_TE = logits_TE.softmax(-1)
+        if self.config.weights == "scores":
+            return Decision(scores_TE, mask_TE, scores_TE * passed_TE)
+        return Decision(scores_TE, mask_TE, passed_TE / mask_TE.sum(1, keepdim=True).clamp_min(1))
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        keep = self.record_of(ctx).keep
+        return {
+            "diversity": LossTerm(keep["diversity"], self.config.diversity_weight),
+            "simplicity": LossTerm(keep["simplicity"], self.config.simplicity_weight),
+        }
+
+    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        keep = self.record_of(ctx).keep
+        counts = {"tokens": ctx.is_valid_T.sum(), "chosen_E": decision.mask_TE.sum(0)}
+        if self.config.adapt == "both":
+            counts["unserved_D"] = keep["unserved_D"]
+        if not self.is_calibrated:
+            assert not isinstance(self.start_k, str)
+            share = min(self.start_k / self.spec.num_experts, 1.0)
+            cos_TE = keep["cos_TE"][ctx.is_valid_T]
+            if cos_TE.shape[0]:
+                quantile_E = cos_TE.sort(0).values[int((1 - share) * (cos_TE.shape[0] - 1))]
+                counts["quantile_E"] = quantile_E * counts["tokens"]
+            else:
+                counts["quantile_E"] = cos_TE.new_zeros(self.spec.num_experts)
+        return counts
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        if not self.is_calibrated:
+            upkeep.assign_(
+                self.threshold.value_E, upkeep.layer["quantile_E"] / upkeep.layer["tokens"]
+            )
+            self.is_calibrated.fill_(1.0)
+        if self.config.adapt == "no":
+            return
+        self.chosen_E += upkeep.layer["chosen_E"].float()
+        if self.config.adapt == "both":
+            self.unserved_D += upkeep.layer["unserved_D"].float()
+        if upkeep.step % self.config.adapt_every == 0:
+            self._adapt(upkeep)
+
+    def _adapt(self, upkeep: Upkeep) -> None:
+        """Close what nobody chose; open the first closed one for what nobody served."""
+        self.is_open_E *= self.chosen_E > 0
+        closed = (self.is_open_E == 0).nonzero().flatten().tolist()
+        if self.config.adapt == "both" and closed and self.unserved_D.any():
+            expert = closed[0]
+            rows_ED = upkeep.value_of(self.gate.weight).clone()
+            rows_ED[expert] = nn.functional.normalize(self.unserved_D, dim=0)
+            upkeep.assign_(self.gate.weight, rows_ED)
+            value_E = upkeep.value_of(self.threshold.value_E).clone()
+            value_E[expert] = 0.0
+            upkeep.assign_(self.threshold.value_E, value_E)
+            self.is_open_E[expert] = 1.0
+        self.chosen_E.zero_()
+        self.unserved_D.zero_()
+
+
+class CosineGate(RouterLinear):
+    """Logits x W^T, cosines of the same, and the two measures of W that the losses want."""
+
+    def forward(self, x_TD: Tensor, is_open_E: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        logits_TE = super().forward(x_TD)
+        length_E = self.weight.norm(dim=1)
+        length_T = x_TD.to(logits_TE.dtype).norm(dim=1, keepdim=True)
+        cos_TE = logits_TE / (length_T * length_E).clamp_min(1e-12)
+        unit_ED = self.weight / length_E[:, None].clamp_min(1e-12) * is_open_E[:, None]
+        diversity = (unit_ED @ unit_ED.t() - torch.diag(is_open_E)).norm()
+        return logits_TE, cos_TE, diversity, length_E.mean()
+
+
+class Threshold(nn.Module):
+    """G_e: the similarity from which on expert e is used, one for every token, [1, E]."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.value_E = nn.Parameter(torch.zeros(num_experts))
+
+    def forward(self, cos_TE: Tensor) -> Tensor:
+        return self.value_E.expand(1, -1)

@@ -1,0 +1,85 @@
+"""EvoMoE's stage II: one expert trains, the others follow it part of the way.
+
+Jing et al. (arXiv 2505.23830), Eq. 1, whose print is ambiguous. Implemented is the reading that
+agrees with the paper's own remarks (beta = 0 copies the trained expert; 0.9 keeps 10 % of every
+update): theta_n += (1 - beta) * (the update of theta_1), beta drawn anew every step from a range of
+its own for each expert. So every expert ends between where they all started and theta_1.
+
+Every token goes to expert 0, as if the model were dense: use it on an upcycled backbone with
+`model.train: experts` and EP size 1, then train a router on the exported result.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.upkeep import Read, Upkeep
+from gemoe_ds.registry import ConfigModel
+
+
+class EvolveRouter(Router):
+    """Expert 0 for every token, with weight 1; after every step the others evolve."""
+
+    name: ClassVar[str] = "evolve"
+    static_k = 1
+
+    class Config(ConfigModel):
+        beta: tuple[tuple[float, float], ...] = Field(
+            ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79)),
+            description="range of beta of expert 1, 2, ...; further experts start again",
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.gate.requires_grad_(False)
+        for low, high in config.beta:
+            if not 0 <= low <= high <= 1:
+                raise ConfigError(
+                    f"model.router.beta: [{low:g}, {high:g}] is not a range within 0 to 1"
+                )
+        self._before: dict[str, Tensor] = {}
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        mask_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
+        mask_TE[:, 0] = True
+        return Decision(logits_TE.softmax(-1), mask_TE, torch.ones_like(logits_TE))
+
+    def before_steps(self, experts: Experts, value_of: Read) -> None:
+        if not any(p.requires_grad for p in experts.parameters()):
+            raise ConfigError("router 'evolve' trains an expert: set model.train=experts")
+        values = {name: value_of(parameter) for name, parameter in experts.named_parameters()}
+        if any(value_E.shape[0] != self.spec.num_experts for value_E in values.values()):
+            raise ConfigError(
+                "router 'evolve' trains one expert, which every rank holds: set parallel.ep_size=1"
+            )
+        self._before = {name: value_E[0].clone() for name, value_E in values.items()}
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        for name, parameter in upkeep.experts.named_parameters():
+            value_E = upkeep.value_of(parameter).clone()
+            update = value_E[0] - self._before[name]
+            for expert in range(1, self.spec.num_experts):
+                value_E[expert] += (1 - self.beta(upkeep.step, expert)) * update
+            self._before[name] = value_E[0].clone()
+            upkeep.assign_(parameter, value_E)
+
+    def beta(self, step: int, expert: int) -> float:
+        """Uniform in the expert's range; follows from its arguments, so that all ranks agree."""
+        low, high = self.config.beta[(expert - 1) % len(self.config.beta)]
+        seed = (step * 1000 + self.spec.slot) * 1000 + expert
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return low + (high - low) * drawn.item()
+
+    @property
+    def max_k(self) -> int:
+        return 1

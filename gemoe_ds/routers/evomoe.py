@@ -1,0 +1,102 @@
+"""EvoMoE's router: what hypernetworks make of each token routes it, one network for each modality.
+
+Jing et al. (arXiv 2505.23830, AAAI 2026); no public code. From the paper: two linear maps turn a
+token into its own little SwiGLU (Eqs. 5 to 7), one pair for vision and one for text, a shared map
+from its output to the experts (Eq. 8), top-1 of N = 4 evolved experts (backbones/evolution.py makes
+them), raw scores as weights, balance 0.001. Not in the paper: the widths; here the token is first
+squeezed to `inner` features. Our reading, for frozen native backbones: the result is added to the
+pretrained gate's logits, starts at zero, and k is the backbone's (`k: 1` is the paper's).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.registry import ConfigModel
+from gemoe_ds.routers.top_k import renormalised
+
+
+class EvoMoERouter(Router):
+    """Static top-k on logits that depend on the token through its modality's hypernetwork."""
+
+    name: ClassVar[str] = "evomoe"
+
+    class Config(ConfigModel):
+        k: int | None = Field(None, ge=1, description="default: the backbone's own (paper: 1)")
+        inner: int = Field(64, ge=1, description="features that the token is squeezed to")
+        rank: int = Field(4, ge=1, description="width of the SwiGLU that is made for a token")
+        hidden: int = Field(16, ge=1, description="width between the two maps of a hypernetwork")
+        gate: Literal["trained", "frozen", "none"] = Field(
+            "trained", description="the pretrained gate beneath; none: the hypernetwork alone"
+        )
+        balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
+        renormalise: Literal["backbone", "none", "sum"] = Field(
+            "backbone", description="divide the chosen scores by their sum"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.static_k = self.top = spec.top_k if config.k is None else config.k
+        if self.top > spec.num_experts:
+            raise ConfigError(
+                f"model.router.k={self.top} exceeds the backbone's {spec.num_experts} experts"
+            )
+        self.gate.requires_grad_(config.gate == "trained")
+        self.squeeze = RouterLinear(spec.d_model, config.inner)
+        self.of_vision = HyperNetwork(config.inner, config.hidden, config.rank)
+        self.of_text = HyperNetwork(config.inner, config.hidden, config.rank)
+        self.to_experts = RouterLinear(config.inner, spec.num_experts)
+        if config.gate != "none":
+            nn.init.zeros_(self.to_experts.weight)
+
+    def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
+        z_TI = self.squeeze(x_TD)
+        # Both for all tokens: small, and no rank has to wait for a count.
+        made_TI = torch.where(ctx.is_vision_T[:, None], self.of_vision(z_TI), self.of_text(z_TI))
+        logits_TE: Tensor = self.to_experts(made_TI)
+        return logits_TE if self.config.gate == "none" else logits_TE + self.gate(x_TD)
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TE = logits_TE.softmax(-1)
+        chosen_TK = scores_TE.topk(self.top, dim=-1).indices
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        return Decision(scores_TE, mask_TE, weights_TE)
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        balance = losses.load_balance(decision.scores_TE, decision.mask_TE, ctx.is_valid_T)
+        return {"load_balance": LossTerm(balance, self.config.balance_weight)}
+
+    @property
+    def max_k(self) -> int:
+        return self.top
+
+
+class HyperNetwork(nn.Module):
+    """Theta = (w1 z + b1) w2 + b2, then Theta_up (SwiGLU (Theta_down z)), [T, I] -> [T, I]."""
+
+    def __init__(self, inner: int, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.rank, self.inner = rank, inner
+        self.first = nn.Linear(inner, hidden)
+        self.second = nn.Linear(hidden, 3 * rank * inner)
+
+    def forward(self, z_TI: Tensor) -> Tensor:
+        theta_T3RI = self.second(self.first(z_TI)).view(-1, 3 * self.rank, self.inner)
+        gate_TRI, up_TRI, out_TRI = theta_T3RI.split(self.rank, dim=1)
+        gate_TR = torch.einsum("tri,ti->tr", gate_TRI, z_TI)
+        up_TR = torch.einsum("tri,ti->tr", up_TRI, z_TI)
+        return torch.einsum("tri,tr->ti", out_TRI, nn.functional.silu(gate_TR) * up_TR)

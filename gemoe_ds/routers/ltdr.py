@@ -1,0 +1,100 @@
+"""LTDR: balance language tokens only; vision tokens with peaked routing get more experts.
+
+Cai, Yang et al. (arXiv 2507.01351 v2); no public code. From the paper: variance of the routing
+probabilities (Eq. 9), balance over language tokens (Eq. 10), tail = variance above the mean of the
+vision tokens (Eq. 11), more experts for them in training and inference. Our reading: the mean is
+taken over the vision tokens of a sample (`mean_over`); Eq. 10 keeps the factor E of Eq. 8; Eq. 12,
+as printed a softmax of probabilities (`softmax_p`), means a softmax over the chosen ones (`sum`),
+and a backbone that does not renormalise goes on so (`backbone`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.registry import ConfigModel
+from gemoe_ds.routers.top_k import renormalised
+
+
+class LTDRRouter(Router):
+    """Top-k for language and ordinary vision tokens, top-`tail_k` for vision tokens of the tail."""
+
+    name: ClassVar[str] = "ltdr"
+
+    class Config(ConfigModel):
+        k: int | None = Field(None, ge=1, description="default: the backbone's own")
+        tail_k: int | None = Field(
+            None, ge=1, description="experts of the tail; default: half as many again (paper: 12)"
+        )
+        mean_over: Literal["sample", "batch"] = Field(
+            "sample", description="whose vision tokens the variance is compared with"
+        )
+        balance_weight: float = Field(0.01, ge=0, description="coefficient of the load balance")
+        balance_over: Literal["language", "all"] = Field(
+            "language", description="all: the paper's ablation"
+        )
+        renormalise: Literal["backbone", "none", "sum", "softmax_p"] = Field(
+            "backbone", description="weights of the chosen experts (Eq. 12)"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.k_head = spec.top_k if config.k is None else config.k
+        default = min(spec.num_experts, self.k_head + (self.k_head + 1) // 2)
+        self.tail_k = default if config.tail_k is None else config.tail_k
+        if not self.k_head <= self.tail_k <= spec.num_experts:
+            raise ConfigError(
+                f"model.router: k={self.k_head}, tail_k={self.tail_k} must satisfy "
+                f"k <= tail_k <= {spec.num_experts} experts"
+            )
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TE = logits_TE.softmax(-1)
+        is_tail_T = self.is_tail(scores_TE.detach(), ctx)
+        k_T1 = torch.where(is_tail_T, self.tail_k, self.k_head)[:, None]
+        top_TK = scores_TE.topk(self.tail_k, dim=-1).indices
+        rank_K = torch.arange(self.tail_k, device=top_TK.device)
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, top_TK, rank_K < k_T1)
+        how = self.config.renormalise
+        if how == "softmax_p":
+            weights_TE = scores_TE.masked_fill(~mask_TE, -torch.inf).softmax(-1)
+        else:
+            weights_TE = renormalised(scores_TE, mask_TE, how, self.spec)
+        return Decision(scores_TE, mask_TE, weights_TE)
+
+    def is_tail(self, scores_TE: Tensor, ctx: TokenContext) -> Tensor:
+        """Vision tokens whose variance over the experts is above the mean (Eq. 11), bool [T]."""
+        variance_T = (scores_TE - 1 / scores_TE.shape[1]).square().mean(-1)  # scores sum to 1
+        vision_T = ctx.is_vision_T & ctx.is_valid_T
+        if self.config.mean_over == "batch":
+            group_T = torch.zeros_like(ctx.sequence_T)
+        else:
+            group_T = ctx.sequence_T
+        sums_T = torch.zeros_like(variance_T).index_add(0, group_T, variance_T * vision_T)
+        counts_T = torch.zeros_like(variance_T).index_add(0, group_T, vision_T.to(sums_T.dtype))
+        mean_T = (sums_T / counts_T.clamp_min(1))[group_T]
+        # a hair above: equal variances, whose sum is rounded, are no tail
+        return vision_T & (variance_T > mean_T * (1 + 1e-5))
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        counted_T = ctx.is_valid_T
+        if self.config.balance_over == "language":
+            counted_T = counted_T & ~ctx.is_vision_T
+        balance = losses.load_balance(decision.scores_TE, decision.mask_TE, counted_T)
+        return {"load_balance": LossTerm(balance, self.config.balance_weight)}
+
+    @property
+    def max_k(self) -> int:
+        return self.tail_k

@@ -1,0 +1,90 @@
+"""ReMoE: ReLU instead of top-k; an L1 loss whose coefficient is steered holds the sparsity.
+
+Wang et al. (ICLR 2025) and its Megatron code. From both: R = ReLU(.), output sum R_e E_e(x), the
+regulariser that balances the load (Eq. 10) and its controller (Eqs. 8, 9: times or divided by
+1.2 after every step). Our reading, for pretrained softmax gates whose logits have no zero: R =
+gain * ReLU(p - theta) with a learned theta and gain a layer (`activation: scores`), theta from
+1/E, where an expert is as likely as any; and a larger first coefficient, as few steps follow.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.registry import ConfigModel
+
+
+class ReMoERouter(Router):
+    """An expert is used where its ReLU is above 0: k from 0 to E, every gradient exact."""
+
+    name: ClassVar[str] = "remoe"
+    coefficient: Tensor  # lambda of Eq. 8 as it stands
+
+    class Config(ConfigModel):
+        target_k: float | None = Field(
+            None, gt=0, description="mean k that the controller holds; default: the backbone's k"
+        )
+        activation: Literal["scores", "logits"] = Field(
+            "scores", description="logits: ReLU of the logits themselves (paper, from scratch)"
+        )
+        coefficient: float = Field(1e-6, gt=0, description="lambda_0 (paper: 1e-8)")
+        factor: float = Field(1.2, gt=1, description="alpha, by which lambda changes every step")
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        self.target_k = spec.top_k if config.target_k is None else config.target_k
+        if self.target_k >= spec.num_experts:
+            raise ConfigError(
+                f"model.router.target_k={self.target_k} must be below the backbone's "
+                f"{spec.num_experts} experts"
+            )
+        self.shift = Shift(1 / spec.num_experts) if config.activation == "scores" else None
+        self.register_buffer("coefficient", torch.tensor(config.coefficient))
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TE = logits_TE.softmax(-1)  # for its entropy, and for the ReLU of `scores`
+        weights_TE = logits_TE.relu() if self.shift is None else self.shift(scores_TE)
+        return Decision(scores_TE, weights_TE > 0, weights_TE)
+
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        """(1/T) sum_te f_e R_te with f_e = E / (k T) * tokens of e, k the target (Eq. 10)."""
+        valid_T = ctx.is_valid_T
+        count = valid_T.sum().clamp_min(1)
+        mask_TE, weights_TE = decision.mask_TE, decision.weights_TE
+        share_E = mask_TE.sum(0) * (self.spec.num_experts / (self.target_k * count))
+        mean_E = (weights_TE * mask_TE).sum(0) / count
+        sparsity = (share_E.to(mean_E.dtype) * mean_E).sum()
+        return {"sparsity": LossTerm(self.coefficient * sparsity, 1.0)}
+
+    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        return {"active": decision.mask_TE.sum(), "tokens": ctx.is_valid_T.sum()}
+
+    def after_step(self, upkeep: Upkeep) -> None:
+        """lambda goes up where more are active than should be, in the mean over all layers."""
+        mean_k = upkeep.model["active"] / upkeep.model["tokens"].clamp_min(1)
+        factor = self.config.factor if mean_k > self.target_k else 1 / self.config.factor
+        self.coefficient.mul_(factor)
+
+
+class Shift(nn.Module):
+    """gain * ReLU(p - theta), [T, E]; both learned, and positive."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.tensor([theta]).log())
+        self.log_gain = nn.Parameter(torch.zeros(1))
+
+    def forward(self, scores_TE: Tensor) -> Tensor:
+        return (scores_TE - self.log_theta.exp()).relu() * self.log_gain.exp()

@@ -1,0 +1,132 @@
+"""Commands in a row: a finished one is skipped when the row runs again, a changed one starts anew.
+
+An interrupted training step goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemoe_ds.config.load import read_recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `seconds` is what it takes on 2 CPU cores, for the estimate of what is left."""
+
+    name: str
+    command: tuple[str, ...]
+    output: Path  # what it makes; removed before the step starts anew
+    seconds: int
+    needs: tuple[str, ...] = ()  # steps whose outcome it reads
+    recipe: Path | None = None
+    resumable: bool = False  # continues by itself from what an interrupted try has left
+
+
+class Progress:
+    """What has been done, in `folder`: one small JSON a step, replaced atomically."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
+        self.folder = folder
+        self.fingerprints: dict[str, str] = {}
+        for step in steps:  # a step comes after those that it needs
+            parts = [*step.command, *(self.fingerprints[name] for name in step.needs)]
+            if step.recipe:
+                parts.append(json.dumps(read_recipe(step.recipe), sort_keys=True))
+            self.fingerprints[step.name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def is_done(self, step: Step) -> bool:
+        return self._state(step) == "done" and step.output.exists()
+
+    def begin(self, step: Step) -> None:
+        """Note the start; what an older try has left stays only if the step can continue it."""
+        if not (step.resumable and self._state(step) in ("started", "done")):
+            _remove(step.output)
+        self._write(step, "started")
+
+    def finish(self, step: Step) -> None:
+        self._write(step, "done")
+
+    def _state(self, step: Step) -> str | None:
+        """The state that was written for this very command and these inputs."""
+        try:
+            written = json.loads((self.folder / f"{step.name}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = written.get("fingerprint") == self.fingerprints[step.name]
+        return str(written.get("state")) if same else None
+
+    def _write(self, step: Step, state: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{step.name}.json"
+        fresh = path.with_suffix(".tmp")
+        record = {"state": state, "fingerprint": self.fingerprints[step.name]}
+        fresh.write_text(json.dumps(record | {"command": shlex.join(step.command)}))
+        os.replace(fresh, path)
+
+
+def run_steps(steps: Sequence[Step], progress: Progress) -> int:
+    """Run what is not done yet, in order; the exit code of the first step that fails, or 0."""
+    begun = time.monotonic()
+    todo = [step for step in steps if not progress.is_done(step)]
+    if len(todo) < len(steps):
+        print(f"== {len(steps) - len(todo)} of {len(steps)} steps are done already", flush=True)
+    for number, step in enumerate(todo, 1):
+        left = sum(later.seconds for later in todo[number - 1 :])
+        print(
+            f"\n== step {number} of {len(todo)}: {step.name} "
+            f"({_clock(time.monotonic() - begun)} so far, about {_clock(left)} left on 2 CPU cores)"
+            f"\n$ {shlex.join(step.command)}",
+            flush=True,
+        )
+        progress.begin(step)
+        try:
+            code = subprocess.run(step.command, env=_environment(step)).returncode
+        except KeyboardInterrupt:
+            print("\n== interrupted; run the same command to continue from here", flush=True)
+            return 130
+        if code != 0:
+            print(
+                f"== step {step.name} failed (exit code {code}); finished steps are kept, "
+                "run the same command to continue from here",
+                file=sys.stderr,
+                flush=True,
+            )
+            return code
+        progress.finish(step)
+    print(f"\n== all done in {_clock(time.monotonic() - begun)}", flush=True)
+    return 0
+
+
+def _environment(step: Step) -> dict[str, str]:
+    """This interpreter's programs first on the path; threads that do not fight over the cores."""
+    cores = os.cpu_count() or 1
+    ranks = int(step.command[2]) if step.command[0] == "deepspeed" else 1
+    defaults = {"OMP_NUM_THREADS": str(max(1, min(4, cores // ranks)))}
+    if not torch.cuda.is_available():
+        defaults["DS_ACCELERATOR"] = "cpu"  # DeepSpeed finds out by itself, with many warnings
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return defaults | os.environ | {"PATH": programs}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

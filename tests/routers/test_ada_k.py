@@ -1,0 +1,132 @@
+"""Ada-K by hand: warm start, sampled k, advantages, PPO's loss, and a reward that it learns."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gemoe_ds.moe.context import Rehearsal
+from gemoe_ds.moe.router import RoutingSpec
+from tests.routers.cases import make_context, make_router
+
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+TOKENS = 6
+
+
+def made(**options):
+    router = make_router("ada_k", {"warm_steps": 0} | options, SPEC).train()
+    return (
+        router,
+        torch.randn(TOKENS, 4),
+        make_context(torch.ones(2, TOKENS // 2, dtype=torch.bool)),
+    )
+
+
+def rehearse(router, x_TD, ctx, reward_T, is_scored_T):
+    """Both passes with the given gain of the sampled k over the default."""
+    kept = {}
+    for name in router.rehearsals():
+        ctx.rehearsal = name
+        with torch.no_grad():
+            router(x_TD, ctx)
+        kept[name] = dict(ctx.layers[0].keep)
+        ctx.layers[0].keep.clear()
+    ctx.rehearsal = None
+    zeros = torch.zeros_like(reward_T)
+    ctx.rehearsed = {
+        "sampled": Rehearsal(reward_T, is_scored_T, [kept["sampled"]]),
+        "default": Rehearsal(zeros, is_scored_T, [kept["default"]]),
+    }
+    return kept["sampled"]
+
+
+def test_sampled_k_is_replayed_and_the_default_is_the_backbone_s():
+    router, x_TD, ctx = made()
+    ctx.rehearsal = "default"
+    assert router(x_TD, ctx).token_ids_A.bincount().tolist() == [2] * TOKENS
+    ctx.rehearsal = None
+    everywhere = torch.ones(TOKENS, dtype=torch.bool)
+    sampled = rehearse(router, x_TD, ctx, torch.ones(TOKENS), everywhere)
+    plan = router(x_TD, ctx)
+    assert plan.token_ids_A.bincount().tolist() == (sampled["choice_T"] + 1).tolist()
+
+
+def test_without_advantage_only_the_regulariser_has_a_gradient():
+    router, x_TD, ctx = made()
+    everywhere = torch.ones(TOKENS, dtype=torch.bool)
+    rehearse(router, x_TD, ctx, torch.zeros(TOKENS), everywhere)
+    router(x_TD, ctx)
+    terms = ctx.layers[0].losses
+    (policy,) = torch.autograd.grad(
+        terms["policy"].value, router.allocator.weight, retain_graph=True
+    )
+    (regulariser,) = torch.autograd.grad(terms["expected_k"].value, router.allocator.weight)
+    assert not policy.any() and regulariser.any()
+    assert terms["expected_k"].weight == 3e-3
+
+
+def test_ppo_by_hand():
+    router, x_TD, ctx = made(gamma=0.5)
+    reward = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, 0.0])
+    scored = torch.tensor([True, True, False, True, False, False])
+    old = rehearse(router, x_TD, ctx, reward, scored)
+    with torch.no_grad():
+        router.allocator.weight.add_(torch.randn_like(router.allocator.weight) * 0.5)
+    router(x_TD, ctx)
+    log_p = (x_TD @ router.allocator.weight.t()).log_softmax(-1)
+    advantage = [1.0, -2.0, -0.5, 3.0, 3.0, 3.0]  # no target: the mean of the sequence's targets
+    total = 0.0
+    for t in range(TOKENS):
+        ratio = math.exp(log_p[t, old["choice_T"][t]].item() - old["log_p_T"][t].item())
+        clipped = min(max(ratio, 0.8), 1.2)
+        total += min(ratio * advantage[t], clipped * advantage[t])
+    value = ctx.layers[0].losses["policy"].value.item()
+    assert math.isclose(value, -total / TOKENS, rel_tol=1e-4)  # the last layer: no discount
+
+
+def test_warm_start_gives_the_mass_that_holds_the_default_k():
+    router, x_TD, ctx = made(warm_steps=1)
+    assert router.rehearsals() == ()
+    plan = router(x_TD, ctx)
+    assert plan.token_ids_A.bincount().tolist() == [2] * TOKENS
+    scores = (x_TD @ router.gate.weight.t()).softmax(-1)
+    wanted = router._warm_k(scores, ctx.is_valid_T)
+    assert abs(wanted.float().mean() - 2) <= 0.5 and wanted.unique().numel() > 1
+    log_p = (x_TD @ router.allocator.weight.t()).log_softmax(-1)
+    expected = -log_p.gather(1, wanted[:, None] - 1).mean()
+    torch.testing.assert_close(ctx.layers[0].losses["warm"].value, expected)
+    router.warm_left.zero_()
+    assert router.rehearsals() == ("sampled", "default")
+
+
+def test_at_inference_the_most_likely_k():
+    router, x_TD, ctx = made()
+    plan = router.eval()(x_TD, ctx)
+    expected = (x_TD @ router.allocator.weight.t()).argmax(1) + 1
+    assert plan.token_ids_A.bincount().tolist() == expected.tolist()
+
+
+def test_it_learns_what_is_rewarded():
+    """Tokens of one kind are rewarded for k = 1, those of the other for k = 4."""
+    router, _, _ = made(regulariser=0.0, credit="token")
+    torch.manual_seed(1)
+    kind = torch.arange(64) % 2
+    x_TD = torch.randn(64, 4) * 0.1
+    x_TD[:, 0] += torch.where(kind == 0, 1.0, -1.0)
+    ctx = make_context(torch.ones(1, 64, dtype=torch.bool))
+    everywhere = torch.ones(64, dtype=torch.bool)
+    optimizer = torch.optim.AdamW(router.allocator.parameters(), lr=0.05, weight_decay=0)
+    for _ in range(60):
+        kept = rehearse(router, x_TD, ctx, torch.zeros(64), everywhere)
+        k = kept["choice_T"] + 1
+        reward = torch.where(kind == 0, 2.0 - k, k - 3.0)
+        ctx.rehearsed["sampled"] = Rehearsal(reward, everywhere, [kept])
+        for _ in range(2):
+            router(x_TD, ctx)
+            optimizer.zero_grad()
+            ctx.layers[0].losses["policy"].value.backward()
+            optimizer.step()
+    ctx.rehearsed = {}
+    k = router.eval()(x_TD, ctx).token_ids_A.bincount(minlength=64)
+    assert k[kind == 0].float().mean() < 1.2 and k[kind == 1].float().mean() > 3.8

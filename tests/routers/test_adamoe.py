@@ -1,0 +1,85 @@
+"""AdaMoE by hand: nulls take choices away, share their load, and weigh nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from tests.routers.cases import make_context, make_router
+
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+
+
+def routed(probabilities, **options):
+    p_TN = torch.tensor(probabilities)
+    router = make_router("adamoe", {"nulls": 2} | options, SPEC)
+    ctx = make_context(torch.ones(1, len(p_TN), dtype=torch.bool))
+    return router, ctx, router.select(p_TN.log(), torch.randn(len(p_TN), 4), ctx)
+
+
+TOKENS = [
+    [0.3, 0.1, 0.05, 0.05, 0.4, 0.1],  # one true, one null
+    [0.1, 0.05, 0.05, 0.1, 0.3, 0.4],  # both null
+    [0.4, 0.3, 0.1, 0.1, 0.05, 0.05],  # both true
+]
+
+
+def test_nulls_leave_fewer_true_experts():
+    router, _, decision = routed(TOKENS)
+    assert router.split(decision.mask_TE)[0].sum(1).tolist() == [1, 0, 2]
+    assert router.plan(decision).token_ids_A.tolist() == [0, 2, 2]
+    assert router.free_output(torch.randn(3, 4), decision) is None
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ("sum", [1.0, 4 / 7, 3 / 7]),  # over the chosen true ones
+        ("all", [3 / 7, 4 / 7, 3 / 7]),  # over all chosen
+        ("none", [0.3 / 0.5, 0.4 / 0.9, 0.3 / 0.9]),  # softmax over the true ones
+        ("backbone", [0.3 / 0.5, 0.4 / 0.9, 0.3 / 0.9]),
+    ],
+)
+def test_weights(how, expected):
+    router, _, decision = routed(TOKENS, renormalise=how)
+    weights_TE, mask_TE = router.split(decision.weights_TE)[0], router.split(decision.mask_TE)[0]
+    torch.testing.assert_close(weights_TE[mask_TE], torch.tensor(expected))
+
+
+def test_balance_counts_nulls_as_their_mean():
+    """N sum f~ P over tokens 0..2: true f = 2/3, 1/3, 0, 0; nulls 2/3 and 1/3, so 1/2 each."""
+    router, ctx, decision = routed(TOKENS)
+    p_N = torch.tensor(TOKENS).mean(0)
+    share_N = torch.tensor([2 / 3, 1 / 3, 0, 0, 1 / 2, 1 / 2])
+    value = router.losses(decision, decision.scores_TE.log(), ctx)["load_balance"].value
+    assert math.isclose(value.item(), 0.02 * 6 * (share_N @ p_N).item(), rel_tol=1e-5)
+
+
+def test_perfect_balance_gives_alpha_times_k():
+    p_TN = torch.full((6, 6), 0.1) + 0.2 * (torch.eye(6) + torch.eye(6).roll(1, 1))
+    router, ctx, decision = routed((p_TN / p_TN.sum(1, keepdim=True)).tolist())
+    value = router.losses(decision, decision.scores_TE.log(), ctx)["load_balance"].value
+    assert math.isclose(value.item(), 0.02 * 2, rel_tol=1e-5)
+
+
+def test_null_rows_start_as_copies_of_true_ones():
+    router = make_router("adamoe", {}, SPEC)
+    rows = {tuple(row.tolist()) for row in router.gate.weight}
+    assert all(tuple(row.tolist()) in rows for row in router.free_gate.weight)
+
+
+def test_coefficient_falls_at_half_time():
+    router = make_router("adamoe", {}, SPEC)
+    for step, expected in ((4, 0.02), (5, 1e-4)):
+        router.after_step(Upkeep(step, 10, {}, {}, None, None, None))
+        assert math.isclose(router.balance.item(), expected, rel_tol=1e-6)
+
+
+def test_more_choices_than_there_are():
+    with pytest.raises(ConfigError, match="exceeds 4 experts"):
+        make_router("adamoe", {"nulls": 1, "k": 6}, SPEC)

@@ -1,0 +1,228 @@
+"""What every registered router keeps to, whatever it does: a new one is held to it by its name."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from gemoe_ds.engine.checkpoint import load_trained
+from gemoe_ds.moe.router import Router
+from tests.helpers import repository, run_ranks
+from tests.routers.cases import (
+    TRAIN,
+    VARIANTS,
+    all_variants,
+    case_id,
+    make_context,
+    make_router,
+    ragged_tokens,
+)
+from tests.tiny import make_model, random_batch, write_base
+from tests.train.resuming import BOUND, losses, make_config, train_all, write_setting
+
+every_variant = pytest.mark.parametrize("case", all_variants(), ids=case_id)
+VALID = torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@every_variant
+@pytest.mark.parametrize("seed", range(4))
+def test_plan(case, seed):
+    """Float32 weights that are finite and not negative, k within its bound, padding left alone."""
+    router = make_router(*case)
+    for mode in (True, False):
+        router.train(mode)
+        x_TD, ctx = ragged_tokens(seed)
+        decision, logits_TN = router.decide(x_TD.bfloat16(), ctx)
+        router.record(decision, logits_TN, ctx)
+        width = router.spec.num_experts + len(router.free.kinds if router.free else ())
+        shape = (x_TD.shape[0], width)
+        assert decision.mask_TE.shape == decision.weights_TE.shape == logits_TN.shape == shape
+        assert decision.mask_TE.dtype == torch.bool
+        assert decision.weights_TE.dtype == logits_TN.dtype == torch.float32
+        used = decision.weights_TE[decision.mask_TE]
+        assert torch.isfinite(used).all() and (used >= 0).all()
+        assert not decision.mask_TE[~ctx.is_valid_T].any()
+        assert router.split(decision.mask_TE)[0].sum(1).max() <= router.max_k
+        assert math.isclose(decision.scores_TE.detach().sum(1).min(), 1, rel_tol=1e-4)
+
+
+@every_variant
+def test_padding_changes_nothing(case):
+    """Tokens that are not valid may hold anything: choices, weights, losses, counts stay."""
+    router = make_router(*case).train()
+    x_TD, ctx = ragged_tokens(1)
+    outcomes = []
+    for filling in (0.0, 100.0):
+        x_TD = torch.where(ctx.is_valid_T[:, None], x_TD, filling)
+        plan = router(x_TD, ctx)
+        record = ctx.layers[0]
+        outcomes.append(
+            [plan.token_ids_A, plan.weights_A, *(t.value for t in record.losses.values())]
+            + list(record.tally.values())
+        )
+    for first, second in zip(*outcomes, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+@every_variant
+def test_no_token_at_all(case):
+    """Only padding, and an empty batch: finite losses, and a gradient for every parameter."""
+    for tokens in (0, 5):
+        router = make_router(*case).train()
+        ctx = make_context(torch.zeros(1, tokens, dtype=torch.bool))
+        plan = router(torch.randn(tokens, 16), ctx)
+        assert plan.token_ids_A.numel() == 0
+        total = plan.weights_A.sum() + sum(
+            t.value * t.weight for t in ctx.layers[0].losses.values()
+        )
+        assert torch.isfinite(total)
+        if total.requires_grad:
+            total.backward()
+        for name, parameter in router.named_parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+def loss_and_grads(model, seed=3, **kwargs):
+    batch = random_batch(seed, batch=3)
+    model.train()
+    torch.manual_seed(0)
+    rehearsed = model(**batch, rehearse=True) if model.rehearsals else None
+    loss = model(**batch, rehearsed=rehearsed)["loss"]
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.trainable().items()}
+
+
+@every_variant
+def test_gradients_are_finite_and_survive_recomputation(case, base):
+    train = TRAIN.get(case[0], "routers")
+    plain = loss_and_grads(make_model(base, *case, train=train))
+    again = loss_and_grads(make_model(base, *case, train=train, recompute=True))
+    torch.testing.assert_close(again[0], plain[0])
+    for name, grad in plain[1].items():
+        assert grad is not None, f"{name} trains and has no gradient"
+        assert torch.isfinite(grad).all(), name
+        torch.testing.assert_close(again[1][name], grad, msg=name)
+    assert any(grad.any() for grad in plain[1].values())
+
+
+@every_variant
+def test_evaluation_is_deterministic_and_draws_nothing(case, base):
+    model = make_model(base, *case).eval()
+    batch = random_batch(5)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, second = (model(**batch)["lm"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def runs_of(name: str, options: dict, setting, root) -> dict[str, object]:
+    """One rank as the reference; two that share the experts; two under ZeRO 3 from its middle."""
+
+    def config(output, ep_size, zero, **changes):
+        return make_config(
+            setting,
+            root / f"{case_id((name, options))}-{output}",
+            model__router={"name": name, **options},
+            model__train=TRAIN.get(name, "routers"),
+            optim={"lr": 1e-2, "eps": 1e-3, "warmup_steps": 1},
+            train={"steps": 6, "micro_batch": 1, "global_batch": 4},
+            parallel__ep_size=1 if name in TRAIN else ep_size,
+            deepspeed=str(repository() / f"ds_configs/zero{zero}.json"),
+            **changes,
+        )
+
+    middle = root / f"{case_id((name, options))}-shared/checkpoints/step-000003"
+    return {
+        "alone": config("alone", 1, 0),
+        "shared": config("shared", 2, 2),
+        "resumed": config("resumed", 1, 3, resume=str(middle)),
+    }
+
+
+# One variant of each: the one with the most that must survive.
+TRAINED = [
+    (
+        name,
+        {"dynmoe": VARIANTS["dynmoe"]["scores"], "ada_k": VARIANTS["ada_k"]["default"]}.get(
+            name, {}
+        ),
+    )
+    for name in Router.names()
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Every router trained in each of the ways of `runs_of`."""
+    root = tmp_path_factory.mktemp("contract")
+    setting = write_setting(root)
+    runs = {name: runs_of(name, options, setting, root) for name, options in TRAINED}
+    alone = [of["alone"] for of in runs.values()]
+    two = [of[way] for of in runs.values() for way in ("shared", "resumed")]
+    assert run_ranks(train_all, 1, alone, timeout=200) == [None]
+    assert run_ranks(train_all, 2, two, timeout=280) == [None, None]
+    return setting, runs
+
+
+@pytest.mark.parametrize("name", Router.names())
+def test_training_over_ranks_equals_one(trained, name):
+    """EP 2 and ZeRO 2 give the losses of one process; ZeRO 3 goes on from their checkpoint."""
+    of = {way: losses(path_of(config)) for way, config in trained[1][name].items()}
+    assert sorted(of["alone"]) == [1, 2, 3, 4, 5, 6] and sorted(of["resumed"]) == [4, 5, 6]
+    for way in ("shared", "resumed"):
+        for step, loss in of[way].items():
+            assert math.isclose(loss, of["alone"][step], rel_tol=BOUND), (way, step)
+
+
+@pytest.mark.parametrize("name", Router.names())
+def test_what_trains_moves_and_all_state_is_stored(trained, name, base):
+    setting, runs = trained
+    config = runs[name]["shared"]
+    model = make_model(
+        (setting["hf"], setting["tokenizer"]),
+        name,
+        config.model.router.config.model_dump(),
+        train=config.model.train,
+    )
+    stored = load_trained(path_of(config) / "checkpoints/step-000006")
+    assert set(stored) == set(model.trainable()) | set(model.router_state())
+    still = [n for n, p in model.trainable().items() if torch.equal(stored[n], p.detach())]
+    assert not still, "these train and have not moved"
+    assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+
+
+def path_of(config):
+    from pathlib import Path
+
+    return Path(config.output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", Router.names())
+def test_two_hundred_steps(name, tmp_path):
+    """No NaN, no hang, nothing that trains stands still, on two ranks that share the experts."""
+    setting = write_setting(tmp_path)
+    config = make_config(
+        setting,
+        tmp_path / "run",
+        model__router={"name": name},
+        model__train=TRAIN.get(name, "routers"),
+        parallel__ep_size=1 if name in TRAIN else 2,
+        train={"steps": 200, "micro_batch": 2},
+        checkpoint={"every": 0, "keep": 1},
+        deepspeed=str(repository() / "ds_configs/zero2.json"),
+    )
+    assert run_ranks(train_all, 2, [config], timeout=600) == [None, None]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    values = [json.loads(line) for line in lines]
+    assert values[-1]["skipped_steps"] == 0
+    assert all(math.isfinite(line["loss/total"]) for line in values)

@@ -1,0 +1,118 @@
+"""DynMoE by hand: thresholds, straight-through gradients, closing and opening experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.upkeep import Upkeep
+from tests.routers.cases import make_context, make_router
+
+SPEC = RoutingSpec(d_model=3, num_experts=3, top_k=1, renormalise=False)
+PAPER = {"start_k": "half"}
+
+
+def made(tokens, **options):
+    router = make_router("dynmoe", PAPER | options, SPEC).train()
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(3))  # similarity with an axis
+    x_TD = torch.tensor(tokens)
+    return router, x_TD, make_context(torch.ones(1, len(tokens), dtype=torch.bool))
+
+
+def assign_(parameter, value):
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def upkeep(router, ctx, step=1):
+    layer = {n: t.double() for n, t in ctx.layers[0].tally.items()}
+    router.after_step(Upkeep(step, 10, layer, layer, assign_, lambda p: p.detach(), None))
+
+
+def test_experts_with_a_positive_similarity_share_the_token():
+    router, x_TD, ctx = made([[1.0, 2.0, -1.0], [-1.0, -1.0, 1.0], [-1.0, -2.0, -3.0]])
+    plan = router(x_TD, ctx)
+    assert plan.token_ids_A.tolist() == [0, 0, 1]
+    assert plan.tokens_per_expert_E.tolist() == [1, 1, 1]
+    torch.testing.assert_close(plan.weights_A.detach(), torch.tensor([0.5, 0.5, 1.0]))
+
+
+def test_at_inference_the_best_one_takes_what_nobody_wants():
+    router, x_TD, ctx = made([[-1.0, -2.0, -3.0]])
+    assert router(x_TD, ctx).token_ids_A.numel() == 0
+    plan = router.eval()(x_TD, ctx)
+    assert plan.tokens_per_expert_E.tolist() == [1, 0, 0]
+    assert plan.weights_A.tolist() == [1.0]
+
+
+def test_half_of_the_experts_at_first():
+    spec = RoutingSpec(64, 64, 8, False)
+    router = make_router("dynmoe", PAPER, spec).train()
+    ctx = make_context(torch.ones(1, 500, dtype=torch.bool))
+    mean_k = router(torch.randn(500, 64), ctx).token_ids_A.numel() / 500
+    assert 30 < mean_k < 34
+
+
+def test_start_k_is_reached_after_the_first_step():
+    spec = RoutingSpec(64, 64, 8, False)
+    router = make_router("dynmoe", {}, spec).train()
+    ctx = make_context(torch.ones(1, 500, dtype=torch.bool))
+    x_TD = torch.randn(500, 64)
+    router(x_TD, ctx)
+    upkeep(router, ctx)
+    plan = router(x_TD, ctx)
+    assert math.isclose(plan.token_ids_A.numel() / 500, 8, rel_tol=0.02)
+    assert plan.tokens_per_expert_E.max() <= 64, "each expert has its share"
+
+
+def test_gradient_reaches_chosen_experts_only():
+    """The weight moves with the margin by 1/k for chosen ones, as if sign were linear."""
+    router, x_TD, ctx = made([[1.0, 2.0, -1.0]], temperature=1.0)
+    router(x_TD, ctx).weights_A.sum().backward()
+    slope = -torch.tensor(0.25)  # of sigmoid at G = 0
+    torch.testing.assert_close(
+        router.threshold.value_E.grad, torch.tensor([slope / 2, slope / 2, 0.0])
+    )
+    assert not router.gate.weight.grad[2].any() and router.gate.weight.grad[:2].any()
+
+
+def test_losses_by_hand():
+    router, x_TD, ctx = made([[1.0, 2.0, -1.0]])
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 0, 3]]))
+    router(x_TD, ctx)
+    terms = ctx.layers[0].losses
+    # unit rows have one inner product, 1/sqrt 2, twice in the matrix
+    assert math.isclose(terms["diversity"].value.item(), 1.0, rel_tol=1e-5)
+    mean_length = (2 + math.sqrt(2) + 3) / 3
+    assert math.isclose(terms["simplicity"].value.item(), mean_length, rel_tol=1e-5)
+
+
+def test_idle_experts_close_and_the_first_opens_for_the_unserved():
+    """Expert 1 is idle; the third token has no expert: row 1 becomes its direction."""
+    tokens = [[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0], [-1.0, -2.0, -2.0]]
+    router, x_TD, ctx = made(tokens, adapt="close", adapt_every=2)
+    for step in (1, 2):
+        router(x_TD, ctx)
+        upkeep(router, ctx, step)
+    assert router.is_open_E.tolist() == [1, 0, 1]
+    assert router(
+        torch.tensor([[0.1, 5.0, 0.1]]), make_context(torch.ones(1, 1, dtype=torch.bool))
+    ).tokens_per_expert_E.tolist() == [1, 0, 1]
+
+    router, x_TD, ctx = made(tokens, adapt="both", adapt_every=1)
+    router(x_TD, ctx)
+    upkeep(router, ctx, 1)
+    assert router.is_open_E.tolist() == [1, 1, 1]
+    torch.testing.assert_close(router.gate.weight[1].detach(), torch.tensor([-1.0, -2.0, -2.0]) / 3)
+    assert 2 in router(x_TD, ctx).token_ids_A.tolist(), "now it has one"
+
+
+def test_weights_on_the_backbone_s_scale():
+    router, x_TD, ctx = made([[1.0, 2.0, -1.0]], weights="scores")
+    plan = router(x_TD, ctx)
+    p = torch.tensor([1.0, 2.0, -1.0]).softmax(0)
+    torch.testing.assert_close(plan.weights_A.detach(), p[:2])
