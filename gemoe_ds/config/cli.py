@@ -117,6 +117,8 @@ def _type_name(annotation: Any) -> str:
         return "null"
     arguments = get_args(annotation)
     if not arguments:
+        if annotation is Ellipsis:  # tuple[X, ...]
+            return "..."
         return annotation if isinstance(annotation, str) else str(annotation.__name__)
     if get_origin(annotation) is Annotated:
         return _type_name(arguments[0])
