@@ -156,7 +156,8 @@ def _cost(data: Row) -> list[str]:
             head = [row["backbone"], str(row["ep"]), str(row["gpus"])]
             projected.append([*head, *times, f"{row['speed_up']:.2f}"])
     fitted = (
-        f"Fitted on EP 1 and 2 of this host: {machine['flops_per_s'] / 1e9:.0f} GFLOP/s, "
+        "Fitted on EP 1 and 2 of this host, lower quartiles: "
+        f"{machine['flops_per_s'] / 1e9:.0f} GFLOP/s, "
         f"{1e9 * machine['fixed_s_per_token']:.0f} ns a token whatever its k, "
         f"{1e6 * machine['alpha_s']:.0f} us a message, {machine['bytes_per_s'] / 1e9:.2f} GB/s for "
         "all ranks together. What is marked *check* was not used in the fit."

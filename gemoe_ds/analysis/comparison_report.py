@@ -36,11 +36,10 @@ def render_comparison(comparison: Comparison) -> str:
 
 def verdicts(comparison: Comparison) -> list[str]:
     """What the comparison set out to find, and what came out."""
-    (gemoe,) = comparison.of("gemoe")
     rivals = comparison.rivals()
     best = rivals[0]
     names = ", ".join(f"{g.label} {_score(g)} at {_k(g)}" for g in rivals)
-    if best is gemoe:
+    if best.method == "gemoe":
         first = (
             "**GeMoE has the best average of the dynamic methods at its mean k or below** "
             f"({names})"

@@ -3,8 +3,9 @@
     t(layer) = fixed * tokens + FLOPs / rate + messages * alpha + bytes / beta
 
 fitted on measured rows of EP 1 (fixed, rate) and EP 2 (alpha, beta), checked on EP 4, then used
-for GPUs whose figures come from data sheets. A token's row crosses to a rank once: the number of
-pairs is that of ranks that hold at least one of its k experts.
+for GPUs whose figures come from data sheets. Measured: the lower quartile of the rounds. A token's
+row crosses to a rank once: the number of pairs is that of ranks that hold at least one of its k
+experts.
 
 Assumptions: experts are loaded evenly, exchanges do not overlap with anything (no shared experts),
 ranks on one host share its cores and its memory bus, one rank a GPU.
@@ -89,26 +90,32 @@ def fit(rows: list[Row], layer: Layer) -> Machine:
         (PRODUCTS[r["mode"]] * np.array([r["tokens"], layer.flops(r["tokens"], r["mean_k"])]), r)
         for r in of_ours(rows, "layer", 1)
     ]
-    fixed, per_flop = _least_squares(compute, [r["ms"] / 1e3 for _, r in compute])
+    fixed, per_flop = _least_squares(compute, [seconds_of(r) for _, r in compute])
     alone = Machine(fixed, 1 / per_flop, 0.0, np.inf, shared=True)
     messages, rest = [], []
     for r in of_ours(rows, "ep", 2):
         t, k, mode = r["tokens"], r["mean_k"], r["mode"]
         unknowns = [EXCHANGES[mode], 2 * TRIPS[mode] * layer.bytes(t, k, 2)]
         messages.append((np.array(unknowns, dtype=float), r))
-        rest.append(max(r["ms"] / 1e3 - alone.seconds(layer, t, k, 2, mode), 0.0))
+        rest.append(max(seconds_of(r) - alone.seconds(layer, t, k, 2, mode), 0.0))
     alpha, per_byte = _least_squares(messages, rest)
     return Machine(fixed, 1 / per_flop, alpha, 1 / max(per_byte, 1e-15), shared=True)
 
 
 def _least_squares(equations: list[tuple[Any, Row]], seconds: list[float]) -> tuple[float, float]:
     """Non-negative, every equation weighed by what was measured: relative errors count."""
-    weights = 1 / np.array([r["ms"] / 1e3 for _, r in equations])
+    weights = 1 / np.array([seconds_of(r) for _, r in equations])
     matrix = np.stack([unknowns for unknowns, _ in equations]) * weights[:, None]
     scale = matrix.max(0)
     scale[scale == 0] = 1
     first, second = nnls(matrix / scale, np.array(seconds) * weights)[0] / scale
     return float(first), float(second)
+
+
+def seconds_of(row: Row) -> float:
+    """The lower quartile: what else runs on a machine only ever adds time."""
+    low: float = row["quartiles_ms"][0]
+    return low / 1e3
 
 
 def of_ours(rows: list[Row], suite: str, ep: int) -> list[Row]:
@@ -136,7 +143,7 @@ def compare(machine: Machine, rows: list[Row], layer: Layer) -> list[Row]:
 
 
 def _compared(row: Row, predicted: float, of: str) -> Row:
-    measured = row["ms"] / 1e3
+    measured = seconds_of(row)
     return {
         **{key: row[key] for key in ("ep", "mode", "mean_k", "tokens")},
         "of": of,

@@ -45,7 +45,7 @@ def export(
         save_file(_router_tensors(model), folder / ROUTERS)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         router_module = type(model.moe_layers[0].router).__module__
-        write_sources(folder, config["architectures"][0], router_module)
+        write_sources(folder, type(model.hf), router_module)
         config["gemoe"] = {"router": router, "blocks": _blocks(model)}
         config["auto_map"] = {
             "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"

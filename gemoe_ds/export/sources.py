@@ -13,16 +13,23 @@ from pathlib import Path
 PACKAGE = "gemoe_ds"
 ROOT = Path(__file__).resolve().parents[1]
 MODELING = f"{PACKAGE}.export.modeling"
-STOCK = "LlavaForConditionalGeneration as Stock"
+STOCK = "from transformers import LlavaForConditionalGeneration as Stock"
 
 
-def write_sources(out: Path, architecture: str, router_module: str) -> None:
-    """modeling_gemoe.py and what it and the router import, into `out`."""
-    for module in closure([MODELING, router_module]):
-        text = rewritten(_path(module).read_text(encoding="utf-8"))
+def write_sources(out: Path, model_class: type, router_module: str) -> None:
+    """modeling_gemoe.py and what it, the router and the model import, into `out`.
+
+    `model_class` is of transformers, or of a module here that imports nothing else of the package.
+    """
+    place = model_class.__module__ if model_class.__module__.startswith(PACKAGE) else "transformers"
+    own = [place] if place != "transformers" else []
+    for module in closure([MODELING, router_module, *own]):
+        text = _path(module).read_text(encoding="utf-8")
         if module == MODELING:
             assert STOCK in text
-            text = text.replace(STOCK, f"{architecture} as Stock")
+            text = text.replace(STOCK, f"from {place} import {model_class.__name__} as Stock")
+        text = rewritten(text)
+        if module == MODELING:
             name = flat(router_module)
             text += f"\n\nfrom .{name} import __name__ as _registered  # noqa: E402\n"
         file = "modeling_gemoe.py" if module == MODELING else f"{flat(module)}.py"

@@ -60,9 +60,9 @@ def test_mean_and_sample_standard_deviation_over_seeds() -> None:
 
 
 def test_a_method_that_is_not_known_here_is_shown_by_its_name() -> None:
-    other = record("dynmoe", None, {"count": 0.9, "fact": 0.7}, mean_k_per_layer=(4, 6))
+    other = record("mine", None, {"count": 0.9, "fact": 0.7}, mean_k_per_layer=(4, 6))
     results = build_results([other, TOP_8], command="")
-    assert [group.label for group in results.groups] == ["Top-8", "dynmoe"]
+    assert [group.label for group in results.groups] == ["Top-8", "mine"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,43 @@ def test_flips_against_float32_are_counted(setting, tmp_path, dtype):
     assert dtype == "bfloat16" or shares == [0.0, 0.0]
 
 
+def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
+    """--mean-k 2.5 on the data of the evaluation; then the printed shift as an override."""
+    run = tmp_path / "run"
+    config = make_config(setting, run, parallel__ep_size=1)
+    assert run_ranks(train_all, 1, [config]) == [None]
+    command = [sys.executable, repository() / "launch/evaluate.py", run / "config.yaml"]
+    command += ["--trained", run, "--data", setting["data"]]
+    budgets = ["--out", tmp_path / "out", "--mean-k", "2.5", "3"]
+    done = subprocess.run([*command, *budgets], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    settings = [w for w in done.stdout.split() if w.startswith("model.router.k_")]
+    assert len(settings) == 4
+    for index, target in enumerate((2.5, 3.0)):
+        record = json.loads((tmp_path / f"out/mean_k_{target:g}/eval.json").read_text())
+        assert record["mean_k"] == pytest.approx(target, rel=0.02)
+        assert record["budget_k"] == target and record["k"] is None
+        again = [*command, *settings[2 * index : 2 * index + 2], "--out", tmp_path / "again"]
+        done = subprocess.run(again, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        same = json.loads((tmp_path / "again/eval.json").read_text())
+        assert same["mean_k_per_layer"] == record["mean_k_per_layer"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--k", "2", "--mean-k", "3"], "--mean-k goes with --trained RUN"),
+        (["--trained", "run", "--mean-k", "3", "--name", "My name"], "lower case letters"),
+    ],
+)
+def test_wrong_options_are_refused(options, message, setting, tmp_path):
+    command = [sys.executable, repository() / "launch/evaluate.py", "unused.yaml", *options]
+    command += ["--data", setting["data"], "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr
+
+
 def test_flips_of_a_static_k_are_refused(setting, tmp_path):
     command = [sys.executable, repository() / "launch/evaluate.py", "unused.yaml", "--k", "2"]
     command += ["--data", setting["data"], "--out", tmp_path / "out", "--flips"]

@@ -1,0 +1,87 @@
+"""A budget is met by one shift or one factor for the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.evaluation.budget import TOLERANCE, meet_budget
+from gemoe_ds.moe.router import RoutingSpec
+from tests.routers.cases import make_context, make_router
+
+TOKENS = 4000
+SPEC = RoutingSpec(d_model=16, num_experts=64, top_k=8, renormalise=False)
+
+
+def model(layers=3, **options):
+    """Routers whose expected k differ from layer to layer, and the mean k of the lot."""
+    routers = [make_router("gemoe", options, SPEC, seed=layer) for layer in range(layers)]
+    for layer, router in enumerate(routers):
+        with torch.no_grad():
+            router.eap.weight.mul_(1 + 2 * layer)
+    x_TD = torch.randn(TOKENS, 16)
+    ctx = make_context(torch.ones(1, TOKENS, dtype=torch.bool))
+
+    def k_LT():
+        with torch.no_grad():
+            return torch.stack([r.decide(x_TD, ctx)[0].mask_TE.sum(1) for r in routers])
+
+    return routers, k_LT
+
+
+@pytest.mark.parametrize("how", ["shift", "scale"])
+@pytest.mark.parametrize("target", [1.5, 3.0, 4.0, 6.2, 7.5])
+def test_target_is_met(target, how):
+    routers, k_LT = model()
+    found = meet_budget(routers, target, lambda: k_LT().double().mean().item(), how)
+    assert k_LT().double().mean().item() == pytest.approx(target, rel=TOLERANCE)
+    assert found.mean_k == pytest.approx(target, rel=TOLERANCE) and found.passes <= 12
+    assert {r.k_shift for r in routers} == {found.k_shift}
+    assert {r.k_scale for r in routers} == {found.k_scale}
+    assert (found.k_scale == 1) == (how == "shift") and (found.k_shift == 0) == (how == "scale")
+
+
+def test_tokens_and_layers_keep_their_order():
+    routers, k_LT = model()
+    before = k_LT()
+    meet_budget(routers, 3.0, lambda: k_LT().double().mean().item())
+    after = k_LT()
+    assert (after <= before).all()
+    for first, second in zip(before, after, strict=True):
+        order = first.argsort(stable=True)
+        grouped = [second[first == k].double().mean() for k in first.unique()]
+        assert grouped == sorted(grouped) and order.numel() == TOKENS
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0, 8.0, 9.0])
+def test_out_of_reach(target):
+    routers, k_LT = model()
+    with pytest.raises(ConfigError, match="k goes from 1 to 8"):
+        meet_budget(routers, target, lambda: k_LT().double().mean().item())
+
+
+def test_other_routers_have_nothing_to_move():
+    with pytest.raises(ConfigError, match="'top_k' predicts no k"):
+        meet_budget([make_router("top_k", {})], 3.0, lambda: 4.0)
+
+
+def test_training_loss_pulls_the_model_to_its_budget():
+    """The mean over layers goes to 3, while the monotonic loss keeps the order."""
+    routers, _ = model(budget_k=3.0, monotonic_weight=0.1)
+    for slot, router in enumerate(routers):
+        router.spec = RoutingSpec(16, 64, 8, False, slot)
+    x_TD = torch.randn(500, 16)
+    ctx = make_context(torch.ones(1, 500, dtype=torch.bool), layers=3)
+    params = [p for r in routers for p in r.eap.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=0.05, weight_decay=0)
+    for _ in range(150):
+        for router in routers:
+            router(x_TD, ctx)
+        terms = ctx.mean_losses()
+        assert len([r for r in ctx.layers if "budget" in r.losses]) == 1, "one budget for all"
+        sum(t.weight * t.value for t in terms.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mean_k = sum(r.predict_k(x_TD).mean() for r in routers) / 3
+    assert mean_k.item() == pytest.approx(3.0, abs=0.1)

@@ -1,0 +1,68 @@
+"""launch/compare.py: the grid's rows are valid routers, its commands those that it lists."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gemoe_ds.config import load_config
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import Router
+from launch.compare import GRID, Grid, compare_steps
+from tests.helpers import repository
+
+
+@pytest.fixture
+def grid():
+    return Grid.read(repository() / GRID, (0, 1, 2), None)
+
+
+def test_every_method_of_the_field_is_in_it(grid):
+    compared = {router["name"] for router in grid.methods.values()}
+    assert compared == set(Router.names()) - {"evolve"}, "a new router gets a row in the grid"
+
+
+def test_rows_differ_in_the_router_alone(grid, monkeypatch):
+    monkeypatch.chdir(repository())
+    base = load_config("launch/recipes/demo_gemoe.yaml", []).model_dump()
+    for router in grid.methods.values():
+        override = f"model.router={yaml.safe_dump(router, default_flow_style=True).strip()}"
+        made = load_config("launch/recipes/demo_gemoe.yaml", [override]).model_dump()
+        made["model"]["router"] = base["model"]["router"]
+        assert made == base
+
+
+def test_steps_train_and_score_every_row_once(grid, tmp_path):
+    steps = compare_steps(grid, 2, tmp_path, [])
+    names = [step.name for step in steps]
+    assert len(names) == len(set(names))
+    for name, seed in grid.runs():
+        assert {f"compare_{name}_seed_{seed}", f"evaluate_compare_{name}_seed_{seed}"} <= set(names)
+    assert names[-1] == "report" and set(steps[-1].needs) <= set(names)
+    assert all(need in names[: names.index(step.name)] for step in steps for need in step.needs)
+    tuned = next(step for step in steps if step.name == "evaluate_compare_top_k_5_seed_0")
+    assert tuned.command[tuned.command.index("--name") + 1] == "top_k_tuned"
+
+
+def test_some_methods_only():
+    some = Grid.read(repository() / GRID, (0,), ["gemoe", "remoe"])
+    assert list(some.methods) == ["remoe", "gemoe"] and list(some.budgets) == ["gemoe"]
+    with pytest.raises(ConfigError, match="--methods nothing: not in .*; there are: top_k_8"):
+        Grid.read(repository() / GRID, (0,), ["nothing"])
+
+
+def test_list_prints_and_runs_nothing():
+    done = subprocess.run(
+        [sys.executable, "launch/compare.py", "--list", "--methods", "gemoe", "--seeds", "0"],
+        cwd=repository(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1].startswith("python launch/compare.py --report")
+    assert sum("launch/train.py" in line for line in lines) == 3, "pretrain, anneal, gemoe"
+    assert any("--mean-k 3 4 5 6 7" in line for line in lines)
