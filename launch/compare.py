@@ -38,7 +38,7 @@ SECONDS = {"ada_k": 220}  # of training on 2 CPU cores; the others take about 65
 
 @dataclass(frozen=True)
 class Grid:
-    """The methods' routers by name of the row, and budgets for trained ones."""
+    """Routers and their learning rates by name of the row, and budgets for trained ones."""
 
     methods: dict[str, dict]
     budgets: dict[str, list[float]]
@@ -72,7 +72,11 @@ def compare_steps(grid: Grid, num_ranks: int, out: Path, report: Sequence[str]) 
     scored = ["evaluate_static"]
     for name, seed in grid.runs():
         run, label = folder_of(name, seed), f"compare_{name}_seed_{seed}"
-        router = yaml.safe_dump(grid.methods[name], default_flow_style=True, width=1000).strip()
+        row = grid.methods[name]
+        router = yaml.safe_dump(row["router"], default_flow_style=True, width=1000).strip()
+        overrides = [f"model.router={router}"]
+        if "predictor_lr" in row:
+            overrides.append(f"optim.predictor_lr={row['predictor_lr']}")
         steps.append(
             train_step(
                 label,
@@ -82,7 +86,7 @@ def compare_steps(grid: Grid, num_ranks: int, out: Path, report: Sequence[str]) 
                 SECONDS.get(name, 65),
                 needs=("anneal",),
                 seed=seed,
-                overrides=[f"model.router={router}"],
+                overrides=overrides,
             )
         )
         method = "top_k_tuned" if name.startswith("top_k_") else name
