@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds test test-slow test-gpu parity resume bench check format setup clean
+.PHONY: demo demo-seeds compare test test-slow test-gpu parity resume bench check format setup clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -30,6 +30,10 @@ demo: setup
 # The GeMoE row with three seeds, on the same pretrained model; the report goes to results/demo.
 demo-seeds: setup
 	@$(BIN)/python launch/demo.py --seeds 0 1 2 --report results/demo
+
+# Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2 cores).
+compare: setup
+	@$(BIN)/python launch/compare.py
 
 test: check
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from gemoe_ds.config import load_config
 from gemoe_ds.errors import ConfigError
