@@ -9,6 +9,7 @@ gain * ReLU(p - theta) with a learned theta and gain a layer (`activation: score
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,13 @@ from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.upkeep import Upkeep
 from gemoe_ds.registry import ConfigModel
+
+
+@dataclass(frozen=True)
+class ReMoEDecision(Decision):
+    """With the ReLUs before they are scaled, [T, E]: what is regularised."""
+
+    relu_TE: Tensor
 
 
 class ReMoERouter(Router):
@@ -53,18 +61,22 @@ class ReMoERouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)  # for its entropy, and for the ReLU of `scores`
-        weights_TE = logits_TE.relu() if self.shift is None else self.shift(scores_TE)
-        return Decision(scores_TE, weights_TE > 0, weights_TE)
+        if self.shift is None:
+            relu_TE = weights_TE = logits_TE.relu()
+        else:
+            relu_TE, weights_TE = self.shift(scores_TE)
+        return ReMoEDecision(scores_TE, relu_TE > 0, weights_TE, relu_TE)
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
         """(1/T) sum_te f_e R_te with f_e = E / (k T) * tokens of e, k the target (Eq. 10)."""
+        assert isinstance(decision, ReMoEDecision)
         valid_T = ctx.is_valid_T
         count = valid_T.sum().clamp_min(1)
-        mask_TE, weights_TE = decision.mask_TE, decision.weights_TE
+        mask_TE, relu_TE = decision.mask_TE, decision.relu_TE
         share_E = mask_TE.sum(0) * (self.spec.num_experts / (self.target_k * count))
-        mean_E = (weights_TE * mask_TE).sum(0) / count
+        mean_E = (relu_TE * mask_TE).sum(0) / count
         sparsity = (share_E.to(mean_E.dtype) * mean_E).sum()
         return {"sparsity": LossTerm(self.coefficient * sparsity, 1.0)}
 
@@ -79,12 +91,17 @@ class ReMoERouter(Router):
 
 
 class Shift(nn.Module):
-    """gain * ReLU(p - theta), [T, E]; both learned, and positive."""
+    """ReLU(p - theta), and that times gain, both [T, E]; theta and gain are learned, and positive.
+
+    The regulariser sees what comes before the gain: else it would be met by a small gain, with as
+    many experts as before and none of them heard.
+    """
 
     def __init__(self, theta: float) -> None:
         super().__init__()
         self.log_theta = nn.Parameter(torch.tensor([theta]).log())
         self.log_gain = nn.Parameter(torch.zeros(1))
 
-    def forward(self, scores_TE: Tensor) -> Tensor:
-        return (scores_TE - self.log_theta.exp()).relu() * self.log_gain.exp()
+    def forward(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        relu_TE = (scores_TE - self.log_theta.exp()).relu()
+        return relu_TE, relu_TE * self.log_gain.exp()

@@ -58,3 +58,12 @@ def test_controller_looks_at_all_layers(active, factor):
 def test_target_above_the_experts_is_refused():
     with pytest.raises(ConfigError, match="target_k=4.0 must be below"):
         make_router("remoe", {"target_k": 4.0}, SPEC)
+
+
+def test_a_small_gain_does_not_meet_the_regulariser():
+    router, ctx, decision = routed([[1.0, -2.0, 0.5, 0.0]])
+    value = router.losses(decision, decision.scores_TE, ctx)["sparsity"].value
+    grads = torch.autograd.grad(
+        value, [router.shift.log_theta, router.shift.log_gain], allow_unused=True
+    )
+    assert grads[0].item() < 0 and grads[1] is None
