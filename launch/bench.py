@@ -85,6 +85,7 @@ def _all(flags: argparse.Namespace) -> None:
         write_text(
             out, json.dumps(results | ({"cost_model": cost} if cost else {}), indent=1) + "\n"
         )
+        write_report(out)
 
     for ep_size in flags.ep if "ep" in flags.suites else ():
         save(_torchrun(flags, "ep", ep_size, out))
@@ -97,7 +98,7 @@ def _all(flags: argparse.Namespace) -> None:
             if name not in ("ep", "links", "timeline"):
                 print(f"== {name}", flush=True)
                 save(suites.SUITES[name](_options(flags), world))
-    print(write_report(out), end="")
+    print(out.with_suffix(".md").read_text(encoding="utf-8"), end="")
 
 
 def _kept(out: Path, suites_run: list[str]) -> list[dict[str, Any]]:

@@ -97,3 +97,12 @@ def peak_memory(run: Callable[[], Any]) -> int | None:
 def _kilobytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def free_memory() -> int:
+    """Bytes that this process could still take, of the device that it computes on."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(available) * 1024
