@@ -5,8 +5,8 @@ free_experts.py), the gating residual, the heterogeneous balance loss (Eq. 7), r
 (Eq. 1). From the code, as a switch: zero experts get weight 0 and the rest is divided by its sum.
 Left out, as for a pretrained backbone they would change it: the two-layer gate, the input scaled by
 k, the capacity limits. Our reading: two experts of each kind as in GeMoE's comparison, whose rows
-start at the mean of the pretrained ones, so that they are seldom chosen; the gating residual starts
-at zero.
+start at the mean of the pretrained ones, so that they are seldom chosen until training says so
+(`free_rows: copies`: as often as others, at once); the gating residual starts at zero.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class MoEPlusPlusRouter(Router):
         )
         balance_weight: float = Field(0.01, ge=0, description="beta of the balance loss")
         gating_residual: bool = Field(True, description="logits += W_g logits of the layer before")
+        free_rows: Literal["mean", "copies"] = Field(
+            "mean", description="rows of free experts start at the mean of the gate's, or at some"
+        )
         renormalise: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="none: raw scores (Eq. 1); sum: divide by those but zero's"
         )
@@ -75,6 +78,10 @@ class MoEPlusPlusRouter(Router):
     def adopt_gate(self, gate_ED: Tensor) -> None:
         super().adopt_gate(gate_ED)
         assert self.free_gate is not None
+        if self.config.free_rows == "copies":
+            drawn = torch.randint(gate_ED.shape[0], self.free_gate.weight.shape[:1])
+            self.free_gate.weight.copy_(gate_ED[drawn])
+            return
         rows_MD = gate_ED.float().mean(0).expand_as(self.free_gate.weight)
         noise_MD = torch.randn_like(self.free_gate.weight) * 0.1 * gate_ED.float().std()
         self.free_gate.weight.copy_(rows_MD + noise_MD)

@@ -21,7 +21,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "top_p": {"layer": {"learn": "layer"}, "token": {"learn": "token", "max_k": 3}},
     "adamoe": {"sum": {"renormalise": "sum", "k": 6}, "all": {"renormalise": "all", "nulls": 9}},
-    "moepp": {"sum": {"renormalise": "sum"}, "no_residual": {"gating_residual": False}},
+    "moepp": {
+        "sum": {"renormalise": "sum", "free_rows": "copies"},
+        "no_residual": {"gating_residual": False},
+    },
     "remoe": {"logits": {"activation": "logits", "target_k": 2.0}},
     "dynmoe": {
         "paper": {"start_k": "half", "adapt": "both", "adapt_every": 2},
