@@ -168,6 +168,27 @@ def test_its_own_code_gives_the_logits_and_the_k_of_training(run, alone):
         assert k_LT.unique().numel() > 2, "tokens differ, else nothing is shown"
 
 
+def test_free_experts_and_what_a_layer_hands_to_the_next_go_along(setting, tmp_path):
+    """MoE++: copies and constants beside the experts, logits of the layer before."""
+    options = {"name": "moepp", "free_rows": "copies"}
+    config = make_config(setting, tmp_path / "run", model__router=options, parallel__ep_size=1)
+    assert run_ranks(train_all, 1, [config]) == [None]
+    done = export(
+        tmp_path / "run/config.yaml", "--trained", tmp_path / "run", "--out", tmp_path / "hf"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True
+    ).eval()
+    ours = trained_model(tmp_path / "run")
+    for batch in BATCHES:
+        with torch.no_grad():
+            logits = theirs(**stock_inputs(batch)).logits[batch["is_valid_BS"]]
+        torch.testing.assert_close(logits, logits_of(ours, batch), rtol=1e-5, atol=1e-6)
+        k = torch.stack([k_BS[batch["is_valid_BS"]] for k_BS in theirs.k_per_layer])
+        assert k.min() < 4, "some tokens chose free ones"
+
+
 def test_the_predictor_decides_k_in_the_exported_model(exported):
     """Other predictors, other logits: its own code does use them."""
     model = AutoModelForImageTextToText.from_pretrained(exported, trust_remote_code=True).eval()
