@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from gemoe_ds.backbones.keys import KeyMap
+from gemoe_ds.backbones.weights import Weights, shell
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel, Registered
 
@@ -31,11 +32,11 @@ class BlockSpec:
     down_EDF: Tensor
 
     @property
-    def expert_names(self) -> tuple[str, str]:
-        """What the block itself calls gate_up_EGD and down_EDF; asked before it is replaced."""
+    def names(self) -> tuple[str, str, str]:
+        """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
         block = getattr(self.parent, self.attribute)
         names = {id(parameter): name for name, parameter in block.named_parameters()}
-        return names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
+        return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
 
     @property
     def params_per_expert(self) -> int:
@@ -46,16 +47,18 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
+    keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
 
     def __init__(self, config: ConfigModel) -> None:
         self.config = config
 
     @abstractmethod
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        """The float32 transformers model: from a Hugging Face folder, or freshly initialised.
+        """The model: freshly initialised in float32, or the shell that a Hugging Face folder fills.
 
-        Raises ConfigError for options that contradict the folder, CheckpointError for a folder
-        that is missing, damaged or of another family.
+        A shell's parameters have shapes and no memory (weights.shell); whoever asked fills what it
+        keeps, by `keys`. Raises ConfigError for options that contradict the folder,
+        CheckpointError for a folder that is missing, damaged or of another family.
         """
 
     @abstractmethod
@@ -76,33 +79,24 @@ class Backbone(Registered):
     def head(self, model: nn.Module) -> nn.Module:
         """The module from hidden states to vocabulary logits."""
 
-    @abstractmethod
-    def checkpoint_key(self, name: str) -> str:
-        """The Hugging Face key of a parameter of the converted model (`...router.gate.weight`)."""
-
     def save_pretrained(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-        """Write a converted model, all of whose experts are here, as a Hugging Face folder."""
-        mapped = {self.checkpoint_key(name): tensor for name, tensor in state.items()}
-        with torch.device("meta"):
-            plain = type(model)(model.config)  # type: ignore[call-arg]
-        plain.load_state_dict(mapped, strict=True, assign=True)
-        plain.save_pretrained(folder)
+        """Write every parameter of `model` (`state`, by its names) as a Hugging Face folder."""
+        plain = shell(type(model), model.config)
+        plain.load_state_dict(state, strict=True, assign=True)
+        plain.save_pretrained(folder)  # type: ignore[operator]
 
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
     ) -> None:
-        """Write `base` with the tensors of `state` replaced; all others as they are stored there.
+        """Write `base` with the parameters of `state` (by name of the model as loaded) replaced.
 
-        `state` is by parameter name of the converted model, without what only our routers have.
-        Without a base every parameter must be in it.
+        All others stay as they are stored there. Without a base all must be in `state`.
         """
         if base is None:
             self.save_pretrained(model, state, folder)
-            return
-        plain = type(model).from_pretrained(base, dtype="auto")  # type: ignore[attr-defined]
-        for name, tensor in state.items():
-            plain.get_parameter(self.checkpoint_key(name)).data = tensor
-        plain.save_pretrained(folder)
+        else:
+            plain = shell(type(model), model.config)
+            Weights(base, self.keys, plain).rewrite(state, folder)
 
 
 @dataclass(frozen=True)

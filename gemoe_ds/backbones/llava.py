@@ -6,37 +6,37 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from gemoe_ds.backbones.backbone import Backbone, ImageSpec
+from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.weights import read_config, shell
 from gemoe_ds.errors import CheckpointError
 
 
 class LlavaBackbone(Backbone):
     """Reading, images, forward and head; where the MoE blocks are is for subclasses to say."""
 
-    def read(self, folder: Path, model_class: type = LlavaForConditionalGeneration) -> nn.Module:
-        """The float32 model of a Hugging Face folder; CheckpointError if it is not whole."""
-        if not (folder / "config.json").is_file():
+    keys = KeyMap(
+        (
+            Rule("language_model.model.{*}", "model.language_model.{*}"),
+            Rule("language_model.lm_head.{*}", "lm_head.{*}"),
+            Rule("{*}", "model.{*}"),
+        )
+    )
+
+    def shell(self, folder: Path, model_class: type = LlavaForConditionalGeneration) -> nn.Module:
+        """The model that a folder describes; CheckpointError if it describes none of ours."""
+        kind = read_config(folder).get("model_type")
+        if kind != "llava":
             raise CheckpointError(
-                f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
+                f"model.checkpoint={folder} is of model_type {kind!r}, `{self.name}` is 'llava'"
             )
         try:
-            model, report = model_class.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+            return shell(model_class, LlavaConfig.from_pretrained(folder))
         except Exception as error:  # whatever the reader chokes on, the file is what is wrong
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CheckpointError(f"model.checkpoint={folder} cannot be read: {reason}") from error
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report.get(problem):
-                raise CheckpointError(
-                    f"model.checkpoint={folder}: {problem.replace('_', ' ')}: "
-                    f"{sorted(map(str, report[problem]))[:3]}; it is not a complete "
-                    f"`{self.name}` model"
-                )
-        loaded: nn.Module = model
-        return loaded
+            raise CheckpointError(f"model.checkpoint={folder}: config.json: {reason}") from error
 
     def image_spec(self, model: nn.Module) -> ImageSpec:
         vision = model.config.vision_config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.weights import Target, Weights, materialise
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import Rehearsal, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
@@ -38,6 +39,9 @@ class ExpertShard:
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
+OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
+
+
 class MoEModel(nn.Module):
     """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
 
@@ -57,6 +61,7 @@ class MoEModel(nn.Module):
         shard: ExpertShard | None = None,
         recompute: bool = False,
         pack_experts: bool = False,
+        show_progress: bool = False,
     ) -> None:
         super().__init__()
         shard = shard or ExpertShard()
@@ -65,19 +70,30 @@ class MoEModel(nn.Module):
         self.dtype = dtype
         self.pack_experts = pack_experts
         self.hf = backbone.load(checkpoint, tokenizer_dir)
+        is_shell = any(parameter.is_meta for parameter in self.hf.parameters())
+        weights = Weights(checkpoint, backbone.keys, self.hf) if checkpoint and is_shell else None
         blocks = backbone.moe_blocks(self.hf)
         if not blocks:
             raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
         self.routing = [replace(block.routing, slot=slot) for slot, block in enumerate(blocks)]
         self.block_paths = [block.path for block in blocks]
-        self.expert_names = [block.expert_names for block in blocks]
+        self.expert_names = [block.names[1:] for block in blocks]
+        self._stock_names = {
+            f"{block.path}.{ours}": f"{block.path}.{stock}"
+            for block in blocks
+            for ours, stock in zip(OUR_NAMES, block.names, strict=True)
+        }
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
         self.image = backbone.image_spec(self.hf)
         self.hf.requires_grad_(train == "all")
         self.ctx = TokenContext(len(blocks))
+        targets: dict[str, Target] = {}
         for block, routing in zip(blocks, self.routing, strict=True):
-            self._convert(block, routing, router, shard, trainable=train != "routers")
+            targets |= self._convert(block, routing, router, weights, trainable=train != "routers")
+        if weights is not None:
+            targets |= materialise(self.hf, dtype)
+            weights.fill(targets, show_progress=show_progress)
         of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
         for parameter in self.hf.parameters():
             if not parameter.requires_grad and id(parameter) not in of_routers:
@@ -92,22 +108,33 @@ class MoEModel(nn.Module):
         block: BlockSpec,
         routing: RoutingSpec,
         router: tuple[type[Router], Any],
-        shard: ExpertShard,
+        weights: Weights | None,
         *,
         trainable: bool,
-    ) -> None:
+    ) -> dict[str, Target]:
+        """Put our layer in the block's place; with `weights` its experts are still to be read."""
         router_class, config = router
         new_router = router_class(config, routing)
-        new_router.adopt_gate(block.gate_ED)
-        local = shard.local(routing.num_experts)
-        weights = [block.gate_up_EGD.data, block.down_EDF.data]
-        if shard.num_ranks > 1:  # copies, so that the experts of other ranks are freed
-            weights = [w[local].clone() for w in weights]
-        if not trainable:
-            weights = [w.to(self.dtype) for w in weights]
-        experts = Experts(*weights, trainable=trainable, pack=self.pack_experts)
-        layer = MoELayer(new_router, experts, shard.make_dispatcher(), self.ctx)
+        gate_name, *expert_names = (f"{block.path}.{name}" for name in block.names)
+        new_router.adopt_gate(
+            block.gate_ED if weights is None else weights.read(gate_name, torch.float32)
+        )
+        local = self.shard.local(routing.num_experts)
+        whole = [block.gate_up_EGD.data, block.down_EDF.data]
+        dtype = torch.float32 if trainable else self.dtype
+        tensors, targets = [], {}
+        for name, tensor in zip(expert_names, whole, strict=True):
+            mine = tensor[local]
+            if weights is not None:
+                mine = torch.empty(mine.shape, dtype=dtype)
+                targets[name] = Target(mine, tuple(tensor.shape), local.start)
+            elif self.shard.num_ranks > 1:  # a copy, so that the experts of other ranks are freed
+                mine = mine.clone()
+            tensors.append(mine.to(dtype))
+        experts = Experts(*tensors, trainable=trainable, pack=self.pack_experts)
+        layer = MoELayer(new_router, experts, self.shard.make_dispatcher(), self.ctx)
         setattr(block.parent, block.attribute, layer)
+        return targets
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -146,9 +173,10 @@ class MoEModel(nn.Module):
         return {name for name, p in self.named_parameters() if id(p) in added}
 
     def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of tensors by our names those that `hf` has without our routers, by its names."""
+        """Of tensors by our names those that the model has as it is loaded, by its names."""
         own = self.router_only_names() | set(self.router_state())
-        return {n.removeprefix("hf."): t for n, t in trained.items() if n not in own}
+        names = {n: n.removeprefix("hf.") for n in trained if n not in own}
+        return {self._stock_names.get(name, name): trained[n] for n, name in names.items()}
 
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
         """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""

@@ -6,7 +6,6 @@ top-8, weights not renormalised, as in OLMoE-1B-7B.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,23 +23,27 @@ from transformers import (
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.backbones.backbone import BlockSpec
+from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.vision import vision_config
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
-
-_KEY_RULES = (  # converted model -> Hugging Face
-    (r"\.mlp\.router\.gate\.weight$", ".mlp.gate.weight"),
-    (r"\.mlp\.experts\.gate_up_EGD$", ".mlp.experts.gate_up_proj"),
-    (r"\.mlp\.experts\.down_EDF$", ".mlp.experts.down_proj"),
-)
 
 
 class TinyBackbone(LlavaBackbone):
     """ViT + two-layer projector + OLMoE. Options shape a fresh model; a checkpoint has its own."""
 
     name: ClassVar[str] = "tiny"
+    keys = KeyMap(
+        (
+            *swiglu_experts(
+                "language_model.model.layers.{l}.mlp.experts",
+                "model.language_model.layers.{l}.mlp.experts",
+            ),
+            *LlavaBackbone.keys.rules,
+        )
+    )
 
     class Config(ConfigModel):
         hidden_size: int = Field(64, ge=8, description="width D of the language model")
@@ -118,7 +121,12 @@ class TinyBackbone(LlavaBackbone):
         )
 
     def _from_checkpoint(self, folder: Path) -> nn.Module:
-        model = self.read(folder)
+        model = self.shell(folder)
+        if not isinstance(model.config.text_config, OlmoeConfig):
+            raise CheckpointError(
+                f"model.checkpoint={folder}: its language model is of model_type "
+                f"{model.config.text_config.model_type!r}, `{self.name}` has 'olmoe'"
+            )
         self._refuse_contradictions(model.config, folder)
         return model
 
@@ -166,8 +174,3 @@ class TinyBackbone(LlavaBackbone):
                     )
                 )
         return blocks
-
-    def checkpoint_key(self, name: str) -> str:
-        for pattern, replacement in _KEY_RULES:
-            name = re.sub(pattern, replacement, name)
-        return name

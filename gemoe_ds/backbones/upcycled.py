@@ -8,14 +8,16 @@ loaded; what a run has trained, exported, is a folder of this family and is load
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from gemoe_ds.backbones.backbone import BlockSpec
+from gemoe_ds.backbones.keys import KeyMap, Rule
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.upcycled_model import (
     UpcycledLlavaForConditionalGeneration,
@@ -25,17 +27,13 @@ from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
-_KEY_RULES = (  # converted model -> upcycled_model.py
-    (r"\.mlp\.router\.gate\.weight$", ".mlp.gate.weight"),
-    (r"\.mlp\.experts\.gate_up_EGD$", ".mlp.experts.gate_up_proj"),
-    (r"\.mlp\.experts\.down_EDF$", ".mlp.experts.down_proj"),
-)
-
 
 class UpcycledBackbone(LlavaBackbone):
     """A LLaVA whose language model has SwiGLU FFNs (Llama, Qwen2, Mistral, ...), upcycled."""
 
     name: ClassVar[str] = "upcycled"
+    # as transformers saves our class; what it does not know, it names as in memory
+    keys = KeyMap((Rule("model.language_model.model.{*}", "model.language_model.{*}"),))
 
     class Config(ConfigModel):
         num_experts: int = Field(4, ge=1, description="copies of each FFN")
@@ -56,11 +54,30 @@ class UpcycledBackbone(LlavaBackbone):
         stored = _stored(checkpoint)
         if stored is not None:
             self._refuse_contradictions(stored, checkpoint)
-            return self.read(checkpoint, UpcycledLlavaForConditionalGeneration)
-        dense = self.read(checkpoint)
+            return self.shell(checkpoint, UpcycledLlavaForConditionalGeneration)
+        dense = self._read_dense(checkpoint)
         return UpcycledLlavaForConditionalGeneration.from_dense(
             dense, self._wanted(dense, checkpoint)
         )
+
+    def _read_dense(self, folder: Path) -> nn.Module:
+        """The whole float32 model, by transformers, which knows the key names of every version."""
+        self.shell(folder)
+        try:
+            model, report = LlavaForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # whatever the reader chokes on, the file is what is wrong
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(f"model.checkpoint={folder} cannot be read: {reason}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if report.get(problem):
+                raise CheckpointError(
+                    f"model.checkpoint={folder}: {problem.replace('_', ' ')}: "
+                    f"{sorted(map(str, report[problem]))[:3]}; it is not a complete LLaVA"
+                )
+        loaded: nn.Module = model
+        return loaded
 
     def _wanted(self, dense: nn.Module, folder: Path) -> dict[str, object]:
         config = self.config
@@ -118,20 +135,16 @@ class UpcycledBackbone(LlavaBackbone):
                 )
         return blocks
 
-    def checkpoint_key(self, name: str) -> str:
-        for pattern, replacement in _KEY_RULES:
-            name = re.sub(pattern, replacement, name)
-        return name
-
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
     ) -> None:
         """`base` may be the dense model: gates and experts are in `state` then."""
         assert base is not None
-        plain = self.load(base, base)
-        for name, tensor in state.items():
-            plain.get_parameter(self.checkpoint_key(name)).data = tensor
-        plain.save_pretrained(folder)  # type: ignore[operator]
+        if _stored(base) is not None:
+            super().save_trained(model, state, base, folder)
+            return
+        whole = self.load(base, base).state_dict() | state
+        self.save_pretrained(model, whole, folder)
 
 
 def _stored(folder: Path) -> dict[str, object] | None:

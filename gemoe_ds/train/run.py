@@ -35,7 +35,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         samples = open_samples(config.data.train)
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
-        model = build_model(config, shard)
+        model = build_model(config, shard, show_progress=world.is_first)
         say(
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
@@ -141,7 +141,7 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
     return Monitor(output, start_step, config.monitor.tensorboard)
 
 
-def build_model(config: RunConfig, shard: ExpertShard) -> MoEModel:
+def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = False) -> MoEModel:
     """The converted model that a configuration describes, experts of this shard only.
 
     Seeded here: a router may hold random parameters that do not train, which evaluation and
@@ -160,6 +160,7 @@ def build_model(config: RunConfig, shard: ExpertShard) -> MoEModel:
         shard=shard,
         recompute=config.model.recompute,
         pack_experts=config.model.pack_experts,
+        show_progress=show_progress,
     )
 
 

@@ -123,7 +123,7 @@ def test_saved_model_loads_in_stock_transformers(base, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    state = {n: p.detach() for n, p in model.hf.named_parameters()}
+    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
     model.backbone.save_pretrained(model.hf, state, tmp_path / "hf")
     _, report = LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -161,7 +161,7 @@ def test_wrong_checkpoints_are_refused_in_one_line(base, tmp_path):
         (broken / path.name).write_bytes(path.read_bytes())
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load(broken, base[1])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged|cut short"):
+        make_model((broken, base[1]))
     with pytest.raises(ConfigError, match="hidden_size=32, but .* has 16"):
         TinyBackbone(TinyBackbone.Config(hidden_size=32)).load(base[0], base[1])

@@ -118,8 +118,8 @@ def test_own_plain_forward_equals_ours(setting):
     state = {n: torch.randn_like(p) * 0.3 for n, p in model.trainable().items()}
     for name, parameter in model.trainable().items():
         parameter.data.copy_(state[name])
-        key = model.backbone.checkpoint_key(name.removeprefix("hf."))
-        plain.get_parameter(key).data.copy_(state[name])
+    for name, tensor in model.stock_tensors(state).items():
+        plain.get_parameter(name).data.copy_(tensor)
     with torch.no_grad():
         expected = plain(
             batch["input_ids_BS"],

@@ -1,0 +1,193 @@
+"""How a checkpoint's keys map onto a model's parameters: rules as data, read in both directions.
+
+A rule names a stored key and one of our parameters. `{l}` stands for a number and `{*}` for any
+text, the same on both sides. `{e}` on the stored side only says that ours stacks those tensors:
+number e is row e of ours. Patterns are einops', from the stored tensor to ours, so the way back is
+the pattern with its sides exchanged.
+
+    Rule("{*}.experts.{e}.gate_proj.weight", "{*}.experts.gate_up_proj", part=(0, 2))
+
+says: expert e's gate is the first half of row e of gate_up_proj.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+from gemoe_ds.errors import CheckpointError
+
+Shape = tuple[int, ...]
+_FIELD = re.compile(r"\{(\w+|\*)\}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a backbone's table; of all rules the first whose `ours` fits counts."""
+
+    stored: str
+    ours: str
+    part: tuple[int, int] | None = None  # ours (or its row) is n stored ones in a row: number i
+    stored_part: tuple[int, int] | None = None  # the stored one is n of ours in a row: number i
+    by_row: bool = False  # row e of the stored tensor is row e of ours, so experts can be picked
+    rearrange: str | None = None  # einops: stored (part, row) -> ours (part, row)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of axes that the pattern splits
+
+    def fields(self, name: str) -> dict[str, str] | None:
+        """What the placeholders stand for in one of our names; None if the rule does not fit."""
+        match = re.fullmatch(_regex(self.ours), name)
+        return match and {
+            key: match[group]
+            for group, key in zip(match.re.groupindex, _FIELD.findall(self.ours), strict=True)
+        }
+
+    @property
+    def stacks(self) -> bool:
+        return "{e}" in self.stored and "{e}" not in self.ours
+
+    def key(self, fields: Mapping[str, str], row: int | None) -> str:
+        """The stored key."""
+        known = dict(fields) | ({} if row is None else {"e": str(row)})
+        return _FIELD.sub(lambda match: known[match[1]], self.stored)
+
+
+def _regex(pattern: str) -> str:
+    """A regular expression with one group a placeholder."""
+    pieces, end = [], 0
+    for number, match in enumerate(_FIELD.finditer(pattern)):
+        pieces.append(re.escape(pattern[end : match.start()]))
+        pieces.append(f"(?P<f{number}>{'.+' if match[1] == '*' else '[0-9]+'})")
+        end = match.end()
+    return "".join(pieces) + re.escape(pattern[end:])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stored tensor, and the part of ours that it is."""
+
+    key: str
+    name: str
+    row: int | None  # of ours: an expert's number; None: all of it
+    rule: Rule
+
+    def ours(self, tensor: Tensor, first_row: int = 0) -> Tensor:
+        """The view of our tensor, of which rows from `first_row` on are here."""
+        view = tensor if self.row is None else tensor[self.row - first_row]
+        return view if self.rule.part is None else _part(view, self.rule.part)
+
+    def stored_rows(self, shape: Shape) -> slice | None:
+        """Which rows of a stored tensor of this shape; None: all."""
+        if self.rule.by_row:
+            assert self.row is not None
+            return slice(self.row, self.row + 1)
+        if self.rule.stored_part is None:
+            return None
+        index, count = self.rule.stored_part
+        size = shape[0] // count
+        return slice(index * size, (index + 1) * size)
+
+    def to_ours(self, stored: Tensor) -> Tensor:
+        """`stored` (its rows of `stored_rows`) as ours has it."""
+        if self.rule.by_row:
+            stored = stored[0]
+        if self.rule.rearrange is None:
+            return stored
+        return rearrange(stored, self.rule.rearrange, **self.rule.sizes)
+
+    def to_stored(self, ours: Tensor) -> Tensor:
+        """The way back."""
+        if self.rule.rearrange is not None:
+            left, right = self.rule.rearrange.split("->")
+            ours = rearrange(ours, f"{right} -> {left}", **self.rule.sizes)
+        return ours[None] if self.rule.by_row else ours
+
+
+def _part(tensor: Tensor, part: tuple[int, int]) -> Tensor:
+    index, count = part
+    return tensor.chunk(count)[index]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """A backbone's table, and the stored keys that nothing here needs (shell patterns)."""
+
+    rules: Sequence[Rule] = ()
+    unused: Sequence[str] = ()
+
+    def pieces(
+        self,
+        stored: Mapping[str, Shape],
+        ours: Mapping[str, Shape],
+        optional: Iterable[str] = (),
+    ) -> list[Piece]:
+        """What makes up all of `ours` (names and shapes); CheckpointError if it does not fit.
+
+        Every key must be there and of the right shape, and every stored one used, on the list of
+        unused ones or that of an `optional` name.
+        """
+        pieces = [piece for name, shape in ours.items() for piece in self.of(name, shape)]
+        wanted = {piece.key for piece in pieces}
+        missing = [piece for piece in pieces if piece.key not in stored]
+        if missing:
+            number = len({piece.key for piece in missing})
+            raise CheckpointError(
+                f"missing: {missing[0].key} (for {missing[0].name}; {number} of {len(wanted)} keys)"
+            )
+        known = wanted | {piece.key for name in optional for piece in self.of(name, ())}
+        extra = [
+            key
+            for key in stored
+            if key not in known and not any(fnmatchcase(key, p) for p in self.unused)
+        ]
+        if extra:
+            raise CheckpointError(f"unexpected: {extra[0]} ({len(extra)} of {len(stored)} keys)")
+        for piece in pieces:
+            _check_shape(piece, stored[piece.key], ours[piece.name])
+        return pieces
+
+    def of(self, name: str, shape: Shape) -> Iterable[Piece]:
+        """The pieces of one of our parameters, whose (whole) shape this is."""
+        for rule in self.rules:
+            fields = rule.fields(name)
+            if fields is None:
+                continue
+            together = [r for r in self.rules if r.ours == rule.ours]
+            rows = range(shape[0]) if rule.stacks or rule.by_row else (None,)
+            return [Piece(r.key(fields, row), name, row, r) for row in rows for r in together]
+        return [Piece(name, name, None, Rule("{*}", "{*}"))]
+
+
+def _check_shape(piece: Piece, stored: Shape, ours: Shape) -> None:
+    wanted = piece.ours(torch.empty(ours, device="meta")).shape
+    try:
+        found = piece.to_ours(torch.empty(stored, device="meta")[piece.stored_rows(stored) or ...])
+        fits = found.shape == wanted
+        if piece.rule.stored_part and stored[0] % piece.rule.stored_part[1]:
+            fits = False
+        if piece.rule.by_row and stored[0] != ours[0]:
+            fits = False
+    except (EinopsError, IndexError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"{piece.key} has shape {list(stored)}, which does not make {list(wanted)} of "
+            f"{piece.name}"
+        )
+
+
+def swiglu_experts(stored: str, ours: str) -> tuple[Rule, ...]:
+    """The public layout of most families: three matrices an expert under `stored`.{e}.
+
+    `ours` is the module with gate_up_proj (gate rows above up rows) and down_proj, stacked.
+    """
+    return (
+        Rule(f"{stored}.{{e}}.gate_proj.weight", f"{ours}.gate_up_proj", part=(0, 2)),
+        Rule(f"{stored}.{{e}}.up_proj.weight", f"{ours}.gate_up_proj", part=(1, 2)),
+        Rule(f"{stored}.{{e}}.down_proj.weight", f"{ours}.down_proj"),
+    )
