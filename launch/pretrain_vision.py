@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 import torch
 from tqdm import tqdm
 
+from gemoe_ds.backbones.images import stretched
 from gemoe_ds.config import load_config
 from gemoe_ds.data.collate import decode_image
 from gemoe_ds.data.sample import SampleFolder, open_samples, whole_folder
@@ -29,7 +30,7 @@ def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Te
         sample = samples[index]
         texts = [turn.gpt for turn in sample.turns if turn.kind == kind]
         if sample.image is not None and texts:
-            pixels.append(torch.from_numpy(decode_image(sample, size).copy()))
+            pixels.append(torch.from_numpy(stretched(decode_image(sample), size).copy()))
             captions.append(set(re.findall(r"\w+", " ".join(texts).lower())))
     if not captions:
         raise DataError(f"{samples.path}: no sample has an image and a turn of kind {kind!r}")

@@ -81,6 +81,8 @@ def random_batch(seed: int, batch: int = 2, length: int = 14, images: bool = Tru
         vision[:, 1 : 1 + IMAGE_TOKENS] = True
     ids[:, 0] = 1
     ids[vision] = 3
+    feature = torch.full((batch * length,), -1)
+    feature[vision.flatten()] = torch.arange(int(vision.sum()))
     lengths = torch.randint(length // 2 + 1, length + 1, (batch,), generator=g)
     valid = torch.arange(length) < lengths[:, None]
     is_label = (torch.rand(batch, length, generator=g) < 0.5) & valid & ~vision
@@ -90,7 +92,10 @@ def random_batch(seed: int, batch: int = 2, length: int = 14, images: bool = Tru
         "labels_BS": ids.masked_fill(~is_label, -100),
         "is_valid_BS": valid,
         "is_vision_BS": vision & valid,
-        "pixels_NCHW": torch.randn(batch if images else 0, 3, 16, 16, generator=g),
+        "images": {
+            "pixels": torch.randn(batch if images else 1, 3, 16, 16, generator=g),
+            "feature_BS": feature.view(batch, length),
+        },
     }
 
 

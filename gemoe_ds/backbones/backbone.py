@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.images import ImageLayout
 from gemoe_ds.backbones.keys import KeyMap
 from gemoe_ds.backbones.weights import Weights, shell
 from gemoe_ds.moe.router import RoutingSpec
@@ -48,6 +50,7 @@ class Backbone(Registered):
 
     name: ClassVar[str]
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
+    chat: ClassVar[ChatTemplate] = ChatTemplate()
 
     def __init__(self, config: ConfigModel) -> None:
         self.config = config
@@ -65,15 +68,23 @@ class Backbone(Registered):
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
         """Every MoE block in order of depth; never empty."""
 
-    @abstractmethod
-    def image_spec(self, model: nn.Module) -> ImageSpec:
-        """What the collator must know to lay an image into a sequence."""
+    def image_layout(self, model: nn.Module) -> ImageLayout | None:
+        """How an image is laid into a sequence; None: this model reads text only."""
+        return None
 
     @abstractmethod
     def hidden(
-        self, model: nn.Module, input_ids_BS: Tensor, is_valid_BS: Tensor, pixels_NCHW: Tensor
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
     ) -> Tensor:
-        """The last hidden states [B, S, D] through the model's own forward."""
+        """The last hidden states [B, S, D] through the model's own forward.
+
+        `images` holds `pixels` and the extras of the batch's images, joined, and `feature_BS`:
+        which row of all their features a position takes, -1: none. Empty for text-only models.
+        """
 
     @abstractmethod
     def head(self, model: nn.Module) -> nn.Module:
@@ -97,12 +108,3 @@ class Backbone(Registered):
         else:
             plain = shell(type(model), model.config)
             Weights(base, self.keys, plain).rewrite(state, folder)
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """One image is `size` x `size` pixels and stands for `tokens` placeholders of id `token_id`."""
-
-    size: int
-    tokens: int
-    token_id: int

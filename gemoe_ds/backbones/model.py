@@ -85,7 +85,7 @@ class MoEModel(nn.Module):
         }
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
-        self.image = backbone.image_spec(self.hf)
+        self.image_layout = backbone.image_layout(self.hf)
         self.hf.requires_grad_(train == "all")
         self.ctx = TokenContext(len(blocks))
         targets: dict[str, Target] = {}
@@ -199,10 +199,14 @@ class MoEModel(nn.Module):
         return round(self.num_parameters - idle)
 
     def hidden(
-        self, input_ids_BS: Tensor, is_valid_BS: Tensor, is_vision_BS: Tensor, pixels_NCHW: Tensor
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
     ) -> Tensor:
         self.ctx.begin(is_valid_BS, is_vision_BS)
-        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, pixels_NCHW)
+        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -213,7 +217,7 @@ class MoEModel(nn.Module):
         labels_BS: Tensor,
         is_valid_BS: Tensor,
         is_vision_BS: Tensor,
-        pixels_NCHW: Tensor,
+        images: dict[str, Tensor],
         targets_per_micro_batch: float | None = None,
         rehearsed: dict[str, Rehearsal] | None = None,
         rehearse: bool = False,
@@ -229,13 +233,11 @@ class MoEModel(nn.Module):
         handed in as `rehearsed` with the same inputs.
         """
         if rehearse:
-            return dict(
-                self._rehearse(input_ids_BS, labels_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
-            )
+            return dict(self._rehearse(input_ids_BS, labels_BS, is_valid_BS, is_vision_BS, images))
         self.ctx.rehearsed = rehearsed or {}
         with self._autocast(input_ids_BS.device):
             logits, targets = self._target_logits(
-                self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW), labels_BS
+                self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images), labels_BS
             )
         ce_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         if targets_per_micro_batch is None:
@@ -256,7 +258,7 @@ class MoEModel(nn.Module):
         labels_BS: Tensor,
         is_valid_BS: Tensor,
         is_vision_BS: Tensor,
-        pixels_NCHW: Tensor,
+        images: dict[str, Tensor],
     ) -> dict[str, Rehearsal]:
         self.ctx.rehearsed = {}
         done: dict[str, Rehearsal] = {}
@@ -266,7 +268,7 @@ class MoEModel(nn.Module):
             self.ctx.rehearsal = name
             try:
                 with self._autocast(input_ids_BS.device):
-                    hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
+                    hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
                     logits, targets = self._target_logits(hidden_BSD, labels_BS)
             finally:
                 self.ctx.rehearsal = None
@@ -290,7 +292,7 @@ class MoEModel(nn.Module):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         is_vision_BS: Tensor,
-        pixels_NCHW: Tensor,
+        images: dict[str, Tensor],
         labels_BS: Tensor,
     ) -> Tensor:
         """Whether the greedy choice equals the label, bool [B, S]; False where there is no label.
@@ -300,7 +302,7 @@ class MoEModel(nn.Module):
         """
         self.ctx.rehearsed = {}
         with self._autocast(input_ids_BS.device):
-            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, pixels_NCHW)
+            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
             logits, targets = self._target_logits(hidden_BSD, labels_BS)
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets

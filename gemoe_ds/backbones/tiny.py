@@ -20,14 +20,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     OlmoeConfig,
 )
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
 from gemoe_ds.backbones.llava import LlavaBackbone
+from gemoe_ds.backbones.olmoe import olmoe_blocks
 from gemoe_ds.backbones.vision import vision_config
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
 
@@ -152,25 +151,4 @@ class TinyBackbone(LlavaBackbone):
                 )
 
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        blocks = []
-        for path, module in model.named_modules():
-            if isinstance(module, OlmoeSparseMoeBlock):
-                parent_path, _, attribute = path.rpartition(".")
-                routing = RoutingSpec(
-                    d_model=module.gate.hidden_dim,
-                    num_experts=module.gate.num_experts,
-                    top_k=module.gate.top_k,
-                    renormalise=module.gate.norm_topk_prob,
-                )
-                blocks.append(
-                    BlockSpec(
-                        path,
-                        model.get_submodule(parent_path),
-                        attribute,
-                        routing,
-                        module.gate.weight,
-                        module.experts.gate_up_proj,
-                        module.experts.down_proj,
-                    )
-                )
-        return blocks
+        return olmoe_blocks(model)

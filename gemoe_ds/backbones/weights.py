@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
 from gemoe_ds.backbones.stored import StoredTensor, open_stored
-from gemoe_ds.errors import CheckpointError
+from gemoe_ds.errors import CheckpointError, ConfigError
 
 
 def shell(model_class: type[nn.Module], config: object) -> nn.Module:
@@ -164,14 +165,33 @@ def materialise(model: nn.Module, dtype: torch.dtype) -> dict[str, Target]:
     return targets
 
 
-def read_config(folder: Path, option: str = "model.checkpoint") -> dict[str, object]:
-    """config.json of a folder; CheckpointError without one."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of model.checkpoint; CheckpointError without one."""
     try:
-        found: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{option}={folder}: no config.json there; give a Hugging Face folder"
+            f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{option}={folder}: config.json is damaged ({error})") from error
+        raise CheckpointError(
+            f"model.checkpoint={folder}: config.json is damaged ({error})"
+        ) from error
     return found
+
+
+def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
+    """The transformers configuration in a folder, which must be of this class's model type."""
+    if folder is None:
+        raise ConfigError(f"model.checkpoint: backbone {backbone!r} starts from one; give a folder")
+    kind = read_config(folder).get("model_type")
+    if kind != config_class.model_type:
+        raise CheckpointError(
+            f"model.checkpoint={folder} is of model_type {kind!r}, backbone {backbone!r} has "
+            f"{config_class.model_type!r}"
+        )
+    try:
+        return config_class.from_pretrained(folder)
+    except Exception as error:  # whatever the reader chokes on, the file is what is wrong
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(f"model.checkpoint={folder}: config.json: {reason}") from error

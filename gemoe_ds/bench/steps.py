@@ -153,7 +153,7 @@ def _config(router: str) -> Any:
     )
 
 
-def _batch(sequences: int, device: torch.device) -> dict[str, Tensor]:
+def _batch(sequences: int, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(4, VOCABULARY, (sequences, LENGTH), generator=generator)
     batch = {
@@ -161,12 +161,15 @@ def _batch(sequences: int, device: torch.device) -> dict[str, Tensor]:
         "labels_BS": ids_BS.clone(),
         "is_valid_BS": torch.ones_like(ids_BS, dtype=torch.bool),
         "is_vision_BS": torch.zeros_like(ids_BS, dtype=torch.bool),
-        "pixels_NCHW": torch.zeros(0, 3, 64, 64),
     }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    blank = {"pixels": torch.zeros(1, 3, 64, 64), "feature_BS": torch.full_like(ids_BS, -1)}
+    return {
+        "images": {name: tensor.to(device) for name, tensor in blank.items()},
+        **{name: tensor.to(device) for name, tensor in batch.items()},
+    }
 
 
-def _step(engine: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+def _step(engine: Any, batch: dict[str, Any]) -> Callable[[], None]:
     def run() -> None:
         engine.backward(engine(**batch)["loss"])
         engine.step()

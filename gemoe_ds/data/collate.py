@@ -1,21 +1,23 @@
 """Samples -> Batch: token ids, targets and pixels of one micro-batch.
 
-A sequence is `<s> <image>*n`, then for each turn ` USER: question ASSISTANT: answer </s>`; the loss
-counts on answers and their end. Shapes: B sequences, S tokens, N images of C x H x W.
+A sequence is what the backbone's chat template says, with the backbone's tokens for the image in
+it; the loss counts on answers and their end. Shapes: B sequences, S tokens.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
+from gemoe_ds.backbones.images import ImageLayout, LaidImage
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import DataError
 
@@ -31,7 +33,7 @@ class Batch:
     is_valid_BS: Tensor  # bool, False: padding
     is_vision_BS: Tensor  # bool, image placeholders
     turn_BS: Tensor  # int16, the turn whose answer a token belongs to, -1 elsewhere
-    pixels_NCHW: Tensor  # float32 in [-1, 1]
+    images: dict[str, Tensor]  # `pixels`, `feature_BS`, extras; see Backbone.hidden
     ids: tuple[str, ...]
     rows: tuple[int, ...]  # their row numbers in the SampleFolder
 
@@ -41,14 +43,16 @@ class Batch:
         return int((self.labels_BS[:, 1:] != IGNORE).sum())
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """What a model's forward takes, by name."""
-        names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "pixels_NCHW")
+        names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
-        return replace(self, **moved)
+        inputs = self.inputs
+        images = {n: t.to(device, non_blocking=True) for n, t in inputs.pop("images").items()}
+        moved = {name: t.to(device, non_blocking=True) for name, t in inputs.items()}
+        return replace(self, images=images, **moved)
 
 
 class Tokenizer(Protocol):
@@ -63,17 +67,35 @@ class Tokenizer(Protocol):
     ) -> dict[str, list[list[int]]]:
         """Token ids of several texts."""
 
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The id of a special token."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Encoded:
     """One sample as arrays, not yet padded."""
 
     row: int
     id: str
-    input_ids: list[int]
-    labels: list[int]
-    turn: list[int]
-    pixels_CHW: np.ndarray | None
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    is_vision: list[bool] = field(default_factory=list)
+    feature: list[int] = field(default_factory=list)
+    image: LaidImage | None = None
+
+    def add(self, ids: list[int], *, labels: list[int] | None = None, turn: int = -1) -> None:
+        self.input_ids += ids
+        self.labels += labels or [IGNORE] * len(ids)
+        self.turn += [turn] * len(ids)
+        self.is_vision += [False] * len(ids)
+        self.feature += [-1] * len(ids)
+
+    def add_image(self, image: LaidImage) -> None:
+        self.image, start = image, len(self.input_ids)
+        self.add(image.input_ids)
+        self.is_vision[start:] = [True] * len(image.input_ids)
+        self.feature[start:] = image.feature_P.tolist()
 
 
 class Collator:
@@ -83,88 +105,155 @@ class Collator:
     first one does, inside the first answer, which then counts for the loss but is of no turn, so
     that evaluation does not grade half an answer. A sample that has no target left is a DataError:
     its loss would silently be 0. Special tokens that stand in a text (a page about HTML has `</s>`)
-    are spelled, not obeyed.
+    are spelled, not obeyed. Without a `layout` samples must have no image.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
+        layout: ImageLayout | None,
+        chat: ChatTemplate,
         *,
-        image_size: int,
-        image_tokens: int,
-        image_token_id: int,
         max_length: int,
     ) -> None:
         self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.image_tokens = image_tokens
-        self.image_token_id = image_token_id
+        self.layout = layout
+        self.chat = chat
         self.max_length = max_length
+        self._blank = layout.blank() if layout else None
+        self._constants: dict[str, list[int]] = {}
 
     def encode(self, row: int, sample: Sample) -> Encoded:
-        tokenizer = self.tokenizer
-        questions = [f" USER: {turn.human} ASSISTANT:" for turn in sample.turns]
-        answers = [f" {turn.gpt}" for turn in sample.turns]
-        tokens = tokenizer(
-            [*questions, *answers], add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
-        placeholders = [self.image_token_id] * (self.image_tokens if sample.image else 0)
-        input_ids = [tokenizer.bos_token_id, *placeholders]
-        labels, turn = [IGNORE] * len(input_ids), [-1] * len(input_ids)
-        num_turns = len(questions)
-        for index, (question, answer) in enumerate(
-            zip(tokens[:num_turns], tokens[num_turns:], strict=True)
+        encoded = Encoded(row, sample.id)
+        for part in self._filled(self.chat.start, []):
+            encoded.add(part)
+        shows_image = sample.image is not None
+        templates = [self.chat.question] * len(sample.turns)
+        if shows_image:
+            templates[0] = self.chat.question_with_image
+        texts = self._tokenize(
+            [self._spelled(t, turn.human) for t, turn in zip(templates, sample.turns, strict=True)]
+            + [self._spelled(self.chat.answer, turn.gpt) for turn in sample.turns]
+        )
+        num_turns = len(sample.turns)
+        for index, (template, asked, answered) in enumerate(
+            zip(templates, texts[:num_turns], texts[num_turns:], strict=True)
         ):
-            room = self.max_length - len(input_ids) - len(question)
-            if len(answer) + 1 > room:
-                if index == 0 and room > 0:
-                    input_ids += [*question, *answer[:room]]
-                    labels += [IGNORE] * len(question) + answer[:room]
-                    turn += [-1] * (len(question) + room)
+            image = self._lay(sample) if shows_image and index == 0 else None
+            question = self._filled(template, asked)
+            answer, end = self._filled(self.chat.answer, answered, split=END)
+            length = sum(map(len, question)) + (len(image.input_ids) if image else 0)
+            room = self.max_length - len(encoded.input_ids) - length
+            fits = len(answer) + len(end) <= room
+            if not fits and (index > 0 or room <= 0):
                 break
-            input_ids += [*question, *answer, tokenizer.eos_token_id]
-            labels += [IGNORE] * len(question) + [*answer, tokenizer.eos_token_id]
-            turn += [-1] * len(question) + [index] * len(answer) + [-1]
-        if all(label == IGNORE for label in labels):
+            encoded.add(question[0])
+            if image:
+                encoded.add_image(image)
+            for part in question[1:]:
+                encoded.add(part)
+            if not fits:
+                encoded.add(answer[:room], labels=answer[:room])
+                break
+            encoded.add(answer, labels=answer, turn=index)
+            encoded.add(end, labels=end)
+            (after,) = self._filled(self.chat.after_answer, [])
+            encoded.add(after[: self.max_length - len(encoded.input_ids)])
+        if all(label == IGNORE for label in encoded.labels):
             raise DataError(
                 f"sample {sample.id}: no answer fits into max_length={self.max_length} tokens "
                 "(data.max_length); raise it or remove the sample"
             )
-        pixels = None if sample.image is None else decode_image(sample, self.image_size)
-        return Encoded(row, sample.id, input_ids, labels, turn, pixels)
+        return encoded
+
+    def _lay(self, sample: Sample) -> LaidImage:
+        if self.layout is None:
+            raise DataError(
+                f"sample {sample.id} has an image, and this backbone reads text only; "
+                "choose other data or another model.backbone"
+            )
+        return self.layout(decode_image(sample))
+
+    def _spelled(self, template: str, text: str) -> str:
+        """The stretch of a template around {text}, filled."""
+        (around,) = (piece for piece in self.chat.pieces(template) if TEXT in piece)
+        return around.replace(TEXT, text)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
+    def _filled(self, template: str, text_ids: list[int], split: str = IMAGE) -> list[list[int]]:
+        """Token ids of a template whose text has these, cut in two where `split` stands."""
+        parts: list[list[int]] = [[]]
+        for piece in self.chat.pieces(template):
+            if piece == split:
+                parts.append([])
+            else:
+                parts[-1] += text_ids if TEXT in piece else self._constant(piece)
+        return parts
+
+    def _constant(self, piece: str) -> list[int]:
+        """Token ids of what is the same in every conversation."""
+        if piece not in self._constants:
+            if piece == "{bos}":
+                ids = [self.tokenizer.bos_token_id]
+            elif piece == "{eos}":
+                ids = [self.tokenizer.eos_token_id]
+            elif self.chat.is_mark(piece):
+                ids = [self.tokenizer.convert_tokens_to_ids(piece)]
+            else:
+                (ids,) = self._tokenize([piece])
+            self._constants[piece] = ids
+        return self._constants[piece]
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         length = max(len(e.input_ids) for e in encoded)
-        ids = _padded([e.input_ids for e in encoded], length, self.tokenizer.pad_token_id)
-        images = [e.pixels_CHW for e in encoded if e.pixels_CHW is not None]
-        size = self.image_size
-        pixels = torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 3, size, size)
         lengths = torch.tensor([len(e.input_ids) for e in encoded])
+
+        def padded(name: str, value: int) -> Tensor:
+            return _padded([getattr(e, name) for e in encoded], length, value)
+
         return Batch(
-            input_ids_BS=ids,
-            labels_BS=_padded([e.labels for e in encoded], length, IGNORE),
+            input_ids_BS=padded("input_ids", self.tokenizer.pad_token_id),
+            labels_BS=padded("labels", IGNORE),
             is_valid_BS=torch.arange(length) < lengths[:, None],
-            is_vision_BS=ids == self.image_token_id,
-            turn_BS=_padded([e.turn for e in encoded], length, -1).to(torch.int16),
-            pixels_NCHW=pixels.float().div_(127.5).sub_(1),
+            is_vision_BS=padded("is_vision", False).bool(),
+            turn_BS=padded("turn", -1).to(torch.int16),
+            images=self._images(encoded, padded("feature", -1)),
             ids=tuple(e.id for e in encoded),
             rows=tuple(e.row for e in encoded),
         )
 
+    def _images(self, encoded: Sequence[Encoded], feature_BS: Tensor) -> dict[str, Tensor]:
+        """The batch's images joined, or a blank one that no position asks for."""
+        if self._blank is None:
+            return {}
+        images = [e.image for e in encoded if e.image is not None] or [self._blank]
+        first = 0
+        for sequence, e in zip(feature_BS, encoded, strict=True):
+            if e.image is not None:
+                sequence[sequence >= 0] += first
+                first += e.image.num_features
+        joined = {
+            name: torch.from_numpy(np.concatenate([image.extras[name] for image in images]))
+            for name in images[0].extras
+        }
+        pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
+        return {"pixels": pixels, "feature_BS": feature_BS, **joined}
 
-def decode_image(sample: Sample, size: int) -> np.ndarray:
-    """The image of a sample as uint8 [3, size, size]; DataError naming the sample if broken."""
+
+def decode_image(sample: Sample) -> Image.Image:
+    """The image of a sample in RGB; DataError naming the sample if it is broken."""
     assert sample.image is not None
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
-            rgb = image.convert("RGB")
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on broken files
         raise DataError(
             f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
         ) from error
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:

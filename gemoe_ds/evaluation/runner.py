@@ -95,7 +95,7 @@ def evaluate(
             on_device.input_ids_BS,
             on_device.is_valid_BS,
             on_device.is_vision_BS,
-            on_device.pixels_NCHW,
+            on_device.images,
             on_device.labels_BS,
         )
         if counted:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.data.sample import fsync_path
 from gemoe_ds.errors import ConfigError
@@ -98,7 +99,8 @@ def _blocks(model: MoEModel) -> list[dict[str, Any]]:
 
 def _card(router: dict[str, Any], provenance: dict[str, Any], model: MoEModel) -> str:
     options = "\n".join(f"    {key}: {value}" for key, value in router.items())
-    image = model.image
+    image = model.image_layout
+    assert isinstance(image, SquareImages), "only LLaVA-like models are exported with their code"
     return f"""# {router["name"]} on {provenance["base"]}
 
 Trained with gemoe_ds. Router:

@@ -165,12 +165,11 @@ def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = 
 
 
 def build_collator(config: RunConfig, model: MoEModel) -> Collator:
-    """The collator that fits a model's image layout and a configuration's tokenizer."""
+    """The collator that fits a model's images and chat and a configuration's tokenizer."""
     return Collator(
         load_tokenizer(Path(config.data.tokenizer)),
-        image_size=model.image.size,
-        image_tokens=model.image.tokens,
-        image_token_id=model.image.token_id,
+        model.image_layout,
+        model.backbone.chat,
         max_length=config.data.max_length,
     )
 

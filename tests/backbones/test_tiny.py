@@ -23,7 +23,7 @@ def stock_logits(base, batch):
     with torch.no_grad():
         return model(
             batch["input_ids_BS"],
-            pixel_values=batch["pixels_NCHW"] if len(batch["pixels_NCHW"]) else None,
+            pixel_values=batch["images"]["pixels"] if batch["is_vision_BS"].any() else None,
             attention_mask=batch["is_valid_BS"].long(),
         ).logits
 
@@ -34,7 +34,7 @@ def test_native_routing_reproduces_the_unmodified_model(base, images):
     model = make_model(base, "top_k").eval()
     with torch.no_grad():
         hidden = model.hidden(
-            *(batch[n] for n in ("input_ids_BS", "is_valid_BS", "is_vision_BS", "pixels_NCHW"))
+            *(batch[n] for n in ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images"))
         )
         logits = model.backbone.head(model.hf)(hidden)
     valid = batch["is_valid_BS"]
@@ -97,7 +97,8 @@ def test_padding_changes_no_loss_and_no_gradient(base):
     batch, results = random_batch(8), []
     wide = {n: torch.nn.functional.pad(t, (0, 5)) for n, t in batch.items() if n.endswith("BS")}
     wide["labels_BS"][:, -5:] = -100
-    for each in (batch, {**wide, "pixels_NCHW": batch["pixels_NCHW"]}):
+    feature_BS = torch.nn.functional.pad(batch["images"]["feature_BS"], (0, 5), value=-1)
+    for each in (batch, {**wide, "images": batch["images"] | {"feature_BS": feature_BS}}):
         model = make_model(base)
         parts = model(**each)
         parts["loss"].backward()

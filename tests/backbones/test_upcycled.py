@@ -86,13 +86,13 @@ def dense_logits(setting, batch):
     with torch.no_grad():
         return model.eval()(
             batch["input_ids_BS"],
-            pixel_values=batch["pixels_NCHW"],
+            pixel_values=batch["images"]["pixels"],
             attention_mask=batch["is_valid_BS"].long(),
         ).logits
 
 
 def logits_of(model, batch):
-    names = ("input_ids_BS", "is_valid_BS", "is_vision_BS", "pixels_NCHW")
+    names = ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images")
     with torch.no_grad():
         return model.backbone.head(model.hf)(model.eval().hidden(*(batch[n] for n in names)))
 
@@ -123,7 +123,7 @@ def test_own_plain_forward_equals_ours(setting):
     with torch.no_grad():
         expected = plain(
             batch["input_ids_BS"],
-            pixel_values=batch["pixels_NCHW"],
+            pixel_values=batch["images"]["pixels"],
             attention_mask=batch["is_valid_BS"].long(),
         ).logits
     valid = batch["is_valid_BS"]

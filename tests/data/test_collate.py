@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from data_prep.train_tokenizer import train
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, write_samples
@@ -22,9 +24,7 @@ def tokenizer(tmp_path_factory):
 
 
 def make(tokenizer, max_length=64):
-    return Collator(
-        tokenizer, image_size=4, image_tokens=2, image_token_id=3, max_length=max_length
-    )
+    return Collator(tokenizer, SquareImages(4, 2, 3), ChatTemplate(), max_length=max_length)
 
 
 def image(colour=(255, 0, 127), size=(4, 4)) -> bytes:
@@ -52,18 +52,20 @@ def test_a_sequence_by_hand(tokenizer):
     assert batch.is_vision_BS[0].nonzero().flatten().tolist() == [1, 2]
     assert (batch.rows, batch.ids, batch.num_targets) == ((5,), ("x",), 5)
     red = torch.tensor([1.0, -1.0, 127 / 127.5 - 1])
-    torch.testing.assert_close(batch.pixels_NCHW, red[None, :, None, None].expand(1, 3, 4, 4))
+    torch.testing.assert_close(batch.images["pixels"], red[None, :, None, None].expand(1, 3, 4, 4))
 
 
-def test_padding_stands_right_and_text_only_samples_have_no_pixels(tokenizer):
+def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer):
     collator = make(tokenizer)
     samples = [Sample("t", None, TWO[:1]), Sample("i", image(size=(9, 7)), TWO)]
     batch = collator.batch([collator.encode(i, s) for i, s in enumerate(samples)])
     assert batch.is_valid_BS.sum(1).tolist() == [7, 15]
     assert not batch.is_valid_BS[0, 7:].any() and (batch.labels_BS[0, 7:] == -100).all()
-    assert batch.pixels_NCHW.shape == (1, 3, 4, 4)
+    assert batch.images["pixels"].shape == (1, 3, 4, 4)
+    assert batch.images["feature_BS"][1, :4].tolist() == [-1, 0, 1, -1]
     alone = collator.batch([collator.encode(0, samples[0])])
-    assert alone.pixels_NCHW.shape == (0, 3, 4, 4)
+    assert alone.images["pixels"].shape == (1, 3, 4, 4), "a blank one for the vision tower"
+    assert (alone.images["feature_BS"] == -1).all()
 
 
 @pytest.mark.parametrize("max_length", [10, 12, 14])

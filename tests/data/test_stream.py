@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.dataset import EvalStream, TrainStream
@@ -29,7 +31,7 @@ def setting(tmp_path_factory):
     )
     write_samples(samples, root / "data", source="test", shard_size=5)
     tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer"))
-    collator = Collator(tokenizer, image_size=8, image_tokens=4, image_token_id=3, max_length=64)
+    collator = Collator(tokenizer, SquareImages(8, 4, 3), ChatTemplate(), max_length=64)
     return open_samples(root / "data"), collator
 
 
@@ -108,7 +110,7 @@ def test_two_ranks_see_what_one_with_twice_the_accumulation_sees(setting):
         (batch,) = next(
             TrainStream(samples, collator, rank=rank, world=2, accumulation=1, **options)
         )
-        for name in ("input_ids_BS", "labels_BS", "is_valid_BS", "turn_BS", "pixels_NCHW"):
+        for name in ("input_ids_BS", "labels_BS", "is_valid_BS", "turn_BS", "images"):
             torch.testing.assert_close(getattr(batch, name), getattr(alone[rank], name))
         assert batch.rows == alone[rank].rows
 

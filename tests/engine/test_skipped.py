@@ -28,7 +28,7 @@ def harms(model, case: Case):
     """What spoils one step of one rank, each in one place only; called with the batch."""
 
     def in_batch(batch):
-        batch["pixels_NCHW"][0, 0, 0, 0] = NAN
+        batch["images"]["pixels"][0, 0, 0, 0] = NAN
 
     def in_logits(batch):
         def poison(module, inputs, logits_TE):

@@ -22,9 +22,8 @@ def setting(tmp_path_factory):
     model = make_model(base, "gemoe")
     collator = Collator(
         load_tokenizer(base[1]),
-        image_size=model.image.size,
-        image_tokens=model.image.tokens,
-        image_token_id=model.image.token_id,
+        model.image_layout,
+        model.backbone.chat,
         max_length=64,
     )
     return model, open_samples(write_data(root / "data", 11)), collator
@@ -67,7 +66,7 @@ def test_right_answers_equal_greedy_generation(setting):
             places = [i for i, t in enumerate(encoded.turn) if t == index]
             text = batch.input_ids_BS[0, : places[0]].tolist()
             wanted = [encoded.input_ids[i] for i in places]
-            while wanted and _next_token(model, text, batch.pixels_NCHW) == wanted[0]:
+            while wanted and _next_token(model, text, batch.images) == wanted[0]:
                 text.append(wanted.pop(0))
             right[turn.kind] += not wanted
             asked[turn.kind] += 1
@@ -76,11 +75,12 @@ def test_right_answers_equal_greedy_generation(setting):
     assert {kind: scores.right[kind] for kind in asked} == right
 
 
-def _next_token(model, text: list[int], pixels) -> int:
+def _next_token(model, text: list[int], images: dict) -> int:
     ids = torch.tensor([text])
-    is_vision = ids == model.image.token_id
+    is_vision = ids == model.image_layout.token_id
+    images = images | {"feature_BS": (is_vision.cumsum(1) - 1).where(is_vision, -1)}
     with torch.no_grad():
-        hidden = model.hidden(ids, torch.ones_like(is_vision), is_vision, pixels)
+        hidden = model.hidden(ids, torch.ones_like(is_vision), is_vision, images)
         return model.backbone.head(model.hf)(hidden[:, -1]).argmax(-1).item()
 
 

@@ -65,7 +65,7 @@ def logits_of(model, batch: dict) -> torch.Tensor:
             batch["input_ids_BS"],
             batch["is_valid_BS"],
             batch["is_vision_BS"],
-            batch["pixels_NCHW"],
+            batch["images"],
         )
         return model.backbone.head(model.hf)(hidden)[batch["is_valid_BS"]]
 
@@ -75,8 +75,8 @@ def stock_inputs(batch: dict) -> dict:
         "input_ids": batch["input_ids_BS"],
         "attention_mask": batch["is_valid_BS"].long(),
     }
-    if batch["pixels_NCHW"].shape[0]:
-        inputs["pixel_values"] = batch["pixels_NCHW"]
+    if batch["is_vision_BS"].any():
+        inputs["pixel_values"] = batch["images"]["pixels"]
     return inputs
 
 

@@ -1,0 +1,76 @@
+"""OLMoE-1B-7B: text only, 64 experts a layer, top-8, scores not renormalised.
+
+Public folders (allenai/OLMoE-1B-7B-0924, -SFT, -Instruct) hold three matrices an expert; see
+arXiv 2409.02060 and transformers' `olmoe`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
+from gemoe_ds.backbones.weights import config_of, shell
+from gemoe_ds.moe.router import RoutingSpec
+
+
+class OlmoeBackbone(Backbone):
+    """`OlmoeForCausalLM` of transformers, from a folder; a sample with an image is refused."""
+
+    name: ClassVar[str] = "olmoe"
+    keys = KeyMap(swiglu_experts(*["model.layers.{l}.mlp.experts"] * 2))
+    # The Instruct model's; the role marks are plain text in its vocabulary.
+    chat = ChatTemplate(
+        question="<|user|>\n{text}\n<|assistant|>\n", answer="{text}{end}{eos}", after_answer="\n"
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        return shell(OlmoeForCausalLM, config_of(OlmoeConfig, checkpoint, self.name))
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        return olmoe_blocks(model)
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+    ) -> Tensor:
+        # Padding stands right of everything and attention is causal: no valid token sees it.
+        hidden_BSD: Tensor = model.model(input_ids_BS, use_cache=False).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head
+
+
+def olmoe_blocks(model: nn.Module) -> list[BlockSpec]:
+    """The MoE blocks of any model with transformers' OLMoE in it."""
+    blocks = []
+    for path, module in model.named_modules():
+        if isinstance(module, OlmoeSparseMoeBlock):
+            parent, _, attribute = path.rpartition(".")
+            gate, experts = module.gate, module.experts
+            routing = RoutingSpec(
+                gate.hidden_dim, gate.num_experts, gate.top_k, bool(gate.norm_topk_prob)
+            )
+            blocks.append(
+                BlockSpec(
+                    path,
+                    model.get_submodule(parent),
+                    attribute,
+                    routing,
+                    gate.weight,
+                    experts.gate_up_proj,
+                    experts.down_proj,
+                )
+            )
+    return blocks
