@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gemoe_ds.backbones.model import MoEModel
     from gemoe_ds.config import RunConfig
     from gemoe_ds.data.sample import SampleFolder
+    from gemoe_ds.engine.distributed import World
     from gemoe_ds.evaluation.runner import Scores
 
 Arguments = argparse.Namespace
@@ -103,20 +104,10 @@ def _settings(arguments: Arguments) -> list[Setting]:
 
 
 def _evaluate(arguments: Arguments) -> None:
-    from gemoe_ds.analysis.record import write_record
     from gemoe_ds.config import load_config
-    from gemoe_ds.data.dataset import EvalStream
     from gemoe_ds.data.sample import open_samples
-    from gemoe_ds.engine.checkpoint import put_trained
-    from gemoe_ds.engine.distributed import distributed, gather_objects
-    from gemoe_ds.engine.groups import expert_shard
-    from gemoe_ds.engine.manifest import newest
-    from gemoe_ds.evaluation.budget import meet_budget
-    from gemoe_ds.evaluation.runner import evaluate
-    from gemoe_ds.train.monitor import seconds_in
-    from gemoe_ds.train.run import build_collator, build_model, say
+    from gemoe_ds.engine.distributed import distributed
 
-    trained, settings = arguments.trained, _settings(arguments)
     overrides = list(arguments.overrides)
     if arguments.k:
         overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
@@ -124,88 +115,117 @@ def _evaluate(arguments: Arguments) -> None:
         overrides.append("parallel.ep_size=1")  # every rank has all experts: nothing to exchange
     config = load_config(arguments.recipe, overrides)
     samples = open_samples(arguments.data)
-    calibration = arguments.calibrate or config.data.validation or config.data.train
-    checkpoint = newest(trained) if trained else None
     with distributed() as world:
-        shard = expert_shard(config.parallel.ep_size, world)
-
-        def loaded(config: RunConfig) -> MoEModel:
-            model = build_model(config, shard).to(world.device)
-            if checkpoint:
-                put_trained(model, checkpoint)
-            return model
-
-        def scored(model: MoEModel, samples: SampleFolder, limit: int | None = None) -> Scores:
-            stream = EvalStream(
-                samples,
-                collator,
-                batch=arguments.batch,
-                rank=world.rank,
-                world=world.size,
-                limit=limit,
-            )
-            return evaluate(
-                model, samples, stream, world.device, gather_objects, show_progress=world.is_first
-            )
-
-        model = loaded(config)
-        routers = [layer.router for layer in model.moe_layers]
-        name = config.model.router.name
-        if checkpoint:
-            say(world, f"trained parts from {checkpoint}")
-        collator = build_collator(config, model)
-        for setting in settings:
-            if setting.k is not None:
-                for router in routers:
-                    router.k = router.static_k = setting.k
-            if setting.mean_k is not None:
-                known = open_samples(calibration)
-
-                def mean_k(known: SampleFolder = known) -> float:
-                    return float(
-                        scored(model, known, arguments.calibration_samples).tokens()[1].mean()
-                    )
-
-                how = "scale" if arguments.rescale else "shift"
-                budget = meet_budget(routers, setting.mean_k, mean_k, how)
-                say(
-                    world,
-                    f"mean k {budget.mean_k:.3f} on {calibration} after {budget.passes} passes: "
-                    f"model.router.k_scale={budget.k_scale:.6g} "
-                    f"model.router.k_shift={budget.k_shift:.6g}",
-                )
-            k = routers[0].static_k
-            say(world, f"evaluating {name}{'' if k is None else f' k={k}'}")
-            began = time.perf_counter()
-            scores = scored(model, samples)
-            if not world.is_first:
-                continue
-            record, tokens = _record(
-                model,
-                scores,
-                method=arguments.name or (f"{name}_tuned" if trained and name == "top_k" else name),
-                k=k,
-                budget_k=setting.mean_k,
-                seed=config.seed,
-                seconds=time.perf_counter() - began,
-                train_seconds=seconds_in(trained) if trained else None,
-                checkpoint=str(checkpoint or config.model.checkpoint),
-            )
-            out = arguments.out / setting.folder
-            write_record(out, record, tokens)
-            say(
-                world,
-                f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
-                f"({record.seconds:.1f} s)",
-            )
-
+        evaluation = Evaluation(arguments, config, world)
+        for setting in _settings(arguments):
+            scores = evaluation.run(setting, samples)
         if arguments.flips:
-            say(world, "evaluating in float32, for the k that differ")
-            exact = scored(
-                loaded(load_config(arguments.recipe, [*overrides, "model.dtype=float32"])), samples
-            )
+            evaluation.say("evaluating in float32, for the k that differ")
+            in_float32 = load_config(arguments.recipe, [*overrides, "model.dtype=float32"])
+            exact = Evaluation(arguments, in_float32, world).scored(samples)
             if world.is_first:
                 _write_flips(arguments.out, config.model.dtype, scores, exact)
+
+
+class Evaluation:
+    """A loaded model and the ways in which it is scored. Its methods are collective."""
+
+    def __init__(self, arguments: Arguments, config: RunConfig, world: World) -> None:
+        from gemoe_ds.engine.checkpoint import put_trained
+        from gemoe_ds.engine.groups import expert_shard
+        from gemoe_ds.engine.manifest import newest
+        from gemoe_ds.train.run import build_collator, build_model
+
+        self.arguments, self.config, self.world = arguments, config, world
+        self.checkpoint = newest(arguments.trained) if arguments.trained else None
+        shard = expert_shard(config.parallel.ep_size, world)
+        self.model = build_model(config, shard, show_progress=world.is_first).to(world.device)
+        if self.checkpoint:
+            put_trained(self.model, self.checkpoint)
+            self.say(f"trained parts from {self.checkpoint}")
+        self.routers = [layer.router for layer in self.model.moe_layers]
+        self.collator = build_collator(config, self.model)
+
+    def say(self, text: str) -> None:
+        if self.world.is_first:
+            print(text, flush=True)
+
+    def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
+        from gemoe_ds.data.dataset import EvalStream
+        from gemoe_ds.engine.distributed import gather_objects
+        from gemoe_ds.evaluation.runner import evaluate
+
+        stream = EvalStream(
+            samples,
+            self.collator,
+            batch=self.arguments.batch,
+            rank=self.world.rank,
+            world=self.world.size,
+            limit=limit,
+        )
+        show = self.world.is_first
+        return evaluate(
+            self.model, samples, stream, self.world.device, gather_objects, show_progress=show
+        )
+
+    def run(self, setting: Setting, samples: SampleFolder) -> Scores:
+        """Score in one way, and write the record."""
+        name = self.config.model.router.name
+        if setting.k is not None:
+            for router in self.routers:
+                router.k = router.static_k = setting.k
+        if setting.mean_k is not None:
+            self.meet(setting.mean_k)
+        k = self.routers[0].static_k
+        self.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
+        began = time.perf_counter()
+        scores = self.scored(samples)
+        if self.world.is_first:
+            self.write(setting, scores, k, time.perf_counter() - began)
+        return scores
+
+    def meet(self, mean_k: float) -> None:
+        """Move the trained k until the model uses so many experts on the calibration samples."""
+        from gemoe_ds.data.sample import open_samples
+        from gemoe_ds.evaluation.budget import meet_budget
+
+        arguments, data = self.arguments, self.config.data
+        place = arguments.calibrate or data.validation or data.train
+        known = open_samples(place)
+
+        def measured() -> float:
+            return float(self.scored(known, arguments.calibration_samples).tokens()[1].mean())
+
+        how = "scale" if arguments.rescale else "shift"
+        budget = meet_budget(self.routers, mean_k, measured, how)
+        self.say(
+            f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: "
+            f"model.router.k_scale={budget.k_scale:.6g} model.router.k_shift={budget.k_shift:.6g}"
+        )
+
+    def write(self, setting: Setting, scores: Scores, k: int | None, seconds: float) -> None:
+        from gemoe_ds.analysis.record import write_record
+        from gemoe_ds.train.monitor import seconds_in
+
+        arguments, name = self.arguments, self.config.model.router.name
+        tuned = arguments.trained and name == "top_k"
+        record, tokens = _record(
+            self.model,
+            scores,
+            method=arguments.name or (f"{name}_tuned" if tuned else name),
+            k=k,
+            budget_k=setting.mean_k,
+            seed=self.config.seed,
+            seconds=seconds,
+            train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
+            checkpoint=str(self.checkpoint or self.config.model.checkpoint),
+        )
+        out = arguments.out / setting.folder
+        write_record(out, record, tokens)
+        self.say(
+            f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
+            f"({record.seconds:.1f} s)"
+        )
 
 
 def _write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:

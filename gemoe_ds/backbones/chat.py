@@ -30,6 +30,11 @@ class ChatTemplate:
         """The marks, special tokens and stretches of text that a template consists of."""
         return [piece for piece in self._marks.split(template) if piece]
 
+    def names(self, mark: str) -> bool:
+        """Whether a template has the mark {bos} or {eos}."""
+        templates = (self.question, self.question_with_image, self.answer, self.start)
+        return any(f"{{{mark}}}" in template for template in templates)
+
     def is_mark(self, piece: str) -> bool:
         return self._marks.fullmatch(piece) is not None
 

@@ -35,6 +35,10 @@ class ImageLayout(Protocol):
     def blank(self) -> LaidImage:
         """The smallest image there is, for ranks that have none."""
 
+    @property
+    def token(self) -> tuple[str, int]:
+        """The token that a feature goes to, and the id that the model knows it by."""
+
 
 @dataclass(frozen=True)
 class SquareImages:
@@ -43,6 +47,10 @@ class SquareImages:
     size: int
     tokens: int
     token_id: int
+
+    @property
+    def token(self) -> tuple[str, int]:
+        return "<image>", self.token_id
 
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
         pixels_NCHW = stretched(rgb, self.size)[None].astype(np.float32) / 127.5 - 1

@@ -151,6 +151,20 @@ class KeyMap:
             _check_shape(piece, stored[piece.key], ours[piece.name])
         return pieces
 
+    def stored_shapes(self, ours: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The folder that would fit: every key and its shape."""
+        found: dict[str, Shape] = {}
+        for name, shape in ours.items():
+            tensor = torch.empty(shape, device="meta")
+            for piece in self.of(name, shape):
+                stored = list(piece.to_stored(piece.ours(tensor)).shape)
+                if piece.rule.by_row:
+                    stored[0] = shape[0]
+                elif piece.rule.stored_part:
+                    stored[0] *= piece.rule.stored_part[1]
+                found[piece.key] = tuple(stored)
+        return found
+
     def of(self, name: str, shape: Shape) -> Iterable[Piece]:
         """The pieces of one of our parameters, whose (whole) shape this is."""
         for rule in self.rules:

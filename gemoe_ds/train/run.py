@@ -24,6 +24,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
+from gemoe_ds.train.phases import Phases
 from gemoe_ds.train.trainer import Trainer
 
 HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face model
@@ -35,7 +36,9 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         samples = open_samples(config.data.train)
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
-        model = build_model(config, shard, show_progress=world.is_first)
+        phases = Phases(world)
+        with phases("loading"):
+            model = build_model(config, shard, show_progress=world.is_first)
         say(
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
@@ -43,8 +46,9 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
 
         # Find out about a wrong checkpoint before anything is built or written.
         output = Path(config.output_dir)
+        base = _base_checksum(config) if world.is_first else None  # one reader is enough
         identity = checkpoint.run_identity(
-            config, world.size, samples.fingerprint, _base_checksum(config)
+            config, world.size, samples.fingerprint, gather_objects(base)[0]
         )
         found = _checkpoint_to_resume(config, output, identity, world)
         start_step = found.step if found else 0
@@ -54,16 +58,19 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         if found:
             checkpoint.put_trained(model, found.folder)
 
-        engine = initialize(model, config, world)
+        with phases("engine"):
+            engine = initialize(model, config, world)
+            if found:
+                checkpoint.restore(engine, model, found)
         say(world, group_summary(model, config.optim))
         if found:
-            checkpoint.restore(engine, model, found)
             say(world, f"resumed from {found.folder}")
         stream = _stream(config, samples, model, world, start_step)
 
         if dry_run:
             trainer = Trainer(config, model, engine, stream, world, None, None)
-            tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
+            with phases("one step"):
+                tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
             say(
                 world, f"dry run: one step of {tokens} tokens on this rank is fine; nothing written"
             )
@@ -89,18 +96,19 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
             },
         )
         try:
-            Trainer(
-                config,
-                model,
-                engine,
-                stream,
-                world,
-                monitor,
-                saver,
-                start_step=start_step,
-                updates=found.updates if found else 0,
-                ledger=ledger,
-            ).run()
+            with phases("training"):
+                Trainer(
+                    config,
+                    model,
+                    engine,
+                    stream,
+                    world,
+                    monitor,
+                    saver,
+                    start_step=start_step,
+                    updates=found.updates if found else 0,
+                    ledger=ledger,
+                ).run()
         except BaseException:
             saver.finish_alone()
             raise
@@ -108,8 +116,11 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
             for open_file in (monitor, ledger):
                 if open_file:
                     open_file.close()
-        last = saver.wait()
+        with phases("last save"):
+            last = saver.wait()
         assert last is not None, "the trainer saves its last step"
+        if world.is_first:
+            phases.write(output)
         say(world, f"saved {last}")
         if config.model.train == "all":
             _save_pretrained(model, last, world, output / HF_FOLDER)
@@ -166,10 +177,12 @@ def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = 
 
 def build_collator(config: RunConfig, model: MoEModel) -> Collator:
     """The collator that fits a model's images and chat and a configuration's tokenizer."""
+    layout, chat = model.image_layout, model.backbone.chat
+    token = layout.token if layout else None
     return Collator(
-        load_tokenizer(Path(config.data.tokenizer)),
-        model.image_layout,
-        model.backbone.chat,
+        load_tokenizer(Path(config.data.tokenizer), chat, token),
+        layout,
+        chat,
         max_length=config.data.max_length,
     )
 

@@ -111,6 +111,13 @@ def test_a_shard_reads_its_own_rows(folder, model, local):
         assert torch.equal(mine, whole[local])
 
 
+def test_the_folder_that_would_fit(model):
+    wanted = {key: tuple(t.shape) for key, t in stored_by_hand(model).items()}
+    del wanted["blocks.0.never_used"]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert KEYS.stored_shapes(shapes) == wanted
+
+
 def test_a_shell_draws_no_random_numbers():
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -1,0 +1,144 @@
+"""Qwen3-VL-30B-A3B: 48 layers of 128 experts, top-8, scores renormalised; DeepStack; M-RoPE.
+
+Everything is transformers' own; only the merge of image features is ours, so that a rank without
+images runs the same modules as the others. The public folder holds experts fused and transposed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.images import put_features
+from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.qwen3_vl.images import Qwen3VLImages
+from gemoe_ds.backbones.weights import config_of, shell
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.registry import ConfigModel
+
+_EXPERTS = "model.language_model.layers.{l}.mlp.experts."
+
+
+class Qwen3VLBackbone(Backbone):
+    """`Qwen3VLMoeForConditionalGeneration` of transformers, from a folder; images, no videos."""
+
+    name: ClassVar[str] = "qwen3_vl_moe"
+
+    class Config(ConfigModel):
+        min_pixels: int | None = Field(
+            None, ge=1, description="smaller images are enlarged; null: as the checkpoint says"
+        )
+        max_pixels: int | None = Field(
+            None,
+            ge=1024,
+            description="larger images are shrunk; 1,024 pixels are a token; null: as it says",
+        )
+
+    config: Config
+    keys = KeyMap(
+        tuple(
+            Rule(_EXPERTS + matrix, _EXPERTS + matrix, by_row=True, rearrange="i o -> o i")
+            for matrix in ("gate_up_proj", "down_proj")
+        )
+    )
+    chat = ChatTemplate(
+        question="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        question_with_image="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
+        answer="{text}{end}<|im_end|>",
+        after_answer="\n",
+        start="",
+        specials=("<|im_start|>", "<|im_end|>"),
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        config = config_of(Qwen3VLMoeConfig, checkpoint, self.name)
+        assert checkpoint is not None
+        self.processor = self._processor(checkpoint)
+        return shell(Qwen3VLMoeForConditionalGeneration, config)
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        blocks = []
+        for path, module in model.named_modules():
+            if isinstance(module, Qwen3VLMoeTextSparseMoeBlock):
+                parent, _, attribute = path.rpartition(".")
+                gate, experts = module.gate, module.experts
+                # transformers renormalises whatever the configuration says
+                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, True)
+                blocks.append(
+                    BlockSpec(
+                        path,
+                        model.get_submodule(parent),
+                        attribute,
+                        routing,
+                        gate.weight,
+                        experts.gate_up_proj,
+                        experts.down_proj,
+                    )
+                )
+        return blocks
+
+    def _processor(self, folder: Path) -> Qwen2VLImageProcessorPil:
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        except Exception as error:  # of any kind, from a file that is missing or damaged
+            raise CheckpointError(
+                f"model.checkpoint={folder}: preprocessor_config.json: {error}; without the "
+                "model's own file images would be cut into patches of another size"
+            ) from error
+        size, wanted = processor.size, self.config
+        processor.size = {
+            "shortest_edge": wanted.min_pixels or size["shortest_edge"],  # pixels, not edges
+            "longest_edge": wanted.max_pixels or size["longest_edge"],
+        }
+        return processor
+
+    def image_layout(self, model: nn.Module) -> Qwen3VLImages:
+        config: Any = model.config
+        return Qwen3VLImages(
+            self.processor,
+            image_id=config.image_token_id,
+            start_id=config.vision_start_token_id,
+            end_id=config.vision_end_token_id,
+        )
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+    ) -> Tensor:
+        inner: Any = model.model
+        feature_BS, grid = images["feature_BS"], images["grid_thw"]
+        is_image_BS = feature_BS >= 0
+        embedded_BSD = inner.get_input_embeddings()(input_ids_BS)
+        seen = inner.get_image_features(
+            images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
+        )
+        embedded_BSD = put_features(embedded_BSD, torch.cat(seen.pooler_output), feature_BS)
+        position_3BS, _ = inner.get_rope_index(
+            input_ids_BS, is_image_BS.long(), image_grid_thw=grid, attention_mask=is_valid_BS
+        )
+        # Padding stands right of everything and attention is causal: no valid token sees it.
+        hidden_BSD: Tensor = inner.language_model(
+            inputs_embeds=embedded_BSD,
+            position_ids=position_3BS,
+            visual_pos_masks=is_image_BS,
+            deepstack_visual_embeds=[f[feature_BS[is_image_BS]] for f in seen.deepstack_features],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head

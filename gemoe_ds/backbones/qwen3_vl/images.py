@@ -1,0 +1,53 @@
+"""Qwen3-VL's images: resized to a whole number of 2 x 2 patches, cut, framed by two tokens.
+
+transformers' own processor does it, the one that needs Pillow and no torchvision. Shapes: P
+positions in the sequence, N patches of 3 x 2 x 16 x 16 numbers (an image counts as two frames).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gemoe_ds.backbones.images import LaidImage
+
+
+@dataclass(frozen=True)
+class Qwen3VLImages:
+    """`<|vision_start|>`, a token for every 2 x 2 patches, `<|vision_end|>`."""
+
+    processor: Any  # Qwen2VLImageProcessorPil
+    image_id: int = 151655
+    start_id: int = 151652
+    end_id: int = 151653
+
+    @property
+    def token(self) -> tuple[str, int]:
+        return "<|image_pad|>", self.image_id
+
+    def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
+        laid = self.processor([_not_too_long(rgb)], return_tensors="np")
+        pixels, grid = laid["pixel_values"].astype(np.float32), laid["image_grid_thw"]
+        num_tokens = len(pixels) // self.processor.merge_size**2
+        return LaidImage(
+            [self.start_id, *[self.image_id] * num_tokens, self.end_id],
+            np.array([-1, *range(num_tokens), -1]),
+            num_tokens,
+            pixels,
+            {"grid_thw": grid.astype(np.int64)},
+        )
+
+    def blank(self) -> LaidImage:
+        side = self.processor.patch_size * self.processor.merge_size
+        return self(Image.new("RGB", (side, side)))
+
+
+def _not_too_long(rgb: Image.Image) -> Image.Image:
+    """An image at most 200 times as long as wide, which is all that the processor takes."""
+    width, height = rgb.size
+    if max(width, height) <= 200 * min(width, height):
+        return rgb
+    return rgb.resize((max(width, -(-height // 200)), max(height, -(-width // 200))))

@@ -1,0 +1,64 @@
+"""Where a run's time and memory go before and after its steps: one line a phase, and a file."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from gemoe_ds.engine.distributed import World, gather_objects
+
+FILE = "phases.json"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds of the slowest rank, and what every rank's memory had been at most by its end."""
+
+    name: str
+    seconds: float
+    host_bytes: list[int]  # a rank: resident set
+    device_bytes: list[int]  # a rank: allocated by torch; 0 on CPUs
+
+
+class Phases:
+    """Times phases. Collective: all ranks enter and leave the same ones."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.done: list[Phase] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        on_gpu = self.world.device.type == "cuda"
+        mine = (
+            time.perf_counter() - began,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+            torch.cuda.max_memory_allocated(self.world.device) if on_gpu else 0,
+        )
+        seconds, host, device = zip(*gather_objects(mine), strict=True)
+        self.done.append(Phase(name, max(seconds), list(host), list(device)))
+        if self.world.is_first:
+            print(self.line(self.done[-1]), flush=True)
+
+    @staticmethod
+    def line(phase: Phase) -> str:
+        host, device = (max(b) / 2**30 for b in (phase.host_bytes, phase.device_bytes))
+        on_device = f", device {device:.2f}" if device else ""
+        return (
+            f"{phase.name}: {phase.seconds:.1f} s; peak so far on the fullest rank, GiB: "
+            f"host {host:.2f}{on_device}"
+        )
+
+    def write(self, folder: Path) -> None:
+        """phases.json, of the last start only."""
+        phases = [asdict(phase) for phase in self.done]
+        (folder / FILE).write_text(json.dumps(phases, indent=1) + "\n")
