@@ -16,10 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import ConfigError, exit_on_error
@@ -28,39 +24,6 @@ SHARDS = 3  # as published
 RECIPE = "launch/recipes/full_size_olmoe.yaml"
 RANKS = 2
 STEPS = 2
-
-
-def write_checkpoint(folder: Path) -> None:
-    """Random weights, norms of 1, in the keys, dtype and number of files of the public one."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    from gemoe_ds.backbones.olmoe import OlmoeBackbone
-    from gemoe_ds.backbones.weights import shell
-
-    config = OlmoeConfig(intermediate_size=1024, norm_topk_prob=False, dtype="bfloat16")
-    config.architectures = ["OlmoeForCausalLM"]
-    model = shell(OlmoeForCausalLM, config)
-    ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    shapes = OlmoeBackbone.keys.stored_shapes(ours)
-    noise = torch.randn(2**27, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    folder.mkdir(parents=True)
-    weight_map, keys = {}, list(shapes)
-    size = -(-len(keys) // SHARDS)
-    for number in tqdm(range(SHARDS), desc="writing", unit="shard", dynamic_ncols=True):
-        name = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-        tensors = {}
-        for place, key in enumerate(keys[number * size : (number + 1) * size]):
-            items, start = torch.Size(shapes[key]).numel(), 4096 * place
-            weight = noise[start : start + items] if items < 2**26 else noise[:items]
-            tensors[key] = (
-                (weight if "norm" not in key else torch.ones_like(weight)).view(shapes[key]).clone()
-            )
-            weight_map[key] = name
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.save_pretrained(folder)  # last: a folder without it is not finished
 
 
 def write_data(folder: Path) -> None:
@@ -120,6 +83,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent.parent)
     from gemoe_ds.analysis.provenance import provenance
+    from gemoe_ds.backbones.olmoe import OlmoeBackbone
+    from gemoe_ds.backbones.random_checkpoint import write_random_checkpoint
 
     root = Path("runs/full_size")
     base = root / "olmoe"
@@ -127,7 +92,7 @@ def main() -> int:
         if (root / "run").exists():
             raise ConfigError(f"{root}/run exists; remove it to measure again")
         if not (base / "config.json").is_file():
-            write_checkpoint(base)
+            write_random_checkpoint(OlmoeBackbone, base, shards=SHARDS)
         if not (root / "data").exists():
             write_data(root / "data")
         if not (root / "tokenizer").exists():

@@ -13,6 +13,7 @@ from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout
 from gemoe_ds.backbones.keys import KeyMap
 from gemoe_ds.backbones.weights import Weights, shell
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel, Registered
 
@@ -63,6 +64,11 @@ class Backbone(Registered):
         keeps, by `keys`. Raises ConfigError for options that contradict the folder,
         CheckpointError for a folder that is missing, damaged or of another family.
         """
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """The shell of the public model at its full size."""
+        raise ConfigError(f"backbone {cls.name!r} has no published model")
 
     @abstractmethod
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:

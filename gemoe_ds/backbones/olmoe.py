@@ -33,6 +33,12 @@ class OlmoeBackbone(Backbone):
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
         return shell(OlmoeForCausalLM, config_of(OlmoeConfig, checkpoint, self.name))
 
+    @classmethod
+    def published(cls) -> nn.Module:
+        """OLMoE-1B-7B-0924; what is not said is transformers' default, and the same there."""
+        config = OlmoeConfig(intermediate_size=1024, architectures=["OlmoeForCausalLM"])
+        return shell(OlmoeForCausalLM, config)
+
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
         return olmoe_blocks(model)
 

@@ -14,7 +14,6 @@ import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.qwen3_vl.backbone import Qwen3VLBackbone
-from gemoe_ds.backbones.weights import shell
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.moe.router import Router
 from tests.backbones import reference
@@ -244,34 +243,7 @@ def test_text_alone_trains_the_routers(folder):
 
 def test_full_shape_has_the_published_number_of_parameters():
     """31,070,754,032 with 3,353,032,704 of the language model active at top-8."""
-    config = Qwen3VLMoeConfig(
-        text_config={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        tie_word_embeddings=False,
-    )
-    model = shell(Qwen3VLMoeForConditionalGeneration, config)
+    model = Qwen3VLBackbone.published()
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 31_070_754_032
     blocks = Qwen3VLBackbone(Qwen3VLBackbone.Config()).moe_blocks(model)

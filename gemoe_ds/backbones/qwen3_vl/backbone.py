@@ -66,6 +66,38 @@ class Qwen3VLBackbone(Backbone):
         self.processor = self._processor(checkpoint)
         return shell(Qwen3VLMoeForConditionalGeneration, config)
 
+    @classmethod
+    def published(cls) -> nn.Module:
+        """Qwen3-VL-30B-A3B-Instruct; its shape, for rotary settings come from a folder."""
+        config = Qwen3VLMoeConfig(
+            text_config={
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "tie_word_embeddings": False,
+            },
+            vision_config={
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 2048,
+                "deepstack_visual_indexes": [8, 16, 24],
+            },
+            tie_word_embeddings=False,
+        )
+        return shell(Qwen3VLMoeForConditionalGeneration, config)
+
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
         blocks = []
         for path, module in model.named_modules():
