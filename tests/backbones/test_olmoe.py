@@ -20,10 +20,10 @@ from tests.tiny import WORDS, write_tokenizer
 LAYERS, HEADS, TOP_K, EPS = 2, 4, 3, 1e-5
 
 
-def write_olmoe(folder, **options):
+def write_olmoe(folder, vocabulary=WORDS, **options):
     """As `save_pretrained` leaves it: three matrices an expert, several shards, random norms."""
     config = OlmoeConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=16,
         num_hidden_layers=LAYERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -67,11 +68,16 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write_qwen3_vl(folder, vocabulary=None):
     """The public layout, written by hand: experts [E, in, out]."""
-    folder = tmp_path_factory.mktemp("qwen")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = copy.deepcopy(CONFIG)
+    if vocabulary:
+        config["text_config"]["vocab_size"] = len(vocabulary)
+        config["image_token_id"] = vocabulary["<|image_pad|>"]
+        config["vision_start_token_id"] = vocabulary["<|vision_start|>"]
+        config["vision_end_token_id"] = vocabulary["<|vision_end|>"]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "size": {"shortest_edge": 16, "longest_edge": 256},
@@ -93,6 +99,11 @@ def folder(tmp_path_factory):
         tensors[name] = tensor.view(shape[0], shape[2], shape[1]) if ".experts." in name else tensor
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_qwen3_vl(tmp_path_factory.mktemp("qwen"))
 
 
 def make(folder, router="top_k", shard=None, **options):
