@@ -19,8 +19,9 @@ def render_comparison(comparison: Comparison) -> str:
         "## Methods (the paper's Table 1)",
         markdown(main_table(results, trained)),
         f"All rows but {base.label} are trained on the same samples in the same number of steps, "
-        "with one learning rate; accuracies are percent, *Average* is the mean over kinds. *Mean "
-        "k* counts real experts only. Rows without a k of their own choose it token by token.",
+        "their gates with one learning rate (what a method has beside its gate: see the grid); "
+        "accuracies are percent, *Average* is the mean over kinds. *Mean k* counts real experts "
+        "only. Rows in bold choose k token by token.",
         "## Static k (Table 2)",
         markdown(main_table(results, comparison.static)),
         "## Ablations (Table 5)",
