@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -78,3 +79,9 @@ def put_features(embedded_BSD: Tensor, features_FD: Tensor, feature_BS: Tensor) 
     here_BS = feature_BS >= 0
     rows = features_FD[feature_BS[here_BS]].to(embedded_BSD.dtype)
     return embedded_BSD.masked_scatter(here_BS[..., None], rows)
+
+
+def add_features(embedded_BSD: Tensor, features_FD: Tensor, feature_BS: Tensor) -> Tensor:
+    """The embeddings plus row feature_BS of the features where that is not -1; as above."""
+    added_BSD = put_features(torch.zeros_like(embedded_BSD), features_FD, feature_BS)
+    return embedded_BSD + added_BSD

@@ -181,16 +181,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
-    """The transformers configuration in a folder, which must be of this class's model type."""
+    """The configuration in a folder, which must be of this class's model type.
+
+    `config_class` is transformers', or has `from_json`.
+    """
     if folder is None:
         raise ConfigError(f"model.checkpoint: backbone {backbone!r} starts from one; give a folder")
-    kind = read_config(folder).get("model_type")
+    found = read_config(folder)
+    kind = found.get("model_type")
     if kind != config_class.model_type:
         raise CheckpointError(
             f"model.checkpoint={folder} is of model_type {kind!r}, backbone {backbone!r} has "
             f"{config_class.model_type!r}"
         )
     try:
+        if hasattr(config_class, "from_json"):
+            return config_class.from_json(found)
         return config_class.from_pretrained(folder)
     except Exception as error:  # whatever the reader chokes on, the file is what is wrong
         reason = (str(error).strip() or repr(error)).splitlines()[0]

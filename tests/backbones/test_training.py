@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.engine.manifest import newest
+from tests.backbones.test_molmoe import write_molmoe
 from tests.backbones.test_olmoe import write_olmoe
 from tests.backbones.test_qwen3_vl import write_qwen3_vl
 from tests.helpers import repository, run_ranks
@@ -35,6 +36,12 @@ CASES = {  # folder, data, plain tokens and special ones that the chat has
         ["user", "assistant"],
         [f"<|{name}|>" for name in QWEN],
     ),
+    "molmoe": (
+        write_molmoe,
+        write_data,
+        ["User:", "Assistant:"],
+        ["<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>"],
+    ),
 }
 
 
@@ -56,7 +63,7 @@ def test_trains_resumes_and_is_scored(name, tmp_path):
         "model__backbone": {"name": name},
         "train": {"steps": 3, "micro_batch": 1, "global_batch": 4},
         "checkpoint__every": 1,
-        "data__max_length": 128,
+        "data__max_length": 400,
     }
     whole = make_config(setting, tmp_path / "whole", **changes)
     assert run_ranks(train_all, 2, [whole]) == [None] * 2
