@@ -33,6 +33,7 @@ class BlockSpec:
     gate_ED: Tensor
     gate_up_EGD: Tensor
     down_EDF: Tensor
+    shared: nn.Module | None = None  # x -> what is added for every token
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -40,6 +41,12 @@ class BlockSpec:
         block = getattr(self.parent, self.attribute)
         names = {id(parameter): name for name, parameter in block.named_parameters()}
         return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
+
+    @property
+    def shared_name(self) -> str | None:
+        """What the block itself calls `shared`."""
+        children = getattr(self.parent, self.attribute).named_children()
+        return next((name for name, module in children if module is self.shared), None)
 
     @property
     def params_per_expert(self) -> int:

@@ -42,6 +42,13 @@ class ExpertShard:
 OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
 
 
+def _shared_names(block: BlockSpec) -> list[tuple[str, str]]:
+    """Ours and the block's own names of what is in its shared expert."""
+    if block.shared is None:
+        return []
+    return [(f"shared.{n}", f"{block.shared_name}.{n}") for n, _ in block.shared.named_parameters()]
+
+
 class MoEModel(nn.Module):
     """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
 
@@ -81,7 +88,7 @@ class MoEModel(nn.Module):
         self._stock_names = {
             f"{block.path}.{ours}": f"{block.path}.{stock}"
             for block in blocks
-            for ours, stock in zip(OUR_NAMES, block.names, strict=True)
+            for ours, stock in [*zip(OUR_NAMES, block.names, strict=True), *_shared_names(block)]
         }
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
@@ -92,7 +99,8 @@ class MoEModel(nn.Module):
         for block, routing in zip(blocks, self.routing, strict=True):
             targets |= self._convert(block, routing, router, weights, trainable=train != "routers")
         if weights is not None:
-            targets |= materialise(self.hf, dtype)
+            rest = materialise(self.hf, dtype)
+            targets |= {self._stock_names.get(name, name): t for name, t in rest.items()}
             weights.fill(targets, show_progress=show_progress)
         of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
         for parameter in self.hf.parameters():
@@ -132,7 +140,7 @@ class MoEModel(nn.Module):
                 mine = mine.clone()
             tensors.append(mine.to(dtype))
         experts = Experts(*tensors, trainable=trainable, pack=self.pack_experts)
-        layer = MoELayer(new_router, experts, self.shard.make_dispatcher(), self.ctx)
+        layer = MoELayer(new_router, experts, self.shard.make_dispatcher(), self.ctx, block.shared)
         setattr(block.parent, block.attribute, layer)
         return targets
 

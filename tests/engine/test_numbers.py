@@ -94,7 +94,10 @@ def padded(batch: dict, columns: int, rows: int) -> dict:
     for name, value in fill.items():
         grown[name] = torch.full((count + rows, length + columns), value)
         grown[name][:count, :length] = batch[name]
-    return batch | {n: t.to(batch[n].dtype) for n, t in grown.items()}
+    feature_BS = torch.full((count + rows, length + columns), -1)
+    feature_BS[:count, :length] = batch["images"]["feature_BS"]
+    images = batch["images"] | {"feature_BS": feature_BS}
+    return batch | {n: t.to(batch[n].dtype) for n, t in grown.items()} | {"images": images}
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,0 +1,122 @@
+"""DeepSeek-VL2-Tiny: 11 of 12 layers with 64 experts, top-6, and two shared ones; SigLIP-384."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextMoe
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.backbones.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.backbones.images import put_features
+from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
+from gemoe_ds.backbones.weights import config_of, shell
+from gemoe_ds.moe.router import RoutingSpec
+
+_VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
+_VISION = (
+    Rule("vision.patch_embed.proj.{*}", "vision_tower.embeddings.patch_embedding.{*}"),
+    Rule(
+        "vision.pos_embed",
+        "vision_tower.embeddings.position_embedding.weight",
+        rearrange="1 n d -> n d",
+    ),
+    Rule("vision.norm.{*}", "vision_tower.post_layernorm.{*}"),
+    *(
+        Rule(
+            f"{_VIT_BLOCK}attn.qkv.{{*}}",
+            f"{_VIT_LAYER}self_attn.{name}_proj.{{*}}",
+            stored_part=(i, 3),
+        )
+        for i, name in enumerate("qkv")
+    ),
+    *(
+        Rule(f"{_VIT_BLOCK}{stored}.{{*}}", f"{_VIT_LAYER}{ours}.{{*}}")
+        for stored, ours in (
+            ("attn.proj", "self_attn.out_proj"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+            ("norm1", "layer_norm1"),
+            ("norm2", "layer_norm2"),
+        )
+    ),
+)
+
+
+class DeepseekVl2Backbone(Backbone):
+    """From a folder in the public layout."""
+
+    name: ClassVar[str] = "deepseek_vl2"
+    keys = KeyMap(
+        (
+            *_VISION,
+            Rule("projector.layers.{*}", "projector.{*}"),
+            Rule("language.lm_head.weight", "lm_head.weight"),
+            *swiglu_experts(
+                "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
+            ),
+            Rule("language.model.{*}", "language_model.{*}"),
+        ),
+        unused=("vision.attn_pool.*",),  # a head that the model ignores
+    )
+    chat = ChatTemplate(
+        question="<|User|>: {text}\n\n<|Assistant|>:",
+        question_with_image="<|User|>: {image}\n{text}\n\n<|Assistant|>:",
+        answer=" {text}{end}{eos}",
+        specials=("<|User|>", "<|Assistant|>"),
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        return shell(DeepseekVl2Model, config_of(DeepseekVl2Config, checkpoint, self.name))
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """DeepSeek-VL2-Tiny."""
+        return shell(DeepseekVl2Model, DeepseekVl2Config())
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        blocks = []
+        for path, module in model.named_modules():
+            if isinstance(module, DeepseekOcr2TextMoe):
+                parent, _, attribute = path.rpartition(".")
+                gate, experts = module.gate, module.experts
+                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, False)
+                blocks.append(
+                    BlockSpec(
+                        path,
+                        model.get_submodule(parent),
+                        attribute,
+                        routing,
+                        gate.weight,
+                        experts.gate_up_proj,
+                        experts.down_proj,
+                        shared=module.shared_experts,
+                    )
+                )
+        return blocks
+
+    def image_layout(self, model: nn.Module) -> DeepseekVl2Images:
+        return DeepseekVl2Images()
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+    ) -> Tensor:
+        text = model.language_model
+        embedded_BSD = text.embed_tokens(input_ids_BS)
+        features = model.image_features(images["pixels"].to(embedded_BSD.dtype), images["tiles"])
+        embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
+        # Padding stands right of everything and attention is causal: no valid token sees it.
+        hidden_BSD: Tensor = text(inputs_embeds=embedded_BSD, use_cache=False).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head
