@@ -29,15 +29,20 @@ SHAPE = {
 IMAGE_TOKENS = 4
 
 
-def write_tokenizer(folder: Path) -> Path:
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<pad>"))
+def write_tokenizer(
+    folder: Path, plain: tuple[str, ...] = (), specials: dict[str, int] | None = None
+) -> Path:
+    """`specials`: further special tokens and their ids, which may lie far above all others."""
+    specials = {"<image>": 3} | (specials or {})
+    words = {word: i for i, word in enumerate([*WORDS, *plain])} | specials
+    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens=["<image>"],
+        extra_special_tokens=list(specials),
     )
     fast.save_pretrained(folder)
     return folder

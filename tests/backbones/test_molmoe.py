@@ -46,7 +46,7 @@ CONFIG = {  # the public file's keys, and those of a small tower
 
 def write_molmoe(folder, vocabulary=None):
     """All keys of the public folder, those that nobody reads included, with random weights."""
-    size = len(vocabulary) if vocabulary else VOCABULARY
+    size = max(vocabulary.values()) + 1 if vocabulary else VOCABULARY
     folder.mkdir(exist_ok=True)
     config = CONFIG | {"vocab_size": size, "embedding_size": size}
     (folder / "config.json").write_text(json.dumps(config))

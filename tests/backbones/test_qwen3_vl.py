@@ -72,7 +72,7 @@ def write_qwen3_vl(folder, vocabulary=None):
     """The public layout, written by hand: experts [E, in, out]."""
     config = copy.deepcopy(CONFIG)
     if vocabulary:
-        config["text_config"]["vocab_size"] = len(vocabulary)
+        config["text_config"]["vocab_size"] = max(vocabulary.values()) + 1
         config["image_token_id"] = vocabulary["<|image_pad|>"]
         config["vision_start_token_id"] = vocabulary["<|vision_start|>"]
         config["vision_end_token_id"] = vocabulary["<|vision_end|>"]

@@ -11,7 +11,7 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
-from gemoe_ds.backbones.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.backbones.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.backbones.images import put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
 from gemoe_ds.backbones.weights import config_of, shell
@@ -100,7 +100,9 @@ class DeepseekVl2Backbone(Backbone):
         return blocks
 
     def image_layout(self, model: nn.Module) -> DeepseekVl2Images:
-        return DeepseekVl2Images()
+        config: DeepseekVl2Config = model.config  # type: ignore[assignment]
+        patches = config.image_size // PATCH
+        return DeepseekVl2Images(tile=config.image_size, side=-(-patches // 2))
 
     def hidden(
         self,

@@ -28,7 +28,11 @@ class DeepseekVl2Images:
     token_id: int = 128815
     tile: int = 384  # pixels
     side: int = 14  # features
-    resolutions: tuple[tuple[int, int], ...] = tuple((384 * w, 384 * h) for w, h in _SIDES)
+
+    @property
+    def resolutions(self) -> list[tuple[int, int]]:
+        """Width and height in pixels."""
+        return [(self.tile * wide, self.tile * high) for wide, high in _SIDES]
 
     @property
     def token(self) -> tuple[str, int]:

@@ -17,6 +17,8 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 
 from gemoe_ds.errors import CheckpointError
 
+PATCH = 14  # pixels
+
 
 @dataclass(frozen=True)
 class DeepseekVl2Config:
@@ -72,16 +74,16 @@ class DeepseekVl2Config:
             raise CheckpointError("language_config.num_key_value_heads differs from the queries'")
         width = vision.get("width", 1152)
         return cls(
-            vocab_size=text["vocab_size"],
-            d_model=text["hidden_size"],
-            num_layers=text["num_hidden_layers"],
-            num_dense_layers=text["first_k_dense_replace"],
-            num_heads=text["num_attention_heads"],
-            dense_width=text["intermediate_size"],
-            num_experts=text["n_routed_experts"],
-            top_k=text["num_experts_per_tok"],
-            num_shared=text["n_shared_experts"],
-            expert_width=text["moe_intermediate_size"],
+            vocab_size=int(text["vocab_size"]),
+            d_model=int(text["hidden_size"]),
+            num_layers=int(text["num_hidden_layers"]),
+            num_dense_layers=int(text["first_k_dense_replace"]),
+            num_heads=int(text["num_attention_heads"]),
+            dense_width=int(text["intermediate_size"]),
+            num_experts=int(text["n_routed_experts"]),
+            top_k=int(text["num_experts_per_tok"]),
+            num_shared=int(text["n_shared_experts"]),
+            expert_width=int(text["moe_intermediate_size"]),
             norm_eps=text.get("rms_norm_eps", 1e-6),
             rope_theta=text.get("rope_theta", 10000.0),
             max_position=text.get("max_position_embeddings", 4096),
@@ -122,7 +124,7 @@ class DeepseekVl2Config:
             num_hidden_layers=self.vision_layers,
             num_attention_heads=self.vision_heads,
             image_size=self.image_size,
-            patch_size=14,
+            patch_size=PATCH,
             hidden_act="gelu_pytorch_tanh",
             layer_norm_eps=1e-6,
         )
