@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout
 from gemoe_ds.backbones.keys import KeyMap
+from gemoe_ds.backbones.past import Past
 from gemoe_ds.backbones.weights import Weights, shell
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
@@ -92,11 +93,13 @@ class Backbone(Registered):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         """The last hidden states [B, S, D] through the model's own forward.
 
         `images` holds `pixels` and the extras of the batch's images, joined, and `feature_BS`:
-        which row of all their features a position takes, -1: none. Empty for text-only models.
+        which row of all their features a position takes, -1: none. Empty for text-only models,
+        and where the images are in the `past`: the tokens before these, remembered and extended.
         """
 
     @abstractmethod

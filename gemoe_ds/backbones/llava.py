@@ -11,6 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.images import SquareImages, put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.weights import config_of, shell
 
 
@@ -40,15 +41,15 @@ class LlavaBackbone(Backbone):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         # The merge is ours, not Llava's: a rank without images runs the same modules as the others,
         # on a blank one, because ZeRO gathers and reduces module by module on all ranks.
         embedded_BSD = model.get_input_embeddings()(input_ids_BS)
-        features = self._image_features(model, images["pixels"].to(embedded_BSD.dtype))
-        embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
-        # Padding stands right of everything and attention is causal, so no valid token can see
-        # it: without a mask, attention takes its fast causal path.
-        output = model.model(inputs_embeds=embedded_BSD, use_cache=False, attention_mask=None)
+        if images:
+            features = self._image_features(model, images["pixels"].to(embedded_BSD.dtype))
+            embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
+        output = model.model(inputs_embeds=embedded_BSD, **place(is_valid_BS, past))
         return output.last_hidden_state
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.past import Past
 from gemoe_ds.backbones.weights import Target, Weights, materialise
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import Rehearsal, TokenContext
@@ -212,9 +213,29 @@ class MoEModel(nn.Module):
         is_valid_BS: Tensor,
         is_vision_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         self.ctx.begin(is_valid_BS, is_vision_BS)
-        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images)
+        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images, past)
+
+    @torch.no_grad()
+    def next_logits(
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+        past: Past,
+    ) -> Tensor:
+        """Logits float32 [B, V] of the token that follows the last one; `past` is extended.
+
+        Padding stands left of everything. `images` are empty once they are in the past.
+        """
+        self.ctx.rehearsed = {}
+        with self._autocast(input_ids_BS.device):
+            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images, past)
+            logits_BV: Tensor = self.backbone.head(self.hf)(hidden_BSD[:, -1])
+        return logits_BV.float()
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)

@@ -16,6 +16,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
+from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.moe.router import RoutingSpec
 
@@ -48,9 +49,9 @@ class OlmoeBackbone(Backbone):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
-        # Padding stands right of everything and attention is causal: no valid token sees it.
-        hidden_BSD: Tensor = model.model(input_ids_BS, use_cache=False).last_hidden_state
+        hidden_BSD: Tensor = model.model(input_ids_BS, **place(is_valid_BS, past)).last_hidden_state
         return hidden_BSD
 
     def head(self, model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ it; the loss counts on answers and their end. Shapes: B sequences, S tokens.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Padding stands right of everything; the model shifts the labels."""
+    """One micro-batch. The model shifts the labels."""
 
     input_ids_BS: Tensor  # int64
     labels_BS: Tensor  # int64, -100: not a target
@@ -91,7 +91,15 @@ class Encoded:
         self.is_vision += [False] * len(ids)
         self.feature += [-1] * len(ids)
 
-    def add_image(self, image: LaidImage) -> None:
+    def add_question(self, parts: list[list[int]], image: LaidImage | None) -> None:
+        """What stands before the image, the image, and what stands behind it."""
+        self.add(parts[0])
+        if image:
+            self._add_image(image)
+        for part in parts[1:]:
+            self.add(part)
+
+    def _add_image(self, image: LaidImage) -> None:
         self.image, start = image, len(self.input_ids)
         self.add(image.input_ids)
         self.is_vision[start:] = [True] * len(image.input_ids)
@@ -127,31 +135,13 @@ class Collator:
         encoded = Encoded(row, sample.id)
         for part in self._filled(self.chat.start, []):
             encoded.add(part)
-        shows_image = sample.image is not None
-        templates = [self.chat.question] * len(sample.turns)
-        if shows_image:
-            templates[0] = self.chat.question_with_image
-        texts = self._tokenize(
-            [self._spelled(t, turn.human) for t, turn in zip(templates, sample.turns, strict=True)]
-            + [self._spelled(self.chat.answer, turn.gpt) for turn in sample.turns]
-        )
-        num_turns = len(sample.turns)
-        for index, (template, asked, answered) in enumerate(
-            zip(templates, texts[:num_turns], texts[num_turns:], strict=True)
-        ):
-            image = self._lay(sample) if shows_image and index == 0 else None
-            question = self._filled(template, asked)
-            answer, end = self._filled(self.chat.answer, answered, split=END)
+        for index, (question, image, answer, end) in enumerate(self._turns(sample)):
             length = sum(map(len, question)) + (len(image.input_ids) if image else 0)
             room = self.max_length - len(encoded.input_ids) - length
             fits = len(answer) + len(end) <= room
             if not fits and (index > 0 or room <= 0):
                 break
-            encoded.add(question[0])
-            if image:
-                encoded.add_image(image)
-            for part in question[1:]:
-                encoded.add(part)
+            encoded.add_question(question, image)
             if not fits:
                 encoded.add(answer[:room], labels=answer[:room])
                 break
@@ -165,6 +155,45 @@ class Collator:
                 "(data.max_length); raise it or remove the sample"
             )
         return encoded
+
+    def prompt(self, row: int, sample: Sample) -> Encoded:
+        """The conversation up to where its last answer would begin; for `batch(..., left=True)`."""
+        encoded = Encoded(row, sample.id)
+        for part in self._filled(self.chat.start, []):
+            encoded.add(part)
+        last = len(sample.turns) - 1
+        for index, (question, image, answer, end) in enumerate(self._turns(sample)):
+            encoded.add_question(question, image)
+            if index < last:
+                (after,) = self._filled(self.chat.after_answer, [])
+                for part in (answer, end, after):
+                    encoded.add(part)
+        if len(encoded.input_ids) > self.max_length:
+            raise DataError(
+                f"sample {sample.id}: its prompt has {len(encoded.input_ids)} tokens, more than "
+                f"data.max_length={self.max_length}; raise it or remove the sample"
+            )
+        return encoded
+
+    def _turns(
+        self, sample: Sample
+    ) -> Iterator[tuple[list[list[int]], LaidImage | None, list[int], list[int]]]:
+        """Of each turn: question (in two, around its image), image, answer and what ends it."""
+        shows_image = sample.image is not None
+        templates = [self.chat.question] * len(sample.turns)
+        if shows_image:
+            templates[0] = self.chat.question_with_image
+        texts = self._tokenize(
+            [self._spelled(t, turn.human) for t, turn in zip(templates, sample.turns, strict=True)]
+            + [self._spelled(self.chat.answer, turn.gpt) for turn in sample.turns]
+        )
+        num_turns = len(sample.turns)
+        for index, (template, asked, answered) in enumerate(
+            zip(templates, texts[:num_turns], texts[num_turns:], strict=True)
+        ):
+            image = self._lay(sample) if shows_image and index == 0 else None
+            answer, end = self._filled(self.chat.answer, answered, split=END)
+            yield self._filled(template, asked), image, answer, end
 
     def _lay(self, sample: Sample) -> LaidImage:
         if self.layout is None:
@@ -208,17 +237,17 @@ class Collator:
             self._constants[piece] = ids
         return self._constants[piece]
 
-    def batch(self, encoded: Sequence[Encoded]) -> Batch:
+    def batch(self, encoded: Sequence[Encoded], *, left: bool = False) -> Batch:
+        """Padded on the right, for training and scoring, or on the `left`, to be continued."""
         length = max(len(e.input_ids) for e in encoded)
-        lengths = torch.tensor([len(e.input_ids) for e in encoded])
 
         def padded(name: str, value: int) -> Tensor:
-            return _padded([getattr(e, name) for e in encoded], length, value)
+            return _padded([getattr(e, name) for e in encoded], length, value, left)
 
         return Batch(
             input_ids_BS=padded("input_ids", self.tokenizer.pad_token_id),
             labels_BS=padded("labels", IGNORE),
-            is_valid_BS=torch.arange(length) < lengths[:, None],
+            is_valid_BS=_padded([[1] * len(e.input_ids) for e in encoded], length, 0, left).bool(),
             is_vision_BS=padded("is_vision", False).bool(),
             turn_BS=padded("turn", -1).to(torch.int16),
             images=self._images(encoded, padded("feature", -1)),
@@ -256,8 +285,8 @@ def decode_image(sample: Sample) -> Image.Image:
         ) from error
 
 
-def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+def _padded(rows: list[list[int]], length: int, value: int, left: bool) -> Tensor:
     padded = np.full((len(rows), length), value)
     for into, row in zip(padded, rows, strict=True):
-        into[: len(row)] = row
+        into[length - len(row) if left else 0 :][: len(row)] = row
     return torch.from_numpy(padded)

@@ -94,9 +94,11 @@ class EvalStream:
         rank: int,
         world: int,
         limit: int | None = None,
+        prompts: bool = False,
     ) -> None:
-        """`limit`: the first so many samples only."""
+        """`limit`: the first so many samples only; `prompts`: without their last answers."""
         self.samples = samples
+        self.prompts = prompts
         self.collator = collator
         number = min(len(samples), limit or len(samples))
         blocks = [range(i, min(i + batch, number)) for i in range(0, number, batch)]
@@ -112,4 +114,6 @@ class EvalStream:
                 yield None
                 continue
             rows = self._mine[index]
-            yield self.collator.batch([self.collator.encode(r, self.samples[r]) for r in rows])
+            encode = self.collator.prompt if self.prompts else self.collator.encode
+            encoded = [encode(row, self.samples[row]) for row in rows]
+            yield self.collator.batch(encoded, left=self.prompts)

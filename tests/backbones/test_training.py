@@ -8,16 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer
 
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.engine.manifest import newest
-from tests.backbones.test_deepseek_vl2 import write_deepseek_vl2
-from tests.backbones.test_molmoe import write_molmoe
-from tests.backbones.test_olmoe import write_olmoe
-from tests.backbones.test_qwen3_vl import write_qwen3_vl
+from tests.backbones.cases import CASES, write_case
 from tests.helpers import repository, run_ranks
-from tests.tiny import write_tokenizer
 from tests.train.resuming import losses, make_config, train_all, write_data
 
 
@@ -28,45 +23,12 @@ def write_text(folder):
     return folder
 
 
-def specials(first, *tokens):
-    return dict(zip(tokens, range(first, first + len(tokens)), strict=True))
-
-
-QWEN = ["im_start", "im_end", "image_pad", "vision_start", "vision_end"]
-CASES = {  # folder, data, plain words and special tokens that the chat has
-    "olmoe": (write_olmoe, write_text, ["<|user|>", "<|assistant|>"], {}),
-    "qwen3_vl_moe": (
-        write_qwen3_vl,
-        write_data,
-        ["user", "assistant"],
-        specials(30, *(f"<|{name}|>" for name in QWEN)),
-    ),
-    "molmoe": (
-        write_molmoe,
-        write_data,
-        ["User:", "Assistant:"],
-        specials(50279, "<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>"),
-    ),
-    "deepseek_vl2": (
-        write_deepseek_vl2,
-        write_data,
-        [":"],
-        {"<image>": 128815} | specials(128821, "<|User|>", "<|Assistant|>"),
-    ),
-}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_trains_resumes_and_is_scored(name, tmp_path):
-    write_base, write_samples_of, plain, special_tokens = CASES[name]
-    write_tokenizer(tmp_path / "tokenizer", tuple(plain), special_tokens)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    vocabulary = tokenizer.get_vocab()
-    setting = {
-        "hf": write_base(tmp_path / "base", vocabulary),
-        "tokenizer": tmp_path / "tokenizer",
-        "data": write_samples_of(tmp_path / "data"),
-    }
+    base, tokenizer = write_case(name, tmp_path)
+    write_samples_of = write_data if CASES[name].sees else write_text
+    data = write_samples_of(tmp_path / "data")
+    setting = {"hf": base, "tokenizer": tokenizer, "data": data}
     changes = {
         "model__backbone": {"name": name},
         "train": {"steps": 3, "micro_batch": 1, "global_batch": 4},

@@ -14,6 +14,7 @@ from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.backbones.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.backbones.images import put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
+from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.moe.router import RoutingSpec
 
@@ -110,13 +111,17 @@ class DeepseekVl2Backbone(Backbone):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         text = model.language_model
         embedded_BSD = text.embed_tokens(input_ids_BS)
-        features = model.image_features(images["pixels"].to(embedded_BSD.dtype), images["tiles"])
-        embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
-        # Padding stands right of everything and attention is causal: no valid token sees it.
-        hidden_BSD: Tensor = text(inputs_embeds=embedded_BSD, use_cache=False).last_hidden_state
+        if images:
+            pixels = images["pixels"].to(embedded_BSD.dtype)
+            features = model.image_features(pixels, images["tiles"])
+            embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
+        hidden_BSD: Tensor = text(
+            inputs_embeds=embedded_BSD, **place(is_valid_BS, past)
+        ).last_hidden_state
         return hidden_BSD
 
     def head(self, model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
 from gemoe_ds.backbones.molmoe.images import MolmoeImages
 from gemoe_ds.backbones.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.backbones.olmoe import olmoe_blocks
+from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.weights import config_of, shell
 
 PATCH = 14  # pixels, of this tower at any size
@@ -113,13 +114,17 @@ class MolmoeBackbone(Backbone):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         text = model.language_model.model
         embedded_BSD = text.embed_tokens(input_ids_BS)
-        features = model.image_features(images["pixels"].to(embedded_BSD.dtype), images["mask"])
-        embedded_BSD = add_features(embedded_BSD, features, images["feature_BS"])
-        # Padding stands right of everything and attention is causal: no valid token sees it.
-        hidden_BSD: Tensor = text(inputs_embeds=embedded_BSD, use_cache=False).last_hidden_state
+        if images:
+            pixels = images["pixels"].to(embedded_BSD.dtype)
+            features = model.image_features(pixels, images["mask"])
+            embedded_BSD = add_features(embedded_BSD, features, images["feature_BS"])
+        hidden_BSD: Tensor = text(
+            inputs_embeds=embedded_BSD, **place(is_valid_BS, past)
+        ).last_hidden_state
         return hidden_BSD
 
     def head(self, model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.images import put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.past import Past, attended, place
 from gemoe_ds.backbones.qwen3_vl.images import Qwen3VLImages
 from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.errors import CheckpointError
@@ -149,25 +150,32 @@ class Qwen3VLBackbone(Backbone):
         input_ids_BS: Tensor,
         is_valid_BS: Tensor,
         images: dict[str, Tensor],
+        past: Past | None = None,
     ) -> Tensor:
         inner: Any = model.model
+        embedded_BSD = inner.get_input_embeddings()(input_ids_BS)
+        if not images:
+            hidden_BSD: Tensor = inner.language_model(
+                inputs_embeds=embedded_BSD, **place(is_valid_BS, past)
+            ).last_hidden_state
+            return hidden_BSD
         feature_BS, grid = images["feature_BS"], images["grid_thw"]
         is_image_BS = feature_BS >= 0
-        embedded_BSD = inner.get_input_embeddings()(input_ids_BS)
         seen = inner.get_image_features(
             images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
         )
         embedded_BSD = put_features(embedded_BSD, torch.cat(seen.pooler_output), feature_BS)
         position_3BS, _ = inner.get_rope_index(
-            input_ids_BS, is_image_BS.long(), image_grid_thw=grid, attention_mask=is_valid_BS
+            input_ids_BS,
+            is_image_BS.long(),
+            image_grid_thw=grid,
+            attention_mask=attended(is_valid_BS),
         )
-        # Padding stands right of everything and attention is causal: no valid token sees it.
-        hidden_BSD: Tensor = inner.language_model(
+        hidden_BSD = inner.language_model(
             inputs_embeds=embedded_BSD,
-            position_ids=position_3BS,
             visual_pos_masks=is_image_BS,
             deepstack_visual_embeds=[f[feature_BS[is_image_BS]] for f in seen.deepstack_features],
-            use_cache=False,
+            **place(is_valid_BS, past, position_3BS),
         ).last_hidden_state
         return hidden_BSD
 

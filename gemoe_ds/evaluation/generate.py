@@ -1,0 +1,134 @@
+"""Writing answers: greedy or sampled, with a KV cache, each token with as many experts as it gets.
+
+Shapes: B sequences, S tokens of the prompts, L MoE layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.backbones.past import Past
+from gemoe_ds.data.collate import Batch
+
+
+@dataclass
+class Work:
+    """What was done for a number of tokens, all of them through the model once."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    experts_L: np.ndarray | int = 0  # visits of real experts, layer by layer
+
+    def add(self, model: MoEModel, seconds: float) -> None:
+        """Count the forward that `model` has just done."""
+        ctx = model.ctx
+        k_L = [int(record.k_T[ctx.is_valid_T].sum()) for record in ctx.layers]  # type: ignore[index]
+        self.tokens += int(ctx.is_valid_T.sum())
+        self.seconds += seconds
+        self.experts_L = self.experts_L + np.array(k_L)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.experts_L + other.experts_L,
+        )
+
+    @property
+    def mean_k_L(self) -> list[float]:
+        return (np.asarray(self.experts_L) / max(self.tokens, 1)).tolist()
+
+
+@dataclass
+class Written:
+    """Answers of a batch, each with the token that ended it, if one did."""
+
+    token_ids: list[list[int]]
+    prompts: Work = field(default_factory=Work)  # reading them, images included
+    steps: Work = field(default_factory=Work)  # one token of every unfinished sequence at a time
+
+
+def alone(here: bool) -> bool:
+    """`any_rank` of a rank whose experts are all its own."""
+    return here
+
+
+@torch.no_grad()
+def generate(
+    model: MoEModel,
+    prompts: Batch,
+    *,
+    max_new_tokens: int,
+    end_ids: set[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+    any_rank: Callable[[bool], bool] = alone,
+) -> Written:
+    """Continue prompts that are padded on the left, until each has met one of `end_ids`.
+
+    At temperature 0 the likeliest token is taken. A sequence that has ended visits no expert while
+    others go on. `any_rank` says whether any rank that this one shares experts with has something
+    left to write: they all do as many steps, a rank that has finished with no token of its own.
+    """
+    was_training, ctx = model.training, model.ctx
+    model.eval()
+    before, ctx.trace = ctx.trace, True
+    try:
+        return _generate(
+            model, prompts, max_new_tokens, end_ids, _chooser(prompts, temperature, seed), any_rank
+        )
+    finally:
+        ctx.trace = before
+        model.train(was_training)
+
+
+def _generate(
+    model: MoEModel,
+    prompts: Batch,
+    max_new_tokens: int,
+    end_ids: set[int],
+    choose: Callable[[Tensor], Tensor],
+    any_rank: Callable[[bool], bool],
+) -> Written:
+    past = Past()
+    written = Written([[] for _ in prompts.ids])
+    ids_BS, valid_BS, vision_BS = prompts.input_ids_BS, prompts.is_valid_BS, prompts.is_vision_BS
+    images, work = prompts.images, written.prompts
+    goes_on_B = valid_BS.any(1)  # a row of padding stands for a rank that has run out
+    ends = torch.tensor(sorted(end_ids), device=ids_BS.device)
+    for _ in range(max_new_tokens):
+        began = time.perf_counter()
+        logits_BV = model.next_logits(ids_BS, valid_BS, vision_BS, images, past)
+        next_B = choose(logits_BV)
+        chosen, going = next_B.tolist(), goes_on_B.tolist()  # waits for the device
+        work.add(model, time.perf_counter() - began)
+        for answer, token, goes_on in zip(written.token_ids, chosen, going, strict=True):
+            if goes_on:
+                answer.append(token)
+        goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
+        if not any_rank(bool(goes_on_B.any())):
+            break
+        ids_BS, valid_BS = next_B[:, None], goes_on_B[:, None]
+        vision_BS, images, work = torch.zeros_like(valid_BS), {}, written.steps
+    return written
+
+
+def _chooser(prompts: Batch, temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Logits [B, V] -> token ids [B]"""
+    if temperature == 0:
+        return lambda logits_BV: logits_BV.argmax(-1)
+    generator = torch.Generator(prompts.input_ids_BS.device).manual_seed(seed)
+
+    def sampled(logits_BV: Tensor) -> Tensor:
+        return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[
+            :, 0
+        ]
+
+    return sampled
