@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,13 @@ class Batch:
         """What a model's forward takes, by name."""
         names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images")
         return {name: getattr(self, name) for name in names}
+
+    def silenced(self) -> Batch:
+        """The same with nothing in it that counts, for a rank that has run out of samples."""
+        nothing_BS = torch.zeros_like(self.is_valid_BS)
+        return replace(
+            self, is_valid_BS=nothing_BS, labels_BS=torch.full_like(self.labels_BS, IGNORE)
+        )
 
     def to(self, device: torch.device) -> Batch:
         inputs = self.inputs
@@ -194,6 +202,12 @@ class Collator:
             image = self._lay(sample) if shows_image and index == 0 else None
             answer, end = self._filled(self.chat.answer, answered, split=END)
             yield self._filled(template, asked), image, answer, end
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer: special ones of the template, or the tokenizer's own end."""
+        _, end = self._filled(self.chat.answer, [], split=END)
+        return {*end[:1]} or {self.tokenizer.eos_token_id}
 
     def _lay(self, sample: Sample) -> LaidImage:
         if self.layout is None:

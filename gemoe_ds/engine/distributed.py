@@ -87,3 +87,10 @@ def gather_objects(value: object) -> list:
 def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sum in place over all ranks."""
     deepspeed.comm.all_reduce(tensor)
+
+
+def any_over_ranks(here: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    flag = torch.tensor([here], dtype=torch.int32, device=device)
+    deepspeed.comm.all_reduce(flag, op=deepspeed.comm.ReduceOp.MAX)
+    return bool(flag)

@@ -24,26 +24,38 @@ class Work:
 
     tokens: int = 0
     seconds: float = 0.0
+    attended: int = 0  # tokens that they attended to, themselves included
     experts_L: np.ndarray | int = 0  # visits of real experts, layer by layer
 
-    def add(self, model: MoEModel, seconds: float) -> None:
-        """Count the forward that `model` has just done."""
+    def count(self, model: MoEModel, past: Past) -> None:
+        """Count what the forward has done that `model` has just finished."""
         ctx = model.ctx
-        k_L = [int(record.k_T[ctx.is_valid_T].sum()) for record in ctx.layers]  # type: ignore[index]
-        self.tokens += int(ctx.is_valid_T.sum())
-        self.seconds += seconds
+        valid_T, known_BP = ctx.is_valid_T, past.is_valid_BP
+        assert known_BP is not None
+        length = valid_T.numel() // known_BP.shape[0]
+        seen_T = known_BP.cumsum(1)[:, -length:].flatten()
+        k_L = [int(record.k_T[valid_T].sum()) for record in ctx.layers]  # type: ignore[index]
+        self.tokens += int(valid_T.sum())
+        self.attended += int(seen_T[valid_T].sum())
         self.experts_L = self.experts_L + np.array(k_L)
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.tokens + other.tokens,
             self.seconds + other.seconds,
+            self.attended + other.attended,
             self.experts_L + other.experts_L,
         )
 
     @property
     def mean_k_L(self) -> list[float]:
-        return (np.asarray(self.experts_L) / max(self.tokens, 1)).tolist()
+        mean: list[float] = (np.asarray(self.experts_L) / max(self.tokens, 1)).tolist()
+        return mean
+
+    @property
+    def context(self) -> float:
+        """Tokens that a token attended to on average."""
+        return self.attended / max(self.tokens, 1)
 
 
 @dataclass
@@ -70,16 +82,18 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     any_rank: Callable[[bool], bool] = alone,
+    count: bool = True,
 ) -> Written:
     """Continue prompts that are padded on the left, until each has met one of `end_ids`.
 
     At temperature 0 the likeliest token is taken. A sequence that has ended visits no expert while
     others go on. `any_rank` says whether any rank that this one shares experts with has something
     left to write: they all do as many steps, a rank that has finished with no token of its own.
+    Without `count` only seconds are taken, and no time goes into counting tokens and experts.
     """
     was_training, ctx = model.training, model.ctx
     model.eval()
-    before, ctx.trace = ctx.trace, True
+    before, ctx.trace = ctx.trace, count
     try:
         return _generate(
             model, prompts, max_new_tokens, end_ids, _chooser(prompts, temperature, seed), any_rank
@@ -108,7 +122,9 @@ def _generate(
         logits_BV = model.next_logits(ids_BS, valid_BS, vision_BS, images, past)
         next_B = choose(logits_BV)
         chosen, going = next_B.tolist(), goes_on_B.tolist()  # waits for the device
-        work.add(model, time.perf_counter() - began)
+        work.seconds += time.perf_counter() - began
+        if model.ctx.trace:
+            work.count(model, past)
         for answer, token, goes_on in zip(written.token_ids, chosen, going, strict=True):
             if goes_on:
                 answer.append(token)

@@ -27,6 +27,17 @@ class Phase:
     device_bytes: list[int]  # a rank: allocated by torch; 0 on CPUs
 
 
+def peak_host_memory() -> int:
+    """Bytes: the largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that torch has allocated at most on a GPU; on a CPU that of the whole process."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if on_gpu else peak_host_memory()
+
+
 class Phases:
     """Times phases. Collective: all ranks enter and leave the same ones."""
 
@@ -38,12 +49,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        on_gpu = self.world.device.type == "cuda"
-        mine = (
-            time.perf_counter() - began,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
-            torch.cuda.max_memory_allocated(self.world.device) if on_gpu else 0,
-        )
+        seconds, device = time.perf_counter() - began, self.world.device
+        mine = (seconds, peak_host_memory(), peak_memory(device) if device.type == "cuda" else 0)
         seconds, host, device = zip(*gather_objects(mine), strict=True)
         self.done.append(Phase(name, max(seconds), list(host), list(device)))
         if self.world.is_first:

@@ -1,0 +1,66 @@
+"""What the command lines of launch/evaluate.py and launch/generate.py have in common."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemoe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to route, and the folder of what is found with it, in --out."""
+
+    folder: str = ""
+    k: int | None = None  # static
+    mean_k: float | None = None  # a budget for the trained router
+
+    def __str__(self) -> str:
+        if self.k is not None:
+            return f"k = {self.k}"
+        return "as trained" if self.mean_k is None else f"mean k {self.mean_k:g}"
+
+
+def subject_parser(description: str | None) -> argparse.ArgumentParser:
+    """A recipe, what was trained, the ways to route, the data."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a recipe, or the config.yaml of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--data", type=Path, required=True, help="converted samples")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--trained", type=Path, help="run folder whose trained parts are loaded")
+    parser.add_argument("--k", type=int, nargs="+", help="static top-k instead of a trained router")
+    parser.add_argument(
+        "--mean-k",
+        type=float,
+        nargs="+",
+        help="budgets: move the trained router's k until the model uses so many experts a token",
+    )
+    parser.add_argument(
+        "--rescale", action="store_true", help="meet budgets by a factor on k, not by a shift"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        help="samples on which budgets are met (default: data.validation, else data.train)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=512, help="how many of them (default: 512)"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples a rank and forward pass")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def settings(arguments: argparse.Namespace) -> list[Setting]:
+    """The static ones, then the budgets; what was trained as it is where no budget is asked for."""
+    static = [Setting(f"k_{k}", k=k) for k in arguments.k or []]
+    if arguments.mean_k and not arguments.trained:
+        raise ConfigError("--mean-k goes with --trained RUN")
+    budgets = [Setting(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k or []]
+    trained = budgets or ([Setting("trained")] if arguments.trained else [])
+    return static + trained

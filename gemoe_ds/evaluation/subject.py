@@ -1,0 +1,129 @@
+"""What is evaluated: a loaded model with what a run trained, and the ways to set its k.
+
+The command lines of launch/evaluate.py and launch/generate.py say it alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+from gemoe_ds.config import RunConfig, load_config
+from gemoe_ds.data.dataset import EvalStream
+from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.engine.checkpoint import put_trained
+from gemoe_ds.engine.distributed import World, gather_objects
+from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.manifest import newest
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.evaluation.arguments import Setting
+from gemoe_ds.evaluation.budget import Budget, meet_budget
+from gemoe_ds.evaluation.runner import Scores, evaluate
+from gemoe_ds.moe.router import Router
+from gemoe_ds.train.run import build_collator, build_model
+
+
+class Subject:
+    """A model on this rank. Its methods are collective."""
+
+    def __init__(self, arguments: argparse.Namespace, config: RunConfig, world: World) -> None:
+        self.arguments, self.config, self.world = arguments, config, world
+        self.checkpoint = newest(arguments.trained) if arguments.trained else None
+        shard = expert_shard(config.parallel.ep_size, world)
+        self.model = build_model(config, shard, show_progress=world.is_first).to(world.device)
+        self.routers = [layer.router for layer in self.model.moe_layers]
+        self.static = self._static_routers() if arguments.k else []
+        if self.checkpoint:
+            put_trained(self.model, self.checkpoint)
+            self.say(f"trained parts from {self.checkpoint}")
+        self.collator = build_collator(config, self.model)
+
+    def say(self, text: str) -> None:
+        if self.world.is_first:
+            print(text, flush=True)
+
+    def stream(
+        self, samples: SampleFolder, *, limit: int | None = None, prompts: bool = False
+    ) -> EvalStream:
+        return EvalStream(
+            samples,
+            self.collator,
+            batch=self.arguments.batch,
+            rank=self.world.rank,
+            world=self.world.size,
+            limit=limit,
+            prompts=prompts,
+        )
+
+    def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
+        stream = self.stream(samples, limit=limit)
+        show = self.world.is_first
+        return evaluate(
+            self.model, samples, stream, self.world.device, gather_objects, show_progress=show
+        )
+
+    def _static_routers(self) -> list[Router]:
+        """Of the gates as they were before training."""
+        top_k = Router.named("top_k")
+        static = []
+        for router, routing in zip(self.routers, self.model.routing, strict=True):
+            static.append(top_k(top_k.Config(), routing))
+            static[-1].adopt_gate(router.gate.weight.detach().clone())
+        return static
+
+    def put(self, setting: Setting) -> Budget | None:
+        """Route in this way from now on."""
+        routers = self.routers if setting.k is None else self.static
+        for layer, router in zip(self.model.moe_layers, routers, strict=True):
+            layer.router = router
+            if setting.k is not None:
+                if setting.k > router.spec.num_experts:
+                    raise ConfigError(
+                        f"--k {setting.k} exceeds the backbone's {router.spec.num_experts} experts"
+                    )
+                router.k = router.static_k = setting.k  # type: ignore[assignment]
+        self.model.to(self.world.device)
+        return None if setting.mean_k is None else self.meet(setting.mean_k)
+
+    def routes(self, settings: list[Setting]) -> Callable[[Setting], None]:
+        """`put` for turns among several settings: each budget is met once, here."""
+        budgets = {setting: self.put(setting) for setting in settings}
+
+        def again(setting: Setting) -> None:
+            self.put(replace(setting, mean_k=None))
+            if budget := budgets[setting]:
+                for router in self.routers:
+                    router.k_scale, router.k_shift = budget.k_scale, budget.k_shift  # type: ignore[assignment]
+
+        return again
+
+    def meet(self, mean_k: float) -> Budget:
+        """Move the trained k until the model uses so many experts on the calibration samples."""
+        arguments, data = self.arguments, self.config.data
+        place = arguments.calibrate or data.validation or data.train
+        known = open_samples(place)
+
+        def measured() -> float:
+            return float(self.scored(known, arguments.calibration_samples).tokens()[1].mean())
+
+        how = "scale" if arguments.rescale else "shift"
+        budget = meet_budget(self.routers, mean_k, measured, how)
+        self.say(
+            f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: "
+            f"model.router.k_scale={budget.k_scale:.6g} model.router.k_shift={budget.k_shift:.6g}"
+        )
+        return budget
+
+
+def subject_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
+    """The recipe, with a static router where nothing trained is loaded.
+
+    Every rank has all experts unless it says otherwise: then there is nothing to exchange.
+    """
+    overrides = list(arguments.overrides)
+    if arguments.k and not arguments.trained:
+        overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
+    if not any(override.startswith("parallel.ep_size=") for override in overrides):
+        overrides.append("parallel.ep_size=1")
+    return load_config(arguments.recipe, [*overrides, *more])
