@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds compare test test-slow test-gpu parity resume bench check format setup clean
+.PHONY: demo demo-seeds compare test test-slow test-gpu parity resume bench full-size full-size-gpu check format setup clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -55,6 +55,14 @@ resume: setup
 # The MoE layer against its peers on this machine: results/bench_cpu.json or bench_cuda.json.
 bench: setup
 	$(BIN)/python launch/bench.py
+
+# OLMoE-1B-7B at its true size on two ranks (14 GB of disk, 17 of memory): results/full_size.json.
+full-size: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python launch/full_size.py
+
+# MolmoE-1B and DeepSeek-VL2-Tiny at theirs on a GPU, 20 steps: results/full_size_gpu.json.
+full-size-gpu: setup
+	$(BIN)/python launch/full_size.py --backbones molmoe deepseek_vl2 --ranks 1 --steps 20 --out results/full_size_gpu.json
 
 check: setup
 	$(BIN)/ruff check

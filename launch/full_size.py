@@ -1,37 +1,58 @@
-"""OLMoE-1B-7B at its true size on this machine: results/full_size.json.
+"""Backbones at their true sizes on this machine: results/full_size.json, or full_size_gpu.json.
 
-Writes a checkpoint of 13.8 GB in the public layout with random weights, loads it on two ranks with
-expert parallelism, trains GeMoE for two steps on short texts, saves, resumes and takes two more.
-Random weights say nothing of quality: what is measured is memory and time.
+For each: a checkpoint in its public layout with random weights, loaded on --ranks ranks with expert
+parallelism among them; GeMoE is trained for --steps steps, saved, resumed and trained for as many
+again; then answers are written at the backbone's own k and at GeMoE's. Random weights say nothing
+of quality: what is measured is memory and time.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import ConfigError, exit_on_error
 
-SHARDS = 3  # as published
-RECIPE = "launch/recipes/full_size_olmoe.yaml"
-RANKS = 2
-STEPS = 2
+SHARDS = 3
+RECIPE = "launch/recipes/full_size.yaml"
+SAMPLES = 400
 
 
-def write_data(folder: Path) -> None:
+def turns() -> Iterator[tuple[str, str]]:
     """A few hundred short conversations about numbers."""
+    for n in range(SAMPLES):
+        yield f"What comes after {n} ?", f"After {n} comes {n + 1} ."
+
+
+def write_data(folder: Path, *, images: bool) -> None:
+    import numpy as np
+    from PIL import Image
+
     from gemoe_ds.data.sample import Sample, Turn, write_samples
 
-    turns = ((f"What comes after {n}?", f"After {n} comes {n + 1}.") for n in range(400))
-    samples = (Sample(f"n{i}", None, (Turn(*turn),)) for i, turn in enumerate(turns))
+    def picture(number: int) -> bytes:
+        rng = np.random.default_rng(number)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stored = io.BytesIO()
+        Image.fromarray(pixels).resize((480, 360)).save(stored, "JPEG")
+        return stored.getvalue()
+
+    samples = (
+        Sample(f"n{i}", picture(i) if images else None, (Turn(*turn),))
+        for i, turn in enumerate(turns())
+    )
     write_samples(samples, folder, source="launch/full_size.py")
 
 
@@ -55,77 +76,118 @@ def dd_rate(folder: Path) -> float:
     return sum(file.stat().st_size for file in files) / (time.perf_counter() - began)
 
 
-def kept_bytes(folder: Path) -> int:
+def kept_bytes(folder: Path, ranks: int) -> int:
     """What a rank keeps of the checkpoint: its share of the experts, everything else whole."""
     from gemoe_ds.backbones.stored import open_stored
 
     sizes = {key: tensor.num_bytes for key, tensor in open_stored(folder).items()}
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
-    return sum(sizes.values()) - experts + experts // RANKS
+    return sum(sizes.values()) - experts + experts // ranks
 
 
-def run(root: Path, steps: int, *more: str) -> list[dict]:
-    """Train to `steps`; the phases."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc_per_node={RANKS}", "launch/train.py", RECIPE, f"train.steps={steps}", *more),
-    ]
-    print(f"-- {shlex.join(command)}", flush=True)
-    subprocess.run(command, check=True)
-    phases: list[dict] = json.loads((root / "run/phases.json").read_text())
-    return phases
+class FullSize:
+    """One backbone's folder, runs and figures."""
 
+    def __init__(self, name: str, ranks: int, steps: int) -> None:
+        self.name, self.ranks, self.steps = name, ranks, steps
+        self.root = Path("runs/full_size") / name
+        self.base, self.data = self.root / "checkpoint", self.root / "data"
+        if (self.root / "run").exists():
+            raise ConfigError(f"{self.root}/run exists; remove it to measure again")
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("results/full_size.json"))
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint on the disk")
-    arguments = parser.parse_args()
-    os.chdir(Path(__file__).resolve().parent.parent)
-    from gemoe_ds.analysis.provenance import provenance
-    from gemoe_ds.backbones.olmoe import OlmoeBackbone
-    from gemoe_ds.backbones.random_checkpoint import write_random_checkpoint
+    def prepare(self) -> None:
+        from gemoe_ds.backbones.backbone import Backbone
+        from gemoe_ds.backbones.random_checkpoint import (
+            write_random_checkpoint,
+            write_stand_in_tokenizer,
+        )
 
-    root = Path("runs/full_size")
-    base = root / "olmoe"
-    with exit_on_error():
-        if (root / "run").exists():
-            raise ConfigError(f"{root}/run exists; remove it to measure again")
-        if not (base / "config.json").is_file():
-            write_random_checkpoint(OlmoeBackbone, base, shards=SHARDS)
-        if not (root / "data").exists():
-            write_data(root / "data")
-        if not (root / "tokenizer").exists():
-            tokenizer = ["--data", str(root / "data"), "--out", str(root / "tokenizer")]
-            subprocess.run(
-                [sys.executable, "data_prep/train_tokenizer.py", *tokenizer],
-                check=True,
-            )
-        disk = dd_rate(base)
-        evict(base)
-        first = run(root, STEPS)
-        again = run(root, 2 * STEPS, "resume=auto")
-        kept = kept_bytes(base)
-        total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        backbone = Backbone.named(self.name)
+        if not (self.base / "config.json").is_file():
+            write_random_checkpoint(backbone, self.base, shards=SHARDS)
+        if not self.data.exists():
+            sees = backbone(backbone.Config()).image_layout(backbone.published()) is not None
+            write_data(self.data, images=sees)
+        words = {word for turn in turns() for text in turn for word in text.split()}
+        write_stand_in_tokenizer(backbone, words, self.root / "tokenizer")
+
+    def launched(self, script: str, *options: str) -> None:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={self.ranks}", f"launch/{script}", *options),
+        ]
+        print(f"-- {shlex.join(command)}", flush=True)
+        subprocess.run(command, check=True)
+
+    def train(self, steps: int, *more: str) -> list[dict[str, Any]]:
+        """Train to `steps`; the phases."""
+        paths = {"model.checkpoint": self.base, "data.train": self.data}
+        paths |= {"data.tokenizer": self.root / "tokenizer", "output_dir": self.root / "run"}
+        options = [f"{key}={path}" for key, path in paths.items()]
+        options += [f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
+        options += [f"train.steps={steps}", f"checkpoint.every={self.steps}", *more]
+        self.launched("train.py", RECIPE, *options)
+        phases: list[dict[str, Any]] = json.loads((self.root / "run/phases.json").read_text())
+        return phases
+
+    def generate(self, top_k: int) -> list[dict[str, Any]]:
+        run, out = self.root / "run", self.root / "answers"
+        options = ["--trained", str(run), "--k", str(top_k), "--data", str(self.data)]
+        options += ["--limit", "8", "--batch", "4", "--max-new-tokens", "16", "--rounds", "3"]
+        options += ["--out", str(out), f"parallel.ep_size={self.ranks}"]
+        self.launched("generate.py", str(run / "config.yaml"), *options)
+        costs: list[dict[str, Any]] = json.loads((out / "throughput.json").read_text())["costs"]
+        return costs
+
+    def measure(self) -> dict[str, Any]:
+        from gemoe_ds.backbones.backbone import Backbone
+
+        backbone = Backbone.named(self.name)
+        top_k = backbone(backbone.Config()).moe_blocks(backbone.published())[0].routing.top_k
+        disk = dd_rate(self.base)
+        evict(self.base)
+        first = self.train(self.steps)
+        again = self.train(2 * self.steps, "resume=auto")
+        kept = kept_bytes(self.base, self.ranks)
+        total = sum(file.stat().st_size for file in self.base.glob("*.safetensors"))
         loading = next(phase for phase in first if phase["name"] == "loading")
-        peak = [max(p["host_bytes"][rank] for p in first) for rank in range(RANKS)]
-        report = {
-            "ranks": RANKS,
+        lines = (self.root / "run/metrics.jsonl").read_text().splitlines()
+        return {
+            "ranks": self.ranks,
             "checkpoint_bytes": total,
             "kept_bytes_per_rank": kept,
             "loading_peak_over_kept": round(max(loading["host_bytes"]) / kept, 3),
             "loading_node_over_checkpoint": round(sum(loading["host_bytes"]) / total, 3),
-            "peak_bytes_per_rank": peak,
             "dd_bytes_per_s": round(disk),
-            "read_bytes_per_s": round(RANKS * kept / loading["seconds"]),
+            "read_bytes_per_s": round(self.ranks * kept / loading["seconds"]),
             "phases": first,
             "phases_resumed": again,
+            "last_step": json.loads(lines[-1]),
+            "generation": self.generate(top_k),
         }
-        arguments.out.write_text(json.dumps(report | provenance(), indent=1) + "\n")
-        if not arguments.keep:
-            for path in base.iterdir():
-                path.unlink()
-            base.rmdir()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--backbones", nargs="+", default=["olmoe"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("results/full_size.json"))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
+    arguments = parser.parse_args()
+    os.chdir(Path(__file__).resolve().parent.parent)
+    from gemoe_ds.analysis.provenance import provenance
+
+    with exit_on_error():
+        measured = {}
+        for name in arguments.backbones:
+            one = FullSize(name, arguments.ranks, arguments.steps)
+            one.prepare()
+            measured[name] = one.measure()
+            if not arguments.keep:
+                shutil.rmtree(one.base)
+        report = {"backbones": measured} | provenance()
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"   report      {arguments.out}")
     return 0
 

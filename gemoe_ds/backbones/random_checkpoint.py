@@ -6,11 +6,15 @@ Where the public weights cannot be had, memory and time can still be measured on
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.stored import INDEX
@@ -43,5 +47,36 @@ def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: i
     total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
-    model.config.dtype = torch.bfloat16
-    model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    config: Any = model.config
+    if hasattr(config, "to_json"):
+        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+    else:
+        config.dtype = torch.bfloat16
+        config.save_pretrained(folder)
+
+
+def write_stand_in_tokenizer(backbone: type[Backbone], words: Iterable[str], folder: Path) -> None:
+    """A tokenizer of whole words that has what the backbone's chat names, where the model has it.
+
+    The public tokenizers cannot be had either; sequences are built as they would be with them.
+    """
+    layout = backbone(backbone.Config()).image_layout(backbone.published())
+    chat = backbone.chat
+    specials = [*chat.specials, *([layout.token[0]] if layout else [])]
+    spelled = [*chat.pieces(chat.question), *chat.pieces(chat.question_with_image)]
+    spelled += chat.pieces(chat.answer)
+    around = {word for text in spelled for word in text.split() if "{" not in word}
+    known = ["<pad>", "<s>", "</s>", *sorted({*words, *around} - {*specials})]
+    ids = {word: place for place, word in enumerate(dict.fromkeys([*known, *specials]))}
+    if layout:
+        ids[layout.token[0]] = layout.token[1]
+    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=specials,
+    )
+    fast.save_pretrained(folder)

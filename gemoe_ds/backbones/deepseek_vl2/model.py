@@ -94,6 +94,39 @@ class DeepseekVl2Config:
             vision_ffn=int(width * vision.get("mlp_ratio", 3.7362)),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The public config.json."""
+        language = {
+            "model_type": "deepseek_v2",
+            "use_mla": False,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.num_layers,
+            "first_k_dense_replace": self.num_dense_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "intermediate_size": self.dense_width,
+            "n_routed_experts": self.num_experts,
+            "num_experts_per_tok": self.top_k,
+            "n_shared_experts": self.num_shared,
+            "moe_intermediate_size": self.expert_width,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_position,
+        }
+        vision = {
+            "image_size": self.image_size,
+            "width": self.vision_width,
+            "layers": self.vision_layers,
+            "heads": self.vision_heads,
+            "mlp_ratio": (self.vision_ffn + 0.5) / self.vision_width,  # cut off when multiplied
+        }
+        return {
+            "model_type": self.model_type,
+            "language_config": language,
+            "vision_config": vision,
+        }
+
     def text(self) -> DeepseekOcr2TextConfig:
         num_sparse = self.num_layers - self.num_dense_layers
         return DeepseekOcr2TextConfig(

@@ -77,6 +77,26 @@ class MolmoeConfig:
             **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()},
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The public config.json, with a key of ours for whatever is not MolmoE-1B's."""
+        found = {
+            "model_type": self.model_type,
+            "architectures": ["OLMoForCausalLM"],
+            "attention_layer_norm": True,
+            "d_model": self.d_model,
+            "n_heads": self.num_heads,
+            "n_layers": self.num_layers,
+            "mlp_ratio": 2 * self.expert_width // self.d_model,
+            "moe_num_experts": self.num_experts,
+            "moe_top_k": self.top_k,
+            "embedding_size": self.vocab_size,
+            "vocab_size": self.vocab_size,
+            "layer_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_sequence_length": self.max_position,
+        }
+        return found | {name: getattr(self, name) for name in _OWN_KEYS}
+
     def text(self) -> OlmoeConfig:
         return OlmoeConfig(
             vocab_size=self.vocab_size,
