@@ -42,7 +42,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.engine.checkpoint import put_trained
     from gemoe_ds.engine.pieces import stacked
     from gemoe_ds.export.folder import export
-    from gemoe_ds.train.run import build_model
+    from gemoe_ds.train.assemble import build_model
 
     config = load_config(arguments.recipe, [*arguments.overrides, "model.dtype=float32"])
     given = arguments.trained

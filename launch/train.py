@@ -18,6 +18,12 @@ def main(argv: list[str]) -> None:
             print(config.dump_yaml(), end="")
             return
         config.check_paths()
+        if flags.estimate:
+            from gemoe_ds.train.estimate import print_estimate
+
+            config.validate_world(flags.estimate)
+            print_estimate(config, flags.estimate)
+            return
         from gemoe_ds.engine.distributed import launched_world_size
         from gemoe_ds.train.run import train
 

@@ -216,7 +216,9 @@ class MoEModel(nn.Module):
         past: Past | None = None,
     ) -> Tensor:
         self.ctx.begin(is_valid_BS, is_vision_BS)
-        return self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images, past)
+        hidden_BSD = self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images, past)
+        self.ctx.end()
+        return hidden_BSD
 
     @torch.no_grad()
     def next_logits(

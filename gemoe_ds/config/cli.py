@@ -25,6 +25,7 @@ class Flags:
     recipe: str
     dry_run: bool
     print_config: bool
+    estimate: int | None = None
 
 
 def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
@@ -39,7 +40,9 @@ def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
         if value is not None
     ]
     config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
-    return config, Flags(arguments.recipe, arguments.dry_run, arguments.print_config)
+    return config, Flags(
+        arguments.recipe, arguments.dry_run, arguments.print_config, arguments.estimate
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,11 +67,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", metavar="auto|none|DIR", help="same as resume=...")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
+        "--estimate",
+        type=_at_least_one,
+        metavar="RANKS",
+        help="print what memory a rank of so many GPUs would need, stop",
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the resolved recipe, stop"
     )
     # The deepspeed launcher adds it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks")
+    return int(text)
 
 
 def _option_lines() -> Iterator[str]:

@@ -21,7 +21,7 @@ from gemoe_ds.evaluation.arguments import Setting
 from gemoe_ds.evaluation.budget import Budget, meet_budget
 from gemoe_ds.evaluation.runner import Scores, evaluate
 from gemoe_ds.moe.router import Router
-from gemoe_ds.train.run import build_collator, build_model
+from gemoe_ds.train.assemble import build_collator, build_model
 
 
 class Subject:

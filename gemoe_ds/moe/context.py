@@ -5,6 +5,8 @@ Shapes: T tokens of the micro-batch (padding included), L MoE layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,9 +37,8 @@ class Stat:
 
 @dataclass
 class LayerRecord:
-    """The slot of one layer, OVERWRITTEN by every forward.
+    """The slot of one layer, OVERWRITTEN by every forward; see `TokenContext.writing`.
 
-    Overwriting is what makes recomputation safe: an appended loss would be counted twice.
     `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `keep` is
     what a router hands to one of its later steps, to a later layer or to a later pass.
     """
@@ -72,6 +73,7 @@ class TokenContext:
         self.is_valid_T = torch.ones(0, dtype=torch.bool)
         self.is_vision_T = torch.zeros(0, dtype=torch.bool)
         self.sequence_T = torch.zeros(0, dtype=torch.long)
+        self.in_forward = True  # False: what runs now is a layer's second run, in the backward pass
         self.collect = False  # fill `LayerRecord.stats`
         self.trace = False  # keep `entropy_T` and `k_T`
         self.rehearsal: str | None = None  # the pass that is under way, if it does not train
@@ -85,8 +87,29 @@ class TokenContext:
         self.sequence_T = torch.arange(num_sequences, device=is_valid_BS.device).repeat_interleave(
             length
         )
+        self.in_forward = True
         for slot in range(len(self.layers)):
             self.layers[slot] = LayerRecord()
+
+    def end(self) -> None:
+        """The forward is over: the records stay as they are."""
+        self.in_forward = False
+
+    @contextmanager
+    def writing(self, slot: int) -> Iterator[None]:
+        """While a layer runs. What a second run of it would record is forgotten at its end.
+
+        A loss that was recorded there would hold the graph of that run, and with it all the
+        activations that recomputation is there to save.
+        """
+        first = self.layers[slot]
+        if not self.in_forward:
+            self.layers[slot] = LayerRecord()
+        try:
+            yield
+        finally:  # recomputation stops early, by an exception
+            if not self.in_forward:
+                self.layers[slot] = first
 
     def mean_losses(self) -> dict[str, LossTerm]:
         """Every auxiliary loss by name, averaged over the layers that have it."""

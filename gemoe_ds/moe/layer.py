@@ -33,6 +33,10 @@ class MoELayer(nn.Module):
         self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        with self.ctx.writing(self.router.spec.slot):
+            return self._forward(x_BSD)
+
+    def _forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
         router = self.router

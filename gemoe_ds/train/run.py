@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.backbones.tokenizer import load_tokenizer
+from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
-from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine import checkpoint, manifest
@@ -21,7 +16,8 @@ from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.router import Router
+from gemoe_ds.train.assemble import build_collator, build_model
+from gemoe_ds.train.estimate import estimate
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases
@@ -37,6 +33,10 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
         phases = Phases(world)
+        expected = None
+        if dry_run:
+            expected = estimate(config, samples, world.size, world.device)
+            say(world, str(expected))
         with phases("loading"):
             model = build_model(config, shard, show_progress=world.is_first)
         say(
@@ -73,6 +73,15 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
                 tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
             say(
                 world, f"dry run: one step of {tokens} tokens on this rank is fine; nothing written"
+            )
+            assert expected is not None
+            peak = max(
+                phases.done[-1].device_bytes if expected.on_gpu else phases.done[-1].host_bytes
+            )
+            say(
+                world,
+                f"memory of the fullest rank: {peak / 2**30:.2f} GiB, estimated "
+                f"{expected.total / 2**30:.2f} for the longest of the first samples",
             )
             return
 
@@ -150,41 +159,6 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
         print(f"set aside: {folder}, from after step {start_step}", flush=True)
     forget_after(output, start_step)
     return Monitor(output, start_step, config.monitor.tensorboard)
-
-
-def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = False) -> MoEModel:
-    """The converted model that a configuration describes, experts of this shard only.
-
-    Seeded here: a router may hold random parameters that do not train, which evaluation and
-    export must draw alike.
-    """
-    torch.manual_seed(config.seed)
-    backbone = config.model.backbone
-    router = config.model.router
-    return MoEModel(
-        Backbone.named(backbone.name)(backbone.config),
-        Path(config.model.checkpoint) if config.model.checkpoint else None,
-        Path(config.data.tokenizer),
-        (Router.named(router.name), router.config),
-        train=config.model.train,
-        dtype=getattr(torch, config.model.dtype),
-        shard=shard,
-        recompute=config.model.recompute,
-        pack_experts=config.model.pack_experts,
-        show_progress=show_progress,
-    )
-
-
-def build_collator(config: RunConfig, model: MoEModel) -> Collator:
-    """The collator that fits a model's images and chat and a configuration's tokenizer."""
-    layout, chat = model.image_layout, model.backbone.chat
-    token = layout.token if layout else None
-    return Collator(
-        load_tokenizer(Path(config.data.tokenizer), chat, token),
-        layout,
-        chat,
-        max_length=config.data.max_length,
-    )
 
 
 def say(world: World, text: str) -> None:

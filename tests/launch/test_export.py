@@ -16,7 +16,7 @@ from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.config.load import load_config
 from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.manifest import newest
-from gemoe_ds.train.run import build_model
+from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_ranks
 from tests.tiny import random_batch
 from tests.train.resuming import make_config, train_all, write_setting

@@ -1,0 +1,167 @@
+"""How much memory a training step needs beside weights, from shapes alone: a model may be a shell.
+
+Sums what autograd keeps of transformers' decoder layers with frozen weights, and of our MoE layer:
+see `_of_norm` and so on. Between the vision tower and the first router nothing is kept: nothing
+there trains (unless everything does, `train: all`).
+Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.moe import ffn_grouped
+from gemoe_ds.moe.ffn import path_for
+
+WIDE = 4  # bytes of a float32, in which norms, routing and the loss are computed
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The largest micro-batch of a rank, and how it is computed."""
+
+    tokens: int
+    targets: int
+    pixel_values: int  # numbers
+    itemsize: int  # of activations: 2 in bfloat16
+    k: float  # experts a token
+    ep_size: int = 1
+    train: str = "routers"
+    recompute: bool = False
+    on_gpu: bool = False
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether products are of narrower numbers than what trains, which is float32."""
+        return self.itemsize < WIDE
+
+    @property
+    def norm_bytes(self) -> int:
+        """Of a number that a norm works on: itself, and normed if its weight trains."""
+        return WIDE + (WIDE if self.train == "all" else 0)
+
+
+def activation_bytes(
+    backbone: Backbone, hf: nn.Module, blocks: list[BlockSpec], shape: StepShape
+) -> dict[str, int]:
+    """By what it is for; the sum is the peak of one micro-batch's forward and backward pass."""
+    root = blocks[0].path.partition(".layers.")[0]
+    text, prefix = hf.get_submodule(root), len(f"{root}.layers.")
+    of_layer = {block.path[prefix:].partition(".")[0]: block for block in blocks}
+    d_model = blocks[0].routing.d_model
+    kept, largest, seen = 0.0, 0.0, shape.train == "all"
+    for number, layer in text.layers.named_children():
+        block = of_layer.get(number)
+        own = _of_layer(layer, shape) if seen else 0.0
+        if block is not None:
+            own += _of_block(block, shape)
+            seen = True
+        largest = max(largest, own)
+        if shape.recompute:
+            own = d_model * shape.itemsize if seen else 0.0
+        kept += own
+    kept += WIDE * d_model + (largest if shape.recompute else 0.0)
+    vocabulary = sum(p.shape[0] for p in backbone.head(hf).parameters() if p.dim() == 2)
+    # logits, their gradient, log-probabilities and theirs
+    loss = shape.targets * vocabulary * (3 * WIDE + shape.itemsize)
+    widest = max(_in_flight(block, shape) for block in blocks)
+    linear = [m for m in [*text.modules(), backbone.head(hf)] if isinstance(m, nn.Linear)]
+    casts = sum(m.weight.numel() for m in linear) * shape.itemsize
+    return {
+        "weights cast for the products": casts if shape.train == "all" and shape.is_cast else 0,
+        "activations": round(kept * shape.tokens),
+        "loss or experts in flight": round(max(loss, widest * shape.tokens)),
+        "images": _of_tower(hf, root, shape),
+    }
+
+
+def _of_layer(layer: nn.Module, shape: StepShape) -> float:
+    """A token's bytes in all of a decoder layer but its MoE block."""
+    total = 0.0
+    for name, module in layer.named_modules():
+        if ".experts" in name:
+            continue
+        width = _norm_width(name, module, layer)
+        if width:
+            total += width * shape.norm_bytes
+        elif _has_linear(module, "q_proj", "k_proj", "v_proj"):
+            query, key, value = (
+                getattr(module, f"{n}_proj").out_features  # type: ignore[union-attr]
+                for n in "qkv"
+            )
+            total += (2 * query + key + value) * shape.itemsize  # and the result
+            if shape.train == "all":
+                total += module.q_proj.in_features * shape.itemsize  # type: ignore[union-attr, operator]
+        elif _has_linear(module, "gate_proj", "up_proj", "down_proj"):
+            inner = module.gate_proj.out_features  # type: ignore[union-attr, operator]
+            total += 3 * inner * shape.itemsize  # gate, its activation, up
+            if shape.train == "all":
+                total += (inner + module.gate_proj.in_features) * shape.itemsize  # type: ignore[union-attr, operator]
+    return total
+
+
+def _of_block(block: BlockSpec, shape: StepShape) -> float:
+    """A token's bytes in an MoE block: its row here and where its experts are, the projections of
+    each assignment with its ids and weight, and scores, their logarithms and their clamp."""
+    routing, width = block.routing, block.down_EDF.shape[-1]
+    rows = 1 + (_ranks_met(shape) if shape.ep_size > 1 else 0)
+    total = rows * routing.d_model * shape.itemsize
+    total += shape.k * (2 * width * shape.itemsize + 3 * 8)
+    return total + 3 * WIDE * routing.num_experts
+
+
+def _in_flight(block: BlockSpec, shape: StepShape) -> float:
+    """A token's bytes in the backward pass of an MoE block, given back at its end."""
+    routing, width = block.routing, block.down_EDF.shape[-1]
+    rows = 2 * WIDE * routing.d_model
+    if not at_once(block, shape):
+        return rows
+    return rows + shape.k * (2 * routing.d_model + 4 * width) * shape.itemsize
+
+
+def at_once(block: BlockSpec, shape: StepShape) -> bool:
+    """Whether all experts are multiplied at once, or one after the other in small buffers."""
+    device = torch.device("cuda" if shape.on_gpu else "cpu")
+    dtype = torch.bfloat16 if shape.is_cast else torch.float32
+    return path_for(device, dtype, block.routing.d_model, block.down_EDF.shape[-1]) is ffn_grouped
+
+
+def _ranks_met(shape: StepShape) -> float:
+    """Ranks that a token's row goes to on average, if its experts were drawn evenly."""
+    return shape.ep_size * (1 - (1 - 1 / shape.ep_size) ** shape.k)
+
+
+def _of_tower(hf: nn.Module, root: str, shape: StepShape) -> int:
+    """Pixels twice, and the widest moment of a layer of a frozen tower."""
+    text = {id(module) for module in hf.get_submodule(root).modules()}
+    others = [module for module in hf.modules() if id(module) not in text]
+    cuts = [m for m in others if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    if not cuts or not shape.pixel_values:
+        return 0
+    patch = cuts[0].weight[0].numel()
+    linear = [m for m in others if isinstance(m, nn.Linear)]
+    width = cuts[0].out_channels
+    inner = max(m.out_features for m in linear if m.in_features == width)
+    a_patch = (2 * inner + 4 * width) * shape.itemsize
+    pixels = shape.pixel_values * (WIDE + shape.itemsize)
+    return round(pixels + shape.pixel_values / patch * a_patch)
+
+
+def _norm_width(name: str, module: nn.Module, layer: nn.Module) -> int:
+    """How many numbers a token's norm has, all heads together; 0 for anything else."""
+    weight = getattr(module, "weight", None)
+    if "norm" not in type(module).__name__.lower() or weight is None:
+        return 0
+    parent, _, own = name.rpartition(".")
+    if own in ("q_norm", "k_norm"):
+        projection = getattr(layer.get_submodule(parent), f"{own[0]}_proj")
+        return int(projection.out_features)
+    return int(weight.numel())
+
+
+def _has_linear(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names)

@@ -1,0 +1,153 @@
+"""How much memory a rank will need at most, from shapes, before a byte of weights is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
+from gemoe_ds.backbones.backbone import BlockSpec
+from gemoe_ds.config import RunConfig
+from gemoe_ds.config.deepspeed import read_file
+from gemoe_ds.data.collate import IGNORE, Batch, Collator
+from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.moe.router import Router
+from gemoe_ds.train.assemble import collator_of, named_backbone
+from gemoe_ds.train.phases import peak_host_memory
+
+GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
+_LOOKED_AT = 256  # samples
+_DEFAULT_BUCKET = 5e8  # DeepSpeed's, numbers
+
+# Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine adds, and oneDNN's
+# bfloat16 kernels; and how much memory glibc's heap has in holes that the next tensor does not fit
+# into, for a byte that a step needs at once, whether or not it recomputes.
+_ENGINE, _BFLOAT16 = 50 * 2**20, 300 * 2**20
+_HELD = {"routers": 0.65, "experts": 0.65, "all": 0.35}
+_HELD_ONE_BY_ONE = 0.15  # if experts are multiplied one after the other, in buffers used again
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of the fullest moment on one rank, by what they are for."""
+
+    parts: dict[str, int]
+    on_gpu: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        place = "GPU memory that torch allocates" if self.on_gpu else "host memory of the process"
+        lines = [
+            f"  {name:<30} {size / 2**30:8.3f} GiB" for name, size in self.parts.items() if size
+        ]
+        title = f"estimate for one rank: {self.total / 2**30:.2f} GiB of {place}"
+        return "\n".join([title, *lines])
+
+
+def print_estimate(config: RunConfig, num_ranks: int) -> None:
+    """For so many GPUs, on a machine that may have none."""
+    samples = open_samples(config.data.train)
+    print(estimate(config, samples, num_ranks, torch.device("cuda")))
+
+
+def estimate(
+    config: RunConfig, samples: SampleFolder, num_ranks: int, device: torch.device
+) -> Estimate:
+    """For a run on so many ranks. Reads headers, a tokenizer, and the first samples."""
+    backbone = named_backbone(config)
+    checkpoint = Path(config.model.checkpoint) if config.model.checkpoint else None
+    hf = backbone.load(checkpoint, Path(config.data.tokenizer))
+    blocks = backbone.moe_blocks(hf)
+    chosen = Router.named(config.model.router.name)
+    routers = [chosen(config.model.router.config, block.routing) for block in blocks]
+    batch = _largest(samples, collator_of(config, backbone, backbone.image_layout(hf)), config)
+    pixels = batch.images.get("pixels")
+    dtype = getattr(torch, config.model.dtype)
+    static_k = routers[0].static_k
+    shape = StepShape(
+        tokens=batch.input_ids_BS.numel(),
+        targets=int((batch.labels_BS != IGNORE).sum()),
+        pixel_values=0 if pixels is None else pixels.numel(),
+        itemsize=dtype.itemsize,
+        k=static_k if static_k is not None else blocks[0].routing.top_k,
+        ep_size=config.parallel.ep_size,
+        train=config.model.train,
+        recompute=config.model.recompute,
+        on_gpu=device.type == "cuda",
+    )
+    weights = _weights(config, hf, blocks, routers, dtype, num_ranks, shape.on_gpu)
+    step = activation_bytes(backbone, hf, blocks, shape)
+    parts = weights | step
+    if not shape.on_gpu:
+        process = peak_host_memory() + _ENGINE + (_BFLOAT16 if shape.is_cast else 0)
+        parts = {"Python and its packages": process} | parts
+        stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
+        held = _HELD[config.model.train] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
+        parts["free, but held by the C library"] = round(held * sum(stored.values()))
+    return Estimate(parts, shape.on_gpu)
+
+
+def _weights(
+    config: RunConfig,
+    hf: nn.Module,
+    blocks: list[BlockSpec],
+    routers: list[Router],
+    dtype: torch.dtype,
+    num_ranks: int,
+    on_gpu: bool,
+) -> dict[str, int]:
+    """Weights by how they are held, and what trains beside them."""
+    stage, ep_size = config.zero_stage, config.parallel.ep_size
+    experts = sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks) // ep_size
+    gates = sum(b.gate_ED.numel() for b in blocks)
+    rest = sum(p.numel() for p in hf.parameters()) - experts * ep_size - gates
+    of_routers = [p for router in routers for p in router.parameters()]
+    trained = sum(p.numel() for p in of_routers if p.requires_grad)
+    frozen = rest * dtype.itemsize + (experts * dtype.itemsize)
+    if config.model.train != "routers":
+        trained, frozen = trained + experts, rest * dtype.itemsize
+    if config.model.train == "all":
+        trained, frozen = trained + rest, 0
+    sharers = num_ranks // (ep_size if config.model.train != "routers" else 1)
+    parts = num_ranks if stage == 3 else 1
+    if config.model.train == "routers" and stage == 3:  # frozen experts are never partitioned
+        frozen = rest * dtype.itemsize // parts + experts * dtype.itemsize
+    states = 2 * MOMENT + (MASTER if stage else 0)
+    return {
+        "frozen weights": frozen,
+        "weights that train": trained * WEIGHT // parts,
+        "their gradients": trained * GRADIENT // (sharers if stage >= 2 else 1),
+        "their optimizer states": trained * states // (sharers if stage else 1),
+        "copy for the first step's check": trained * WEIGHT,
+        "buckets of gradients": _buckets(config, trained, stage, on_gpu),
+    }
+
+
+def _buckets(config: RunConfig, trained: int, stage: int, on_gpu: bool) -> int:
+    """ZeRO 1 and 2 hold a bucket whatever there is to put into it, ZeRO 3 what is in it.
+
+    On a CPU memory that nobody writes to costs nothing, so that there it is what trains at most.
+    """
+    if stage == 0:
+        return 0
+    options = read_file(config.deepspeed)["zero_optimization"]
+    size = int(float(options.get("reduce_bucket_size", _DEFAULT_BUCKET)))
+    if stage == 3 or not on_gpu:
+        size = min(size, trained)
+    copies = 2 if options.get("overlap_comm", stage == 3) else 1
+    return size * GRADIENT * copies
+
+
+def _largest(samples: SampleFolder, collator: Collator, config: RunConfig) -> Batch:
+    """The longest of the first samples, as many as a micro-batch has."""
+    rows = range(min(_LOOKED_AT, len(samples)))
+    encoded = [collator.encode(row, samples[row]) for row in rows]
+    encoded.sort(key=lambda e: len(e.input_ids), reverse=True)
+    most = encoded[: config.train.micro_batch]
+    return collator.batch(most)
