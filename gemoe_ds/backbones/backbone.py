@@ -58,6 +58,7 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
+    published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()
 

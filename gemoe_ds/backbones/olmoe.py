@@ -25,6 +25,7 @@ class OlmoeBackbone(Backbone):
     """`OlmoeForCausalLM` of transformers, from a folder; a sample with an image is refused."""
 
     name: ClassVar[str] = "olmoe"
+    published_parameters: ClassVar[int] = 6_919_161_856
     keys = KeyMap(swiglu_experts(*["model.layers.{l}.mlp.experts"] * 2))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(

@@ -43,11 +43,15 @@ class Estimate:
 
     def __str__(self) -> str:
         place = "GPU memory that torch allocates" if self.on_gpu else "host memory of the process"
-        lines = [
-            f"  {name:<30} {size / 2**30:8.3f} GiB" for name, size in self.parts.items() if size
-        ]
         title = f"estimate for one rank: {self.total / 2**30:.2f} GiB of {place}"
-        return "\n".join([title, *lines])
+        parts = ((name, size / 2**30) for name, size in self.parts.items() if size)
+        return "\n".join([title, *(f"  {name:<32} {size:8.3f}" for name, size in parts)])
+
+    def against(self, measured: int) -> str:
+        return (
+            f"memory of the fullest rank: {measured / 2**30:.2f} GiB; {self.total / 2**30:.2f} "
+            "were estimated, for the longest of the first samples"
+        )
 
 
 def print_estimate(config: RunConfig, num_ranks: int) -> None:

@@ -16,8 +16,9 @@ from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.train.assemble import build_collator, build_model
-from gemoe_ds.train.estimate import estimate
+from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
+from gemoe_ds.train.estimate import Estimate, estimate
+from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases
@@ -35,8 +36,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         phases = Phases(world)
         expected = None
         if dry_run:
-            expected = estimate(config, samples, world.size, world.device)
-            say(world, str(expected))
+            expected = _look_first(config, samples, world)
         with phases("loading"):
             model = build_model(config, shard, show_progress=world.is_first)
         say(
@@ -75,14 +75,9 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
                 world, f"dry run: one step of {tokens} tokens on this rank is fine; nothing written"
             )
             assert expected is not None
-            peak = max(
-                phases.done[-1].device_bytes if expected.on_gpu else phases.done[-1].host_bytes
-            )
-            say(
-                world,
-                f"memory of the fullest rank: {peak / 2**30:.2f} GiB, estimated "
-                f"{expected.total / 2**30:.2f} for the longest of the first samples",
-            )
+            last = phases.done[-1]
+            peak = max(last.device_bytes if expected.on_gpu else last.host_bytes)
+            say(world, expected.against(peak))
             return
 
         monitor = _prepare(config, output, start_step) if world.is_first else None
@@ -159,6 +154,20 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
         print(f"set aside: {folder}, from after step {start_step}", flush=True)
     forget_after(output, start_step)
     return Monitor(output, start_step, config.monitor.tensorboard)
+
+
+def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> Estimate:
+    """Say what can be known before anything is loaded."""
+    checkpoint_dir = config.model.checkpoint
+    backbone, checkpoint_path = named_backbone(config), checkpoint_dir and Path(checkpoint_dir)
+    hf = backbone.load(checkpoint_path or None, Path(config.data.tokenizer))
+    collator = collator_of(config, backbone, backbone.image_layout(hf))
+    if world.is_first:
+        for line in first_contact(backbone, hf, checkpoint_path or None, collator):
+            print(line, flush=True)
+    expected = estimate(config, samples, world.size, world.device)
+    say(world, str(expected))
+    return expected
 
 
 def say(world: World, text: str) -> None:

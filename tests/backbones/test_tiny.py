@@ -93,6 +93,19 @@ def test_recomputation_changes_no_loss_and_no_gradient(base, router):
         torch.testing.assert_close(grads[1][1][name], grad, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("router", ["top_k", "gemoe", "dynmoe", "moepp", "ada_k"])
+def test_recomputation_leaves_the_records_alone(base, router):
+    """A loss of a layer's second run would hold that run's graph, and all its activations."""
+    model = make_model(base, router, recompute=True).train()
+    loss = model(**random_batch(7))["loss"]
+    records = list(model.ctx.layers)
+    losses = [dict(record.losses) for record in records]
+    loss.backward()
+    for now, record, before in zip(model.ctx.layers, records, losses, strict=True):
+        assert now is record and before
+        assert all(now.losses[name] is term for name, term in before.items())
+
+
 def test_padding_changes_no_loss_and_no_gradient(base):
     batch, results = random_batch(8), []
     wide = {n: torch.nn.functional.pad(t, (0, 5)) for n, t in batch.items() if n.endswith("BS")}

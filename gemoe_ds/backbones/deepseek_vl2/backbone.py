@@ -52,6 +52,7 @@ class DeepseekVl2Backbone(Backbone):
     """From a folder in the public layout."""
 
     name: ClassVar[str] = "deepseek_vl2"
+    published_parameters: ClassVar[int] = 3_370_501_440
     keys = KeyMap(
         (
             *_VISION,

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from gemoe_ds.backbones.images import LaidImage
 
+MEAN = STD = (0.5, 0.5, 0.5)
 _SIDES = (  # width and height in tiles, in the published order, on which ties depend
     *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6)),
     *((6, 1), (2, 3), (3, 2), (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1)),
@@ -33,6 +34,10 @@ class DeepseekVl2Images:
     def resolutions(self) -> list[tuple[int, int]]:
         """Width and height in pixels."""
         return [(self.tile * wide, self.tile * high) for wide, high in _SIDES]
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return MEAN, STD
 
     @property
     def token(self) -> tuple[str, int]:
@@ -55,7 +60,7 @@ class DeepseekVl2Images:
             [self.token_id] * len(feature_P),
             feature_P,
             len(tiles) * self.side**2 + 2,
-            np.ascontiguousarray((pixels / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2),
+            np.ascontiguousarray((pixels / 255 - MEAN[0]) / STD[0]).transpose(0, 3, 1, 2),
             {"tiles": np.array([len(tiles)])},
         )
 

@@ -80,6 +80,7 @@ class MolmoeBackbone(Backbone):
     """From a folder in the public layout."""
 
     name: ClassVar[str] = "molmoe"
+    published_parameters: ClassVar[int] = 7_221_875_712
     keys = KeyMap(
         (*_LANGUAGE, *_VISION),
         # rows that no token asks for, and the layer above the last that is used

@@ -34,6 +34,10 @@ class MolmoeImages:
     column_id: int = 50283
 
     @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return CLIP_MEAN, CLIP_STD
+
+    @property
     def token(self) -> tuple[str, int]:
         return "<im_patch>", self.patch_id
 

@@ -34,6 +34,7 @@ class Qwen3VLBackbone(Backbone):
     """`Qwen3VLMoeForConditionalGeneration` of transformers, from a folder; images, no videos."""
 
     name: ClassVar[str] = "qwen3_vl_moe"
+    published_parameters: ClassVar[int] = 31_070_754_032
 
     class Config(ConfigModel):
         min_pixels: int | None = Field(

@@ -1,0 +1,89 @@
+"""Memory that is said to be needed against memory that is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.train.assemble import build_model
+from gemoe_ds.train.estimate import estimate
+from tests.helpers import repository
+from tests.train.resuming import make_config, write_setting
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return write_setting(tmp_path_factory.mktemp("estimate"))
+
+
+@pytest.mark.parametrize("train", ["routers", "experts", "all"])
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype):
+    from gemoe_ds.backbones.model import ExpertShard
+
+    config = make_config(
+        setting, tmp_path, model__train=train, model__dtype=dtype, parallel__ep_size=ep_size
+    )
+    parts = estimate(config, open_samples(config.data.train), 4, torch.device("cpu")).parts
+    model = build_model(config, ExpertShard(0, ep_size))
+    trained = sum(p.numel() * 4 for p in model.trainable().values())
+    experts = [b for layer in model.moe_layers for b in layer.experts.buffers()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert parts["weights that train"] == trained
+    assert parts["frozen weights"] == sum(t.numel() * t.itemsize for t in frozen + experts)
+
+
+def test_zero_divides_what_it_divides(setting, tmp_path):
+    """Gradients from stage 2 on, optimizer states from stage 1 on, weights in stage 3."""
+    samples = open_samples(setting["data"])
+    found = {}
+    for stage in range(4):
+        config = make_config(
+            setting,
+            tmp_path,
+            model__train="all",
+            parallel__ep_size=1,
+            deepspeed=str(repository() / f"ds_configs/zero{stage}.json"),
+        )
+        found[stage] = estimate(config, samples, 4, torch.device("cuda")).parts
+    one = found[0]["weights that train"]
+    assert [found[s]["weights that train"] for s in range(4)] == [one, one, one, one // 4]
+    assert [found[s]["their gradients"] for s in range(4)] == [one, one, one // 4, one // 4]
+    states = [found[s]["their optimizer states"] for s in range(4)]
+    assert states == [2 * one, *[3 * one // 4] * 3]
+    assert [found[s]["buckets of gradients"] for s in range(3)] == [0, 200_000_000, 200_000_000]
+
+
+def test_a_dry_run_says_what_was_estimated_and_what_was_needed(setting, tmp_path):
+    """On a machine like those that the process's share was measured on: to 15 %."""
+    config = make_config(setting, tmp_path / "out", parallel__ep_size=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.dump_yaml())
+    command = [sys.executable, repository() / "launch/train.py", recipe, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = re.search(r"memory of the fullest rank: ([\d.]+) GiB; ([\d.]+) were", done.stdout)
+    measured, estimated = map(float, line.groups())
+    assert estimated == pytest.approx(measured, rel=0.15)
+    assert "Python and its packages" in done.stdout
+    assert "tokenizer: ids up to 25, the model has 26 rows: each has its row" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimate_for_ranks_that_are_not_here(setting, tmp_path):
+    config = make_config(setting, tmp_path / "out", parallel__ep_size=4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.dump_yaml())
+    command = [sys.executable, repository() / "launch/train.py", recipe, "--estimate"]
+    done = subprocess.run([*command, "8"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"estimate for one rank: 0.\d+ GiB of GPU memory", done.stdout)
+    for ranks, message in (("0", "0 is not a number of ranks"), ("6", "does not divide the 6")):
+        done = subprocess.run([*command, ranks], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 2 and message in done.stderr
