@@ -143,7 +143,7 @@ class FullSize:
         from gemoe_ds.backbones.backbone import Backbone
 
         backbone = Backbone.named(self.name)
-        top_k = backbone(backbone.Config()).moe_blocks(backbone.published())[0].routing.top_k
+        top_k = backbone.published_blocks()[0].routing.top_k
         disk = dd_rate(self.base)
         evict(self.base)
         first = self.train(self.steps)
@@ -162,7 +162,7 @@ class FullSize:
             "read_bytes_per_s": round(self.ranks * kept / loading["seconds"]),
             "phases": first,
             "phases_resumed": again,
-            "last_step": json.loads(lines[-1]),
+            "last_step": {k: v for k, v in json.loads(lines[-1]).items() if "/layer_" not in k},
             "generation": self.generate(top_k),
         }
 

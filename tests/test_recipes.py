@@ -16,8 +16,9 @@ RECIPES = sorted((repository() / "launch" / "recipes").glob("*.yaml"))
 def test_recipe_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository())
     config = load_config(path)
-    config.validate_world(2)
-    assert deepspeed_config(config, 2)["zero_optimization"]["stage"] == config.zero_stage
+    ranks = {"8_gpus": 8, "4_nodes": 32}.get("_".join(path.stem.split("_")[-2:]), 2)
+    config.validate_world(ranks)
+    assert deepspeed_config(config, ranks)["zero_optimization"]["stage"] == config.zero_stage
     assert config.output_dir.startswith("runs/")  # git ignores it
 
 
@@ -28,6 +29,32 @@ def test_recipes_are_there() -> None:
         "demo_top_8",
         "demo_top_5",
     }
+
+
+FULL = [path for path in RECIPES if path.stem.endswith(("_8_gpus", "_4_nodes"))]
+
+
+def test_every_backbone_has_the_paper_s_recipe_for_one_node_and_for_four() -> None:
+    """GeMoE, Table 7: the same run on both, whatever the machines hold at a time."""
+    by_backbone: dict[str, list] = {}
+    for path in FULL:
+        config = load_config(path)
+        assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (
+            1e-4,
+            "cosine",
+            0.0,
+        )
+        assert (config.train.steps, config.train.global_batch) == (5000, 128)
+        assert (config.data.max_length, config.model.train) == (2048, "routers")
+        router = config.model.router.config
+        top_k = config.model.backbone.backbone_class.published_blocks()[0].routing.top_k
+        assert (router.k_low, router.k_high) == (1, top_k)
+        assert (router.balance_weight, router.monotonic_weight) == (0.001, 1.0)
+        options = config.model_dump()
+        options["train"].pop("micro_batch")
+        by_backbone.setdefault(config.model.backbone.name, []).append(options)
+    assert set(by_backbone) == {"olmoe", "molmoe", "deepseek_vl2", "qwen3_vl_moe"}
+    assert all(one == four for one, four in by_backbone.values())
 
 
 def test_the_demo_compares_like_with_like() -> None:

@@ -79,6 +79,11 @@ class Backbone(Registered):
         """The shell of the public model at its full size."""
         raise ConfigError(f"backbone {cls.name!r} has no published model")
 
+    @classmethod
+    def published_blocks(cls) -> list[BlockSpec]:
+        """The MoE blocks of that shell."""
+        return cls(cls.Config()).moe_blocks(cls.published())
+
     @abstractmethod
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
         """Every MoE block in order of depth; never empty."""
