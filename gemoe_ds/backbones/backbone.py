@@ -58,6 +58,7 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
+    may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()
@@ -129,4 +130,4 @@ class Backbone(Registered):
             self.save_pretrained(model, state, folder)
         else:
             plain = shell(type(model), model.config)
-            Weights(base, self.keys, plain).rewrite(state, folder)
+            Weights(base, self.keys, plain, self.may_lack).rewrite(state, folder)

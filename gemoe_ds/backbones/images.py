@@ -37,8 +37,8 @@ class ImageLayout(Protocol):
         """The smallest image there is, for ranks that have none."""
 
     @property
-    def token(self) -> tuple[str, int]:
-        """The token that a feature goes to, and the id that the model knows it by."""
+    def token(self) -> tuple[str, int] | None:
+        """The token that a feature goes to, and the id that the model knows it by; None: none."""
 
 
 @dataclass(frozen=True)

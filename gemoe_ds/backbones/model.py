@@ -79,7 +79,11 @@ class MoEModel(nn.Module):
         self.pack_experts = pack_experts
         self.hf = backbone.load(checkpoint, tokenizer_dir)
         is_shell = any(parameter.is_meta for parameter in self.hf.parameters())
-        weights = Weights(checkpoint, backbone.keys, self.hf) if checkpoint and is_shell else None
+        weights = (
+            Weights(checkpoint, backbone.keys, self.hf, backbone.may_lack)
+            if checkpoint and is_shell
+            else None
+        )
         blocks = backbone.moe_blocks(self.hf)
         if not blocks:
             raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")

@@ -116,24 +116,7 @@ class UpcycledBackbone(LlavaBackbone):
                 )
 
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        blocks = []
-        for path, module in model.named_modules():
-            if isinstance(module, UpcycledMoEBlock):
-                parent_path, _, attribute = path.rpartition(".")
-                experts = module.experts
-                num_experts, _, d_model = experts.gate_up_proj.shape
-                blocks.append(
-                    BlockSpec(
-                        path,
-                        model.get_submodule(parent_path),
-                        attribute,
-                        RoutingSpec(d_model, num_experts, module.top_k, module.renormalise),
-                        module.gate.weight,
-                        experts.gate_up_proj,
-                        experts.down_proj,
-                    )
-                )
-        return blocks
+        return upcycled_blocks(model)
 
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
@@ -145,6 +128,28 @@ class UpcycledBackbone(LlavaBackbone):
             return
         whole = self.load(base, base).state_dict() | state
         self.save_pretrained(model, whole, folder)
+
+
+def upcycled_blocks(model: nn.Module) -> list[BlockSpec]:
+    """The MoE blocks of any model that was upcycled."""
+    blocks = []
+    for path, module in model.named_modules():
+        if isinstance(module, UpcycledMoEBlock):
+            parent_path, _, attribute = path.rpartition(".")
+            experts = module.experts
+            num_experts, _, d_model = experts.gate_up_proj.shape
+            blocks.append(
+                BlockSpec(
+                    path,
+                    model.get_submodule(parent_path),
+                    attribute,
+                    RoutingSpec(d_model, num_experts, module.top_k, module.renormalise),
+                    module.gate.weight,
+                    experts.gate_up_proj,
+                    experts.down_proj,
+                )
+            )
+    return blocks
 
 
 def _stored(folder: Path) -> dict[str, object] | None:

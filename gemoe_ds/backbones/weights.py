@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ class Weights:
     unexpected or of another shape.
     """
 
-    def __init__(self, folder: Path, keys: KeyMap, model: nn.Module) -> None:
+    def __init__(
+        self, folder: Path, keys: KeyMap, model: nn.Module, may_lack: Sequence[str] = ()
+    ) -> None:
+        """`may_lack`: patterns of names that a folder may have none of, whose parameters have
+        memory and values then."""
         self.folder = folder
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         # a tied parameter has several names; a file may have it under any or all of them
@@ -73,11 +78,19 @@ class Weights:
         try:
             self.stored: dict[str, StoredTensor] = open_stored(folder)
             shapes = {key: tensor.shape for key, tensor in self.stored.items()}
-            self.pieces = keys.pieces(shapes, self.shapes, optional=tied)
+            wanted = self._present(keys, may_lack)
+            self.pieces = keys.pieces(shapes, wanted, optional=tied)
         except CheckpointError as error:
             raise CheckpointError(f"model.checkpoint={folder}: {error}") from error
         place = {key: number for number, key in enumerate(self.stored)}
         self.pieces.sort(key=lambda piece: (place[piece.key], piece.row or 0))
+
+    def _present(self, keys: KeyMap, may_lack: Sequence[str]) -> dict[str, Shape]:
+        """The parameters without those that may be left out and are."""
+        some = {n for n in self.shapes if any(fnmatchcase(n, pattern) for pattern in may_lack)}
+        if any(piece.key in self.stored for n in some for piece in keys.of(n, self.shapes[n])):
+            return self.shapes
+        return {name: shape for name, shape in self.shapes.items() if name not in some}
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One whole parameter."""

@@ -95,24 +95,21 @@ def test_sampling_draws_from_the_model(tmp_path):
 
 def write_on_two(rank, base):
     """The ranks share experts; the first has two prompts and writes long, the second ends soon."""
-    import torch.distributed as dist
-
-    from gemoe_ds.backbones.model import ExpertShard
-    from gemoe_ds.moe.dispatch import AllToAllDispatcher
-
-    group = dist.group.WORLD
-    shard = ExpertShard(rank, 2, lambda: AllToAllDispatcher(group, rank, 2))
-    model = make_model(base, "gemoe", shard=shard)
-
-    def any_rank(here: bool) -> bool:
-        flag = torch.tensor([here], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    from gemoe_ds.engine.distributed import any_over_ranks, distributed
+    from gemoe_ds.engine.groups import expert_shard
 
     ids = torch.randint(6, 20, (3, 5), generator=torch.Generator().manual_seed(0))
     mine = fake_prompts(ids[:2], [5, 4]) if rank == 0 else fake_prompts(ids[2:], [5])
     ends = set() if rank == 0 else set(range(26))
-    return generate(model, mine, max_new_tokens=6, end_ids=ends, any_rank=any_rank).token_ids
+    with distributed() as world:
+        model = make_model(base, "gemoe", shard=expert_shard(2, world))
+        return generate(
+            model,
+            mine,
+            max_new_tokens=6,
+            end_ids=ends,
+            any_rank=lambda here: any_over_ranks(here, world.device),
+        ).token_ids
 
 
 def test_ranks_that_share_experts_wait_for_each_other(tmp_path):
