@@ -39,10 +39,9 @@ class StepShape:
         """Whether products are of narrower numbers than what trains, which is float32."""
         return self.itemsize < WIDE
 
-    @property
-    def norm_bytes(self) -> int:
-        """Of a number that a norm works on: itself, and normed if its weight trains."""
-        return WIDE + (WIDE if self.train == "all" else 0)
+    def copies(self, products: int) -> int:
+        """Of what several products read: each casts it for itself."""
+        return products if self.is_cast else 1
 
 
 def activation_bytes(
@@ -87,7 +86,7 @@ def _of_layer(layer: nn.Module, shape: StepShape) -> float:
             continue
         width = _norm_width(name, module, layer)
         if width:
-            total += width * shape.norm_bytes
+            total += width * _norm_bytes(module, shape)
         elif _has_linear(module, "q_proj", "k_proj", "v_proj"):
             query, key, value = (
                 getattr(module, f"{n}_proj").out_features  # type: ignore[union-attr]
@@ -95,12 +94,12 @@ def _of_layer(layer: nn.Module, shape: StepShape) -> float:
             )
             total += (2 * query + key + value) * shape.itemsize  # and the result
             if shape.train == "all":
-                total += module.q_proj.in_features * shape.itemsize  # type: ignore[union-attr, operator]
+                total += shape.copies(3) * module.q_proj.in_features * shape.itemsize  # type: ignore[union-attr, operator]
         elif _has_linear(module, "gate_proj", "up_proj", "down_proj"):
             inner = module.gate_proj.out_features  # type: ignore[union-attr, operator]
             total += 3 * inner * shape.itemsize  # gate, its activation, up
             if shape.train == "all":
-                total += (inner + module.gate_proj.in_features) * shape.itemsize  # type: ignore[union-attr, operator]
+                total += (inner + shape.copies(2) * module.gate_proj.in_features) * shape.itemsize  # type: ignore[union-attr, operator]
     return total
 
 
@@ -161,6 +160,14 @@ def _norm_width(name: str, module: nn.Module, layer: nn.Module) -> int:
         projection = getattr(layer.get_submodule(parent), f"{own[0]}_proj")
         return int(projection.out_features)
     return int(weight.numel())
+
+
+def _norm_bytes(module: nn.Module, shape: StepShape) -> int:
+    """Of a number that a norm works on: itself, and normed if its weight trains."""
+    all_trains = shape.train == "all"
+    if isinstance(module, nn.LayerNorm):  # one kernel, which keeps what it was given
+        return WIDE if all_trains else shape.itemsize
+    return 2 * WIDE if all_trains else WIDE
 
 
 def _has_linear(module: nn.Module, *names: str) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from gemoe_ds.backbones.backbone import Backbone
 from tests.backbones.test_deepseek_vl2 import write_deepseek_vl2
+from tests.backbones.test_moe_llava import write_moe_llava
 from tests.backbones.test_molmoe import write_molmoe
 from tests.backbones.test_olmoe import write_olmoe
 from tests.backbones.test_qwen3_vl import write_qwen3_vl
@@ -47,6 +50,14 @@ CASES = {
         (":",),
         {"<image>": 128815} | numbered(128821, "<|User|>", "<|Assistant|>"),
     ),
+    **{
+        name: Case(
+            partial(write_moe_llava, name),
+            tuple(Backbone.named(name).chat.start.split()),
+            numbered(60, "<|endoftext|>"),
+        )
+        for name in ("moe_llava_stablelm", "moe_llava_qwen")
+    },
 }
 
 

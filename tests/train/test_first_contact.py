@@ -34,7 +34,9 @@ def lines(name, folder, change=lambda base, tokenizer: None):
 @pytest.mark.parametrize("name", CASES)
 def test_every_backbone_says_something(name, tmp_path):
     found = lines(name, tmp_path)
-    assert found[0] == ("checkpoint: not of the published model's shapes; totals are not compared")
+    if Backbone.named(name).published_parameters:
+        shapes = "checkpoint: not of the published model's shapes; totals are not compared"
+        assert found[0] == shapes
     assert found[-1].endswith("each has its row")
 
 
