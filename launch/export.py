@@ -2,20 +2,26 @@
 
     launch/export.py RUN/config.yaml --trained RUN --out FOLDER
 
-Stock transformers loads it as the backbone with its fixed k; with `trust_remote_code=True` it
-routes as it did in training, without gemoe_ds and without DeepSpeed (docs/export.md).
+Whatever runs the base runs it as the backbone with its fixed k. Where that is transformers, with
+`trust_remote_code=True` it routes as in training, without gemoe_ds and DeepSpeed (docs/export.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import CheckpointError, ConfigError, exit_on_error
+
+if TYPE_CHECKING:
+    from gemoe_ds.backbones.model import ExpertShard
+    from gemoe_ds.config import RunConfig
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +42,6 @@ def main(argv: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from gemoe_ds.backbones.model import ExpertShard
     from gemoe_ds.config import load_config
     from gemoe_ds.engine import manifest
     from gemoe_ds.engine.checkpoint import put_trained
@@ -44,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.export.folder import export
     from gemoe_ds.train.assemble import build_model
 
-    config = load_config(arguments.recipe, [*arguments.overrides, "model.dtype=float32"])
+    config = load_config(arguments.recipe, arguments.overrides)
     given = arguments.trained
     step = given if (given / manifest.MANIFEST).exists() else manifest.newest(given)
     found = manifest.verify(step)
@@ -56,7 +61,7 @@ def _export(arguments: argparse.Namespace) -> None:
             f"{step} was trained on a base with checksum {stored}, model.checkpoint={base} has "
             f"{actual}; give the base of that run"
         )
-    model = build_model(config, ExpertShard())
+    model = build_model(config, _fewest_experts(config))
     put_trained(model, step)
     export(
         model,
@@ -74,6 +79,17 @@ def _export(arguments: argparse.Namespace) -> None:
         out=arguments.out,
     )
     print(f"wrote {arguments.out}")
+
+
+def _fewest_experts(config: RunConfig) -> ExpertShard:
+    """The folder is written from the base's files: of the experts the model needs no more."""
+    from gemoe_ds.backbones.model import ExpertShard
+    from gemoe_ds.train.assemble import named_backbone
+
+    backbone = named_backbone(config)
+    checkpoint = Path(config.model.checkpoint) if config.model.checkpoint else None
+    blocks = backbone.moe_blocks(backbone.load(checkpoint, Path(config.data.tokenizer)))
+    return ExpertShard(num_ranks=math.gcd(*(block.routing.num_experts for block in blocks)))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemoe_ds.backbones.images import SquareImages
+from gemoe_ds.backbones.images import ImageLayout, SquareImages
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.data.sample import fsync_path
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.export.modeling import ROUTERS
-from gemoe_ds.export.sources import write_sources
+from gemoe_ds.export.sources import can_carry, write_sources
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
 
@@ -44,14 +44,10 @@ def export(
             for path in tokenizer.glob(pattern):
                 shutil.copy(path, folder)
         save_file(_router_tensors(model), folder / ROUTERS)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        router_module = type(model.moe_layers[0].router).__module__
-        write_sources(folder, type(model.hf), router_module)
-        config["gemoe"] = {"router": router, "blocks": _blocks(model)}
-        config["auto_map"] = {
-            "AutoModelForImageTextToText": "modeling_gemoe.GemoeForConditionalGeneration"
-        }
-        _write_json(folder / "config.json", config)
+        if can_carry(type(model.hf)):
+            router_module = type(model.moe_layers[0].router).__module__
+            write_sources(folder, type(model.hf), router_module)
+            _extend_config(folder / "config.json", router, model)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
 
@@ -79,6 +75,18 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _extend_config(path: Path, router: dict[str, Any], model: MoEModel) -> None:
+    """What the folder's own code needs to know, and where transformers finds that code."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["gemoe"] = {"router": router, "blocks": _blocks(model)}
+    config["auto_map"] = {_auto_class(model): "modeling_gemoe.GemoeForConditionalGeneration"}
+    _write_json(path, config)
+
+
+def _auto_class(model: MoEModel) -> str:
+    return "AutoModelForImageTextToText" if model.image_layout else "AutoModelForCausalLM"
+
+
 def _router_tensors(model: MoEModel) -> dict[str, Tensor]:
     return {
         f"{slot}.{name}": tensor.detach().clone().contiguous()
@@ -99,22 +107,41 @@ def _blocks(model: MoEModel) -> list[dict[str, Any]]:
 
 def _card(router: dict[str, Any], provenance: dict[str, Any], model: MoEModel) -> str:
     options = "\n".join(f"    {key}: {value}" for key, value in router.items())
-    image = model.image_layout
-    assert isinstance(image, SquareImages), "only LLaVA-like models are exported with their code"
+    carried = can_carry(type(model.hf))
+    use = _USE_WITH_CODE if carried else _USE_WITHOUT_CODE
     return f"""# {router["name"]} on {provenance["base"]}
 
 Trained with gemoe_ds. Router:
 
 {options}
 
+{use.format(auto_class=_auto_class(model))}
+{_about_images(model.image_layout)}`provenance.json` says what this was made from.
+"""
+
+
+def _about_images(layout: ImageLayout | None) -> str:
+    if layout is None:
+        return ""
+    if isinstance(layout, SquareImages):
+        return (
+            f"An image is {layout.size} x {layout.size} pixels in [-1, 1] and stands for "
+            f"{layout.tokens} tokens of id {layout.token_id} after the first token. "
+        )
+    return "Images were prepared in training as this model's own processor does. "
+
+
+_USE_WITH_CODE = """\
 With its own routing (torch, transformers, pydantic and safetensors are all it needs):
 
-    from transformers import AutoModelForImageTextToText
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+    from transformers import {auto_class}
+    model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)
     model.k_per_layer  # after a forward: how many experts every token got
 
 As a stock model with the backbone's fixed number of experts: the same without `trust_remote_code`.
-
-An image is {image.size} x {image.size} pixels in [-1, 1] and stands for {image.tokens} tokens of
-id {image.token_id} after the first token. `provenance.json` says what this was made from.
+"""
+_USE_WITHOUT_CODE = """\
+The weights are in the layout of the base, with the trained gates, for whatever runs the base; it
+routes with its fixed number of experts. `routers.safetensors` holds what else was trained: with
+its own routing the run is used through gemoe_ds (`launch/generate.py --trained RUN`).
 """

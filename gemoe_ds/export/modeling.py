@@ -79,8 +79,9 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         is_valid_BS = torch.ones(shape, dtype=torch.bool, device=device)
     else:
         is_valid_BS = mask[:, -shape[1] :].to(device=device, dtype=torch.bool)
-    image = model.config.image_token_id
-    is_vision_BS = torch.zeros_like(is_valid_BS) if ids is None else ids == image
+    image = getattr(model.config, "image_token_id", None)  # a text model has none
+    no_image = ids is None or image is None
+    is_vision_BS = torch.zeros_like(is_valid_BS) if no_image else ids == image
     model._batch_size = shape[0]
     model.ctx.begin(is_valid_BS, is_vision_BS)
 

@@ -19,9 +19,9 @@ STOCK = "from transformers import LlavaForConditionalGeneration as Stock"
 def write_sources(out: Path, model_class: type, router_module: str) -> None:
     """modeling_gemoe.py and what it, the router and the model import, into `out`.
 
-    `model_class` is of transformers, or of a module here that imports nothing else of the package.
+    `model_class` is one that `can_carry` says yes to.
     """
-    place = model_class.__module__ if model_class.__module__.startswith(PACKAGE) else "transformers"
+    place = "transformers" if is_stock(model_class) else model_class.__module__
     own = [place] if place != "transformers" else []
     for module in closure([MODELING, router_module, *own]):
         text = _path(module).read_text(encoding="utf-8")
@@ -34,6 +34,16 @@ def write_sources(out: Path, model_class: type, router_module: str) -> None:
             text += f"\n\nfrom .{name} import __name__ as _registered  # noqa: E402\n"
         file = "modeling_gemoe.py" if module == MODELING else f"{flat(module)}.py"
         (out / file).write_text(text, encoding="utf-8")
+
+
+def is_stock(model_class: type) -> bool:
+    return not model_class.__module__.startswith(PACKAGE)
+
+
+def can_carry(model_class: type) -> bool:
+    """Whether it loads from its folder without our key rules: transformers' own, and those of a
+    module here that imports nothing else of the package."""
+    return is_stock(model_class) or closure([model_class.__module__]) == [model_class.__module__]
 
 
 def closure(modules: list[str]) -> list[str]:

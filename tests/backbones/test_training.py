@@ -1,4 +1,4 @@
-"""Backbones from folders in the public layout, through the whole path: train, resume, evaluate."""
+"""Folders in the public layout, through the whole path: train, resume, evaluate, export."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from gemoe_ds.backbones.model import ExpertShard
+from gemoe_ds.config import load_config
 from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.manifest import newest
+from gemoe_ds.train.assemble import build_model
 from tests.backbones.cases import CASES, write_case
 from tests.helpers import repository, run_ranks
 from tests.train.resuming import losses, make_config, train_all, write_data
@@ -24,7 +31,7 @@ def write_text(folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trains_resumes_and_is_scored(name, tmp_path):
+def test_trains_resumes_is_scored_and_exported(name, tmp_path):
     base, tokenizer = write_case(name, tmp_path)
     write_samples_of = write_data if CASES[name].sees else write_text
     data = write_samples_of(tmp_path / "data")
@@ -49,3 +56,46 @@ def test_trains_resumes_and_is_scored(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 0 < json.loads((tmp_path / "out/eval.json").read_text())["mean_k"] <= 3
+    exported = tmp_path / "exported"
+    command = [sys.executable, repository() / "launch/export.py", tmp_path / "whole/config.yaml"]
+    done = subprocess.run(
+        [*command, "--trained", tmp_path / "whole", "--out", exported],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    is_the_trained_model(name, tmp_path / "whole", exported, tokenizer)
+
+
+def is_the_trained_model(name, run, exported, tokenizer):
+    """Its own code, where it has some, gives the logits and the k of the run; else our adapter
+    reads it as a base with the trained gates."""
+    config = load_config(run / "config.yaml", [])
+    ours = build_model(config, ExpertShard()).eval()
+    put_trained(ours, newest(run))
+    ids = torch.randint(6, 26, (2, 9), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 5:] = False
+    inputs = (ids, valid, torch.zeros_like(valid), {})
+    ours.ctx.trace = True
+    with torch.no_grad():
+        expected = ours.backbone.head(ours.hf)(ours.hidden(*inputs))[valid]
+    if not (exported / "modeling_gemoe.py").exists():
+        assert not hasattr(transformers, type(ours.hf).__name__)
+        again = load_config(
+            run / "config.yaml",
+            [f"model.checkpoint={exported}", "model.router={name: top_k}"],
+        )
+        base = build_model(again, ExpertShard())
+        for trained, read in zip(ours.moe_layers, base.moe_layers, strict=True):
+            assert torch.equal(trained.router.gate.weight, read.router.gate.weight)
+            assert torch.equal(trained.experts.down_EDF, read.experts.down_EDF)
+        return
+    auto = AutoModelForImageTextToText if CASES[name].sees else AutoModelForCausalLM
+    theirs = auto.from_pretrained(exported, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits = theirs(input_ids=ids, attention_mask=valid.long()).logits[valid]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    for record, k_BS in zip(ours.ctx.layers, theirs.k_per_layer, strict=True):
+        assert torch.equal(record.k_T, k_BS.flatten())
