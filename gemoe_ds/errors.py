@@ -1,4 +1,4 @@
-"""The three errors that a user can cause; one line each: the value, the rule, the way out."""
+"""Errors that a user can cause, one line each: the value, the rule, the way out; exit codes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+MISTAKE = 2  # exit codes
+STALLED = 3  # another rank is gone or does not move; the newest checkpoint is valid
+REQUEUE = 75  # EX_TEMPFAIL: stopped on a signal, saved; the same command with resume=auto goes on
 
 
 class GemoeError(Exception):
     """Base of the errors below; anything else that escapes is a bug in gemoe_ds."""
+
+
+class Stopped(Exception):
+    """All ranks end, because one was asked to; whatever could be saved is."""
 
 
 class ConfigError(GemoeError, ValueError):
@@ -27,13 +36,17 @@ class DataError(GemoeError, RuntimeError):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a `GemoeError` into one `error: ...` line on stderr and exit code 2.
+    """Turn a `GemoeError` into one `error: ...` line on stderr and exit code 2; `Stopped` into 75.
 
     With several ranks, what all of them find is said once: the others hold back, and the launcher
     ends them when the first rank has gone. What only one rank finds is said by that rank.
     """
     try:
         yield
+    except Stopped as stopped:
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        _leave(REQUEUE)
     except GemoeError as error:
         message = " ".join(str(error).split())
         rank = int(os.environ.get("RANK") or 0)
@@ -43,10 +56,16 @@ def exit_on_error() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             # One write that begins with a newline: another rank's bar may stand in this line.
             sys.stderr.write(f"\nerror: {message}\n")
-            sys.stderr.flush()
-            os._exit(2)
+            _leave(MISTAKE)
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: with other ranks gone, what Python does at its end may wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _FIRST_RANK_SPEAKS_FIRST = 5.0  # seconds

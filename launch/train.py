@@ -7,12 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from gemoe_ds.config import parse_cli
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import exit_on_error
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: StopRequest | None = None) -> None:
     with exit_on_error():
+        from gemoe_ds.config import parse_cli
+
         config, flags = parse_cli(argv)
         if flags.print_config:
             print(config.dump_yaml(), end="")
@@ -28,8 +30,8 @@ def main(argv: list[str]) -> None:
         from gemoe_ds.train.run import train
 
         config.validate_world(launched_world_size())
-        train(config, dry_run=flags.dry_run)
+        train(config, dry_run=flags.dry_run, stop=stop)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], StopRequest().listen())  # before imports that take seconds

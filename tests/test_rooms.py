@@ -16,6 +16,7 @@ PACKAGE = "gemoe_ds"
 ROOMS = [
     "errors",
     "registry",
+    "position",
     "moe",
     "routers",
     "backbones",
@@ -23,6 +24,7 @@ ROOMS = [
     "config",
     "export",
     "engine",
+    "cluster",
     "train",
     "evaluation",
     "analysis",

@@ -166,6 +166,10 @@ class MonitorConfig(ConfigModel):
     every: int = Field(10, ge=1, description="steps between metrics")
     tensorboard: bool = True
     ledger: bool = Field(False, description="write which samples every step saw (ledger/)")
+    stall_seconds: Positive | None = Field(
+        120.0,
+        description="a rank silent or still for so long is reported, and all end; null: never",
+    )
 
 
 class RunConfig(ConfigModel):

@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from gemoe_ds.engine.memory import keep_freed_memory
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.position import HERE
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,31 @@ def _free_port() -> int:
         return port
 
 
+@contextmanager
+def waiting(collective: str) -> Iterator[None]:
+    """This process says that it waits for the others."""
+    HERE.wait_for(collective)
+    yield
+    HERE.arrived()
+
+
 def gather_objects(value: object) -> list:
     """The objects of all ranks, in rank order, on every rank."""
     gathered: list = [None] * deepspeed.comm.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
+    with waiting("all_gather_object"):
+        torch.distributed.all_gather_object(gathered, value)
     return gathered
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sum in place over all ranks."""
-    deepspeed.comm.all_reduce(tensor)
+    with waiting("all_reduce"):
+        deepspeed.comm.all_reduce(tensor)
 
 
 def any_over_ranks(here: bool, device: torch.device) -> bool:
     """Whether it is so on any rank."""
     flag = torch.tensor([here], dtype=torch.int32, device=device)
-    deepspeed.comm.all_reduce(flag, op=deepspeed.comm.ReduceOp.MAX)
+    with waiting("all_reduce"):
+        deepspeed.comm.all_reduce(flag, op=deepspeed.comm.ReduceOp.MAX)
     return bool(flag)

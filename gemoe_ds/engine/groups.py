@@ -20,6 +20,7 @@ from gemoe_ds.engine.distributed import World
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 from gemoe_ds.moe.exchange import Work
+from gemoe_ds.position import HERE
 
 
 def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> ExpertShard:
@@ -39,6 +40,7 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
     def all_to_all(
         output: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
     ) -> Work:
+        HERE.wait_for("all_to_all")
         work: Work = dist.all_to_all_single(
             output, rows, output_splits, input_splits, group=group, async_op=True
         )

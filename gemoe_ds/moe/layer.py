@@ -8,6 +8,7 @@ from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher
 from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.router import Router
+from gemoe_ds.position import HERE
 
 
 class MoELayer(nn.Module):
@@ -33,6 +34,7 @@ class MoELayer(nn.Module):
         self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        HERE.enter_layer(self.router.spec.slot)
         with self.ctx.writing(self.router.spec.slot):
             return self._forward(x_BSD)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gemoe_ds.engine.distributed import World, gather_objects
+from gemoe_ds.position import HERE
 
 FILE = "phases.json"
 
@@ -48,6 +49,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
+        HERE.enter(name)
         yield
         seconds, device = time.perf_counter() - began, self.world.device
         mine = (seconds, peak_host_memory(), peak_memory(device) if device.type == "cuda" else 0)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
@@ -22,14 +24,18 @@ from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases
-from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.trainer import Trainer, stop_together
 
 HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face model
 
 
-def train(config: RunConfig, *, dry_run: bool = False) -> None:
-    """Run `config`; with `dry_run` build everything, take one step and write nothing."""
-    with distributed() as world:
+def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None = None) -> None:
+    """Run `config`; with `dry_run` build everything, take one step and write nothing.
+
+    Raises Stopped on all ranks, with the step saved, once `stop` was set on any.
+    """
+    stop = stop or StopRequest()
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
@@ -39,6 +45,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
             expected = _look_first(config, samples, world)
         with phases("loading"):
             model = build_model(config, shard, show_progress=world.is_first)
+        stop_together(stop, world)
         say(
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
@@ -62,13 +69,14 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
             engine = initialize(model, config, world)
             if found:
                 checkpoint.restore(engine, model, found)
+        stop_together(stop, world)
         say(world, group_summary(model, config.optim))
         if found:
             say(world, f"resumed from {found.folder}")
         stream = _stream(config, samples, model, world, start_step)
 
         if dry_run:
-            trainer = Trainer(config, model, engine, stream, world, None, None)
+            trainer = Trainer(config, model, engine, stream, world, None, None, stop=stop)
             with phases("one step"):
                 tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
             say(
@@ -112,6 +120,7 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
                     start_step=start_step,
                     updates=found.updates if found else 0,
                     ledger=ledger,
+                    stop=stop,
                 ).run()
         except BaseException:
             saver.finish_alone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
-from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.engine.distributed import World, any_over_ranks, gather_objects, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_, full_value
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import DataError, Stopped
 from gemoe_ds.moe.context import Rehearsal, Stat
 from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.position import COMPUTE, DATA, HERE, UPDATE
 from gemoe_ds.train.ledger import Ledger
 from gemoe_ds.train.monitor import Monitor, StatSum
 from gemoe_ds.train.tallies import Tallies
@@ -47,6 +50,7 @@ class Trainer:
         start_step: int = 0,
         updates: int = 0,
         ledger: Ledger | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -60,6 +64,8 @@ class Trainer:
         self.updates_per_batch = model.updates_per_batch
         self.skipped = start_step * self.updates_per_batch - updates
         self.ledger = ledger
+        self.stop = stop or StopRequest()
+        self.saved = start_step
         self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
         self.stats = StatSum()
         self.tallies = Tallies(len(model.moe_layers))
@@ -81,6 +87,7 @@ class Trainer:
         window_start, window_tokens = time.perf_counter(), 0
         for step in range(self.start_step + 1, total + 1):
             due = step % config.monitor.every == 0 or step == total
+            HERE.enter(DATA, step)
             batches = next(self.steps)
             window_tokens += self.train_step(step, batches, collect=due)
             if moved and self.updates:
@@ -101,13 +108,28 @@ class Trainer:
             if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 assert self.saver is not None, "a dry run takes its step without `run`"
                 began = time.perf_counter()
-                self.saver.save(step, self.updates)
+                self._save(step)
                 self.stalled += time.perf_counter() - began
         bar.close()
 
+    def _save(self, step: int) -> None:
+        assert self.saver is not None
+        HERE.enter("saving")
+        self.saver.save(step, self.updates)
+        self.saved = step
+
+    def _stop_after(self, step: int) -> NoReturn:
+        """Collective, as a rank was asked to stop."""
+        if self.saver:
+            if step > self.saved:
+                self._save(step)
+            HERE.enter("saving")
+            self.saver.wait()
+        raise Stopped(f"{_who_asked(self.stop)}, after step {step}; resume=auto goes on from there")
+
     def _give_up(self, step: int) -> None:
         assert self.saver is not None
-        self.saver.save(step, self.updates)
+        self._save(step)
         self.saver.wait()
         raise DataError(
             f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, and "
@@ -136,13 +158,16 @@ class Trainer:
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
         averages over both.
         """
-        targets = torch.tensor(
-            float(sum(batch.num_targets for batch in batches)), device=self.world.device
-        )
-        sum_over_ranks(targets)
+        here = [float(sum(batch.num_targets for batch in batches)), float(bool(self.stop.by))]
+        agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
+        sum_over_ranks(agreed)
+        targets, stops = agreed.tolist()
+        if stops:
+            self._stop_after(step - 1)
         if targets == 0:
             raise DataError("a whole global batch has no target token; check the conversations")
-        per_micro_batch = targets.item() / (len(batches) * self.world.size)
+        per_micro_batch = targets / (len(batches) * self.world.size)
+        HERE.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
             block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
@@ -168,8 +193,10 @@ class Trainer:
                 self.tallies.add(self.model.ctx)
                 if collect:
                     self._collect(parts)
+                HERE.enter(UPDATE)
                 self.engine.step()
                 self.model.ctx.collect = False
+                HERE.enter(COMPUTE)
             self._after_update(step)
         return tokens
 
@@ -218,6 +245,17 @@ class Trainer:
             "tokens/s": values["throughput/tokens_per_second"],
         }
         return {name: f"{float(value):.4g}" for name, value in shown.items()}
+
+
+def stop_together(stop: StopRequest, world: World) -> None:
+    """Raise Stopped on all ranks if one was asked to stop before the first step. Collective."""
+    if any_over_ranks(bool(stop.by), world.device):
+        raise Stopped(f"{_who_asked(stop)}, before the first step; resume=auto goes on")
+
+
+def _who_asked(stop: StopRequest) -> str:
+    asked = [f"{by} to rank {rank}" for rank, by in enumerate(gather_objects(stop.by)) if by]
+    return ", ".join(asked)
 
 
 def micro_batch_seed(seed: int, block: int) -> int:

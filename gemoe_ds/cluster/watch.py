@@ -1,0 +1,206 @@
+"""Every rank says where it is, to all; whoever is gone, stopped or stuck is named by all others.
+
+Without it a rank that was stopped or cut off leaves the others in a collective until its timeout,
+half an hour later, with a message that names nobody. Each rank has a thread with a connection of
+its own to a small store on the first rank (torch's TCPStore): it leaves its position there, once a
+beat, and looks for a verdict. The first rank's thread reads all positions and passes it:
+
+* a rank whose position did not come for `bound` seconds is silent: stopped, lost, or cut off;
+* if nobody has moved for `bound` seconds in a step, the one with the fewest moves is stuck;
+* a rank that fails says so itself, and the others need not wait for any timeout.
+
+Every rank that reads a verdict prints it with its own position, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore
+
+from gemoe_ds.engine.distributed import World, gather_objects
+from gemoe_ds.errors import STALLED, Stopped
+from gemoe_ds.position import HERE, Position
+
+_VERDICT = "verdict"
+_SLOWEST_BEAT = 2.0  # seconds
+_OWN_WORDS = 7.0  # seconds that a rank has to say itself what the verdict says of another
+_SHOWN = 8  # positions in a verdict
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the store is, and the host of each rank."""
+
+    address: str
+    port: int
+    hosts: list[str]
+
+
+class Watch:
+    """One rank's thread. `gather` is collective: a value of every rank, on every rank."""
+
+    def __init__(
+        self, rank: int, size: int, bound: float, gather: Callable[[object], list]
+    ) -> None:
+        self.rank, self.size, self.bound = rank, size, bound
+        self.beat = min(_SLOWEST_BEAT, bound / 10)
+        patience = timedelta(seconds=bound / 2)
+        address = os.environ["MASTER_ADDR"]
+        self._own = None
+        if rank == 0:
+            self._own = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        port = self._own.port if self._own else 0
+        places = gather((port, socket.gethostname()))
+        self.place = Place(address, places[0][0], [host for _, host in places])
+        self._store = TCPStore(address, self.place.port, is_master=False, timeout=patience)
+        self._gather = gather
+        self._over = threading.Event()
+        self._judge = Judge(size, bound, self.beat) if rank == 0 else None
+        self._say()
+        gather(None)  # every position is there before the first rank reads them
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """At the end of a run that went well. Collective."""
+        self._over.set()
+        self._thread.join()
+        self._gather(None)
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others that this rank ends; or end with them, if one of them was first."""
+        lost_a_peer = any(words in str(error) for words in _LOST)
+        if lost_a_peer:
+            self._put("lost", "")
+            self._thread.join(8 * self.beat + self.bound / 2)  # the verdict ends this process
+        self._over.set()
+        words = "lost contact to another rank" if lost_a_peer else _in_a_line(error)
+        self._put(_VERDICT, json.dumps({"rank": self.rank, "words": f"failed: {words}"}))
+        if self.rank == 0:
+            time.sleep(2 * self.beat)  # the store goes with this process
+
+    def _put(self, key: str, value: str) -> None:
+        try:
+            self._store.set(key, value)
+        except (DistError, RuntimeError):
+            pass  # the first rank is gone, and its end ends the others
+
+    def _run(self) -> None:
+        while not self._over.wait(self.beat):
+            try:
+                self._say()
+                if self._judge and (verdict := self._judge(self._read(), self._store)):
+                    self._store.set(_VERDICT, json.dumps(verdict))
+                if self._store.check([_VERDICT]):
+                    self._end(json.loads(self._store.get(_VERDICT)))
+            except (DistError, RuntimeError) as error:
+                if not self._over.is_set():
+                    words = f"does not answer, or is gone ({_in_a_line(error)[:80]})"
+                    self._end({"rank": 0, "words": words})
+
+    def _say(self) -> None:
+        self._store.set(f"at {self.rank}", json.dumps([time.time(), asdict(HERE)]))
+
+    def _read(self) -> list[bytes]:
+        found: list[bytes] = self._store.multi_get([f"at {rank}" for rank in range(self.size)])
+        return found
+
+    def _end(self, verdict: dict) -> None:
+        culprit = verdict["rank"]
+        if culprit != self.rank and verdict["words"].startswith("failed"):
+            self._over.wait(_OWN_WORDS)  # what all ranks find, each says in its own words
+        if self._over.is_set():
+            return
+        text = (
+            f"rank {culprit} (host {self.place.hosts[culprit]}) {verdict['words']}. "
+            f"Rank {self.rank} (host {self.place.hosts[self.rank]}) was at: {HERE}"
+        )
+        sys.stderr.write(f"\nerror: {text}\n")
+        sys.stderr.flush()
+        os._exit(STALLED)
+
+
+@contextmanager
+def watched(world: World, bound: float | None) -> Iterator[None]:
+    """Watch over what is done inside, with several ranks and a bound in seconds."""
+    if world.size == 1 or bound is None:
+        yield
+        return
+    watch = Watch(world.rank, world.size, bound, gather_objects)
+    try:
+        yield
+    except Stopped:
+        watch.stop()
+        raise
+    except BaseException as error:
+        watch.failed(error)
+        raise
+    watch.stop()
+
+
+class Judge:
+    """Reads all positions once a beat, and says who is to blame when nothing goes on."""
+
+    def __init__(self, size: int, bound: float, beat: float) -> None:
+        self.bound, self.beat = bound, beat
+        now = time.monotonic()
+        self.said = [(0.0, now)] * size  # what a rank's clock said, and when that was new here
+        self.moves = [(0, now)] * size
+        self.lost_since: float | None = None
+
+    def __call__(self, found: list[bytes], store: TCPStore) -> dict | None:
+        now = time.monotonic()
+        positions = []
+        for rank, entry in enumerate(found):
+            clock, fields = json.loads(entry)
+            position = Position(**fields)
+            positions.append(position)
+            if clock != self.said[rank][0]:
+                self.said[rank] = (clock, now)
+            if position.moves != self.moves[rank][0]:
+                self.moves[rank] = (position.moves, now)
+        silence = [now - since for _, since in self.said]
+        if self.lost_since is None and store.check(["lost"]):
+            self.lost_since = now
+        just_lost = self.lost_since is not None and now - self.lost_since > 4 * self.beat
+        quietest = max(range(len(silence)), key=silence.__getitem__)
+        if silence[quietest] > (3 * self.beat if just_lost else self.bound):
+            words = f"has been silent for {silence[quietest]:.0f} s"
+            return _verdict(quietest, words, positions)
+        still = min(now - since for _, since in self.moves)
+        if still > self.bound and all(p.is_training for p in positions):
+            behind = min(range(len(positions)), key=lambda rank: positions[rank].moves)
+            return _verdict(behind, f"has not moved for {still:.0f} s", positions)
+        return None
+
+
+def _verdict(rank: int, words: str, positions: list[Position]) -> dict:
+    others = [f"rank {r}: {p}" for r, p in enumerate(positions) if r != rank][:_SHOWN]
+    return {
+        "rank": rank,
+        "words": f"{words}; it was at: {positions[rank]} (others: {'; '.join(others)})",
+    }
+
+
+# Of gloo and NCCL, when a process at the other end has gone.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exited",
+)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

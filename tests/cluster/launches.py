@@ -1,0 +1,78 @@
+"""Ranks of launch/train.py as processes that a test signals, stops and kills one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.helpers import free_port, repository
+
+
+class Ranks:
+    """`num_ranks` processes, started as srun does: no launcher that ends the rest."""
+
+    def __init__(self, folder: Path, recipe: Path, num_ranks: int, *overrides: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port, environment = free_port(), os.environ | {"DS_ACCELERATOR": "cpu"}
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            env = environment | {
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, "launch/train.py", str(recipe), *overrides]
+            with open(log, "w") as out:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=repository(), env=env, stdout=out, stderr=out)
+                )
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        self.processes[rank].send_signal(number)
+
+    def codes(self, timeout: float = 120) -> list[int]:
+        """Exit codes of all, within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        return [p.wait(max(end - time.monotonic(), 0.01)) for p in self.processes]
+
+    def log(self, rank: int) -> str:
+        return self.logs[rank].read_text(errors="replace")
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 90) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "\n".join(map(self.log, range(len(self.logs))))[-4000:]
+            ended = [p.poll() for p in self.processes]
+            assert ended == [None] * len(ended), (ended, self.log(0)[-3000:])
+            time.sleep(0.02)
+
+    def wait_for_step(self, output: Path, step: int) -> None:
+        self.wait_until(lambda: any(line["step"] >= step for line in metrics(output)))
+
+
+@contextmanager
+def ranks(folder: Path, recipe: Path, num_ranks: int, *overrides: str) -> Iterator[Ranks]:
+    started = Ranks(folder, recipe, num_ranks, *overrides)
+    try:
+        yield started
+    finally:
+        for process in started.processes:
+            process.kill()  # SIGKILL ends a stopped process too
+            process.wait()
+
+
+def metrics(output: Path) -> list[dict]:
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
