@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
@@ -54,7 +53,6 @@ class Watch:
     ) -> None:
         self.rank, self.size, self.bound = rank, size, bound
         self.beat = min(_SLOWEST_BEAT, bound / 10)
-        patience = timedelta(seconds=bound / 2)
         address = os.environ["MASTER_ADDR"]
         self._own = None
         if rank == 0:
@@ -62,20 +60,23 @@ class Watch:
         port = self._own.port if self._own else 0
         places = gather((port, socket.gethostname()))
         self.place = Place(address, places[0][0], [host for _, host in places])
-        self._store = TCPStore(address, self.place.port, is_master=False, timeout=patience)
+        self._store = TCPStore(address, self.place.port, is_master=False)
         self._gather = gather
-        self._over = threading.Event()
+        self._over, self._ending = threading.Event(), threading.Lock()
         self._judge = Judge(size, bound, self.beat) if rank == 0 else None
         self._say()
         gather(None)  # every position is there before the first rank reads them
+        self._heard, self._first_at = time.monotonic(), ""
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        # A store whose process is stopped keeps whoever asks it waiting, whatever the timeout.
+        threading.Thread(target=self._listen, name="watch of the watch", daemon=True).start()
 
     def stop(self) -> None:
         """At the end of a run that went well. Collective."""
         self._over.set()
         self._thread.join()
-        self._gather(None)
+        self._gather(None)  # the store goes with the first rank
 
     def failed(self, error: BaseException) -> None:
         """Tell the others that this rank ends; or end with them, if one of them was first."""
@@ -103,10 +104,19 @@ class Watch:
                     self._store.set(_VERDICT, json.dumps(verdict))
                 if self._store.check([_VERDICT]):
                     self._end(json.loads(self._store.get(_VERDICT)))
-            except (DistError, RuntimeError) as error:
-                if not self._over.is_set():
-                    words = f"does not answer, or is gone ({_in_a_line(error)[:80]})"
-                    self._end({"rank": 0, "words": words})
+                self._first_at = str(Position(**json.loads(self._store.get("at 0"))[1]))
+                self._heard = time.monotonic()
+            except (DistError, RuntimeError):
+                self._end(self._first_is("is gone"))
+
+    def _listen(self) -> None:
+        while not self._over.wait(self.beat):
+            silence = time.monotonic() - self._heard
+            if silence > self.bound:
+                self._end(self._first_is(f"has been silent for {silence:.0f} s"))
+
+    def _first_is(self, words: str) -> dict:
+        return {"rank": 0, "words": f"{words}; it was last seen at: {self._first_at}"}
 
     def _say(self) -> None:
         self._store.set(f"at {self.rank}", json.dumps([time.time(), asdict(HERE)]))
@@ -119,7 +129,7 @@ class Watch:
         culprit = verdict["rank"]
         if culprit != self.rank and verdict["words"].startswith("failed"):
             self._over.wait(_OWN_WORDS)  # what all ranks find, each says in its own words
-        if self._over.is_set():
+        if self._over.is_set() or not self._ending.acquire(blocking=False):
             return
         text = (
             f"rank {culprit} (host {self.place.hosts[culprit]}) {verdict['words']}. "
@@ -188,7 +198,7 @@ def _verdict(rank: int, words: str, positions: list[Position]) -> dict:
     others = [f"rank {r}: {p}" for r, p in enumerate(positions) if r != rank][:_SHOWN]
     return {
         "rank": rank,
-        "words": f"{words}; it was at: {positions[rank]} (others: {'; '.join(others)})",
+        "words": f"{words}; it was last seen at: {positions[rank]} (others: {'; '.join(others)})",
     }
 
 

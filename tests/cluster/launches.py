@@ -14,11 +14,20 @@ from pathlib import Path
 
 from tests.helpers import free_port, repository
 
+TRAIN = "launch/train.py"
+
 
 class Ranks:
     """`num_ranks` processes, started as srun does: no launcher that ends the rest."""
 
-    def __init__(self, folder: Path, recipe: Path, num_ranks: int, *overrides: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Path,
+        num_ranks: int,
+        *overrides: str,
+        script: str | Path = TRAIN,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         port, environment = free_port(), os.environ | {"DS_ACCELERATOR": "cpu"}
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
@@ -32,7 +41,7 @@ class Ranks:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            command = [sys.executable, "launch/train.py", str(recipe), *overrides]
+            command = [sys.executable, str(script), str(recipe), *overrides]
             with open(log, "w") as out:
                 self.processes.append(
                     subprocess.Popen(command, cwd=repository(), env=env, stdout=out, stderr=out)
@@ -62,8 +71,10 @@ class Ranks:
 
 
 @contextmanager
-def ranks(folder: Path, recipe: Path, num_ranks: int, *overrides: str) -> Iterator[Ranks]:
-    started = Ranks(folder, recipe, num_ranks, *overrides)
+def ranks(
+    folder: Path, recipe: Path, num_ranks: int, *overrides: str, script: str | Path = TRAIN
+) -> Iterator[Ranks]:
+    started = Ranks(folder, recipe, num_ranks, *overrides, script=script)
     try:
         yield started
     finally:

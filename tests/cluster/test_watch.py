@@ -1,0 +1,104 @@
+"""Ranks that are stopped, killed, stuck or failing: the others say who, where and when, and end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+
+from gemoe_ds.engine.manifest import newest
+from gemoe_ds.errors import STALLED
+from tests.cluster.launches import ranks
+from tests.cluster.test_stopping import write_recipe
+from tests.train.resuming import write_setting
+
+BOUND = 6.0
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return write_setting(tmp_path_factory.mktemp("watch"))
+
+
+def slow_recipe(setting, folder):
+    """More steps than a test waits for."""
+    return write_recipe(
+        setting,
+        folder,
+        train={"steps": 100_000, "micro_batch": 1, "global_batch": 2},
+        checkpoint={"every": 3, "keep": 3},
+        monitor__stall_seconds=BOUND,
+    )
+
+
+POSITION = r"step \d+, (waiting for data|forward and backward|update|saving|training)"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim):
+    recipe, output = slow_recipe(setting, tmp_path)
+    with ranks(tmp_path / "logs", recipe, 2) as running:
+        running.wait_for_step(output, 5)
+        time.sleep(BOUND / 5)  # what was seen last may be a beat old
+        running.signal(victim, signal.SIGSTOP)
+        began = time.monotonic()
+        other = 1 - victim
+        assert running.processes[other].wait(3 * BOUND) == STALLED, running.log(other)
+        assert time.monotonic() - began < BOUND + 4
+        said = running.log(other)
+        assert f"error: rank {victim} (host " in said
+        assert re.search(rf"Rank {other} \(host \S+\) was at: {POSITION}", said), said
+        assert re.search(rf"silent for \d+ s; it was last seen at: {POSITION}", said), said
+        running.signal(victim, signal.SIGCONT)  # and if it wakes up, it ends too
+        assert running.processes[victim].wait(3 * BOUND) != 0
+    assert newest(output)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(setting, tmp_path, victim):
+    recipe, output = slow_recipe(setting, tmp_path)
+    with ranks(tmp_path / "logs", recipe, 2) as running:
+        running.wait_for_step(output, 5)
+        running.signal(victim, signal.SIGKILL)
+        other = 1 - victim
+        assert running.processes[other].wait(2 * BOUND) == STALLED, running.log(other)
+        assert f"error: rank {victim} (host " in running.log(other)
+
+
+HARM = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+import gemoe_ds.train.trainer as trainer
+step = trainer.Trainer.train_step
+def harmed(self, number, batches, *, collect):
+    if number == 5 and self.world.rank == 1:
+        {harm}
+    return step(self, number, batches, collect=collect)
+trainer.Trainer.train_step = harmed
+from launch.train import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        ("raise ValueError('boom')", "rank 1 (host {}) failed: ValueError: boom"),
+        ("time.sleep(1000)", "rank 1 (host {}) has not moved for"),
+    ],
+)
+def test_a_rank_that_fails_or_is_stuck_is_named(setting, tmp_path, harm, words):
+    recipe, _ = slow_recipe(setting, tmp_path)
+    script = tmp_path / "harmed.py"
+    script.write_text(HARM.format(harm=harm))
+    with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
+        began = time.monotonic()
+        codes = running.codes()
+        assert all(codes), codes
+        assert codes[0] == STALLED, running.log(0)
+        said = running.log(0)
+        host = re.search(r"Rank 0 \(host (\S+)\)", said)
+        assert host and words.format(host[1]) in said, said
+        assert time.monotonic() - began < 60
