@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def exit_on_error() -> Iterator[None]:
     except GemoeError as error:
         message = " ".join(str(error).split())
         rank = int(os.environ.get("RANK") or 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
         if rank:
             time.sleep(_FIRST_RANK_SPEAKS_FIRST)
             message = f"(rank {rank}) {message}"

@@ -1,4 +1,4 @@
-"""Train a recipe: `deepspeed launch/train.py RECIPE`, `torchrun ...`, or plain `python ...`."""
+"""Train a recipe: under `deepspeed`, `torchrun`, `srun`, `mpirun`, or alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.engine.launched import adopt_launcher, launched_world_size
 from gemoe_ds.errors import exit_on_error
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> None:
     with exit_on_error():
+        adopt_launcher()
         from gemoe_ds.config import parse_cli
 
         config, flags = parse_cli(argv)
@@ -26,7 +28,6 @@ def main(argv: list[str], stop: StopRequest | None = None) -> None:
             config.validate_world(flags.estimate)
             print_estimate(config, flags.estimate)
             return
-        from gemoe_ds.engine.distributed import launched_world_size
         from gemoe_ds.train.run import train
 
         config.validate_world(launched_world_size())

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import DistError, TCPStore
 
 from gemoe_ds.engine.distributed import World, gather_objects
-from gemoe_ds.errors import STALLED, Stopped
+from gemoe_ds.errors import STALLED, GemoeError, Stopped
 from gemoe_ds.position import HERE, Position
 
 _VERDICT = "verdict"
@@ -87,7 +87,7 @@ class Watch:
         self._over.set()
         words = "lost contact to another rank" if lost_a_peer else _in_a_line(error)
         self._put(_VERDICT, json.dumps({"rank": self.rank, "words": f"failed: {words}"}))
-        if self.rank == 0:
+        if self.rank == 0 and not isinstance(error, GemoeError):  # which it says itself, at once
             time.sleep(2 * self.beat)  # the store goes with this process
 
     def _put(self, key: str, value: str) -> None:

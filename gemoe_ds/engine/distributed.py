@@ -12,6 +12,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from gemoe_ds.engine.launched import launched_world_size
+from gemoe_ds.engine.meeting import meet
 from gemoe_ds.engine.memory import keep_freed_memory
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.position import HERE
@@ -30,20 +32,12 @@ class World:
         return self.rank == 0
 
 
-def launched_world_size() -> int:
-    """The number of ranks that the launcher announced, before any group exists; 1 if none did."""
-    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(variable):
-            return int(os.environ[variable])
-    return 1
-
-
 @contextmanager
 def distributed() -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it at the end.
 
-    Under `deepspeed`, `torchrun` or MPI the ranks come from the launcher; a process started alone
-    is a world of one.
+    Under `deepspeed`, `torchrun`, `srun` or `mpirun` the ranks come from the launcher; a process
+    started alone is a world of one.
     """
     if launched_world_size() == 1 and "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -64,7 +58,7 @@ def distributed() -> Iterator[World]:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    meet()
     yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
     # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
     # after an exception: the other ranks may be waiting in a collective, and so would this one.
