@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds compare test test-slow test-gpu parity resume bench full-size full-size-gpu check format setup clean
+.PHONY: demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster parity resume bench full-size full-size-gpu check format setup clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -36,10 +36,18 @@ compare: setup
 	@$(BIN)/python launch/compare.py
 
 test: check
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4
 
 test-slow: setup
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+
+# A real SLURM of two nodes, mpirun and so on, on this machine alone. Needs root; Debian or Ubuntu.
+cluster-tools:
+	apt-get install -y --no-install-recommends slurm-wlm munge openmpi-bin libopenmpi-dev
+
+test-cluster: setup
+	$(BIN)/pip install -q -e '.[dev,mpi]'
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-MISTAKE = 2  # exit codes
+BUG = 1  # exit codes; this one is Python's own
+MISTAKE = 2
 STALLED = 3  # another rank is gone or does not move; the newest checkpoint is valid
 REQUEUE = 75  # EX_TEMPFAIL: stopped on a signal, saved; the same command with resume=auto goes on
 

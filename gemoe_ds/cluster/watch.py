@@ -9,7 +9,7 @@ beat, and looks for a verdict. The first rank's thread reads all positions and p
 * if nobody has moved for `bound` seconds in a step, the one with the fewest moves is stuck;
 * a rank that fails says so itself, and the others need not wait for any timeout.
 
-Every rank that reads a verdict prints it with its own position, and ends.
+Every rank that reads a verdict prints it with its own position, and ends with the same code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import DistError, TCPStore
 
 from gemoe_ds.engine.distributed import World, gather_objects
-from gemoe_ds.errors import STALLED, GemoeError, Stopped
+from gemoe_ds.errors import BUG, MISTAKE, STALLED, GemoeError, Stopped
 from gemoe_ds.position import HERE, Position
 
 _VERDICT = "verdict"
@@ -86,7 +86,9 @@ class Watch:
             self._thread.join(8 * self.beat + self.bound / 2)  # the verdict ends this process
         self._over.set()
         words = "lost contact to another rank" if lost_a_peer else _in_a_line(error)
-        self._put(_VERDICT, json.dumps({"rank": self.rank, "words": f"failed: {words}"}))
+        code = MISTAKE if isinstance(error, GemoeError) else STALLED if lost_a_peer else BUG
+        verdict = {"rank": self.rank, "words": f"failed: {words}", "code": code}
+        self._put(_VERDICT, json.dumps(verdict))
         if self.rank == 0 and not isinstance(error, GemoeError):  # which it says itself, at once
             time.sleep(2 * self.beat)  # the store goes with this process
 
@@ -126,10 +128,12 @@ class Watch:
         return found
 
     def _end(self, verdict: dict) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
         culprit = verdict["rank"]
         if culprit != self.rank and verdict["words"].startswith("failed"):
             self._over.wait(_OWN_WORDS)  # what all ranks find, each says in its own words
-        if self._over.is_set() or not self._ending.acquire(blocking=False):
+        if self._over.is_set():
             return
         text = (
             f"rank {culprit} (host {self.place.hosts[culprit]}) {verdict['words']}. "
@@ -137,7 +141,7 @@ class Watch:
         )
         sys.stderr.write(f"\nerror: {text}\n")
         sys.stderr.flush()
-        os._exit(STALLED)
+        os._exit(verdict.get("code", STALLED))
 
 
 @contextmanager

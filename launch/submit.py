@@ -1,0 +1,130 @@
+"""Start a recipe on a cluster.
+
+    launch/submit.py RECIPE --nodes 4                     a SLURM job: rendered, kept, submitted
+    launch/submit.py RECIPE --nodes 4 --dry-run           print script, command, environments
+    launch/submit.py RECIPE --launcher deepspeed --hosts n1 n2          without SLURM, over ssh
+
+A job that SLURM warns, preempts or loses goes back into the queue and on from its newest
+checkpoint. What the site needs (modules, container, network) stands in launch/slurm/site.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+
+from gemoe_ds.cluster.job import LAUNCHERS, PORT, TEMPLATE, Job
+from gemoe_ds.errors import ConfigError, exit_on_error
+
+OPTIONS = ("time", "partition", "account", "qos", "job-name", "cpus-per-task", "constraint")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--nodes", type=int, help="hosts (default: 1, or as many as --hosts)")
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="GPUs of a host (8)")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="srun", help="srun: SLURM")
+    parser.add_argument("--hosts", nargs="+", default=[], help="without SLURM: first the master")
+    parser.add_argument("--master-port", type=int, default=PORT, help="without SLURM")
+    parser.add_argument("--no-gpus", action="store_true", help="ranks run on CPUs")
+    for option in OPTIONS:
+        parser.add_argument(f"--{option}", help="SLURM's")
+    parser.add_argument("--dry-run", action="store_true", help="print all, start nothing")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_error():
+        arguments = parse(argv)
+        job = _job(arguments)
+        _check(arguments, job)
+        (_submit if arguments.launcher == "srun" else _launch)(arguments, job)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    given = {o: getattr(arguments, o.replace("-", "_")) for o in OPTIONS}
+    sbatch = {option: value for option, value in given.items() if value is not None}
+    if arguments.no_gpus:
+        sbatch["gpus-per-node"] = "0"
+    return Job(
+        arguments.recipe,
+        tuple(arguments.overrides),
+        arguments.nodes or len(arguments.hosts) or 1,
+        arguments.ranks_per_node,
+        tuple(arguments.hosts),
+        arguments.master_port,
+        sbatch,
+    )
+
+
+def _check(arguments: argparse.Namespace, job: Job) -> None:
+    """Whatever can be known before the job waits in a queue for hours."""
+    from gemoe_ds.config import load_config
+
+    config = load_config(Path(job.recipe), list(job.overrides))
+    config.validate_world(job.nodes * job.ranks_per_node)
+    if not arguments.dry_run:
+        config.check_paths()
+    if job.nodes > 1 and arguments.launcher != "srun" and not job.hosts:
+        raise ConfigError(f"--launcher {arguments.launcher} on {job.nodes} nodes needs --hosts")
+    if arguments.launcher == "srun" and job.hosts:
+        raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
+
+
+def _submit(arguments: argparse.Namespace, job: Job) -> None:
+    from gemoe_ds.config import load_config
+
+    script = job.sbatch_script(TEMPLATE.read_text(encoding="utf-8"))
+    output = Path(load_config(Path(job.recipe), list(job.overrides)).output_dir)
+    path = output.with_name(f"{output.name}.sbatch")
+    if arguments.dry_run:
+        print(f"# {path}\n{script}\n$ sbatch {path}")
+        _print_environments(arguments.launcher, job)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script, encoding="utf-8")
+    try:
+        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ConfigError("sbatch is not here; --launcher deepspeed needs no SLURM") from error
+    if done.returncode:
+        raise ConfigError(f"sbatch {path}: {done.stderr.strip()}")
+    print(done.stdout.strip())
+
+
+def _launch(arguments: argparse.Namespace, job: Job) -> None:
+    on_each = arguments.launcher == "torchrun" and job.nodes > 1
+    if arguments.launcher == "deepspeed" and job.hosts and not arguments.dry_run:
+        Path("hostfile").write_text(job.hostfile(), encoding="utf-8")
+    if arguments.dry_run or on_each:
+        if arguments.launcher == "deepspeed" and job.hosts:
+            print(f"# hostfile\n{job.hostfile()}")
+        if not on_each:
+            print(f"$ {shlex.join(job.command(arguments.launcher))}")
+        _print_environments(arguments.launcher, job, commands=on_each)
+        return
+    command = job.command(arguments.launcher)
+    os.execvp(command[0], command)
+
+
+def _print_environments(launcher: str, job: Job, *, commands: bool = False) -> None:
+    for node in range(job.nodes):
+        host = job.hosts[node] if job.hosts else f"node {node}"
+        found = " ".join(f"{k}={v!r}" for k, v in job.environment(launcher, node).items())
+        print(f"# {host}: {found}")
+        if commands:
+            print(f"$ {shlex.join(job.command(launcher, node))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
