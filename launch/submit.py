@@ -73,12 +73,12 @@ def _check(arguments: argparse.Namespace, job: Job) -> None:
 
     config = load_config(Path(job.recipe), list(job.overrides))
     config.validate_world(job.nodes * job.ranks_per_node)
-    if not arguments.dry_run:
-        config.check_paths()
     if job.nodes > 1 and arguments.launcher != "srun" and not job.hosts:
         raise ConfigError(f"--launcher {arguments.launcher} on {job.nodes} nodes needs --hosts")
     if arguments.launcher == "srun" and job.hosts:
         raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
+    if not arguments.dry_run:
+        config.check_paths()
 
 
 def _submit(arguments: argparse.Namespace, job: Job) -> None:

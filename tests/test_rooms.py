@@ -34,7 +34,7 @@ ROOMS = [
 # Libraries that are welcome in some rooms only. Scripts count as rooms by their folder's name.
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
-    "deepspeed": {"engine", "bench"},  # bench runs their layers beside ours
+    "deepspeed": {"engine", "cluster", "bench"},  # bench runs their layers beside ours
     "transformers": {"backbones", "data", "data_prep", "export", "bench"},
     "datasets": {"data"},
     "grain": {"data"},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.cluster.preflight import preflight
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
@@ -37,6 +38,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
+        look_around(config, samples, world)
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
         phases = Phases(world)
@@ -137,6 +139,20 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         say(world, f"saved {last}")
         if config.model.train == "all":
             _save_pretrained(model, last, world, output / HF_FOLDER)
+
+
+def check(config: RunConfig) -> None:
+    """What a run checks before it loads anything, and nothing else."""
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
+        look_around(config, open_samples(config.data.train), world)
+
+
+def look_around(config: RunConfig, samples: SampleFolder, world: World) -> None:
+    """Refuse hosts and ranks that are not fit for this run. Collective."""
+    on_gpu = world.device.type == "cuda"
+    needed = estimate(config, samples, world.size, world.device).total if on_gpu else None
+    for line in preflight(world, Path(config.output_dir), config.parallel.ep_size, needed):
+        say(world, line)
 
 
 def _checkpoint_to_resume(

@@ -1,0 +1,33 @@
+"""Check hosts and ranks for a recipe, without loading a model: start it as the run would be.
+
+    deepspeed --hostfile hosts launch/doctor.py RECIPE [key.path=value ...]
+    srun -N 4 --ntasks-per-node 8 ... launch/doctor.py RECIPE
+
+Every run does the same before it loads anything.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+
+from gemoe_ds.engine.launched import adopt_launcher, launched_world_size
+from gemoe_ds.errors import exit_on_error
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_error():
+        adopt_launcher()
+        from gemoe_ds.config import parse_cli
+        from gemoe_ds.train.run import check
+
+        config, _ = parse_cli(argv)
+        config.check_paths()
+        config.validate_world(launched_world_size())
+        check(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""What launch/submit.py would start, letter by letter; `python -m tests.launch.test_submit` writes
+the golden files anew."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.submit import main
+from tests.helpers import repository
+
+GOLDEN = repository() / "tests/launch/golden"
+RECIPE = "launch/recipes/molmoe_gemoe_4_nodes.yaml"
+CASES = {
+    "srun": [RECIPE, "--nodes", "4", "--time", "12:00:00", "--partition", "gpu", "seed=3"],
+    "srun_cpu": [RECIPE, "parallel.ep_size=2", "--nodes", "2", "--ranks-per-node=1", "--no-gpus"],
+    "torchrun": [RECIPE, "--launcher", "torchrun", "--hosts", "n1", "n2", "n3", "n4"],
+    "torchrun_alone": [RECIPE, "--launcher", "torchrun"],
+    "deepspeed": [RECIPE, "--launcher", "deepspeed", "--hosts", "n1", "n2", "n3", "n4"],
+    "mpirun": [RECIPE, "--launcher", "mpirun", "--hosts", "n1", "n2", "--master-port", "29511"],
+}
+
+
+def printed(name: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.chdir(repository()):
+        main([*CASES[name], "--dry-run"])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_in_the_golden_file(name):
+    assert printed(name) == (GOLDEN / f"submit_{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["srun", "srun_cpu"])
+def test_the_script_is_bash(name, tmp_path):
+    script = tmp_path / "job.sbatch"
+    script.write_text(printed(name).split("$ sbatch")[0])
+    subprocess.run(["bash", "-n", script], check=True)
+    assert '"$@"' not in script.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((repository() / "launch/slurm").iterdir()), ids=str)
+def test_templates_are_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([RECIPE, "--nodes", "2", "--hosts", "a"], "--hosts names 1 hosts and --nodes is 2"),
+        ([RECIPE, "--nodes", "1", "--ranks-per-node", "3"], "parallel.ep_size=8 does not divide"),
+        ([RECIPE, "--nodes", "4", "--launcher", "mpirun"], "on 4 nodes needs --hosts"),
+        ([RECIPE, "--hosts", "a"], "SLURM chooses them"),
+        ([RECIPE, "--nodes", "4"], "no such file or folder"),
+        ([RECIPE, "--nodes", "4", "optim.rate=1", "--dry-run"], "optim.rate: no such option"),
+    ],
+)
+def test_mistakes_cost_a_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(repository())
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        Path(GOLDEN / f"submit_{case}.txt").write_text(printed(case))
+        print(f"wrote submit_{case}.txt", file=sys.stderr)
