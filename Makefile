@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster parity resume bench full-size full-size-gpu check format setup clean
+.PHONY: demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume bench full-size full-size-gpu check format setup clean
 
 demo: setup
 	@$(BIN)/python launch/demo.py
@@ -43,7 +43,11 @@ test-slow: setup
 
 # A real SLURM of two nodes, mpirun and so on, on this machine alone. Needs root; Debian or Ubuntu.
 cluster-tools:
-	apt-get install -y --no-install-recommends slurm-wlm munge openmpi-bin libopenmpi-dev
+	apt-get install -y --no-install-recommends slurm-wlm munge openmpi-bin libopenmpi-dev openssh-server openssh-client pdsh iproute2
+
+# The faults of docs/launching.md, planted one by one, and 50 random signals: results/faults.json.
+faults: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.faults --signals 50
 
 test-cluster: setup
 	$(BIN)/pip install -q -e '.[dev,mpi]'

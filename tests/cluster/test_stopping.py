@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gemoe_ds.engine.manifest import newest
 from gemoe_ds.errors import REQUEUE
@@ -44,7 +45,7 @@ def uncut(setting):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_one_rank_is_asked_and_all_save_and_the_run_goes_on(setting, uncut, tmp_path, number):
-    recipe, output = write_recipe(setting, tmp_path)
+    recipe, output = write_recipe(setting, tmp_path, monitor__tensorboard=True)
     asked = 1 if number == signal.SIGTERM else 0
     with ranks(tmp_path / "first", recipe, 2) as running:
         running.wait_for_step(output, 5)
@@ -61,6 +62,10 @@ def test_one_rank_is_asked_and_all_save_and_the_run_goes_on(setting, uncut, tmp_
     losses, ledger = uncut
     assert {line["step"]: line["loss/lm"] for line in metrics(output)} == losses
     assert read_ledger(output) == ledger
+    board = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    shown = {event.step: event.value for event in board.Scalars("loss/lm")}
+    assert len(board.Scalars("loss/lm")) == STEPS, "each step once"
+    assert shown == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("words", ["MoE layers of backbone", "training:"])

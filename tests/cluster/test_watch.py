@@ -10,8 +10,8 @@ import pytest
 
 from gemoe_ds.engine.manifest import newest
 from gemoe_ds.errors import BUG, STALLED
-from tests.cluster.launches import ranks
-from tests.cluster.test_stopping import write_recipe
+from tests.cluster.launches import metrics, ranks
+from tests.cluster.test_stopping import STEPS, write_recipe
 from tests.train.resuming import write_setting
 
 BOUND = 6.0
@@ -37,7 +37,7 @@ POSITION = r"step \d+, (waiting for data|forward and backward|update|saving|trai
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim):
+def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim, record_property):
     recipe, output = slow_recipe(setting, tmp_path)
     with ranks(tmp_path / "logs", recipe, 2) as running:
         running.wait_for_step(output, 5)
@@ -46,6 +46,7 @@ def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim):
         began = time.monotonic()
         other = 1 - victim
         assert running.processes[other].wait(3 * BOUND) == STALLED, running.log(other)
+        record_property("detected", time.monotonic() - began)
         assert time.monotonic() - began < BOUND + 4
         said = running.log(other)
         assert f"error: rank {victim} (host " in said
@@ -57,13 +58,15 @@ def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_by_the_other(setting, tmp_path, victim):
+def test_a_killed_rank_is_named_by_the_other(setting, tmp_path, victim, record_property):
     recipe, output = slow_recipe(setting, tmp_path)
     with ranks(tmp_path / "logs", recipe, 2) as running:
         running.wait_for_step(output, 5)
         running.signal(victim, signal.SIGKILL)
+        began = time.monotonic()
         other = 1 - victim
         assert running.processes[other].wait(2 * BOUND) == STALLED, running.log(other)
+        record_property("detected", time.monotonic() - began)
         assert f"error: rank {victim} (host " in running.log(other)
 
 
@@ -73,7 +76,7 @@ sys.path.insert(0, os.getcwd())
 import gemoe_ds.train.trainer as trainer
 step = trainer.Trainer.train_step
 def harmed(self, number, batches, *, collect):
-    if number == 5 and self.world.rank == 1:
+    if number {when} and self.world.rank == 1:
         {harm}
     return step(self, number, batches, collect=collect)
 trainer.Trainer.train_step = harmed
@@ -92,7 +95,7 @@ main(sys.argv[1:])
 def test_a_rank_that_fails_or_is_stuck_is_named(setting, tmp_path, harm, words):
     recipe, _ = slow_recipe(setting, tmp_path)
     script = tmp_path / "harmed.py"
-    script.write_text(HARM.format(harm=harm))
+    script.write_text(HARM.format(harm=harm, when="== 5"))
     with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
         began = time.monotonic()
         codes = running.codes()
@@ -102,3 +105,42 @@ def test_a_rank_that_fails_or_is_stuck_is_named(setting, tmp_path, harm, words):
         host = re.search(r"Rank 0 \(host (\S+)\)", said)
         assert host and words.format(host[1]) in said, said
         assert time.monotonic() - began < 60
+
+
+KILL = "trainer.HERE.wait_for = lambda collective: os.kill(os.getpid(), 9)"
+
+
+def test_killed_and_resumed(setting, tmp_path, record_property):
+    """In the next collective of a step: the same command goes on from the newest checkpoint."""
+    recipe, output = write_recipe(
+        setting, tmp_path, checkpoint={"every": 2, "keep": 2}, monitor__stall_seconds=BOUND
+    )
+    script = tmp_path / "harmed.py"
+    script.write_text(HARM.format(harm=KILL, when="== 5"))
+    with ranks(tmp_path / "first", recipe, 2, script=script) as running:
+        codes = running.codes()
+        assert codes == [STALLED, -signal.SIGKILL], running.log(0)
+        assert "error: rank 1 (host " in running.log(0)
+    began = time.monotonic()
+    with ranks(tmp_path / "second", recipe, 2) as running:
+        running.wait_for_step(output, 6)
+        record_property("recovered", time.monotonic() - began)
+        assert running.codes() == [0, 0], running.log(0)
+        assert "resumed from" in running.log(0) and "step-000004" in running.log(0)
+    steps = [line["step"] for line in metrics(output)]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def test_a_slow_rank_is_left_alone(setting, tmp_path):
+    """Each step takes half of the bound, and all of them more than it."""
+    recipe, output = write_recipe(
+        setting,
+        tmp_path,
+        train={"steps": 4, "micro_batch": 1, "global_batch": 2},
+        monitor__stall_seconds=2.0,
+    )
+    script = tmp_path / "slow.py"
+    script.write_text(HARM.format(harm="time.sleep(1.0)", when="> 0"))
+    with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
+        assert running.codes() == [0, 0], running.log(0)
+    assert newest(output)

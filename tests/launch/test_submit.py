@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gemoe_ds.errors import REQUEUE
 from launch.submit import main
 from tests.helpers import repository
 
@@ -49,6 +50,11 @@ def test_the_script_is_bash(name, tmp_path):
 @pytest.mark.parametrize("path", sorted((repository() / "launch/slurm").iterdir()), ids=str)
 def test_templates_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_the_scripts_wait_for_the_requeue_code():
+    script = (repository() / "launch/slurm/run.sh").read_text()
+    assert f"# {REQUEUE}: asked to stop" in script
 
 
 @pytest.mark.parametrize(

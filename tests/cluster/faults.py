@@ -1,0 +1,231 @@
+"""The faults that a run must survive, each with the tests that plant it: results/faults.json.
+
+`python -m tests.cluster.faults` (`make faults`) runs them all and writes what held, and how long it
+took to detect and to recover. `python -m tests.cluster.faults --signals 50` also cuts one run at
+that many random moments by a random signal to a random rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.errors import REQUEUE
+from gemoe_ds.train.ledger import read_ledger
+from tests.cluster.launches import metrics, ranks
+from tests.cluster.test_stopping import write_recipe
+from tests.helpers import repository
+from tests.train.resuming import write_setting
+
+RESULTS = repository() / "results/faults.json"
+WATCH, STOP = "tests/cluster/test_watch.py", "tests/cluster/test_stopping.py"
+RESUME, MANIFEST = "tests/train/test_resume.py", "tests/engine/test_manifest.py"
+
+
+@dataclass
+class Fault:
+    number: int
+    what: str
+    expected: str
+    tests: list[str] = field(default_factory=list)  # none: needs a GPU, not run
+
+
+FAULTS = [
+    Fault(
+        1,
+        "SIGKILL of a rank, in a step and in an all-to-all",
+        "the others name it and end with 3; the run goes on from its newest checkpoint",
+        [f"{WATCH}::test_a_killed_rank_is_named_by_the_other", f"{WATCH}::test_killed_and_resumed"],
+    ),
+    Fault(
+        2,
+        "SIGTERM or SIGUSR1 to one rank, while it loads, trains, saves or waits for data",
+        "all save one step and end with 75; the run goes on as if uncut",
+        [STOP],
+    ),
+    Fault(
+        3,
+        "SIGSTOP of a rank; a rank that is stuck; a rank that is slow",
+        "named within the bound with host, phase, step, layer, collective; slow ranks go on",
+        [
+            f"{WATCH}::test_a_stopped_rank_is_named_by_the_other",
+            f"{WATCH}::test_a_rank_that_fails_or_is_stuck_is_named",
+            f"{WATCH}::test_a_slow_rank_is_left_alone",
+        ],
+    ),
+    Fault(
+        4,
+        "a Python exception on one rank",
+        "its peers print it and end with the same code, before any timeout",
+        [f"{WATCH}::test_a_rank_that_fails_or_is_stuck_is_named"],
+    ),
+    Fault(
+        5,
+        "kill -9 at each write of a save, and at random moments of it",
+        "one valid checkpoint stays and is chosen",
+        [
+            f"{MANIFEST}::test_killed_at_any_write_one_valid_checkpoint_stays",
+            f"{MANIFEST}::test_killed_at_any_moment_one_valid_checkpoint_stays",
+        ],
+    ),
+    Fault(
+        6,
+        "a truncated, flipped, missing or swapped shard, a wrong manifest",
+        "named and skipped; an older checkpoint is taken",
+        [f"{MANIFEST}::test_damage_is_named_and_auto_falls_back"],
+    ),
+    Fault(
+        7,
+        "a full disk on one rank",
+        "all stop with the reason; older checkpoints stay",
+        [f"{RESUME}::test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing"],
+    ),
+    Fault(
+        8,
+        "NaN or Inf in a gradient, on one rank",
+        "the step is skipped on all, counted, and after so many the run saves and stops",
+        ["tests/engine/test_skipped.py"],
+    ),
+    Fault(
+        9,
+        "idle experts, all tokens to one expert, k = 0 everywhere",
+        "the same collectives on every rank, exact gradients",
+        ["tests/engine/test_collectives.py", "tests/moe/test_dispatch.py"],
+    ),
+    Fault(
+        10,
+        "a rank without images, or without a token",
+        "the same collectives on every rank",
+        ["tests/engine/test_collectives.py"],
+    ),
+    Fault(
+        11,
+        "broken and missing images",
+        "dropped and listed when data are converted; named when they break later",
+        [
+            "tests/data_prep/test_convert_llava.py",
+            "tests/data/test_stream.py::test_a_broken_image_stops_the_stream_with_one_line",
+        ],
+    ),
+    Fault(
+        12,
+        "resumed with other ranks, EP size, ZeRO stage",
+        "the next losses are those of the uncut run",
+        [f"{RESUME}::test_a_run_goes_on_with_any_ranks_and_stages"],
+    ),
+    Fault(
+        13,
+        "resumed twice, on other numbers of ranks",
+        "every step sees the samples of the uncut run",
+        [f"{RESUME}::test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one"],
+    ),
+    Fault(
+        14,
+        "a port that is taken, a wrong interface, a missing node, version skew",
+        "one line before anything is loaded",
+        ["tests/cluster/test_doctor.py", "tests/cluster/test_preflight.py"],
+    ),
+    Fault(15, "out of memory on one GPU", "all stop with a report"),
+    Fault(16, "poisoned memory under grouped products", "no NaN, zero gradients"),
+    Fault(
+        17,
+        "experts that the optimizer does not have, wrong scales of groups",
+        "the start-up check or the parity test stops it",
+        ["tests/engine/test_mutations.py"],
+    ),
+    Fault(
+        18,
+        "a checkpoint of an older version",
+        "refused by its schema",
+        [f"{MANIFEST}::test_damage_is_named_and_auto_falls_back"],
+    ),
+]
+
+
+def run(fault: Fault) -> dict:
+    """One pytest for a fault; seconds that its tests recorded, of the slowest case."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junit-xml={report}"]
+        subprocess.run([*command, *fault.tests], cwd=repository(), capture_output=True)
+        suite = ET.parse(report).getroot()[0]
+    measured: dict[str, float] = {}
+    for found in suite.iter("property"):
+        name, value = found.get("name", ""), float(found.get("value", 0))
+        measured[name] = max(measured.get(name, 0.0), value)
+    count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    held = count["tests"] > count["skipped"] and not count["failures"] + count["errors"]
+    return {**count, "held": held, "seconds": float(suite.get("time", 0)), **measured}
+
+
+def random_signals(cuts: int, seed: int = 0) -> dict:
+    """One run, cut so often at random moments; its samples and losses against the uncut run's."""
+    rng = random.Random(seed)
+    seen: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        setting = write_setting(root)
+        steps = {"train": {"steps": 20 * cuts, "micro_batch": 1, "global_batch": 2}}
+        every = {"checkpoint": {"every": 7, "keep": 2}}
+        recipe, whole = write_recipe(setting, root / "whole", **steps)
+        with ranks(root / "logs", recipe, 2) as running:
+            assert running.codes(600) == [0, 0], running.log(0)
+        recipe, output = write_recipe(setting, root / "cut", **steps, **every)
+        for number in tqdm(range(cuts), desc="cuts", unit="cut"):
+            with ranks(root / f"logs-{number}", recipe, 2) as running:
+                time.sleep(rng.uniform(1.0, 7.0))
+                for _ in range(rng.choice([1, 1, 2])):
+                    which = rng.choice([signal.SIGTERM, signal.SIGUSR1])
+                    running.signal(rng.randrange(2), which)
+                codes = running.codes(60)
+            assert codes in ([REQUEUE] * 2, [0, 0]), (codes, running.log(0)[-2000:])
+            seen[str(codes)] = seen.get(str(codes), 0) + 1
+        with ranks(root / "logs-last", recipe, 2) as running:
+            assert running.codes(600) == [0, 0], running.log(0)
+        losses = [{line["step"]: line["loss/lm"] for line in metrics(o)} for o in (whole, output)]
+        same = losses[0] == losses[1] and read_ledger(whole) == read_ledger(output)
+    return {"cuts": cuts, "seed": seed, "exit codes": seen, "as uncut": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, nargs="+", help="faults by number")
+    parser.add_argument("--signals", type=int, default=0, help="random moments of one run")
+    arguments = parser.parse_args()
+    chosen = [f for f in FAULTS if not arguments.only or f.number in arguments.only]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}}
+    for fault in tqdm(chosen, desc="faults", unit="fault"):
+        outcome = run(fault) if fault.tests else {"held": None, "why": "needs a GPU; not run"}
+        results["faults"][str(fault.number)] = asdict(fault) | outcome
+        tqdm.write(f"{fault.number:>2} {fault.what}: {_said(outcome)}")
+    if arguments.signals:
+        results["random signals"] = random_signals(arguments.signals)
+        tqdm.write(str(results["random signals"]))
+    RESULTS.write_text(json.dumps(results | provenance(), indent=1) + "\n")
+    failed = [number for number, entry in results["faults"].items() if entry["held"] is False]
+    sys.exit(f"not held: {', '.join(failed)}" if failed else 0)
+
+
+def _said(outcome: dict) -> str:
+    if outcome["held"] is None:
+        return str(outcome["why"])
+    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in outcome.items() if k in TIMES)
+    return f"{'held' if outcome['held'] else 'DID NOT HOLD'} {seconds}"
+
+
+TIMES = ("detected", "recovered")
+
+if __name__ == "__main__":
+    main()
