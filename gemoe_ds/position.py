@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DATA, COMPUTE, UPDATE = "waiting for data", "forward and backward", "update"
-STEP_PHASES = (DATA, COMPUTE, UPDATE)
+EVALUATE, GENERATE = "evaluating", "generating"
+BRISK = (DATA, COMPUTE, UPDATE, EVALUATE, GENERATE)
 
 
 @dataclass
@@ -22,9 +23,9 @@ class Position:
     moves: int = 0
 
     @property
-    def is_training(self) -> bool:
-        """In a part of a step, of which none takes minutes."""
-        return self.phase in STEP_PHASES
+    def is_brisk(self) -> bool:
+        """In a part of a step or a batch, of which none takes minutes; loading and saving may."""
+        return self.phase in BRISK
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A new phase; layers and collectives of the one before are forgotten."""

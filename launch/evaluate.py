@@ -5,7 +5,7 @@
     ... --mean-k 3 4 5                                    and that with so many experts on average
 
 Writes eval.json and tokens.npz for launch/analyze.py, with several k into DIR/k_8, DIR/k_5, ...,
-with budgets into DIR/mean_k_4, ...
+with budgets into DIR/mean_k_4, ... A signal ends it between two batches, with code 75.
 Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split over the ranks.
 """
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.evaluation.arguments import Setting, settings, subject_parser
 
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
 Arguments = argparse.Namespace
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: StopRequest | None = None) -> None:
     parser = subject_parser(__doc__)
     parser.add_argument("--name", help="method in the record (default: the router's name)")
     parser.add_argument(
         "--flips",
         action="store_true",
         help="also run in float32; write whose k differs: k_flips.json",
+    )
+    parser.add_argument(
+        "--skip-done", action="store_true", help="leave out what --out holds already"
     )
     arguments = parser.parse_intermixed_args(argv)
     with exit_on_error():
@@ -51,22 +55,30 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--flips compares the k of a trained router; a static k never flips")
         if arguments.mean_k and (arguments.k or arguments.flips):
             raise ConfigError("--mean-k goes with --trained RUN, without --k and --flips")
+        if arguments.flips and arguments.skip_done:
+            raise ConfigError("--flips compares what is evaluated now; leave --skip-done out")
         if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
             raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
-        _evaluate(arguments)
+        _evaluate(arguments, stop)
 
 
-def _evaluate(arguments: Arguments) -> None:
+def _evaluate(arguments: Arguments, stop: StopRequest | None) -> None:
+    from gemoe_ds.analysis.record import RECORD
+    from gemoe_ds.cluster.watch import watched
     from gemoe_ds.data.sample import open_samples
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.distributed import distributed, gather_objects
     from gemoe_ds.evaluation.subject import Subject, subject_config
 
     config = subject_config(arguments)
     samples = open_samples(arguments.data)
     asked = settings(arguments)
-    with distributed() as world:
-        subject = Subject(arguments, config, world)
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
+        subject = Subject(arguments, config, world, stop)
         for setting in asked:
+            out = arguments.out / (setting.folder if len(asked) > 1 or setting.mean_k else "")
+            if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
+                subject.say(f"done before: {out}")
+                continue
             subject.put(setting)
             name = config.model.router.name
             k = subject.model.moe_layers[0].router.static_k
@@ -74,13 +86,12 @@ def _evaluate(arguments: Arguments) -> None:
             began = time.perf_counter()
             scores = subject.scored(samples)
             if world.is_first:
-                folder = setting.folder if len(asked) > 1 or setting.mean_k else ""
                 seconds = time.perf_counter() - began
-                _write(subject, setting, arguments.out / folder, scores, k, seconds)
+                _write(subject, setting, out, scores, k, seconds)
         if arguments.flips:
             subject.say("evaluating in float32, for the k that differ")
             in_float32 = subject_config(arguments, "model.dtype=float32")
-            exact = Subject(arguments, in_float32, world).scored(samples)
+            exact = Subject(arguments, in_float32, world, stop).scored(samples)
             if world.is_first:
                 _write_flips(arguments.out, config.model.dtype, scores, exact)
 
@@ -147,4 +158,4 @@ def _record(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecor
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], StopRequest().listen())  # before imports that take seconds

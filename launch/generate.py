@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.evaluation.arguments import Setting, settings, subject_parser
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from gemoe_ds.evaluation.subject import Subject
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: StopRequest | None = None) -> None:
     parser = subject_parser(__doc__)
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--max-new-tokens, --rounds and --batch are 1 at least")
         if arguments.temperature < 0:
             raise ConfigError("--temperature is 0 or more")
-        generate_all(arguments)
+        generate_all(arguments, stop)
 
 
 @dataclass
@@ -60,15 +61,16 @@ class Found:
     memory: int = 0
 
 
-def generate_all(arguments: argparse.Namespace) -> None:
+def generate_all(arguments: argparse.Namespace, stop: StopRequest | None) -> None:
+    from gemoe_ds.cluster.watch import watched
     from gemoe_ds.data.sample import open_samples
     from gemoe_ds.engine.distributed import distributed
     from gemoe_ds.evaluation.subject import Subject, subject_config
 
     config = subject_config(arguments)
     samples, asked = open_samples(arguments.data), settings(arguments)
-    with distributed() as world:
-        subject = Subject(arguments, config, world)
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
+        subject = Subject(arguments, config, world, stop)
         found = {setting: Found() for setting in asked}
         routes = subject.routes(asked)
         for number in range(arguments.rounds + 1):
@@ -83,9 +85,9 @@ def one_round(
 ) -> None:
     """All samples once: counted and kept, or timed."""
     import torch
-    from tqdm import tqdm
 
     from gemoe_ds.evaluation.generate import Work
+    from gemoe_ds.position import GENERATE
     from gemoe_ds.train.phases import peak_memory
 
     world = subject.world
@@ -94,7 +96,7 @@ def one_round(
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     label = f"{setting}, {'counting' if counted else 'timing'}"
-    for batch in tqdm(stream, desc=label, unit="batch", disable=not world.is_first):
+    for batch in subject.shown(stream, GENERATE, label):
         last = batch or (last and last.silenced())
         if last is None:
             raise ConfigError("a rank has no sample at all: use fewer ranks than samples")
@@ -177,4 +179,4 @@ def report(subject: Subject, found: dict[Setting, Found], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], StopRequest().listen())  # before imports that take seconds

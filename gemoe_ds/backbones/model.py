@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ExpertShard:
     rank: int = 0
     num_ranks: int = 1
     make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
+    groups: Mapping[str, Any] = field(default_factory=dict)  # of ranks that it talks to, by name
 
     def local(self, num_experts: int) -> slice:
         if num_experts % self.num_ranks:

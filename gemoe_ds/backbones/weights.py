@@ -22,6 +22,7 @@ from tqdm import tqdm
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
 from gemoe_ds.backbones.stored import StoredTensor, open_stored
 from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.position import HERE
 
 
 def shell(model_class: type[nn.Module], config: object) -> nn.Module:
@@ -114,6 +115,7 @@ class Weights:
             for piece, size in zip(pieces, sizes, strict=True):
                 self._read_piece(piece, self._view(piece, targets))
                 bar.update(size)
+                HERE.moves += 1
 
     @staticmethod
     def _view(piece: Piece, targets: Mapping[str, Target]) -> Tensor:

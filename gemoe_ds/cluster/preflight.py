@@ -12,17 +12,18 @@ import shutil
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 import psutil
 import torch
 
-from gemoe_ds.engine.distributed import World, gather_objects
+from gemoe_ds.engine.distributed import World, gather_objects, waiting
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.position import HERE
 
@@ -39,44 +40,54 @@ class Passport:
     host: str
     device: str  # unique on its host
     versions: dict[str, str]
+    cannot_write: str  # why not, to output_dir; empty if it can
     sees_output: bool
     free_disk: int
-    free_memory: int  # of its device; on a CPU its part of the host's
+    free_memory: int  # of its device; on a CPU its host's
 
     @classmethod
-    def of(cls, world: World, output: Path, sees_output: bool) -> Passport:
-        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    def of(cls, world: World, output: Path) -> Passport:
+        existing = _existing(output)
+        cannot_write, sees_output = _exchange_files(world, existing)
         if world.device.type == "cuda":
             device = str(torch.cuda.get_device_properties(world.device).uuid)
             memory = torch.cuda.mem_get_info(world.device)[0]
         else:
             device = f"process {os.getpid()}"
-            memory = psutil.virtual_memory().available
+            memory = free_host_memory()
         versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
         return cls(
             socket.gethostname(),
             device,
             versions,
+            cannot_write,
             sees_output,
             shutil.disk_usage(existing).free,
             memory,
         )
 
 
-def preflight(world: World, output: Path, ep_size: int, needed: int | None = None) -> list[str]:
+def preflight(
+    world: World,
+    output: Path,
+    ep_size: int,
+    needed: int | None = None,
+    groups: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Check all ranks; the lines to print. Collective; raises ConfigError on all ranks.
 
-    `needed`: bytes of memory of a rank, if they were estimated.
+    `needed`: bytes of memory that a rank will need beside what it has, if they were estimated.
+    `groups`: process groups beside that of all ranks, by name, to be warmed up too.
     """
     HERE.enter("preflight")
-    passport = Passport.of(world, output, _sees_what_the_first_writes(world, output))
-    passports = gather_objects(passport)
+    passports = gather_objects(Passport.of(world, output))
     found = list(faults(passports, output, needed, on_gpu=world.device.type == "cuda"))
     if found:
         raise ConfigError("; ".join(found))
     lines = list(remarks(passports, ep_size))
     if world.size > 1:
-        lines += _bandwidth(world)
+        every: dict[str, Any] = {"of this run": None} | dict(groups or {})
+        lines += [_bandwidth(world, name, group) for name, group in every.items()]
     return lines
 
 
@@ -93,7 +104,12 @@ def faults(
                     f"{_who(rank, theirs)} has {package} {have}, rank 0 (host {first.host}) has "
                     f"{wanted}; install the same on all hosts"
                 )
-        if not theirs.sees_output:
+        if theirs.cannot_write:
+            yield (
+                f"{_who(rank, theirs)} cannot write to output_dir={output}: {theirs.cannot_write}; "
+                "choose another folder, or have this one made writable"
+            )
+        elif not theirs.sees_output and not first.cannot_write:
             yield (
                 f"{_who(rank, theirs)} does not see what rank 0 (host {first.host}) writes to "
                 f"output_dir={output}; put it on a file system that all hosts share"
@@ -150,50 +166,89 @@ def _who(rank: int, passport: Passport) -> str:
     return f"rank {rank} (host {passport.host})"
 
 
-def _sees_what_the_first_writes(world: World, output: Path) -> bool:
-    """Beside the output folder, which is not there before the run."""
-    existing = next(p for p in output.absolute().parents if p.exists())
+def free_host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this host has left, or the control group that holds a job to its `--mem`."""
+    free = psutil.virtual_memory().available
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = ("memory.max", "memory.current", "inactive_file", "active_file")
+        mount = root / "sys/fs/cgroup"
+        if controllers:  # of the first version
+            names = (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+                "total_active_file",
+            )
+            mount /= "memory"
+        group = mount / path.strip("/")
+        with suppress(OSError, ValueError):  # no limit, or not to be seen from here
+            limit, used = (int((group / name).read_text()) for name in names[:2])
+            words = (group / "memory.stat").read_text().split()
+            of = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+            cached = sum(of.get(name, 0) for name in names[2:])  # given back when asked for
+            free = min(free, max(limit - used + cached, 0))
+    return free
+
+
+def _existing(output: Path) -> Path:
+    """The folder itself, or what is there of the way to it."""
+    return next(p for p in (output, *output.absolute().parents) if p.exists())
+
+
+def _exchange_files(world: World, folder: Path) -> tuple[str, bool]:
+    """Why this rank cannot write there, and whether it sees what the first one writes."""
     token = gather_objects(secrets.token_hex(8))[0]
-    path = existing / f".{output.name}-{token}"
-    if world.is_first:
-        with suppress(OSError):  # it does not see it either
-            path.write_text(token)
-    gather_objects(None)
+    own, firsts = (folder / f".preflight-{token}-{rank}" for rank in (world.rank, 0))
+    reason = ""
+    try:
+        own.write_text(token)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    is_written = not gather_objects(reason)[0]
     end = time.monotonic() + _VISIBLE_SECONDS
-    while not (seen := path.exists()) and time.monotonic() < end:
+    while not (seen := firsts.exists()) and is_written and time.monotonic() < end:
         time.sleep(0.2)
     gather_objects(None)
-    if world.is_first:
-        path.unlink(missing_ok=True)
-    return seen
+    with suppress(OSError):
+        own.unlink(missing_ok=True)
+    return reason, seen
 
 
-def _bandwidth(world: World) -> list[str]:
-    """Warms the group up; GB/s that a rank sends in an all-reduce and an uneven all-to-all."""
+def _bandwidth(world: World, name: str, group: Any) -> str:
+    """Warms a group up; GB/s that a rank sends in an all-reduce and an uneven all-to-all."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
     tensor = torch.ones(_PROBE // 4, device=world.device)
     # rank r sends r + 1 parts to everyone; what it gets is uneven
-    part = _PROBE // 4 // world.size**2
-    sent = torch.ones(world.size * part * (world.rank + 1), device=world.device)
-    splits_out = [part * (rank + 1) for rank in range(world.size)]
+    part = _PROBE // 4 // size**2
+    sent = torch.ones(size * part * (rank + 1), device=world.device)
+    splits_out = [part * (other + 1) for other in range(size)]
     got = torch.empty(sum(splits_out), device=world.device)
-    splits_in = [part * (world.rank + 1)] * world.size
-    share = 2 * (world.size - 1) / world.size
-    away = sent.numel() * 4 * (world.size - 1) / world.size
+    splits_in = [part * (rank + 1)] * size
+    share = 2 * (size - 1) / size
+    away = sent.numel() * 4 * (size - 1) / size
+
+    def all_reduce() -> None:
+        with waiting(f"all_reduce of the ranks {name}"):
+            dist.all_reduce(tensor, group=group)
 
     def all_to_all() -> None:
-        dist.all_to_all_single(got, sent, splits_out, splits_in)
+        with waiting(f"all_to_all of the ranks {name}"):
+            dist.all_to_all_single(got, sent, splits_out, splits_in, group=group)
 
-    first = _fastest(lambda: dist.all_reduce(tensor), world)
-    second = _fastest(all_to_all, world)
-    rates = gather_objects((share * _PROBE / first, away / second))
+    rates = gather_objects(
+        (share * _PROBE / _fastest(all_reduce, world), away / _fastest(all_to_all, world))
+    )
     slowest = [min(column) / 1e9 for column in zip(*rates, strict=True)]
-    return [
-        f"preflight: slowest rank sends {slowest[0]:.2f} GB/s in an all-reduce, "
-        f"{slowest[1]:.2f} in an all-to-all"
-    ]
+    return (
+        f"preflight: ranks {name} ({size}): the slowest sends {slowest[0]:.2f} GB/s in an "
+        f"all-reduce, {slowest[1]:.2f} in an all-to-all"
+    )
 
 
-def _fastest(collective, world: World) -> float:
+def _fastest(collective: Callable[[], None], world: World) -> float:
     """Seconds of the fastest of three, after one to warm up."""
     seconds = []
     for _ in range(4):

@@ -6,7 +6,8 @@ its own to a small store on the first rank (torch's TCPStore): it leaves its pos
 beat, and looks for a verdict. The first rank's thread reads all positions and passes it:
 
 * a rank whose position did not come for `bound` seconds is silent: stopped, lost, or cut off;
-* if nobody has moved for `bound` seconds in a step, the one with the fewest moves is stuck;
+* if nobody has moved for `bound` seconds in a step, the one with the fewest moves is stuck; while
+  models are loaded and checkpoints written, for ten times as long;
 * a rank that fails says so itself, and the others need not wait for any timeout.
 
 Every rank that reads a verdict prints it with its own position, and ends with the same code.
@@ -33,7 +34,9 @@ from gemoe_ds.position import HERE, Position
 _VERDICT = "verdict"
 _SLOWEST_BEAT = 2.0  # seconds
 _OWN_WORDS = 7.0  # seconds that a rank has to say itself what the verdict says of another
+_LEAST_READING = 1.0  # seconds that all ranks have to read a verdict
 _SHOWN = 8  # positions in a verdict
+_PATIENCE = 10  # bounds that loading and saving may take without a move
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,13 @@ class Watch:
         code = MISTAKE if isinstance(error, GemoeError) else STALLED if lost_a_peer else BUG
         verdict = {"rank": self.rank, "words": f"failed: {words}", "code": code}
         self._put(_VERDICT, json.dumps(verdict))
-        if self.rank == 0 and not isinstance(error, GemoeError):  # which it says itself, at once
-            time.sleep(2 * self.beat)  # the store goes with this process
+        if not isinstance(error, GemoeError):  # which it says itself, at once
+            self._let_others_read()
+
+    def _let_others_read(self) -> None:
+        """The store goes with the first rank, and the verdict with it."""
+        if self.rank == 0:
+            time.sleep(max(3 * self.beat, _LEAST_READING))
 
     def _put(self, key: str, value: str) -> None:
         try:
@@ -141,6 +149,7 @@ class Watch:
         )
         sys.stderr.write(f"\nerror: {text}\n")
         sys.stderr.flush()
+        self._let_others_read()
         os._exit(verdict.get("code", STALLED))
 
 
@@ -192,7 +201,8 @@ class Judge:
             words = f"has been silent for {silence[quietest]:.0f} s"
             return _verdict(quietest, words, positions)
         still = min(now - since for _, since in self.moves)
-        if still > self.bound and all(p.is_training for p in positions):
+        patience = 1 if all(p.is_brisk for p in positions) else _PATIENCE
+        if still > self.bound * patience:
             behind = min(range(len(positions)), key=lambda rank: positions[rank].moves)
             return _verdict(behind, f"has not moved for {still:.0f} s", positions)
         return None

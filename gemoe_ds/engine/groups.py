@@ -36,6 +36,9 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
         return ExpertShard()
     rank = world.rank % ep_size
     group = expert_parallel_group(ep_size) if trainable else _new_group(ep_size, world)
+    groups = {"sharing experts": group}
+    if trainable and world.size > ep_size:
+        groups["with equal experts"] = equal_experts_group(ep_size)
 
     def all_to_all(
         output: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
@@ -46,7 +49,7 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
         )
         return work
 
-    return ExpertShard(rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size))
+    return ExpertShard(rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size), groups)
 
 
 def _new_group(ep_size: int, world: World) -> Any:
@@ -71,6 +74,11 @@ def expert_parallel_group(ep_size: int) -> Any:
     if name not in deepspeed_groups._get_expert_parallel_group_dict():
         deepspeed_groups._create_expert_and_data_parallel(ep_size)
     return deepspeed_groups._get_expert_parallel_group(name)
+
+
+def equal_experts_group(ep_size: int) -> Any:
+    """DeepSpeed's group of the ranks that hold the same shard, which average its gradients."""
+    return deepspeed_groups._get_expert_data_parallel_group(expert_group_name(ep_size))
 
 
 def mark_trainable_experts(model: MoEModel) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.errors import ConfigError
 
 Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
 UNNAMED = "question"  # kind of a turn that the data does not name
@@ -71,8 +71,6 @@ def evaluate(
     batches: Iterable[Batch | None],
     device: torch.device,
     gather: Gather,
-    *,
-    show_progress: bool = True,
 ) -> Scores:
     """Score every batch; None stands where a rank has run out but the others have not.
 
@@ -84,11 +82,11 @@ def evaluate(
     ctx, scores = model.ctx, Scores()
     ctx.trace, ctx.collect = True, True
     last: Batch | None = None
-    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not show_progress):
+    for batch in batches:
         counted = batch is not None
         current = batch if batch is not None else last
         if current is None:
-            raise ValueError("a rank has no sample at all: use fewer ranks than samples")
+            raise ConfigError("a rank has no sample at all: use fewer ranks than samples")
         last = current
         on_device = current.to(device)
         correct_BS = model.predictions(

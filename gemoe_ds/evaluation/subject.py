@@ -6,10 +6,15 @@ The command lines of launch/evaluate.py and launch/generate.py say it alike.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from tqdm import tqdm
+
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.together import until_stopped
 from gemoe_ds.config import RunConfig, load_config
+from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.dataset import EvalStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.checkpoint import put_trained
@@ -21,14 +26,24 @@ from gemoe_ds.evaluation.arguments import Setting
 from gemoe_ds.evaluation.budget import Budget, meet_budget
 from gemoe_ds.evaluation.runner import Scores, evaluate
 from gemoe_ds.moe.router import Router
+from gemoe_ds.position import EVALUATE
 from gemoe_ds.train.assemble import build_collator, build_model
+
+BETWEEN = "between two batches; what --out holds is whole"
 
 
 class Subject:
     """A model on this rank. Its methods are collective."""
 
-    def __init__(self, arguments: argparse.Namespace, config: RunConfig, world: World) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        config: RunConfig,
+        world: World,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.arguments, self.config, self.world = arguments, config, world
+        self.stop = stop or StopRequest()
         self.checkpoint = newest(arguments.trained) if arguments.trained else None
         shard = expert_shard(config.parallel.ep_size, world)
         self.model = build_model(config, shard, show_progress=world.is_first).to(world.device)
@@ -58,10 +73,16 @@ class Subject:
 
     def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
         stream = self.stream(samples, limit=limit)
-        show = self.world.is_first
         return evaluate(
-            self.model, samples, stream, self.world.device, gather_objects, show_progress=show
+            self.model, samples, self.shown(stream, EVALUATE), self.world.device, gather_objects
         )
+
+    def shown(
+        self, stream: EvalStream, phase: str, title: str | None = None
+    ) -> Iterator[Batch | None]:
+        """Batches with a progress bar, until any rank is asked to stop: then Stopped on all."""
+        bar = tqdm(stream, desc=title or phase, unit="batch", disable=not self.world.is_first)
+        return until_stopped(bar, phase, self.stop, self.world, BETWEEN)
 
     def _static_routers(self) -> list[Router]:
         """Of the gates as they were before training."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.cluster.preflight import preflight
 from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.together import stop_together
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.dataset import TrainStream
@@ -24,9 +25,10 @@ from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
-from gemoe_ds.train.phases import Phases
-from gemoe_ds.train.trainer import Trainer, stop_together
+from gemoe_ds.train.phases import Phases, peak_host_memory
+from gemoe_ds.train.trainer import Trainer
 
+BEFORE = "before the first step; resume=auto goes on"
 HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face model
 
 
@@ -38,16 +40,16 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
-        look_around(config, samples, world)
         trainable = config.model.train != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+        look_around(config, samples, world, shard)
         phases = Phases(world)
         expected = None
         if dry_run:
             expected = _look_first(config, samples, world)
         with phases("loading"):
             model = build_model(config, shard, show_progress=world.is_first)
-        stop_together(stop, world)
+        stop_together(stop, world, BEFORE)
         say(
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
@@ -71,7 +73,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             engine = initialize(model, config, world)
             if found:
                 checkpoint.restore(engine, model, found)
-        stop_together(stop, world)
+        stop_together(stop, world, BEFORE)
         say(world, group_summary(model, config.optim))
         if found:
             say(world, f"resumed from {found.folder}")
@@ -144,14 +146,18 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
 def check(config: RunConfig) -> None:
     """What a run checks before it loads anything, and nothing else."""
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        look_around(config, open_samples(config.data.train), world)
+        trainable = config.model.train != "routers"
+        shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+        look_around(config, open_samples(config.data.train), world, shard)
 
 
-def look_around(config: RunConfig, samples: SampleFolder, world: World) -> None:
+def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: ExpertShard) -> None:
     """Refuse hosts and ranks that are not fit for this run. Collective."""
-    on_gpu = world.device.type == "cuda"
-    needed = estimate(config, samples, world.size, world.device).total if on_gpu else None
-    for line in preflight(world, Path(config.output_dir), config.parallel.ep_size, needed):
+    needed = estimate(config, samples, world.size, world.device).total
+    if world.device.type == "cpu":
+        needed -= peak_host_memory()  # what this process has already
+    ep_size = config.parallel.ep_size
+    for line in preflight(world, Path(config.output_dir), ep_size, needed, shard.groups):
         say(world, line)
 
 

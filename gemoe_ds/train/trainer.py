@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.together import who_asked
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
-from gemoe_ds.engine.distributed import World, any_over_ranks, gather_objects, sum_over_ranks
+from gemoe_ds.engine.distributed import World, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError, Stopped
@@ -125,7 +126,7 @@ class Trainer:
                 self._save(step)
             HERE.enter("saving")
             self.saver.wait()
-        raise Stopped(f"{_who_asked(self.stop)}, after step {step}; resume=auto goes on from there")
+        raise Stopped(f"{who_asked(self.stop)}, after step {step}; resume=auto goes on from there")
 
     def _give_up(self, step: int) -> None:
         assert self.saver is not None
@@ -245,17 +246,6 @@ class Trainer:
             "tokens/s": values["throughput/tokens_per_second"],
         }
         return {name: f"{float(value):.4g}" for name, value in shown.items()}
-
-
-def stop_together(stop: StopRequest, world: World) -> None:
-    """Raise Stopped on all ranks if one was asked to stop before the first step. Collective."""
-    if any_over_ranks(bool(stop.by), world.device):
-        raise Stopped(f"{_who_asked(stop)}, before the first step; resume=auto goes on")
-
-
-def _who_asked(stop: StopRequest) -> str:
-    asked = [f"{by} to rank {rank}" for rank, by in enumerate(gather_objects(stop.by)) if by]
-    return ", ".join(asked)
 
 
 def micro_batch_seed(seed: int, block: int) -> int:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemoe_ds.cluster.preflight import FREE_DISK, Passport, faults, preflight, remarks
+from gemoe_ds.cluster.preflight import (
+    FREE_DISK,
+    Passport,
+    faults,
+    free_host_memory,
+    preflight,
+    remarks,
+)
 from gemoe_ds.engine.distributed import distributed
 from gemoe_ds.errors import ConfigError
 from tests.helpers import run_ranks
 
-FIT = Passport("a", "GPU-1", {"torch": "2.13.0"}, True, 2 * FREE_DISK, 80 * 2**30)
+FIT = Passport("a", "GPU-1", {"torch": "2.13.0"}, "", True, 2 * FREE_DISK, 80 * 2**30)
 OUTPUT = Path("runs/x")
 
 
@@ -28,6 +36,7 @@ def test_fit_ranks_have_no_fault():
     "changes, words",
     [
         ({"versions": {"torch": "2.12.1"}}, "has torch 2.12.1, rank 0 (host a) has 2.13.0"),
+        ({"cannot_write": "Read-only file system"}, "cannot write to output_dir=runs/x: Read-only"),
         ({"sees_output": False}, "does not see what rank 0 (host a) writes to output_dir=runs/x"),
         ({"free_disk": 2**20}, "has 0.0 GiB free for output_dir=runs/x"),
         ({"free_memory": 2**30}, "has 1.0 GiB of memory free, 3.0 are estimated"),
@@ -60,24 +69,74 @@ def test_expert_groups_that_cross_hosts(hosts, ep_size, words):
     assert lines[1:] == [] if words is None else words in lines[1]
 
 
-def in_a_world(rank: int, output: str, skewed: bool) -> list[str] | str:
-    from gemoe_ds.cluster import preflight as module
+@pytest.mark.parametrize(
+    "line, folder, limit, used, prefix",
+    [
+        ("0::/job_7", "job_7", "memory.max", "memory.current", ""),
+        (
+            "4:memory:/job_7",
+            "memory/job_7",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_",
+        ),
+    ],
+)
+def test_memory_is_what_the_job_was_given(tmp_path, line, folder, limit, used, prefix):
+    """Control groups of both versions; what files are cached counts as free."""
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    (group / used).write_text("5000000\n")
+    (group / "memory.stat").write_text(
+        f"anon 1\n{prefix}inactive_file 900\n{prefix}active_file 30\n"
+    )
+    (group / limit).write_text("9000000\n")
+    assert free_host_memory(tmp_path) == 4_000_930
+    (group / limit).write_text("max\n" if limit == "memory.max" else "9223372036854771712\n")
+    assert free_host_memory(tmp_path) > 2**27, "the host's own"
 
-    if skewed and rank == 1:
+
+def in_a_world(rank: int, output: str, case: str) -> list[str] | str:
+    from gemoe_ds.cluster import preflight as module
+    from gemoe_ds.engine.groups import expert_shard
+
+    if case == "skewed" and rank == 1:
         module.version = lambda package: "0.0.1"
     with distributed() as world:
+        shard = expert_shard(2, world, trainable=case == "trainable")
         try:
-            return preflight(world, Path(output), ep_size=2)
+            return preflight(world, Path(output), 2, groups=shard.groups)
         except ConfigError as error:
             return str(error)
 
 
-@pytest.mark.parametrize("skewed", [False, True])
-def test_real_ranks(tmp_path, skewed):
-    first, second = run_ranks(in_a_world, 2, str(tmp_path / "runs/x"), skewed)
+def test_a_version_that_differs_on_one_rank(tmp_path):
+    first, second = run_ranks(in_a_world, 2, str(tmp_path / "runs/x"), "skewed")
     assert first == second
-    if skewed:
-        assert "rank 1 (host " in first and "has torch 0.0.1" in first
-    else:
-        assert "2 ranks on 1 hosts are fit" in first[0] and "GB/s in an all-reduce" in first[1]
+    assert "rank 1 (host " in first and "has torch 0.0.1" in first
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case, groups", [("frozen", [4, 2]), ("trainable", [4, 2, 2])])
+def test_every_process_group_is_warmed_up(tmp_path, case, groups):
+    (tmp_path / "runs/x").mkdir(parents=True)
+    first, *others = run_ranks(in_a_world, 4, str(tmp_path / "runs/x"), case)
+    assert all(other == first for other in others)
+    assert "4 ranks on 1 hosts are fit" in first[0]
+    rate = (
+        r"preflight: ranks .* \((\d)\): the slowest sends [\d.]+ GB/s in an all-reduce, [\d.]+ in"
+    )
+    assert [int(re.match(rate, line)[1]) for line in first[1:]] == groups, first
+    assert not list((tmp_path / "runs/x").iterdir()), "nothing stays of the check"
+
+
+def test_a_folder_that_cannot_be_written_to():
+    """One that root cannot write to either."""
+    first, second = run_ranks(in_a_world, 2, "/proc/1/gemoe", "frozen")
+    assert first == second and "Traceback" not in first
+    assert (
+        first.startswith("rank 0 (host ") and "cannot write to output_dir=/proc/1/gemoe: " in first
+    )
+    assert "does not see" not in first, "that would be another fault"

@@ -12,7 +12,7 @@ from gemoe_ds.engine.manifest import newest
 from gemoe_ds.errors import BUG, STALLED
 from tests.cluster.launches import metrics, ranks
 from tests.cluster.test_stopping import STEPS, write_recipe
-from tests.train.resuming import write_setting
+from tests.train.resuming import write_data, write_setting
 
 BOUND = 6.0
 
@@ -36,7 +36,10 @@ def slow_recipe(setting, folder):
 POSITION = r"step \d+, (waiting for data|forward and backward|update|saving|training)"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+FIRST = pytest.param(0, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("victim", [FIRST, 1])
 def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim, record_property):
     recipe, output = slow_recipe(setting, tmp_path)
     with ranks(tmp_path / "logs", recipe, 2) as running:
@@ -57,7 +60,7 @@ def test_a_stopped_rank_is_named_by_the_other(setting, tmp_path, victim, record_
     assert newest(output)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_by_the_other(setting, tmp_path, victim, record_property):
     recipe, output = slow_recipe(setting, tmp_path)
     with ranks(tmp_path / "logs", recipe, 2) as running:
@@ -129,6 +132,58 @@ def test_killed_and_resumed(setting, tmp_path, record_property):
         assert "resumed from" in running.log(0) and "step-000004" in running.log(0)
     steps = [line["step"] for line in metrics(output)]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+STUCK_SAVE = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from gemoe_ds.engine import saver
+def stuck(tensors, path):
+    time.sleep(1000)
+saver.save_file = stuck
+from launch.train import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_never_ends_is_named(setting, tmp_path):
+    """As on a file system that has gone: nobody moves, for ten times the bound."""
+    recipe, output = write_recipe(
+        setting, tmp_path, checkpoint={"every": 2, "keep": 2}, monitor__stall_seconds=1.0
+    )
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK_SAVE)
+    with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
+        assert running.codes() == [STALLED] * 2, running.log(0)
+        assert re.search(
+            r"has not moved for 1\d s; it was last seen at: step \d, saving", running.log(1)
+        )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_evaluating_is_named(setting, tmp_path):
+    recipe, output = write_recipe(setting, tmp_path, train={"steps": 2, "micro_batch": 1})
+    with ranks(tmp_path / "train", recipe, 2) as running:
+        assert running.codes() == [0, 0], running.log(0)
+    data = write_data(tmp_path / "many", 1000)
+    arguments = [
+        "--trained",
+        str(output),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--batch",
+        "1",
+    ]
+    script = "launch/evaluate.py"
+    with ranks(tmp_path / "logs", output / "config.yaml", 2, *arguments, script=script) as running:
+        running.wait_until(lambda: "evaluating:" in running.log(0))
+        running.signal(1, signal.SIGKILL)
+        assert running.processes[0].wait(60) == STALLED, running.log(0)
+        assert "error: rank 1 (host " in running.log(0) and "evaluating" in running.log(0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_slow_rank_is_left_alone(setting, tmp_path):

@@ -38,7 +38,6 @@ def scored(setting, batch, world=1):
             EvalStream(samples, collator, batch=batch, rank=rank, world=world),
             torch.device("cpu"),
             lambda part: [part],
-            show_progress=False,
         )
         for rank in range(world)
     ]
