@@ -36,6 +36,10 @@ class DataError(GemoeError, RuntimeError):
     """A data folder, a sample or an image cannot be used."""
 
 
+class ImageError(DataError):
+    """An image cannot be decoded."""
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn a `GemoeError` into one `error: ...` line on stderr and exit code 2; `Stopped` into 75.

@@ -123,6 +123,9 @@ class DataConfig(ConfigModel):
     tokenizer: str = Field(description="folder of a Hugging Face tokenizer")
     max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
     threads: int = Field(2, ge=1, description="reader threads of each rank")
+    max_broken: int = Field(
+        10, ge=0, description="broken images that a rank leaves out before the run stops"
+    )
 
 
 class OptimConfig(ConfigModel):

@@ -20,7 +20,7 @@ from torch import Tensor
 from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout, LaidImage
 from gemoe_ds.data.sample import Sample
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import DataError, ImageError
 
 IGNORE = -100
 
@@ -91,6 +91,7 @@ class Encoded:
     is_vision: list[bool] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
     image: LaidImage | None = None
+    counts: bool = True  # or it is padding from end to end
 
     def add(self, ids: list[int], *, labels: list[int] | None = None, turn: int = -1) -> None:
         self.input_ids += ids
@@ -162,6 +163,12 @@ class Collator:
                 f"sample {sample.id}: no answer fits into max_length={self.max_length} tokens "
                 "(data.max_length); raise it or remove the sample"
             )
+        return encoded
+
+    def empty(self, row: int, sample: Sample) -> Encoded:
+        """The place of a sample that is left out: the others keep theirs."""
+        encoded = Encoded(row, sample.id, counts=False)
+        encoded.add([self.tokenizer.pad_token_id])
         return encoded
 
     def prompt(self, row: int, sample: Sample) -> Encoded:
@@ -261,7 +268,9 @@ class Collator:
         return Batch(
             input_ids_BS=padded("input_ids", self.tokenizer.pad_token_id),
             labels_BS=padded("labels", IGNORE),
-            is_valid_BS=_padded([[1] * len(e.input_ids) for e in encoded], length, 0, left).bool(),
+            is_valid_BS=_padded(
+                [[int(e.counts)] * len(e.input_ids) for e in encoded], length, 0, left
+            ).bool(),
             is_vision_BS=padded("is_vision", False).bool(),
             turn_BS=padded("turn", -1).to(torch.int16),
             images=self._images(encoded, padded("feature", -1)),
@@ -288,13 +297,13 @@ class Collator:
 
 
 def decode_image(sample: Sample) -> Image.Image:
-    """The image of a sample in RGB; DataError naming the sample if it is broken."""
+    """The image of a sample in RGB; ImageError naming the sample if it is broken."""
     assert sample.image is not None
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on broken files
-        raise DataError(
+        raise ImageError(
             f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
         ) from error
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from gemoe_ds.data.collate import Batch, Collator, Encoded
+from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import SampleFolder
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import DataError, ImageError
 
 ENDLESS = 2**40  # samples
 
@@ -25,17 +26,23 @@ def _import_grain() -> ModuleType:
 
 
 class _Source:
-    """A SampleFolder as grain wants it: row number -> encoded sample."""
+    """A SampleFolder as grain wants it: row number -> encoded sample, nothing of a broken one."""
 
-    def __init__(self, samples: SampleFolder, collator: Collator) -> None:
+    def __init__(self, samples: SampleFolder, collator: Collator, broken: Quarantine) -> None:
         self.samples = samples
         self.collator = collator
+        self.broken = broken
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, row: int) -> Encoded:
-        return self.collator.encode(int(row), self.samples[int(row)])
+        row, sample = int(row), self.samples[int(row)]
+        try:
+            return self.collator.encode(row, sample)
+        except ImageError as error:
+            self.broken.admit(sample.id, error)
+            return self.collator.empty(row, sample)
 
 
 class TrainStream:
@@ -58,14 +65,17 @@ class TrainStream:
         world: int,
         threads: int,
         start_step: int = 0,
+        broken: Quarantine | None = None,
     ) -> None:
+        """`broken` takes samples whose image cannot be decoded; without it the first one stops."""
+        broken = broken or Quarantine(0)
         if len(samples) < micro_batch:
             raise DataError(
                 f"{samples.path}: {len(samples)} samples do not fill "
                 f"train.micro_batch={micro_batch}"
             )
         grain = _import_grain()
-        order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
+        order = grain.MapDataset.source(_Source(samples, collator, broken)).seed(seed).shuffle()
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
         endless = order.repeat(ENDLESS // len(samples))
         blocks = endless.batch(micro_batch, batch_fn=collator.batch)[rank::world]

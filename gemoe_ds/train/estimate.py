@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +16,13 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import read_file
 from gemoe_ds.data.collate import IGNORE, Batch, Collator
 from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.errors import DataError, ImageError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.phases import peak_host_memory
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
-_LOOKED_AT = 256  # samples
+_LOOKED_AT, _SECONDS = 256, 5.0  # samples, and how long they may take
 _DEFAULT_BUCKET = 5e8  # DeepSpeed's, numbers
 
 # Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine adds, and oneDNN's
@@ -150,8 +153,14 @@ def _buckets(config: RunConfig, trained: int, stage: int, on_gpu: bool) -> int:
 
 def _largest(samples: SampleFolder, collator: Collator, config: RunConfig) -> Batch:
     """The longest of the first samples, as many as a micro-batch has."""
-    rows = range(min(_LOOKED_AT, len(samples)))
-    encoded = [collator.encode(row, samples[row]) for row in rows]
+    encoded, end = [], time.monotonic() + _SECONDS
+    for row in range(min(_LOOKED_AT, len(samples))):
+        with suppress(ImageError):
+            encoded.append(collator.encode(row, samples[row]))
+        if time.monotonic() > end and len(encoded) >= config.train.micro_batch:
+            break
+    if not encoded:
+        raise DataError(f"{samples.path}: no image of the first samples can be decoded")
     encoded.sort(key=lambda e: len(e.input_ids), reverse=True)
     most = encoded[: config.train.micro_batch]
     return collator.batch(most)

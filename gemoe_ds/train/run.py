@@ -12,6 +12,7 @@ from gemoe_ds.cluster.together import stop_together
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.dataset import TrainStream
+from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine import checkpoint, manifest
 from gemoe_ds.engine.build import group_summary, initialize
@@ -77,7 +78,9 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         say(world, group_summary(model, config.optim))
         if found:
             say(world, f"resumed from {found.folder}")
-        stream = _stream(config, samples, model, world, start_step)
+        listed = None if dry_run else output / "quarantine" / f"rank-{world.rank:05d}.jsonl"
+        broken = Quarantine(config.data.max_broken, listed)
+        stream = _stream(config, samples, model, world, start_step, broken)
 
         if dry_run:
             trainer = Trainer(config, model, engine, stream, world, None, None, stop=stop)
@@ -153,9 +156,12 @@ def check(config: RunConfig) -> None:
 
 def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: ExpertShard) -> None:
     """Refuse hosts and ranks that are not fit for this run. Collective."""
-    needed = estimate(config, samples, world.size, world.device).total
-    if world.device.type == "cpu":
-        needed -= peak_host_memory()  # what this process has already
+    needed = None
+    if world.is_first:
+        needed = estimate(config, samples, world.size, world.device).total
+        if world.device.type == "cpu":
+            needed -= peak_host_memory()  # what this process has already
+    (needed, *_) = gather_objects(needed)
     ep_size = config.parallel.ep_size
     for line in preflight(world, Path(config.output_dir), ep_size, needed, shard.groups):
         say(world, line)
@@ -213,7 +219,12 @@ def _base_checksum(config: RunConfig) -> str:
 
 
 def _stream(
-    config: RunConfig, samples: SampleFolder, model: MoEModel, world: World, start_step: int
+    config: RunConfig,
+    samples: SampleFolder,
+    model: MoEModel,
+    world: World,
+    start_step: int,
+    broken: Quarantine,
 ) -> TrainStream:
     return TrainStream(
         samples,
@@ -225,6 +236,7 @@ def _stream(
         world=world.size,
         threads=config.data.threads,
         start_step=start_step,
+        broken=broken,
     )
 
 

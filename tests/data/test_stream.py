@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.dataset import EvalStream, TrainStream
+from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
 from gemoe_ds.errors import DataError
 from tests.tiny import write_tokenizer
@@ -134,6 +137,39 @@ def test_a_broken_image_stops_the_stream_with_one_line(setting, tmp_path):
     with pytest.raises(DataError, match="^sample bad: its image cannot be decoded") as error:
         ledger((open_samples(tmp_path / "data"), collator), 1, batch=2)
     assert "\n" not in str(error.value)
+
+
+def test_broken_images_are_left_out_and_the_others_keep_their_places(setting, tmp_path):
+    good, collator = setting
+    spoiled = {3, 11}
+    harmed = (
+        replace(good[row], image=b"no image") if row in spoiled else good[row]
+        for row in range(len(good))
+    )
+    write_samples(harmed, tmp_path / "data", source="test")
+    samples = open_samples(tmp_path / "data")
+    broken = Quarantine(2, tmp_path / "list.jsonl")
+    common = dict(seed=0, micro_batch=2, accumulation=1, rank=0, world=1, threads=2)
+    whole = TrainStream(good, collator, **common)
+    stream = TrainStream(samples, collator, **common, broken=broken)
+    for _ in range(len(good)):  # two passes
+        ((batch,), (other,)) = next(whole), next(stream)
+        assert other.rows == batch.rows
+        for index, row in enumerate(other.rows):
+            if row in spoiled:
+                assert not other.is_valid_BS[index].any()
+                assert (other.labels_BS[index] == -100).all()
+            else:
+                count = int(batch.is_valid_BS[index].sum())
+                same = batch.input_ids_BS[index, :count] == other.input_ids_BS[index, :count]
+                assert same.all() and int(other.is_valid_BS[index].sum()) == count
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert {entry["id"] for entry in listed} == {good[row].id for row in spoiled}
+    assert len(listed) == 2 and all("cannot be decoded" in entry["reason"] for entry in listed)
+    one_too_many = TrainStream(samples, collator, **common, broken=Quarantine(1))
+    with pytest.raises(DataError, match=r"data.max_broken=1 are left out"):
+        for _ in range(len(good)):
+            next(one_too_many)
 
 
 def test_grain_does_not_talk_about_jax():
