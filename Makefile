@@ -43,7 +43,8 @@ test-slow: setup
 
 # A real SLURM of two nodes, mpirun and so on, on this machine alone. Needs root; Debian or Ubuntu.
 cluster-tools:
-	apt-get install -y --no-install-recommends slurm-wlm munge openmpi-bin libopenmpi-dev openssh-server openssh-client pdsh iproute2
+	apt-get update
+	apt-get install -y --no-install-recommends slurm-wlm munge openmpi-bin libopenmpi-dev openssh-server openssh-client pdsh iproute2 chromium fonts-dejavu-core
 
 # The faults of docs/launching.md, planted one by one, and 50 random signals: results/faults.json.
 faults: setup

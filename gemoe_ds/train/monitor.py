@@ -54,7 +54,7 @@ class StatSum:
 
 
 class Monitor:
-    """Writer of scalars, histograms and figures; only the first rank makes one.
+    """Writer of scalars and histograms; only the first rank makes one.
 
     On resume, what a lost stretch of the run had written after `start_step` is dropped, so that no
     step appears twice.
