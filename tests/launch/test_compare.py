@@ -19,9 +19,13 @@ def grid():
     return Grid.read(repository() / GRID, (0, 1, 2), None)
 
 
+# Of issue 5; evolve has no k to compare. A newcomer's router is in it when its author says so.
+FIELD = {"top_k", "gemoe", "dynmoe", "top_p", "adamoe", "moepp", "remoe", "ada_k", "ltdr", "evomoe"}
+
+
 def test_every_method_of_the_field_is_in_it(grid):
     compared = {row["router"]["name"] for row in grid.methods.values()}
-    assert compared == set(Router.names()) - {"evolve"}, "a new router gets a row in the grid"
+    assert compared >= FIELD and compared <= set(Router.names())
 
 
 def test_rows_differ_in_the_router_and_its_rate_alone(grid, monkeypatch):
