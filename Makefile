@@ -22,7 +22,11 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume bench full-size full-size-gpu check format setup clean
+.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume bench full-size full-size-gpu check format setup clean
+
+# Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
+trial: setup
+	@$(BIN)/python launch/trial.py
 
 demo: setup
 	@$(BIN)/python launch/demo.py

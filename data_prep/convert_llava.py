@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """LLaVA-format JSON + image folder -> checked parquet shards (gemoe_ds/data/sample.py).
 
 Reads what LLaVA-Pretrain (558k) and mix665k hold: `<image>` first or last in the first question,

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The digits of scikit-learn (1,797 real scans of 8 x 8 pixels) as LLaVA-format conversations."""
 
 from __future__ import annotations

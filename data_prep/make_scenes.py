@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the demo's data: seeded drawn scenes with conversations, in LLaVA-1.5's format.
 
 Question kinds: `name` asks for knowledge about an object that the question describes in full,

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a tokenizer on converted samples and save it as a transformers folder."""
 
 from __future__ import annotations

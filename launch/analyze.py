@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluation folders -> results.json, report.md, figures, and the table on the terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Time the MoE layer against its peers on this machine: results/bench_DEVICE.json, .md and .png.
 
 One command on any device; it starts the expert-parallel parts with torchrun by itself. Every

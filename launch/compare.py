@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Every routing method on the demo's backbone, three seeds each: the paper's tables 1, 2 and 5.
 
 Trains and scores the grid of launch/grids/demo.yaml; same samples, steps and learning rate for all.

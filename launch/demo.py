@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The main job in small, step by step: data, pretraining, GeMoE and its baselines, the report.
 
 Every step is one command that can be typed by hand; `--list` prints them all. A finished step is

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Check hosts and ranks for a recipe, without loading a model: start it as the run would be.
 
     deepspeed --hostfile hosts launch/doctor.py RECIPE [key.path=value ...]

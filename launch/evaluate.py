@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Score a run, or the untouched backbone at several k, on held-out conversations.
 
     launch/evaluate.py RECIPE --k 8 5 2 --data TEST --out DIR      static top-k, as the backbone is

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write a trained run as a Hugging Face folder.
 
     launch/export.py RUN/config.yaml --trained RUN --out FOLDER

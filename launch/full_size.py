@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Backbones at their true sizes on this machine: results/full_size.json, or full_size_gpu.json.
 
 For each: a checkpoint in its public layout with random weights, loaded on --ranks ranks with expert

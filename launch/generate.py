@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write answers with a trained run, or the untouched backbone at several k, and what they cost.
 
     launch/generate.py RECIPE --k 8 --data TEST --out DIR                    as the backbone is

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Pretrain a small vision tower on captions; a fresh `tiny` backbone starts from it.
 
 launch/pretrain_vision.py launch/recipes/demo_pretrain.yaml --out runs/demo/vision

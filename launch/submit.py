@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Start a recipe on a cluster.
 
     launch/submit.py RECIPE --nodes 4                     a SLURM job: rendered, kept, submitted
@@ -64,6 +65,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         tuple(arguments.hosts),
         arguments.master_port,
         sbatch,
+        Job.concerning_ranks(os.environ),
     )
 
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a recipe: under `deepspeed`, `torchrun`, `srun`, `mpirun`, or alone."""
 
 from __future__ import annotations

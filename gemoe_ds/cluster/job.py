@@ -17,6 +17,7 @@ from gemoe_ds.errors import ConfigError
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
 TEMPLATE = Path("launch/slurm/train.sbatch")
 PORT = 29500
+FOR_RANKS = ("NCCL_", "GLOO_", "OMP_", "DS_", "HF_", "GEMOE_")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class Job:
     hosts: tuple[str, ...] = ()
     port: int = PORT
     sbatch: Mapping[str, str] = field(default_factory=dict)  # --time and so on, by name
+    variables: tuple[str, ...] = ()  # of the environment, that ssh would not carry over
 
     def __post_init__(self) -> None:
         if self.hosts and len(self.hosts) != self.nodes:
             raise ConfigError(
                 f"--hosts names {len(self.hosts)} hosts and --nodes is {self.nodes}; leave one out"
             )
+
+    @staticmethod
+    def concerning_ranks(environment: Mapping[str, str]) -> tuple[str, ...]:
+        """The names of what a user has set for ranks."""
+        return tuple(sorted(name for name in environment if name.startswith(FOR_RANKS)))
 
     @property
     def script(self) -> list[str]:
@@ -86,6 +93,7 @@ class Job:
             slots = ",".join(f"{host}:{self.ranks_per_node}" for host in self.hosts)
             where = ["--host", slots] if slots else []
             given = ["-x", "PATH", "-x", f"MASTER_PORT={self.port}"]
+            given += [word for name in self.variables for word in ("-x", name)]
             return ["mpirun", "-np", str(ranks), *where, *given, "python", *self.script]
         raise AssertionError(launcher)
 

@@ -67,6 +67,13 @@ class Slurm:
                 os.kill(int(path.read_text()), signal.SIGTERM)
         time.sleep(1)
 
+    def lose(self, node: str) -> None:
+        """As if its power was cut: the daemon is gone, and SLURM finds out by itself."""
+        os.kill(int((self.folder / f"run/slurmd-{node}.pid").read_text()), signal.SIGKILL)
+
+    def revive(self, node: str) -> None:
+        self.call("slurmd", "-f", str(self.config), "-N", node)
+
     def call(self, *command: str, cwd: Path | None = None, **changes: str) -> str:
         done = subprocess.run(
             command, env=self.environment | changes, cwd=cwd, capture_output=True, text=True
@@ -84,6 +91,13 @@ class Slurm:
         while (now := self.state(job)) != state:
             assert time.monotonic() < end and now not in ENDED, f"job {job} is {now}, not {state}"
             time.sleep(0.3)
+
+    def wait_for_all(self, timeout: float) -> None:
+        """Until no job waits or runs."""
+        end = time.monotonic() + timeout
+        while left := self.call("squeue", "-h", "-o", "%i %T").split("\n")[:-1]:
+            assert time.monotonic() < end, left
+            time.sleep(1)
 
     def start_now(self, job: str) -> None:
         """A requeued job waits for two minutes before it may start; here it need not."""

@@ -1,33 +1,32 @@
-"""Real sbatch and srun on two nodes: trained, warned, preempted, requeued, and as if uncut."""
+"""Real sbatch and srun on two nodes, the demo's recipe: trained, warned, preempted, robbed of a
+rank and of a node, requeued, and as if uncut."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from gemoe_ds.train.ledger import read_ledger
 from tests.cluster.launches import metrics
 from tests.cluster.slurm import slurm, why_not
-from tests.cluster.test_stopping import write_recipe
+from tests.cluster.trial import RECIPE, options, write_trial
 from tests.helpers import repository
-from tests.train.resuming import write_setting
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
     pytest.mark.timeout(600),
 ]
-STEPS = {"train": {"steps": 600, "micro_batch": 1, "global_batch": 2}}  # some 20 seconds
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    return write_setting(tmp_path_factory.mktemp("slurm"))
+def trial(tmp_path_factory):
+    return write_trial(tmp_path_factory.mktemp("trial"))
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,10 @@ def cluster(tmp_path_factory):
         yield running
 
 
-def submit(cluster, recipe, *arguments: str, nodes: int = 2) -> str:
+def submit(cluster, *arguments: str, nodes: int = 2) -> str:
     said = cluster.call(
-        *(sys.executable, "launch/submit.py", str(recipe), "--nodes", str(nodes)),
-        *("--ranks-per-node", "1", "--no-gpus", "--cpus-per-task", "1", *arguments),
+        *(sys.executable, "launch/submit.py", RECIPE, *arguments, "--nodes", str(nodes)),
+        *("--ranks-per-node", "1", "--no-gpus", "--cpus-per-task", "1"),
         cwd=repository(),
         DS_ACCELERATOR="cpu",
         OMP_NUM_THREADS="1",
@@ -77,22 +76,37 @@ def losses(output) -> dict[int, float]:
     return dict(found)
 
 
+def rank_on(node: str, recipe: str) -> int:
+    """The process of the only rank there."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has gone
+            continue
+        if recipe.encode() in words and f"SLURMD_NODENAME={node}".encode() in variables:
+            if b"launch/train.py" in words and words[0].endswith(b"python"):
+                return int(folder.name)
+    raise AssertionError(f"no rank on {node}")
+
+
 @pytest.fixture(scope="module")
-def uncut(setting, cluster):
-    recipe, output = write_recipe(setting, setting["root"] / "uncut", **STEPS)
-    job = submit(cluster, recipe)
-    cluster.wait_for_state(job, "COMPLETED", 200)
+def uncut(trial, cluster):
+    output = trial / "uncut"
+    job = submit(cluster, *options(trial, output))
+    cluster.wait_for_state(job, "COMPLETED", 300)
+    assert "preflight: 2 ranks on 1 hosts are fit" in log_of(job)
     next(repository().glob(f"*-{job}.log")).unlink()
     return losses(output), read_ledger(output)
 
 
-@pytest.mark.parametrize("how", ["warned", "preempted", "a node is lost"])
+@pytest.mark.parametrize("how", ["warned", "preempted", "a rank is lost", "a node is lost"])
 def test_a_job_that_is_cut_goes_on_as_if_it_was_not(
-    setting, cluster, uncut, tmp_path, forget_logs, how
+    trial, cluster, uncut, tmp_path, forget_logs, how
 ):
-    recipe, output = write_recipe(setting, tmp_path, **STEPS, checkpoint={"every": 50, "keep": 2})
-    job = submit(cluster, recipe)
-    wait_for_step(output, 60)
+    output = tmp_path / "run"
+    job = submit(cluster, *options(trial, output, "checkpoint.every=10"))
+    wait_for_step(output, 25)
     if how == "warned":
         cluster.call("scancel", "--signal=USR1", f"{job}.0")
     elif how == "preempted":
@@ -101,24 +115,33 @@ def test_a_job_that_is_cut_goes_on_as_if_it_was_not(
             *("--wrap", "sleep 5"),
         ).split()[-1]
         cluster.wait_for_state(urgent, "COMPLETED")
-    else:  # as SLURM sees it: the ranks of one node are gone
-        found = subprocess.run(
-            ["pgrep", "-f", f"launch/train.py {recipe}"], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(found[-1]), signal.SIGKILL)
+    elif how == "a rank is lost":
+        os.kill(rank_on("n2", RECIPE), signal.SIGKILL)
+    else:
+        rank = rank_on("n2", RECIPE)
+        cluster.lose("n2")
+        os.kill(rank, signal.SIGKILL)
+        cluster.wait_for_state(job, "PENDING")
+        cluster.revive("n2")
     cluster.start_now(job)
-    cluster.wait_for_state(job, "COMPLETED", 200)
+    cluster.wait_for_state(job, "COMPLETED", 300)
     said = log_of(job)
     assert "resumed from" in said, said[-3000:]
-    if how != "a node is lost":
+    if how in ("warned", "preempted"):
         assert "stopped: SIG" in said and "after step" in said, said[-3000:]
+    else:
+        assert "error: rank 1 (host " in said, said[-3000:]
     assert losses(output) == uncut[0]
     assert read_ledger(output) == uncut[1]
 
 
-def test_a_mistake_is_not_requeued(setting, cluster, tmp_path, forget_logs):
-    recipe, output = write_recipe(setting, tmp_path, **STEPS)
-    job = submit(cluster, recipe)
-    recipe.unlink()
-    cluster.wait_for_state(job, "FAILED")
+def test_a_mistake_is_not_requeued(trial, cluster, tmp_path, forget_logs):
+    moved = trial.with_name("moved")
+    output = tmp_path / "run"
+    job = submit(cluster, *options(trial, output))
+    trial.rename(moved)  # while the job waits
+    try:
+        cluster.wait_for_state(job, "FAILED")
+    finally:
+        moved.rename(trial)
     assert "error: " in log_of(job) and not output.exists()

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -27,9 +29,17 @@ CASES = {
 }
 
 
+@contextlib.contextmanager
+def as_a_user():
+    """In the checkout, with a variable that ranks need and one that they do not."""
+    own = {"GLOO_SOCKET_IFNAME": "ib0", "HOME": "/root"}
+    with mock.patch.dict(os.environ, own, clear=True), contextlib.chdir(repository()):
+        yield
+
+
 def printed(name: str) -> str:
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.chdir(repository()):
+    with as_a_user(), contextlib.redirect_stdout(said):
         main([*CASES[name], "--dry-run"])
     return said.getvalue()
 

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Something to try a launcher with, in a minute: data and a small backbone in runs/trial.
+
+Then launch/recipes/trial.yaml trains GeMoE on it, for 120 steps, on one rank or two. The same
+scripts as `make demo` with fewer scenes and two steps of pretraining: it learns nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+
+from launch.demo import RECIPES, python_step
+from launch.steps import Progress, Step, run_steps
+
+TRIAL = Path("runs/trial")
+
+
+def trial_steps(root: Path) -> list[Step]:
+    scenes, recipe = root / "scenes", RECIPES / "trial_pretrain.yaml"
+    places = f"data.train={root}/data/train data.tokenizer={root}/tokenizer"
+    steps = [
+        python_step(
+            "scenes",
+            f"data_prep/make_scenes.py --out {scenes} --train 300 --validation 20 --test 20",
+            scenes,
+            seconds=6,
+        )
+    ]
+    for split in ("train", "test"):
+        steps.append(
+            python_step(
+                f"convert_{split}",
+                f"data_prep/convert_llava.py --json {scenes}/{split}.json "
+                f"--kinds {scenes}/{split}_kinds.json --images {scenes}/images "
+                f"--out {root}/data/{split}",
+                root / "data" / split,
+                seconds=4,
+                needs=("scenes",),
+            )
+        )
+    steps.append(
+        python_step(
+            "tokenizer",
+            f"data_prep/train_tokenizer.py --data {root}/data/train --out {root}/tokenizer",
+            root / "tokenizer",
+            seconds=5,
+            needs=("convert_train",),
+        )
+    )
+    steps.append(
+        python_step(
+            "pretrain",
+            f"launch/train.py {recipe} {places} output_dir={root}/pretrain --resume auto",
+            root / "pretrain",
+            seconds=15,
+            needs=("tokenizer",),
+        )
+    )
+    return steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=TRIAL, help=f"folder (default: {TRIAL})")
+    root = parser.parse_args().out
+    os.chdir(Path(__file__).resolve().parent.parent)
+    steps = trial_steps(root)
+    code = run_steps(steps, Progress(root / "steps", steps))
+    if code == 0 and root == TRIAL:
+        print("   now, for example: launch/train.py launch/recipes/trial.yaml")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
