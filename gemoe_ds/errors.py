@@ -36,8 +36,24 @@ class DataError(GemoeError, RuntimeError):
     """A data folder, a sample or an image cannot be used."""
 
 
+class OutputError(GemoeError, OSError):
+    """What a run leaves behind cannot be written: a full disk, or one that has gone."""
+
+
 class ImageError(DataError):
     """An image cannot be decoded."""
+
+
+@contextmanager
+def writing_to(folder: object) -> Iterator[None]:
+    """Turn what the disk refuses into an `OutputError` that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"output_dir={folder} cannot be written to: {error.strerror or error}; its whole "
+            "checkpoints stay; make room, or bring it back, and start the same command again"
+        ) from error
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.position import HERE
 
 PACKAGES = ("gemoe-ds", "torch", "deepspeed", "transformers")
-FREE_DISK = 2 * 2**30  # bytes
+FREE_DISK = 16 * 2**20  # bytes, beside checkpoints: metrics and so on
 _VISIBLE_SECONDS = 10.0  # for a shared file system to show a new file
 _PROBE = 2**22  # bytes of the probes of bandwidth
 
@@ -73,15 +73,18 @@ def preflight(
     ep_size: int,
     needed: int | None = None,
     groups: Mapping[str, Any] | None = None,
+    on_disk: int = 0,
 ) -> list[str]:
     """Check all ranks; the lines to print. Collective; raises ConfigError on all ranks.
 
     `needed`: bytes of memory that a rank will need beside what it has, if they were estimated.
-    `groups`: process groups beside that of all ranks, by name, to be warmed up too.
+    `groups`: process groups beside that of all ranks, by name, to be warmed up too. `on_disk`:
+    bytes of the checkpoints that will be kept.
     """
     HERE.enter("preflight")
     passports = gather_objects(Passport.of(world, output))
-    found = list(faults(passports, output, needed, on_gpu=world.device.type == "cuda"))
+    on_gpu = world.device.type == "cuda"
+    found = list(faults(passports, output, needed, on_disk + FREE_DISK, on_gpu=on_gpu))
     if found:
         raise ConfigError("; ".join(found))
     lines = list(remarks(passports, ep_size))
@@ -92,7 +95,7 @@ def preflight(
 
 
 def faults(
-    passports: list[Passport], output: Path, needed: int | None, *, on_gpu: bool
+    passports: list[Passport], output: Path, needed: int | None, on_disk: int, *, on_gpu: bool
 ) -> Iterator[str]:
     """One line each; no fault, no line."""
     first = passports[0]
@@ -114,10 +117,11 @@ def faults(
                 f"{_who(rank, theirs)} does not see what rank 0 (host {first.host}) writes to "
                 f"output_dir={output}; put it on a file system that all hosts share"
             )
-        if theirs.free_disk < FREE_DISK:
+        if theirs.free_disk < on_disk:
             yield (
-                f"{_who(rank, theirs)} has {theirs.free_disk / 2**30:.1f} GiB free for output_dir="
-                f"{output}, {FREE_DISK / 2**30:.0f} are wanted; free some, or choose another folder"
+                f"{_who(rank, theirs)} has {_gib(theirs.free_disk)} free for output_dir={output}, "
+                f"and {_gib(on_disk)} may be written; free some, lower checkpoint.keep, or choose "
+                "another folder"
             )
     holders: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, theirs in enumerate(passports):
@@ -134,8 +138,8 @@ def faults(
             free = theirs.free_memory // (1 if on_gpu else on_host[theirs.host])
             if needed > free:
                 yield (
-                    f"{_who(rank, theirs)} has {free / 2**30:.1f} GiB of memory free, "
-                    f"{needed / 2**30:.1f} are estimated; lower train.micro_batch, set "
+                    f"{_who(rank, theirs)} has {_gib(free)} of memory free, "
+                    f"{_gib(needed)} more are estimated; lower train.micro_batch, set "
                     "model.recompute=true, or raise parallel.ep_size"
                 )
 
@@ -160,6 +164,10 @@ def remarks(passports: list[Passport], ep_size: int) -> Iterator[str]:
             f"slow: parallel.ep_size={ep_size} exceeds the {smallest} ranks of a host: every layer "
             "crosses the network"
         )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _who(rank: int, passport: Passport) -> str:

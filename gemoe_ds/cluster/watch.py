@@ -92,8 +92,7 @@ class Watch:
         code = MISTAKE if isinstance(error, GemoeError) else STALLED if lost_a_peer else BUG
         verdict = {"rank": self.rank, "words": f"failed: {words}", "code": code}
         self._put(_VERDICT, json.dumps(verdict))
-        if not isinstance(error, GemoeError):  # which it says itself, at once
-            self._let_others_read()
+        self._let_others_read()
 
     def _let_others_read(self) -> None:
         """The store goes with the first rank, and the verdict with it."""

@@ -49,6 +49,8 @@ class Saver:
         self.engine, self.model, self.world = engine, model, world
         self.root = output / "checkpoints"
         self.identity, self.extra, self.keep = identity, extra or {}, keep
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._place = _place(self.root)
         self.last: Path | None = None
         self._writing: _Job | None = None
         self._committing: _Job | None = None
@@ -72,7 +74,7 @@ class Saver:
         self._cancel.clear()
         self._all_written.clear()
         if self.world.rank in self._owners.ranks:
-            self._writing = _Job(lambda: write_part(temporary, self.world.rank, weights, adam))
+            self._writing = _Job(lambda: self._write(temporary, weights, adam))
         if self.world.is_first:
             self._committing = _Job(
                 lambda: commit_parts(
@@ -85,6 +87,12 @@ class Saver:
                     cancel=self._cancel,
                 )
             )
+
+    def _write(self, temporary: Path, weights: dict[str, Tensor], adam: dict[str, Tensor]) -> None:
+        """Never into a new folder under the old name: the older checkpoints are not in it."""
+        if _place(self.root) != self._place:
+            raise OSError(f"{self.root} is not the folder any more that the run began in")
+        write_part(temporary, self.world.rank, weights, adam)
 
     def wait(self) -> Path | None:
         """Wait until the save under way, if any, is on disk; the newest checkpoint. Collective.
@@ -112,9 +120,10 @@ class Saver:
 
     def finish_alone(self) -> None:
         """On the way out after an error: let a save under way end, without the other ranks."""
-        for job in (self._writing, self._committing):
-            if job:
-                job.join(timeout=30.0)
+        if self._writing and self._writing.join(timeout=30.0):
+            self._cancel.set()  # what this rank could not write will never be whole
+        if self._committing:
+            self._committing.join(timeout=30.0)
 
     def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What this rank owns, copied; every rank takes part, for ZeRO gathers across them."""
@@ -230,6 +239,15 @@ class _Job:
     def join(self, timeout: float | None = None) -> str | None:
         self._thread.join(timeout)
         return self.failure
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What a folder is, whatever its name; None if it has gone."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _copied(tensor: Tensor) -> Tensor:

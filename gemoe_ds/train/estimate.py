@@ -39,6 +39,7 @@ class Estimate:
 
     parts: dict[str, int]
     on_gpu: bool
+    checkpoint: int = 0  # bytes of one on disk, of all ranks together
 
     @property
     def total(self) -> int:
@@ -97,7 +98,7 @@ def estimate(
         stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
         held = _HELD[config.model.train] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
         parts["free, but held by the C library"] = round(held * sum(stored.values()))
-    return Estimate(parts, shape.on_gpu)
+    return Estimate(parts, shape.on_gpu, _checkpoint(config, hf, blocks, routers))
 
 
 def _weights(
@@ -134,6 +135,18 @@ def _weights(
         "copy for the first step's check": trained * WEIGHT,
         "buckets of gradients": _buckets(config, trained, stage, on_gpu),
     }
+
+
+def _checkpoint(
+    config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], routers: list[Router]
+) -> int:
+    """What trains, and its moments."""
+    trained = sum(p.numel() for r in routers for p in r.parameters() if p.requires_grad)
+    if config.model.train != "routers":
+        trained += sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks)
+    if config.model.train == "all":
+        trained = sum(p.numel() for p in hf.parameters()) + trained
+    return trained * (WEIGHT + 2 * MOMENT)
 
 
 def _buckets(config: RunConfig, trained: int, stage: int, on_gpu: bool) -> int:

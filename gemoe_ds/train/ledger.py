@@ -32,7 +32,7 @@ class Ledger:
 def forget_after(output: Path, step: int) -> None:
     """Drop what a lost stretch of the run has written after `step`."""
     for path in (output / FOLDER).glob("rank-*.jsonl"):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")
 
 
@@ -40,7 +40,7 @@ def read_ledger(output: Path) -> dict[int, list[str]]:
     """Step -> ids of its samples, in the order of the run's one endless shuffled list."""
     blocks: dict[int, dict[int, list[str]]] = {}
     for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
-        for line in map(json.loads, _whole_lines(path)):
+        for line in map(json.loads, whole_lines(path)):
             blocks.setdefault(line["step"], {})[line["micro_batch"]] = line["ids"]
     return {
         step: [i for _, ids in sorted(of_step.items()) for i in ids]
@@ -48,6 +48,6 @@ def read_ledger(output: Path) -> dict[int, list[str]]:
     }
 
 
-def _whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
     """All lines but a last one that a crash has cut."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]

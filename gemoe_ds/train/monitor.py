@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.moe.context import Stat
+from gemoe_ds.train.ledger import whole_lines
 
 METRICS = "metrics.jsonl"
 
@@ -64,9 +65,8 @@ class Monitor:
         self.path = output / METRICS
         kept = []
         if start_step and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+            kept = [x for x in whole_lines(self.path) if json.loads(x)["step"] <= start_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         self.board = (
             SummaryWriter(output / "tensorboard", purge_step=start_step + 1)
@@ -76,17 +76,14 @@ class Monitor:
 
     def write(self, step: int, values: dict[str, float | Tensor]) -> None:
         """Scalars and vectors of one step; a vector is a histogram on TensorBoard."""
-        line: dict[str, object] = {"step": step}
-        for name, value in values.items():
-            tensor = torch.as_tensor(value)
-            line[name] = tensor.tolist()
-            if self.board is None:
-                continue
+        tensors = {name: torch.as_tensor(value) for name, value in values.items()}
+        line = {"step": step} | {name: tensor.tolist() for name, tensor in tensors.items()}
+        self.file.write(json.dumps(line) + "\n")
+        for name, tensor in tensors.items() if self.board else ():
             if tensor.dim() == 0:
                 self.board.add_scalar(name, tensor.item(), step)
             elif tensor.sum() > 0:
                 self._histogram(name, tensor, step)
-        self.file.write(json.dumps(line) + "\n")
 
     def _histogram(self, name: str, counts_N: Tensor, step: int) -> None:
         """Counts of the values 0..N-1 as a TensorBoard histogram, without expanding them."""

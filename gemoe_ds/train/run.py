@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gemoe_ds.engine.distributed import World, distributed, gather_objects
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.errors import ConfigError, writing_to
 from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
 from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
@@ -131,16 +132,16 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 ).run()
         except BaseException:
             saver.finish_alone()
+            with suppress(OSError):  # of which a full disk has been said already
+                _close(monitor, ledger)
             raise
-        finally:
-            for open_file in (monitor, ledger):
-                if open_file:
-                    open_file.close()
         with phases("last save"):
             last = saver.wait()
         assert last is not None, "the trainer saves its last step"
-        if world.is_first:
-            phases.write(output)
+        with writing_to(output):
+            _close(monitor, ledger)
+            if world.is_first:
+                phases.write(output)
         say(world, f"saved {last}")
         if config.model.train == "all":
             _save_pretrained(model, last, world, output / HF_FOLDER)
@@ -156,14 +157,15 @@ def check(config: RunConfig) -> None:
 
 def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: ExpertShard) -> None:
     """Refuse hosts and ranks that are not fit for this run. Collective."""
-    needed = None
+    memory = on_disk = None
     if world.is_first:
-        needed = estimate(config, samples, world.size, world.device).total
-        if world.device.type == "cpu":
-            needed -= peak_host_memory()  # what this process has already
-    (needed, *_) = gather_objects(needed)
-    ep_size = config.parallel.ep_size
-    for line in preflight(world, Path(config.output_dir), ep_size, needed, shard.groups):
+        expected = estimate(config, samples, world.size, world.device)
+        has = peak_host_memory() if world.device.type == "cpu" else 0  # this process, already
+        memory = expected.total - has
+        on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
+    (memory, on_disk), *_ = gather_objects((memory, on_disk))
+    ep_size, output = config.parallel.ep_size, Path(config.output_dir)
+    for line in preflight(world, output, ep_size, memory, shard.groups, on_disk):
         say(world, line)
 
 
@@ -191,6 +193,12 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
         print(f"set aside: {folder}, from after step {start_step}", flush=True)
     forget_after(output, start_step)
     return Monitor(output, start_step, config.monitor.tensorboard)
+
+
+def _close(*files: Monitor | Ledger | None) -> None:
+    for file in files:
+        if file:
+            file.close()
 
 
 def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> Estimate:

@@ -20,7 +20,7 @@ from gemoe_ds.engine.build import Engine, MovedCheck, title_of
 from gemoe_ds.engine.distributed import World, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_, full_value
-from gemoe_ds.errors import DataError, Stopped
+from gemoe_ds.errors import DataError, Stopped, writing_to
 from gemoe_ds.moe.context import Rehearsal, Stat
 from gemoe_ds.moe.upkeep import Upkeep
 from gemoe_ds.position import COMPUTE, DATA, HERE, UPDATE
@@ -174,7 +174,8 @@ class Trainer:
             block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
             seeds.append(micro_batch_seed(self.config.seed, block))
             if self.ledger:
-                self.ledger.write(step, block, batch.ids)
+                with writing_to(self.config.output_dir):
+                    self.ledger.write(step, block, batch.ids)
         tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
         rehearsed: list[dict[str, Rehearsal]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
@@ -235,7 +236,8 @@ class Trainer:
         if norm is not None:
             values["grad_norm"] = float(norm)
         if self.monitor:
-            self.monitor.write(step, values)
+            with writing_to(self.config.output_dir):
+                self.monitor.write(step, values)
         return values
 
     @staticmethod

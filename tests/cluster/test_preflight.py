@@ -25,7 +25,7 @@ OUTPUT = Path("runs/x")
 
 
 def found(*passports: Passport, needed: int | None = None, on_gpu: bool = True) -> list[str]:
-    return list(faults(list(passports), OUTPUT, needed, on_gpu=on_gpu))
+    return list(faults(list(passports), OUTPUT, needed, FREE_DISK, on_gpu=on_gpu))
 
 
 def test_fit_ranks_have_no_fault():
@@ -38,8 +38,11 @@ def test_fit_ranks_have_no_fault():
         ({"versions": {"torch": "2.12.1"}}, "has torch 2.12.1, rank 0 (host a) has 2.13.0"),
         ({"cannot_write": "Read-only file system"}, "cannot write to output_dir=runs/x: Read-only"),
         ({"sees_output": False}, "does not see what rank 0 (host a) writes to output_dir=runs/x"),
-        ({"free_disk": 2**20}, "has 0.0 GiB free for output_dir=runs/x"),
-        ({"free_memory": 2**30}, "has 1.0 GiB of memory free, 3.0 are estimated"),
+        (
+            {"free_disk": 2**19},
+            "has 0.00 GiB free for output_dir=runs/x, and 0.02 GiB may",
+        ),
+        ({"free_memory": 2**30}, "has 1.00 GiB of memory free, 3.00 GiB more are"),
     ],
 )
 def test_a_fault_names_rank_host_value_and_way_out(changes, words):
