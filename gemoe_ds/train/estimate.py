@@ -142,10 +142,10 @@ def _checkpoint(
 ) -> int:
     """What trains, and its moments."""
     trained = sum(p.numel() for r in routers for p in r.parameters() if p.requires_grad)
-    if config.model.train != "routers":
+    if config.model.train == "experts":
         trained += sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks)
-    if config.model.train == "all":
-        trained = sum(p.numel() for p in hf.parameters()) + trained
+    elif config.model.train == "all":
+        trained += sum(p.numel() for p in hf.parameters())
     return trained * (WEIGHT + 2 * MOMENT)
 
 

@@ -31,6 +31,7 @@ from tests.train.resuming import write_setting
 
 RESULTS = repository() / "results/faults.json"
 WATCH, STOP = "tests/cluster/test_watch.py", "tests/cluster/test_stopping.py"
+DISK, TORCHRUN = "tests/cluster/test_disk.py", "tests/cluster/test_torchrun.py"
 RESUME, MANIFEST = "tests/train/test_resume.py", "tests/engine/test_manifest.py"
 
 
@@ -47,11 +48,16 @@ FAULTS = [
         1,
         "SIGKILL of a rank, in a step and in an all-to-all",
         "the others name it and end with 3; the run goes on from its newest checkpoint",
-        [f"{WATCH}::test_a_killed_rank_is_named_by_the_other", f"{WATCH}::test_killed_and_resumed"],
+        [
+            f"{WATCH}::test_a_killed_rank_is_named_by_the_other",
+            f"{WATCH}::test_killed_and_resumed",
+            f"{WATCH}::test_a_rank_that_is_killed_while_evaluating_is_named",
+            TORCHRUN,
+        ],
     ),
     Fault(
         2,
-        "SIGTERM or SIGUSR1 to one rank, while it loads, trains, saves or waits for data",
+        "SIGTERM or SIGUSR1 to one rank, while it loads, trains, waits for data, saves, evaluates",
         "all save one step and end with 75; the run goes on as if uncut",
         [STOP],
     ),
@@ -62,6 +68,7 @@ FAULTS = [
         [
             f"{WATCH}::test_a_stopped_rank_is_named_by_the_other",
             f"{WATCH}::test_a_rank_that_fails_or_is_stuck_is_named",
+            f"{WATCH}::test_a_save_that_never_ends_is_named",
             f"{WATCH}::test_a_slow_rank_is_left_alone",
         ],
     ),
@@ -88,9 +95,9 @@ FAULTS = [
     ),
     Fault(
         7,
-        "a full disk on one rank",
-        "all stop with the reason; older checkpoints stay",
-        [f"{RESUME}::test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing"],
+        "a full, read-only, too small or vanished disk (tmpfs), a write that fails on one rank",
+        "all stop with the reason; older checkpoints stay; the run goes on when there is room",
+        [DISK, f"{RESUME}::test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing"],
     ),
     Fault(
         8,
@@ -113,10 +120,11 @@ FAULTS = [
     Fault(
         11,
         "broken and missing images",
-        "dropped and listed when data are converted; named when they break later",
+        "dropped when data are converted, left out when they break later; listed, order kept",
         [
             "tests/data_prep/test_convert_llava.py",
-            "tests/data/test_stream.py::test_a_broken_image_stops_the_stream_with_one_line",
+            "tests/data/test_stream.py",
+            "tests/train/test_quarantine.py",
         ],
     ),
     Fault(
