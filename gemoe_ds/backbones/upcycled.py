@@ -23,7 +23,9 @@ from gemoe_ds.backbones.upcycled_model import (
     UpcycledLlavaForConditionalGeneration,
     UpcycledMoEBlock,
 )
+from gemoe_ds.backbones.weights import problem_of
 from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
@@ -121,12 +123,17 @@ class UpcycledBackbone(LlavaBackbone):
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
     ) -> None:
-        """`base` may be the dense model: gates and experts are in `state` then."""
+        """`base` may be the dense model, which has no gates: they are the run's, frozen or not."""
         assert base is not None
         if _stored(base) is not None:
             super().save_trained(model, state, base, folder)
             return
-        whole = self.load(base, base).state_dict() | state
+        gates = {
+            f"{path}.gate.weight": layer.router.gate.weight.detach()
+            for path, layer in model.named_modules()
+            if isinstance(layer, MoELayer)
+        }
+        whole = self.load(base, base).state_dict() | gates | state
         self.save_pretrained(model, whole, folder)
 
 
