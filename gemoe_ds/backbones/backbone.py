@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.described import blaming, config_of, shell
 from gemoe_ds.backbones.images import ImageLayout
 from gemoe_ds.backbones.keys import KeyMap
 from gemoe_ds.backbones.past import Past
-from gemoe_ds.backbones.weights import Weights, shell
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.backbones.weights import Weights
+from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel, Registered
 
@@ -75,6 +76,23 @@ class Backbone(Registered):
         CheckpointError for a folder that is missing, damaged or of another family.
         """
 
+    def described(
+        self, model_class: type[nn.Module], config_class: Any, folder: Path | None
+    ) -> nn.Module:
+        """The shell of what config.json says; CheckpointError if there can be no such model."""
+        config = config_of(config_class, folder, self.name)
+        assert folder is not None
+        with blaming(folder):
+            model = shell(model_class, config)
+            for block in self.moe_blocks(model):
+                top_k, experts = block.routing.top_k, block.routing.num_experts
+                if not 1 <= top_k <= experts:
+                    raise CheckpointError(
+                        f"{block.path}: {top_k} experts a token, of {experts}; it must be from 1 "
+                        f"to {experts}"
+                    )
+        return model
+
     @classmethod
     def published(cls) -> nn.Module:
         """The shell of the public model at its full size."""
@@ -114,7 +132,10 @@ class Backbone(Registered):
         """The module from hidden states to vocabulary logits."""
 
     def save_pretrained(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-        """Write every parameter of `model` (`state`, by its names) as a Hugging Face folder."""
+        """Write every parameter of `model` (`state`, by its names) as a Hugging Face folder.
+
+        Only models that transformers has can be, those that may start without a folder.
+        """
         plain = shell(type(model), model.config)
         plain.load_state_dict(state, strict=True, assign=True)
         plain.save_pretrained(folder)  # type: ignore[operator]

@@ -7,7 +7,8 @@ the pattern with its sides exchanged.
 
     Rule("{*}.experts.{e}.gate_proj.weight", "{*}.experts.gate_up_proj", part=(0, 2))
 
-says: expert e's gate is the first half of row e of gate_up_proj.
+says: expert e's gate is the first half of row e of gate_up_proj. Experts are stored in one of
+several ways, each of which is a table of its own (`expert_tables`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 from einops import EinopsError, rearrange
@@ -37,7 +39,7 @@ class Rule:
     stored_part: tuple[int, int] | None = None  # the stored one is n of ours in a row: number i
     by_row: bool = False  # row e of the stored tensor is row e of ours, so experts can be picked
     rearrange: str | None = None  # einops: stored (part, row) -> ours (part, row)
-    sizes: Mapping[str, int] = field(default_factory=dict)  # of axes that the pattern splits
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)  # of axes that it splits
 
     def fields(self, name: str) -> dict[str, str] | None:
         """What the placeholders stand for in one of our names; None if the rule does not fit."""
@@ -115,10 +117,40 @@ def _part(tensor: Tensor, part: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A backbone's table, and the stored keys that nothing here needs (shell patterns)."""
+    """A backbone's table, and the stored keys that nothing here needs (shell patterns).
+
+    `experts` are tables of the same parameters, the published one first. A folder follows one of
+    them: `fitting` says which; until then it is the first.
+    """
 
     rules: Sequence[Rule] = ()
     unused: Sequence[str] = ()
+    experts: Sequence[tuple[Rule, ...]] = ()
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        return (*(self.experts[0] if self.experts else ()), *self.rules)
+
+    def fitting(self, stored: Mapping[str, Shape], ours: Mapping[str, Shape]) -> KeyMap:
+        """With the table of experts alone whose keys are stored, in the shapes that it wants.
+
+        Judged as a whole: a square gate_up_proj fits either way round, but then down_proj is
+        twice as long as wide. If none fits, the one of which most is there: it names what is not.
+        """
+        found = []
+        for table in self.experts:
+            keys = KeyMap((*table, *self.rules), self.unused)
+            pieces = [
+                piece
+                for name, shape in ours.items()
+                if any(rule.fields(name) is not None for rule in table)
+                for piece in keys.of(name, shape)
+            ]
+            there = [p for p in pieces if p.key in stored]
+            fit = [p for p in there if _fits(p.rule, stored[p.key], ours[p.name])]
+            total = max(len(pieces), 1)
+            found.append(((len(there) / total, len(fit) / total), keys))
+        return max(found, key=lambda scored: scored[0])[1] if found else self
 
     def pieces(
         self,
@@ -167,41 +199,74 @@ class KeyMap:
 
     def of(self, name: str, shape: Shape) -> Iterable[Piece]:
         """The pieces of one of our parameters, whose (whole) shape this is."""
-        for rule in self.rules:
+        for rule in self.all_rules:
             fields = rule.fields(name)
             if fields is None:
                 continue
-            together = [r for r in self.rules if r.ours == rule.ours]
+            together = [r for r in self.all_rules if r.ours == rule.ours]
             rows = range(shape[0]) if rule.stacks or rule.by_row else (None,)
             return [Piece(r.key(fields, row), name, row, r) for row in rows for r in together]
         return [Piece(name, name, None, Rule("{*}", "{*}"))]
 
 
-def _check_shape(piece: Piece, stored: Shape, ours: Shape) -> None:
-    wanted = piece.ours(torch.empty(ours, device="meta")).shape
+@lru_cache(maxsize=2**14)  # a stack has thousands of pieces, all alike
+def _fits(rule: Rule, stored: Shape, ours: Shape) -> bool:
+    """Whether a stored tensor of this shape makes its part of ours, by shapes alone."""
+    if rule.stored_part and (not stored or stored[0] % rule.stored_part[1]):
+        return False
+    if rule.by_row and stored[:1] != ours[:1]:
+        return False
+    piece = Piece("", "", 0 if rule.stacks or rule.by_row else None, rule)
     try:
         found = piece.to_ours(torch.empty(stored, device="meta")[piece.stored_rows(stored) or ...])
-        fits = found.shape == wanted
-        if piece.rule.stored_part and stored[0] % piece.rule.stored_part[1]:
-            fits = False
-        if piece.rule.by_row and stored[0] != ours[0]:
-            fits = False
+        return found.shape == piece.ours(torch.empty(ours, device="meta")).shape
     except (EinopsError, IndexError):
-        fits = False
-    if not fits:
+        return False
+
+
+def _check_shape(piece: Piece, stored: Shape, ours: Shape) -> None:
+    if not _fits(piece.rule, stored, ours):
+        wanted = piece.ours(torch.empty(ours, device="meta")).shape
         raise CheckpointError(
             f"{piece.key} has shape {list(stored)}, which does not make {list(wanted)} of "
             f"{piece.name}"
         )
 
 
-def swiglu_experts(stored: str, ours: str) -> tuple[Rule, ...]:
-    """The public layout of most families: three matrices an expert under `stored`.{e}.
+SWIGLU = ("gate_proj", "up_proj", "down_proj")
+
+
+def swiglu_experts(
+    stored: str, ours: str, matrices: tuple[str, str, str] = SWIGLU
+) -> tuple[Rule, ...]:
+    """The public layout of most families: three `matrices` an expert under `stored`.{e}.
 
     `ours` is the module with gate_up_proj (gate rows above up rows) and down_proj, stacked.
     """
+    gate, up, down = (f"{stored}.{{e}}.{matrix}.weight" for matrix in matrices)
     return (
-        Rule(f"{stored}.{{e}}.gate_proj.weight", f"{ours}.gate_up_proj", part=(0, 2)),
-        Rule(f"{stored}.{{e}}.up_proj.weight", f"{ours}.gate_up_proj", part=(1, 2)),
-        Rule(f"{stored}.{{e}}.down_proj.weight", f"{ours}.down_proj"),
+        Rule(gate, f"{ours}.gate_up_proj", part=(0, 2)),
+        Rule(up, f"{ours}.gate_up_proj", part=(1, 2)),
+        Rule(down, f"{ours}.down_proj"),
     )
+
+
+def expert_tables(
+    stored: str,
+    ours: str,
+    published: str = "per expert",
+    matrices: tuple[str, str, str] = SWIGLU,
+) -> tuple[tuple[Rule, ...], ...]:
+    """The ways in which folders hold SwiGLU experts, the `published` one first.
+
+    "per expert": three matrices each; "fused": gate_up_proj [E, 2 F, D] and down_proj [E, D, F], as
+    transformers 5 has them in memory and writes some; "transposed": [E, D, 2 F] and [E, F, D], as
+    transformers 4 had them.
+    """
+    tables = {"per expert": swiglu_experts(stored, ours, matrices)}
+    for kind, pattern in (("fused", None), ("transposed", "i o -> o i")):
+        tables[kind] = tuple(
+            Rule(f"{stored}.{matrix}", f"{ours}.{matrix}", by_row=True, rearrange=pattern)
+            for matrix in ("gate_up_proj", "down_proj")
+        )
+    return (tables.pop(published), *tables.values())

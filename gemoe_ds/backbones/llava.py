@@ -12,7 +12,6 @@ from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.images import SquareImages, put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule
 from gemoe_ds.backbones.past import Past, place
-from gemoe_ds.backbones.weights import config_of, shell
 
 
 class LlavaBackbone(Backbone):
@@ -28,7 +27,7 @@ class LlavaBackbone(Backbone):
 
     def shell(self, folder: Path, model_class: type = LlavaForConditionalGeneration) -> nn.Module:
         """The model that a folder describes; CheckpointError if it describes none of ours."""
-        return shell(model_class, config_of(LlavaConfig, folder, self.name))
+        return self.described(model_class, LlavaConfig, folder)
 
     def image_layout(self, model: nn.Module) -> SquareImages:
         vision = model.config.vision_config

@@ -168,12 +168,17 @@ class MoEModel(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def router_state(self) -> dict[str, Tensor]:
-        """What the routers remember beside parameters, by name; equal on all ranks."""
+        """What the routers hold beside what trains, by name; equal on all ranks.
+
+        Buffers, and frozen parameters: one that was drawn at random is nowhere else.
+        """
         return {
-            f"{path}.{name}": buffer
+            f"{path}.{name}": tensor
             for path, router in self.named_modules()
             if isinstance(router, Router)
-            for name, buffer in router.named_buffers()
+            for tensors in (router.named_buffers(), router.named_parameters())
+            for name, tensor in tensors
+            if not tensor.requires_grad
         }
 
     def router_only_names(self) -> set[str]:
@@ -188,7 +193,8 @@ class MoEModel(nn.Module):
 
     def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of tensors by our names those that the model has as it is loaded, by its names."""
-        own = self.router_only_names() | set(self.router_state())
+        buffers = self.router_state().keys() - dict(self.named_parameters()).keys()
+        own = self.router_only_names() | buffers
         names = {n: n.removeprefix("hf.") for n in trained if n not in own}
         return {self._stock_names.get(name, name): trained[n] for n, name in names.items()}
 

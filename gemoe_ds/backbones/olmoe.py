@@ -15,9 +15,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
-from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
+from gemoe_ds.backbones.described import shell
+from gemoe_ds.backbones.keys import KeyMap, expert_tables
 from gemoe_ds.backbones.past import Past, place
-from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.moe.router import RoutingSpec
 
 
@@ -26,14 +26,14 @@ class OlmoeBackbone(Backbone):
 
     name: ClassVar[str] = "olmoe"
     published_parameters: ClassVar[int] = 6_919_161_856
-    keys = KeyMap(swiglu_experts(*["model.layers.{l}.mlp.experts"] * 2))
+    keys = KeyMap(experts=expert_tables(*["model.layers.{l}.mlp.experts"] * 2))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(
         question="<|user|>\n{text}\n<|assistant|>\n", answer="{text}{end}{eos}", after_answer="\n"
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        return shell(OlmoeForCausalLM, config_of(OlmoeConfig, checkpoint, self.name))
+        return self.described(OlmoeForCausalLM, OlmoeConfig, checkpoint)
 
     @classmethod
     def published(cls) -> nn.Module:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from gemoe_ds.errors import CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes, as in the library
 _STAGE_BYTES = 2**26  # converted at a time
+_LONGEST_NAME = 255  # of a file, in most file systems
 
 _DTYPES = {
     "F64": torch.float64,
@@ -74,6 +75,15 @@ class StoredTensor:
             part.copy_(stage)
             offset += stage.numel() * stage.itemsize
 
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether both (not scalars) hold the same numbers; read part by part."""
+        if self.shape != other.shape:
+            return False
+        dtype, rows = torch.promote_types(self.dtype, other.dtype), self.shape[0]
+        step = max(1, _STAGE_BYTES // max(1, math.prod(self.shape[1:]) * dtype.itemsize))
+        parts = (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+        return all(torch.equal(self.read(p).to(dtype), other.read(p).to(dtype)) for p in parts)
+
     def _read_bytes(self, target: Tensor, offset: int) -> None:
         left = memoryview(target.detach().view(-1).view(torch.uint8).numpy())
         with open(self.file, "rb", buffering=0) as file:
@@ -95,11 +105,13 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
         if not (folder / SINGLE).is_file():
             raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} there")
         return _open_file(folder / SINGLE)
-    try:
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(file_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
+    file_of = _read_index(index)
+    names = sorted(set(file_of.values()))
+    if SINGLE not in names and (folder / SINGLE).is_file():
+        raise CheckpointError(
+            f"{folder} has {SINGLE} beside {INDEX}, which does not list it: two models, of which "
+            "transformers reads the former; remove the one that is not meant"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -118,28 +130,65 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; OSError, or ValueError that says what is wrong with it."""
+    return _object(path.read_bytes(), "it")
+
+
+def _object(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is no object of names and values")
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Key -> file name."""
+    try:
+        file_of = read_json(path).get("weight_map")
+        if not isinstance(file_of, dict) or not file_of:
+            raise ValueError("it has no weight_map of keys and file names")
+        for key, name in file_of.items():
+            if not isinstance(name, str) or Path(name).name != name or len(name) > _LONGEST_NAME:
+                raise ValueError(f"it has {str(name)[:40]!r} as the file of {key}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
+    return file_of
+
+
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > min(_MAX_HEADER, size - 8):
+            first = file.read(8)
+            header_bytes = int.from_bytes(first, "little")
+            if first == b"version ":
+                raise _Unsupported("a pointer of Git LFS, without the file; run `git lfs pull`")
+            if len(first) < 8 or header_bytes > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
-            header = json.loads(file.read(header_bytes))
+            header = _object(file.read(header_bytes), "its header")
         header.pop("__metadata__", None)
-        start = 8 + header_bytes
-        found, end = {}, 0
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            tensor = StoredTensor(
-                path, start + first, tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-            )
-            if first != end or last - first != tensor.num_bytes:
-                raise ValueError(f"{key} has {last - first} bytes at {first}")
-            found[key], end = tensor, last
+        start, end = 8 + header_bytes, 0
+        entries = [(key, *_entry(key, entry)) for key, entry in header.items()]
+        found = {}
+        for key, dtype, shape, begins, ends in sorted(entries, key=lambda entry: entry[3:]):
+            tensor = StoredTensor(path, start + begins, shape, dtype)
+            if begins != end or ends - begins != tensor.num_bytes:
+                raise ValueError(
+                    f"{key} has {ends - begins} bytes at {begins}; of its shape, and after the "
+                    f"one before, it would have {tensor.num_bytes} at {end}"
+                )
+            found[key], end = tensor, ends
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _Unsupported as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
     if start + end != size:
         raise CheckpointError(
@@ -147,3 +196,32 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
             "download it again"
         )
     return found
+
+
+class _Unsupported(ValueError):
+    """A tensor that is not damaged, and yet cannot be read."""
+
+
+def _entry(key: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape and where the bytes are; ValueError for what is no tensor."""
+    wanted = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or not all(name in entry for name in wanted):
+        raise ValueError(f"{key} lacks one of {', '.join(wanted)}")
+    kind, shape, offsets = (entry[name] for name in wanted)
+    if not _are_sizes(shape):
+        raise ValueError(f"{key} has the shape {str(shape)[:60]}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{key} has the offsets {str(offsets)[:60]}")
+    if not isinstance(kind, str):
+        raise ValueError(f"{key} has the dtype {str(kind)[:60]}")
+    if kind not in _DTYPES:
+        raise _Unsupported(
+            f"{key} is stored as {kind[:20]}, which is not supported ({', '.join(_DTYPES)} are); "
+            "give the folder before it was quantised, or convert it back"
+        )
+    return _DTYPES[kind], tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(found: object) -> TypeGuard[list[int]]:
+    """Whether this is a list of whole numbers from 0 on; True and 2.0 are none."""
+    return isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)

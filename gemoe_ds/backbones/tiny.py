@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from gemoe_ds.backbones.backbone import BlockSpec
-from gemoe_ds.backbones.keys import KeyMap, swiglu_experts
+from gemoe_ds.backbones.keys import KeyMap, expert_tables
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.olmoe import olmoe_blocks
 from gemoe_ds.backbones.vision import vision_config
@@ -35,13 +35,11 @@ class TinyBackbone(LlavaBackbone):
 
     name: ClassVar[str] = "tiny"
     keys = KeyMap(
-        (
-            *swiglu_experts(
-                "language_model.model.layers.{l}.mlp.experts",
-                "model.language_model.layers.{l}.mlp.experts",
-            ),
-            *LlavaBackbone.keys.rules,
-        )
+        LlavaBackbone.keys.rules,
+        experts=expert_tables(
+            "language_model.model.layers.{l}.mlp.experts",
+            "model.language_model.layers.{l}.mlp.experts",
+        ),
     )
 
     class Config(ConfigModel):

@@ -7,7 +7,6 @@ loaded; what a run has trained, exported, is a folder of this family and is load
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,13 +16,16 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from gemoe_ds.backbones.backbone import BlockSpec
-from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.described import blaming, read_config
+from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.upcycled_model import (
     UpcycledLlavaForConditionalGeneration,
     UpcycledMoEBlock,
 )
+from gemoe_ds.backbones.weights import problem_of
 from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
@@ -33,7 +35,14 @@ class UpcycledBackbone(LlavaBackbone):
 
     name: ClassVar[str] = "upcycled"
     # as transformers saves our class; what it does not know, it names as in memory
-    keys = KeyMap((Rule("model.language_model.model.{*}", "model.language_model.{*}"),))
+    keys = KeyMap(
+        (Rule("model.language_model.model.{*}", "model.language_model.{*}"),),
+        experts=expert_tables(
+            "model.language_model.model.layers.{l}.mlp.experts",
+            "model.language_model.layers.{l}.mlp.experts",
+            published="fused",
+        ),
+    )
 
     class Config(ConfigModel):
         num_experts: int = Field(4, ge=1, description="copies of each FFN")
@@ -63,13 +72,10 @@ class UpcycledBackbone(LlavaBackbone):
     def _read_dense(self, folder: Path) -> nn.Module:
         """The whole float32 model, by transformers, which knows the key names of every version."""
         self.shell(folder)
-        try:
+        with blaming(folder, "cannot be read"):
             model, report = LlavaForConditionalGeneration.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
-        except Exception as error:  # whatever the reader chokes on, the file is what is wrong
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CheckpointError(f"model.checkpoint={folder} cannot be read: {reason}") from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report.get(problem):
                 raise CheckpointError(
@@ -77,6 +83,9 @@ class UpcycledBackbone(LlavaBackbone):
                     f"{sorted(map(str, report[problem]))[:3]}; it is not a complete LLaVA"
                 )
         loaded: nn.Module = model
+        for name, parameter in loaded.named_parameters():
+            if problem := problem_of(parameter.detach()):
+                raise CheckpointError(f"model.checkpoint={folder}: {name} {problem}")
         return loaded
 
     def _wanted(self, dense: nn.Module, folder: Path) -> dict[str, object]:
@@ -121,12 +130,17 @@ class UpcycledBackbone(LlavaBackbone):
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
     ) -> None:
-        """`base` may be the dense model: gates and experts are in `state` then."""
+        """`base` may be the dense model, which has no gates: they are the run's, frozen or not."""
         assert base is not None
         if _stored(base) is not None:
             super().save_trained(model, state, base, folder)
             return
-        whole = self.load(base, base).state_dict() | state
+        gates = {
+            f"{path}.gate.weight": layer.router.gate.weight.detach()
+            for path, layer in model.named_modules()
+            if isinstance(layer, MoELayer)
+        }
+        whole = self.load(base, base).state_dict() | gates | state
         self.save_pretrained(model, whole, folder)
 
 
@@ -153,9 +167,6 @@ def upcycled_blocks(model: nn.Module) -> list[BlockSpec]:
 
 
 def _stored(folder: Path) -> dict[str, object] | None:
-    """`config.upcycled` of a folder; None for a dense model, or for what `read` will refuse."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("upcycled")
-    except (OSError, ValueError):
-        return None
+    """`config.upcycled` of a folder; None for a dense model."""
+    found = read_config(folder).get("upcycled")
     return found if isinstance(found, dict) else None

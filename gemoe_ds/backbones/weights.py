@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,31 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
-from gemoe_ds.backbones.stored import StoredTensor, open_stored
-from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.backbones.stored import INDEX, StoredTensor, open_stored
+from gemoe_ds.errors import CheckpointError
 from gemoe_ds.position import HERE
-
-
-def shell(model_class: type[nn.Module], config: object) -> nn.Module:
-    """A model whose parameters are shapes without memory; buffers, which no file has, are real.
-
-    It draws no random numbers, so that what is drawn afterwards does not depend on it.
-    """
-    register = nn.Module.register_parameter
-
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # if it is, it is being tied
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    # Not `torch.device("meta")`: rotary frequencies and position ids would be lost. Not the
-    # accelerate library's way of doing this: its presence changes how transformers loads.
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return model_class(config)  # type: ignore[call-arg]
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -74,24 +52,53 @@ class Weights:
         memory and values then."""
         self.folder = folder
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        # a tied parameter has several names; a file may have it under any or all of them
-        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - self.shapes.keys()
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        # a tied parameter has several names; a file may have it under all of them
+        names = {n: name_of[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        tied = {also: name for also, name in names.items() if also != name}
         try:
             self.stored: dict[str, StoredTensor] = open_stored(folder)
             shapes = {key: tensor.shape for key, tensor in self.stored.items()}
-            wanted = self._present(keys, may_lack)
-            self.pieces = keys.pieces(shapes, wanted, optional=tied)
+            self.keys = keys.fitting(shapes, self.shapes)
+            wanted = self._present(may_lack)
+            self.pieces = self.keys.pieces(shapes, wanted, optional=tied)
+            self.doubles = self._doubles(tied)
+            self._refuse_integers()
         except CheckpointError as error:
             raise CheckpointError(f"model.checkpoint={folder}: {error}") from error
         place = {key: number for number, key in enumerate(self.stored)}
         self.pieces.sort(key=lambda piece: (place[piece.key], piece.row or 0))
 
-    def _present(self, keys: KeyMap, may_lack: Sequence[str]) -> dict[str, Shape]:
+    def _present(self, may_lack: Sequence[str]) -> dict[str, Shape]:
         """The parameters without those that may be left out and are."""
         some = {n for n in self.shapes if any(fnmatchcase(n, pattern) for pattern in may_lack)}
-        if any(piece.key in self.stored for n in some for piece in keys.of(n, self.shapes[n])):
+        if any(piece.key in self.stored for n in some for piece in self.keys.of(n, self.shapes[n])):
             return self.shapes
         return {name: shape for name, shape in self.shapes.items() if name not in some}
+
+    def _doubles(self, tied: Mapping[str, str]) -> list[Piece]:
+        """What is stored of tied parameters under their other names; it must be the same."""
+        found = []
+        for also, name in tied.items():
+            for piece in self.keys.of(also, self.shapes[name]):
+                (first, *_) = (p.key for p in self.pieces if p.name == name)
+                if piece.key in self.stored and piece.key != first:
+                    if not self.stored[piece.key].equals(self.stored[first]):
+                        raise CheckpointError(
+                            f"{piece.key} differs from {first}, but config.json says that they are "
+                            "one (tie_word_embeddings); if they are two, set it to false there"
+                        )
+                    found.append(replace(piece, name=name))
+        return found
+
+    def _refuse_integers(self) -> None:
+        for piece in self.pieces:
+            dtype = self.stored[piece.key].dtype
+            if not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{piece.key} is stored as {str(dtype).removeprefix('torch.')}, and weights "
+                    "are floating-point numbers; a quantised model must be converted back first"
+                )
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One whole parameter."""
@@ -113,41 +120,64 @@ class Weights:
             disable=not show_progress,
         ) as bar:
             for piece, size in zip(pieces, sizes, strict=True):
-                self._read_piece(piece, self._view(piece, targets))
+                view = self._view(piece, targets)
+                self._read_piece(piece, view)
+                self._refuse_what_no_weight_is(piece, view)
                 bar.update(size)
                 HERE.moves += 1
 
     @staticmethod
     def _view(piece: Piece, targets: Mapping[str, Target]) -> Tensor:
         target = targets[piece.name]
+        assert piece.row is not None or target.tensor.shape == target.shape, piece
         return piece.ours(target.tensor.detach(), target.first_row)
 
     def _read_piece(self, piece: Piece, view: Tensor) -> None:
         stored = self.stored[piece.key]
         rows = piece.stored_rows(stored.shape)
-        if piece.rule.rearrange is None and not piece.rule.by_row:
-            stored.read_into(view, rows.start if rows else 0)
+        if piece.rule.rearrange is None:
+            into = view[None] if piece.rule.by_row else view
+            stored.read_into(into, rows.start if rows else 0)
         else:
             view.copy_(piece.to_ours(stored.read(rows)))
+
+    def _refuse_what_no_weight_is(self, piece: Piece, view: Tensor) -> None:
+        """One pass over what has just come through the cache: a twentieth of the time to read."""
+        problem = problem_of(view)
+        if problem:
+            raise CheckpointError(
+                f"model.checkpoint={self.folder}: {self.stored[piece.key].file.name}: {piece.key} "
+                f"{problem} (for {piece.name}, as {str(view.dtype).removeprefix('torch.')}); "
+                "download it again, or convert it again"
+            )
 
     def rewrite(self, changed: Mapping[str, Tensor], out: Path) -> None:
         """The folder's files in `out`, these parameters (whole, by name) replaced.
 
         Whatever is not changed is copied as it is stored; what trained in float32 stays float32.
+        What the folder lacks (`may_lack`) goes into its last file.
         """
+        assert changed.keys() <= self.shapes.keys(), changed.keys() - self.shapes.keys()
+        out.mkdir(parents=True, exist_ok=True)
         of_key: dict[str, list[Piece]] = {}
-        for piece in self.pieces:
+        for piece in (*self.pieces, *self.doubles):
             if piece.name in changed:
                 of_key.setdefault(piece.key, []).append(piece)
-        touched = {self.stored[key].file for key in of_key}
+        files = sorted({tensor.file for tensor in self.stored.values()})
+        added = self._added(changed)
+        touched = {self.stored[key].file for key in of_key} | ({files[-1]} if added else set())
         for path in sorted(self.folder.iterdir()):
             if path.suffix == ".json":
                 shutil.copy(path, out)
-        for file in sorted({tensor.file for tensor in self.stored.values()}):
+        if added and (out / INDEX).exists():
+            index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] |= dict.fromkeys(added, files[-1].name)
+            (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for file in files:
             if file not in touched:
                 shutil.copy(file, out)
                 continue
-            tensors = {}
+            tensors = dict(added) if file == files[-1] else {}
             for key, stored in self.stored.items():
                 if stored.file == file:
                     tensors[key] = tensor = stored.read()
@@ -158,6 +188,30 @@ class Weights:
                         tensors[key] = tensor = tensor.to(wider)
                         tensor[rows or ...] = ours
             save_file(tensors, out / file.name, metadata={"format": "pt"})
+
+    def _added(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of the parameters that the folder has none of."""
+        there = {piece.name for piece in self.pieces}
+        tensors: dict[str, Tensor] = {}
+        for name in changed.keys() - there:
+            for key, shape in self.keys.stored_shapes({name: self.shapes[name]}).items():
+                tensors.setdefault(key, torch.empty(shape, dtype=changed[name].dtype))
+            for piece in self.keys.of(name, self.shapes[name]):
+                tensor = tensors[piece.key]
+                tensor[piece.stored_rows(tuple(tensor.shape)) or ...] = piece.to_stored(
+                    piece.ours(changed[name])
+                )
+        return tensors
+
+
+def problem_of(weight: Tensor) -> str | None:
+    """What no trained weight is: not finite, or a matrix of nothing but zeros."""
+    if not weight.numel():
+        return None
+    low, high = (bound.item() for bound in weight.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "holds NaN or infinite numbers"
+    return "holds nothing but zeros" if low == high == 0 and weight.dim() > 1 else None
 
 
 def materialise(model: nn.Module, dtype: torch.dtype) -> dict[str, Target]:
@@ -178,41 +232,3 @@ def materialise(model: nn.Module, dtype: torch.dtype) -> dict[str, Target]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made[id(parameter)])
     return targets
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of model.checkpoint; CheckpointError without one."""
-    try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"model.checkpoint={folder}: config.json is damaged ({error})"
-        ) from error
-    return found
-
-
-def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
-    """The configuration in a folder, which must be of this class's model type.
-
-    `config_class` is transformers', or has `from_json`.
-    """
-    if folder is None:
-        raise ConfigError(f"model.checkpoint: backbone {backbone!r} starts from one; give a folder")
-    found = read_config(folder)
-    kind = found.get("model_type")
-    if kind != config_class.model_type:
-        raise CheckpointError(
-            f"model.checkpoint={folder} is of model_type {kind!r}, backbone {backbone!r} has "
-            f"{config_class.model_type!r}"
-        )
-    try:
-        if hasattr(config_class, "from_json"):
-            return config_class.from_json(found)
-        return config_class.from_pretrained(folder)
-    except Exception as error:  # whatever the reader chokes on, the file is what is wrong
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(f"model.checkpoint={folder}: config.json: {reason}") from error

@@ -136,8 +136,10 @@ class Saver:
             for moment in MOMENTS:
                 value = full_moment(self.engine, parameter, moment)
                 adam |= {f"{moment}/{p.key}": _copied(p.of(value)) for p in mine}
-        if self.world.is_first:
-            weights |= {name: _copied(state) for name, state in self.model.router_state().items()}
+        for name, state in self.model.router_state().items():
+            value = full_value(state)
+            if self.world.is_first:
+                weights[name] = _copied(value)
         return weights, adam
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import (
@@ -27,10 +28,13 @@ Engine = Any  # deepspeed.DeepSpeedEngine
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def full_value(parameter: nn.Parameter) -> Tensor:
-    """The float32 value of a parameter that trains. Collective under ZeRO 3."""
+def full_value(parameter: Tensor) -> Tensor:
+    """The value of a parameter, float32 if it trains. Collective under ZeRO 3."""
     if _stage_3(parameter):
-        return safe_get_full_fp32_param(parameter).detach()
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter).detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.detach()  # what trains is float32, so the parameter is its own master copy
 
 
@@ -140,5 +144,5 @@ def _my_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return nn.functional.pad(value.flatten().float(), (0, size))[start : start + size]
 
 
-def _stage_3(parameter: nn.Parameter) -> bool:
+def _stage_3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")

@@ -38,7 +38,8 @@ def export(
     `model` has its routers trained (`put_trained`). Raises ConfigError if `out` exists.
     """
     with _whole(out) as folder:
-        weights = model.stock_tensors(trained)
+        trains = model.trainable()  # what does not stays as the base stores it
+        weights = model.stock_tensors({n: t for n, t in trained.items() if n in trains})
         model.backbone.save_trained(model.hf, weights, base, folder)
         for pattern in TOKENIZER_FILES:
             for path in tokenizer.glob(pattern):

@@ -1,6 +1,6 @@
 """Auxiliary losses and measures of a router's scores: pure functions of tensors.
 
-Shapes: T tokens, E experts. Padding is excluded by `valid_T` (bool) everywhere.
+Shapes: T tokens, E experts. Padding is excluded by `valid_T` (bool) everywhere, whatever it holds.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def load_balance(scores_TE: Tensor, mask_TE: Tensor, valid_T: Tensor) -> Tensor:
     mean score. Dividing by the actual mean k keeps the scale of the loss when k falls. Zero
     where no token is routed.
     """
-    valid_TE = valid_T[:, None]
-    counts_E = (mask_TE & valid_TE).sum(0).to(scores_TE.dtype)
+    valid_T1 = valid_T[:, None]
+    counts_E = (mask_TE & valid_T1).sum(0).to(scores_TE.dtype)
     share_E = counts_E / counts_E.sum().clamp_min(1)
-    mean_score_E = (scores_TE * valid_TE).sum(0) / valid_T.sum().clamp_min(1)
+    mean_score_E = torch.where(valid_T1, scores_TE, 0).sum(0) / valid_T.sum().clamp_min(1)
     return scores_TE.shape[1] * (share_E * mean_score_E).sum()
 
 
 def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
     """mean_t logsumexp(z_t)^2 (ST-MoE Eq. 5): keeps the logits small."""
+    logits_TE = torch.where(valid_T[:, None], logits_TE, 0)
     total = (logits_TE.logsumexp(-1).square() * valid_T).sum()
     return total / valid_T.sum().clamp_min(1)
 

@@ -38,7 +38,10 @@ def monotonic_loss(
     """
     if valid_T is None:
         valid_T = torch.ones_like(entropy_T, dtype=torch.bool)
-    entropy_T, wide_k_T = entropy_T.double(), k_soft_T.double()
+    entropy_T, wide_k_T = (
+        torch.where(valid_T, t_T.double(), 0)
+        for t_T in (entropy_T, k_soft_T)  # padding: even NaN
+    )
     v_T = slope * entropy_T - wide_k_T
     total, num_pairs = _AllPairsHinge.apply(entropy_T.detach(), v_T + constant, v_T, valid_T)  # type: ignore[no-untyped-call]
     loss: Tensor = (total / num_pairs.clamp_min(1)).to(k_soft_T.dtype)

@@ -144,7 +144,8 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 phases.write(output)
         say(world, f"saved {last}")
         if config.model.train == "all":
-            _save_pretrained(model, last, world, output / HF_FOLDER)
+            base = Path(config.model.checkpoint) if config.model.checkpoint else None
+            _save_pretrained(model, last, base, world, output / HF_FOLDER)
 
 
 def check(config: RunConfig) -> None:
@@ -248,9 +249,12 @@ def _stream(
     )
 
 
-def _save_pretrained(model: MoEModel, checkpoint_dir: Path, world: World, folder: Path) -> None:
-    """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were."""
+def _save_pretrained(
+    model: MoEModel, checkpoint_dir: Path, base: Path | None, world: World, folder: Path
+) -> None:
+    """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were; in the layout
+    of `base`, where there is one."""
     if world.is_first:
         state = model.stock_tensors(checkpoint.load_trained(checkpoint_dir))
-        model.backbone.save_pretrained(model.hf, state, folder)
+        model.backbone.save_trained(model.hf, state, base, folder)
         say(world, f"saved {folder} as a Hugging Face model")

@@ -12,8 +12,8 @@ import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.deepseek_vl2.backbone import DeepseekVl2Backbone
 from gemoe_ds.backbones.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.backbones.weights import shell
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.moe.router import Router
 from tests.backbones import reference
@@ -270,6 +270,9 @@ def test_activated_parameters_are_the_published_ones(folder):
         (changed(norm_topk_prob=True), "norm_topk_prob=True, Tiny has False"),
         (changed(num_key_value_heads=1), "num_key_value_heads"),
         (changed(hidden_size=None), "config.json"),
+        (CONFIG | {"tile_tag": "1D"}, "tile_tag=1D, Tiny has 2D"),
+        (CONFIG | {"global_view_pos": "tail"}, "global_view_pos=tail, Tiny has head"),
+        (CONFIG | {"candidate_resolutions": [[384, 384]]}, r"candidate_resolutions=\[\[384, 384"),
         (CONFIG | {"model_type": "deepseek_v2"}, "model_type 'deepseek_v2'"),
         ({"model_type": "deepseek_vl_v2"}, "config.json"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images, resolutions
 
 LAYOUT = DeepseekVl2Images()
 
@@ -43,8 +43,8 @@ def test_degenerate_pictures(size):
 
 
 def test_resolution_in_the_published_order():
-    assert len(LAYOUT.resolutions) == 23
-    assert LAYOUT.resolutions[7] == (768, 768) and LAYOUT.resolutions[-1] == (1152, 1152)
+    assert len(resolutions(384)) == 23
+    assert resolutions(384)[7] == (768, 768) and resolutions(384)[-1] == (1152, 1152)
     assert LAYOUT.best_resolution(384, 384) == (384, 384)
     assert LAYOUT.best_resolution(100, 100) == (384, 384)  # all keep everything: least waste
     assert LAYOUT.best_resolution(4000, 1000) == (1536, 384)
@@ -56,7 +56,7 @@ def test_resolution_in_the_published_order():
 def test_resolution_by_its_words(width, height):
     """Most effective pixels, then least waste, then the earlier one."""
     rated = []
-    for place, (wide, high) in enumerate(LAYOUT.resolutions):
+    for place, (wide, high) in enumerate(resolutions(384)):
         scale = min(wide / width, high / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
         rated.append((-effective, wide * high - effective, place, (wide, high)))

@@ -13,10 +13,10 @@ from transformers import CLIPVisionModel
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.moe_llava.images import PaddedSquare
 from gemoe_ds.backbones.moe_llava.model import MoeLlavaModel
-from gemoe_ds.backbones.weights import shell
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import Router
 from tests.backbones import reference
@@ -300,7 +300,13 @@ def test_language_models_have_the_published_number_of_parameters(name, total):
         ({"image_projector_type": "linear"}, "projector 'linear'"),
         ({"mm_image_tower": "google/siglip-so400m-patch14-384"}, "only CLIP"),
         ({"mm_vision_select_layer": -1}, "mm_vision_select_layer=-1"),
-        ({"moe": SHARED["moe"] | {"num_experts": [4, 8]}}, "one number is supported"),
+        (
+            {"moe": SHARED["moe"] | {"num_experts": [4, 8]}},
+            r"=\[4, 8\]: the same number",
+        ),
+        ({"moe": SHARED["moe"] | {"num_experts": [-1, -1]}}, r"num_experts=\[-1, -1\]"),
+        ({"moe": SHARED["moe"] | {"moe_layers_idx": [0, 9]}}, "there are 3 layers"),
+        ({"num_hidden_layers": 1}, "there are 1 layers"),
         ({"moe": SHARED["moe"] | {"use_residual": True}}, "residual"),
         ({"moe": None}, "config.json"),
     ],

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.molmoe.backbone import MolmoeBackbone
 from gemoe_ds.backbones.molmoe.model import MolmoeConfig, MolmoeModel
-from gemoe_ds.backbones.weights import shell
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.moe.router import Router
 from tests.backbones import reference
@@ -253,6 +253,8 @@ def test_full_shape_has_the_published_number_of_parameters():
         ({"model_type": "llama"}, "model_type 'llama', backbone 'molmoe' has 'molmo'"),
         ({"weight_tying": True}, "weight_tying=True, backbone 'molmoe' has False"),
         ({"n_kv_heads": 1}, "n_kv_heads=1"),
+        ({"rope_impl": "interleave"}, "rope_impl=interleave, backbone 'molmoe' has llama"),
+        ({"moe_dropless": False}, "moe_dropless=False, backbone 'molmoe' has True"),
         ({"d_model": None}, "config.json"),
     ],
 )

@@ -7,21 +7,27 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from gemoe_ds.backbones.model import ExpertShard
+from gemoe_ds.backbones.backbone import Backbone
+from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.config import load_config
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.manifest import newest
+from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.backbones.cases import CASES, write_case
 from tests.helpers import repository, run_ranks
 from tests.train.resuming import losses, make_config, train_all, write_data
+
+TOP_K = (Router.named("top_k"), Router.named("top_k").Config())
 
 
 def write_text(folder):
@@ -65,6 +71,62 @@ def test_trains_resumes_is_scored_and_exported(name, tmp_path):
     config = tmp_path / "whole/config.yaml"
     script["main"]([str(config), "--trained", str(config.parent), "--out", str(exported)])
     is_the_trained_model(name, tmp_path / "whole", exported, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def trained_whole(tmp_path_factory):
+    """Every backbone after 2 steps of `train: all` on 2 ranks; one in a process group of its own
+    would cost as much again."""
+    root = tmp_path_factory.mktemp("all")
+    configs = {}
+    for name in CASES:
+        base, tokenizer = write_case(name, root / name)
+        data = (write_data if CASES[name].sees else write_text)(root / name / "data")
+        setting = {"hf": base, "tokenizer": tokenizer, "data": data}
+        backbone: dict = {"name": name}
+        if name == "moe_llava_qwen":  # whose tower comes from elsewhere, and trains too
+            backbone["vision_tower"] = str(move_tower_out(base, root / "clip"))
+        configs[name] = make_config(
+            setting,
+            root / name / "run",
+            model__backbone=backbone,
+            model__train="all",
+            train={"steps": 2, "micro_batch": 1, "global_batch": 2},
+            optim__lr=1e-3,
+            data__max_length=400,
+        )
+    assert run_ranks(train_all, 2, list(configs.values()), timeout=400) == [None] * 2
+    return configs
+
+
+def move_tower_out(base, folder):
+    """A CLIP folder beside a MoE-LLaVA one that has its tower no more."""
+    backbone = Backbone.named("moe_llava_qwen")
+    model = MoEModel(backbone(backbone.Config()), base, base, TOP_K)
+    model.hf.vision_tower.save_pretrained(folder)
+    tensors = load_file(base / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if "image_tower" not in key}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_trained_everything_is_a_folder_of_the_same_kind(name, trained_whole):
+    """The hf/ folder at the end of the run, read as a base, is the model of the checkpoint."""
+    config = trained_whole[name]
+    expected = build_model(config, ExpertShard())
+    before = {n: p.detach().clone() for n, p in expected.named_parameters()}
+    put_trained(expected, newest(Path(config.output_dir)))
+    folder = Path(config.output_dir) / "hf"
+    backbone = Backbone.named(name)
+    read = MoEModel(backbone(backbone.Config()), folder, folder, TOP_K, train="all")
+    found = dict(read.named_parameters())
+    own = expected.router_only_names()
+    assert found.keys() == {n for n in before if n not in own}
+    for n, parameter in expected.named_parameters():
+        if n not in own:
+            assert torch.equal(found[n], parameter), n
+    assert sum(not torch.equal(found[n], before[n]) for n in found) > len(found) / 2
 
 
 def is_the_trained_model(name, run, exported, tokenizer):

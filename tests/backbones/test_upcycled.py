@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.upcycled_model import UpcycledLlavaForConditionalGeneration
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.engine.checkpoint import load_trained
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import Router
+from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_ranks
 from tests.tiny import WORDS, random_batch, write_tokenizer
 from tests.train.resuming import BOUND, losses, train_all, write_data
@@ -204,6 +206,36 @@ def test_evolved_then_routed(setting, tmp_path):
         train="routers",
     )
     assert run_ranks(train_all, 2, [routed]) == [None, None]
+
+
+def test_a_frozen_gate_is_exported_as_the_run_had_it(setting, tmp_path):
+    """The dense base has none: it was drawn, and is in the checkpoint though it does not train."""
+    routers = {"ada_k": {"name": "ada_k"}, "evomoe": {"name": "evomoe", "gate": "frozen"}}
+    runs = {n: make_config(setting, tmp_path / n, router, 1, 0) for n, router in routers.items()}
+    assert run_ranks(train_all, 1, list(runs.values())) == [None]
+    script = runpy.run_path(str(repository() / "launch/export.py"))
+    for name, config in runs.items():
+        run, out = tmp_path / name, tmp_path / f"{name}-hf"
+        recipe = [str(run / "config.yaml"), "seed=5"]
+        script["main"]([*recipe, "--trained", str(run), "--out", str(out)])
+        model, exported = build_model(config, ExpertShard()), load(setting, out)
+        for ours, theirs in zip(model.moe_layers, exported.moe_layers, strict=True):
+            assert torch.equal(ours.router.gate.weight, theirs.router.gate.weight), name
+
+
+@pytest.mark.parametrize("train", ["routers", "experts"])
+def test_what_is_drawn_depends_on_the_seed_alone(setting, tmp_path, train):
+    """Not on the shard, the dtype, or what the process has drawn before."""
+    router = {"name": "gemoe", "monotonic_weight": 0, "k_high": 4}
+    drawn = []
+    for seed, ranks, dtype in ((0, 1, "float32"), (0, 2, "bfloat16"), (1, 1, "float32")):
+        torch.rand(7)
+        config = make_config(setting, tmp_path, router, 1, 0, train=train, dtype=dtype)
+        model = build_model(config.model_copy(update={"seed": seed}), ExpertShard(ranks - 1, ranks))
+        drawn.append([t for layer in model.moe_layers for t in layer.router.parameters()])
+    first, sharded, other = drawn
+    assert all(torch.equal(a, b) for a, b in zip(first, sharded, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_exported_model_runs_without_this_package(setting, tmp_path):

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
 from gemoe_ds.backbones.stored import open_stored
-from gemoe_ds.backbones.weights import Target, Weights, materialise, shell
+from gemoe_ds.backbones.weights import Target, Weights, materialise
 from gemoe_ds.errors import CheckpointError
 from tests.helpers import repository
 
@@ -263,7 +264,8 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from gemoe_ds.backbones.keys import KeyMap, Rule
-from gemoe_ds.backbones.weights import Target, Weights, shell
+from gemoe_ds.backbones.described import shell
+from gemoe_ds.backbones.weights import Target, Weights
 
 class Big(torch.nn.Module):
     def __init__(self, _):

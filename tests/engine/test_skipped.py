@@ -99,13 +99,13 @@ def test_a_step_with_nan_or_inf_changes_nothing_on_any_rank(tmp_path):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Like any other, but the base model's head gives NaN for one word."""
+    """Like any other, but the base's last norm overflows: a folder with NaN would not load."""
     setting = write_setting(tmp_path_factory.mktemp("nan"))
     broken = setting["root"] / "broken"
     shutil.copytree(setting["hf"], broken)
     weights = load_file(broken / "model.safetensors")
-    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
-    weights[head][8] = NAN
+    (norm,) = [name for name in weights if name.endswith("model.norm.weight")]
+    weights[norm][:] = torch.finfo(torch.float32).max
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     return setting | {"hf": broken}
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LayerRecord, LossTerm, TokenContext
+from gemoe_ds.moe.monotonic import monotonic_loss
 
 
 def test_entropy_in_bits():
@@ -55,6 +56,25 @@ def test_z_loss_ignores_padding():
     logits = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
     value = losses.z_loss(logits, torch.tensor([True, False]))
     assert math.isclose(value.item(), math.log(2) ** 2, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("filling", [torch.nan, torch.inf, 1e30])
+def test_padding_may_hold_anything(filling):
+    """In value and gradient; a factor of 0 would make NaN of NaN."""
+    valid = torch.tensor([True, True, False])
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    for loss in (
+        lambda x: losses.load_balance(x, mask, valid),
+        lambda x: losses.z_loss(x, valid),
+        lambda x: monotonic_loss(x[:, 0], x[:, 1], valid),
+    ):
+        outcomes = []
+        for last in (0.5, filling):
+            x = torch.tensor([[0.7, 0.3], [0.6, 0.4], [last, last]], requires_grad=True)
+            value = loss(x)
+            value.backward()
+            outcomes.append((value.detach(), x.grad))
+        torch.testing.assert_close(*outcomes)
 
 
 def test_spearman_equals_scipy_with_ties():

@@ -12,10 +12,10 @@ from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.backbones.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import put_features
-from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
+from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.past import Past, place
-from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.moe.router import RoutingSpec
 
 _VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
@@ -58,12 +58,12 @@ class DeepseekVl2Backbone(Backbone):
             *_VISION,
             Rule("projector.layers.{*}", "projector.{*}"),
             Rule("language.lm_head.weight", "lm_head.weight"),
-            *swiglu_experts(
-                "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
-            ),
             Rule("language.model.{*}", "language_model.{*}"),
         ),
         unused=("vision.attn_pool.*",),  # a head that the model ignores
+        experts=expert_tables(
+            "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
+        ),
     )
     chat = ChatTemplate(
         question="<|User|>: {text}\n\n<|Assistant|>:",
@@ -73,7 +73,7 @@ class DeepseekVl2Backbone(Backbone):
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        return shell(DeepseekVl2Model, config_of(DeepseekVl2Config, checkpoint, self.name))
+        return self.described(DeepseekVl2Model, DeepseekVl2Config, checkpoint)
 
     @classmethod
     def published(cls) -> nn.Module:

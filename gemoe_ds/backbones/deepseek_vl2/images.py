@@ -22,6 +22,11 @@ _SIDES = (  # width and height in tiles, in the published order, on which ties d
 )
 
 
+def resolutions(tile: int) -> list[tuple[int, int]]:
+    """Widths and heights in pixels that a picture may be fitted into."""
+    return [(tile * wide, tile * high) for wide, high in _SIDES]
+
+
 @dataclass(frozen=True)
 class DeepseekVl2Images:
     """Rows of `<image>` tokens for the view, the separator and the mosaic."""
@@ -29,11 +34,6 @@ class DeepseekVl2Images:
     token_id: int = 128815
     tile: int = 384  # pixels
     side: int = 14  # features
-
-    @property
-    def resolutions(self) -> list[tuple[int, int]]:
-        """Width and height in pixels."""
-        return [(self.tile * wide, self.tile * high) for wide, high in _SIDES]
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -69,8 +69,8 @@ class DeepseekVl2Images:
 
     def best_resolution(self, width: int, height: int) -> tuple[int, int]:
         """The one that keeps most of the picture's pixels; among equals the least of waste."""
-        best, best_kept, least_waste = self.resolutions[0], 0, float("inf")
-        for wide, high in self.resolutions:
+        best, best_kept, least_waste = (self.tile, self.tile), 0, float("inf")
+        for wide, high in resolutions(self.tile):
             scale = min(wide / width, high / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             waste = wide * high - kept

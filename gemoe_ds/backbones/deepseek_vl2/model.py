@@ -15,6 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
+from gemoe_ds.backbones.deepseek_vl2.images import resolutions
 from gemoe_ds.errors import CheckpointError
 
 PATCH = 14  # pixels
@@ -72,6 +73,15 @@ class DeepseekVl2Config:
             != text["num_attention_heads"]
         ):
             raise CheckpointError("language_config.num_key_value_heads differs from the queries'")
+        image_size = vision.get("image_size", 384)
+        built_in = {
+            "tile_tag": "2D",
+            "global_view_pos": "head",
+            "candidate_resolutions": [list(size) for size in resolutions(image_size)],
+        }
+        for key, value in built_in.items():
+            if found.get(key, value) != value:
+                raise CheckpointError(f"{key}={found[key]}, Tiny has {value}")
         width = vision.get("width", 1152)
         return cls(
             vocab_size=int(text["vocab_size"]),
@@ -87,7 +97,7 @@ class DeepseekVl2Config:
             norm_eps=text.get("rms_norm_eps", 1e-6),
             rope_theta=text.get("rope_theta", 10000.0),
             max_position=text.get("max_position_embeddings", 4096),
-            image_size=vision.get("image_size", 384),
+            image_size=image_size,
             vision_width=width,
             vision_layers=vision.get("layers", 27),
             vision_heads=vision.get("heads", 16),

@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.images import put_features
-from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
+from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.moe_llava.images import PaddedSquare
 from gemoe_ds.backbones.moe_llava.model import (
     MoeLlavaModel,
@@ -27,14 +27,14 @@ from gemoe_ds.backbones.moe_llava.model import (
 from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.stored import open_stored
 from gemoe_ds.backbones.upcycled import upcycled_blocks
-from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.registry import ConfigModel
 
 _TOWER = "model.image_tower.image_tower."
 _LAYER = "language_model.model.layers.{l}."
 _QWEN = "transformer.h.{l}."
-_QWEN_EXPERT = f"{_QWEN}mlp.deepspeed_moe.experts.deepspeed_experts.{{e}}."
+_EXPERTS = "mlp.deepspeed_moe.experts.deepspeed_experts"
+_UNUSED = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids")
 
 
 def _seen(prefix: str) -> tuple[Rule, ...]:
@@ -68,7 +68,7 @@ class MoeLlavaBackbone(Backbone):
     config: Config
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        model = shell(MoeLlavaModel, config_of(self.config_class, checkpoint, self.name))
+        model = self.described(MoeLlavaModel, self.config_class, checkpoint)
         assert checkpoint is not None
         if not any("image_tower." in key for key in open_stored(checkpoint)):
             model.vision_tower = self._tower(model, checkpoint)
@@ -82,9 +82,14 @@ class MoeLlavaBackbone(Backbone):
             )
         folder = Path(self.config.vision_tower)
         try:
-            tower = CLIPVisionModel.from_pretrained(folder)
+            tower, report = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
         except Exception as error:  # whatever the reader chokes on, the folder is what is wrong
             raise CheckpointError(f"model.backbone.vision_tower={folder}: {error}") from error
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise CheckpointError(
+                f"model.backbone.vision_tower={folder}: missing: {missing[0]} ({len(missing)} keys)"
+            )
         wanted, found = (
             {name: tuple(p.shape) for name, p in tower.named_parameters()}
             for tower in (model.vision_tower, tower)
@@ -133,14 +138,11 @@ class MoeLlavaStableLmBackbone(MoeLlavaBackbone):
     keys = KeyMap(
         (
             Rule("model.layers.{l}.mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
-            *swiglu_experts(
-                "model.layers.{l}.mlp.deepspeed_moe.experts.deepspeed_experts",
-                f"{_LAYER}mlp.experts",
-            ),
             *_seen("model"),
             Rule("{*}", "language_model.{*}"),
         ),
-        unused=("*.rotary_emb.inv_freq", "*.embeddings.position_ids"),
+        unused=_UNUSED,
+        experts=expert_tables(f"model.layers.{{l}}.{_EXPERTS}", f"{_LAYER}mlp.experts"),
     )
 
 
@@ -166,13 +168,13 @@ class MoeLlavaQwenBackbone(MoeLlavaBackbone):
             ),
             Rule(f"{_QWEN}attn.c_proj.weight", f"{_LAYER}self_attn.o_proj.weight"),
             Rule(f"{_QWEN}mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
-            Rule(f"{_QWEN_EXPERT}w2.weight", f"{_LAYER}mlp.experts.gate_up_proj", part=(0, 2)),
-            Rule(f"{_QWEN_EXPERT}w1.weight", f"{_LAYER}mlp.experts.gate_up_proj", part=(1, 2)),
-            Rule(f"{_QWEN_EXPERT}c_proj.weight", f"{_LAYER}mlp.experts.down_proj"),
             Rule(f"{_QWEN}mlp.w2.weight", f"{_LAYER}mlp.gate_proj.weight"),
             Rule(f"{_QWEN}mlp.w1.weight", f"{_LAYER}mlp.up_proj.weight"),
             Rule(f"{_QWEN}mlp.c_proj.weight", f"{_LAYER}mlp.down_proj.weight"),
             *_seen("transformer"),
         ),
-        unused=("*.rotary_emb.inv_freq", "*.embeddings.position_ids"),
+        unused=_UNUSED,
+        experts=expert_tables(
+            f"{_QWEN}{_EXPERTS}", f"{_LAYER}mlp.experts", matrices=("w2", "w1", "c_proj")
+        ),
     )

@@ -58,9 +58,18 @@ class MoeLlavaConfig:
     def parts(cls, found: dict[str, Any]) -> dict[str, Any]:
         """What does not depend on the language model; CheckpointError for other variants."""
         moe, num_layers = found["moe"], found["num_hidden_layers"]
-        counts = set(moe["num_experts"])
-        if len(counts) != 1:
-            raise CheckpointError(f"moe.num_experts={moe['num_experts']}: one number is supported")
+        counts, layers = moe["num_experts"], moe.get("moe_layers_idx") or range(0, num_layers, 2)
+        counts = counts if isinstance(counts, list) else [counts]
+        if any(type(n) is not int or n < 1 for n in counts) or len(set(counts)) != 1:
+            raise CheckpointError(
+                f"moe.num_experts={moe['num_experts']}: the same number in all layers is supported"
+            )
+        if any(type(n) is not int or not 0 <= n < num_layers for n in layers):
+            raise CheckpointError(f"moe.moe_layers_idx={layers}, there are {num_layers} layers")
+        if len(counts) not in (1, len(set(layers))):
+            raise CheckpointError(
+                f"moe.num_experts={counts} is of {len(counts)} layers, moe_layers_idx={layers}"
+            )
         if moe.get("use_residual"):
             raise CheckpointError("moe.use_residual: residual experts are not supported")
         kind = found.get("image_projector_type", found.get("mm_projector_type", "mlp2x_gelu"))
@@ -72,8 +81,8 @@ class MoeLlavaConfig:
         if "siglip" in tower:
             raise CheckpointError(f"image tower {tower}: only CLIP ViT-L/14-336 is supported")
         return {
-            "moe_layers": tuple(moe.get("moe_layers_idx") or range(0, num_layers, 2)),
-            "num_experts": counts.pop(),
+            "moe_layers": tuple(layers),
+            "num_experts": counts[0],
             "top_k": moe.get("top_k_experts", 2),
             "vision": Vision(**found.get("vision", {})),
         }

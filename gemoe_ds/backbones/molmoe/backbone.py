@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import add_features
-from gemoe_ds.backbones.keys import KeyMap, Rule, swiglu_experts
+from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.molmoe.images import MolmoeImages
 from gemoe_ds.backbones.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.backbones.olmoe import olmoe_blocks
 from gemoe_ds.backbones.past import Past, place
-from gemoe_ds.backbones.weights import config_of, shell
 
 PATCH = 14  # pixels, of this tower at any size
 _LAYER = "language_model.model.layers.{l}."
@@ -42,7 +42,6 @@ _LANGUAGE = (
     Rule(f"{_BLOCK}attn.attn_norm.weight", f"{_LAYER}input_layernorm.weight"),
     Rule(f"{_BLOCK}mlp.ff_norm.weight", f"{_LAYER}post_attention_layernorm.weight"),
     Rule(f"{_BLOCK}mlp.gate.weight", f"{_LAYER}mlp.gate.weight"),
-    *swiglu_experts(f"{_BLOCK}mlp.experts", f"{_LAYER}mlp.experts"),
 )
 _VISION = (
     Rule(f"{_SEEN}pad_embed", "pad_embed"),
@@ -85,6 +84,7 @@ class MolmoeBackbone(Backbone):
         (*_LANGUAGE, *_VISION),
         # rows that no token asks for, and the layer above the last that is used
         unused=("*.wte.new_embedding", "*.image_vit.transformer.resblocks.22.*"),
+        experts=expert_tables(f"{_BLOCK}mlp.experts", f"{_LAYER}mlp.experts"),
     )
     chat = ChatTemplate(
         question=" User: {text} Assistant:",
@@ -95,7 +95,7 @@ class MolmoeBackbone(Backbone):
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        return shell(MolmoeModel, config_of(MolmoeConfig, checkpoint, self.name))
+        return self.described(MolmoeModel, MolmoeConfig, checkpoint)
 
     @classmethod
     def published(cls) -> nn.Module:

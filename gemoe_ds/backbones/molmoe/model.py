@@ -52,6 +52,11 @@ class MolmoeConfig:
         fixed = {
             "attention_layer_norm": True,
             "include_bias": False,
+            "qkv_bias": False,
+            "rope_impl": "llama",  # dimension i turns with i + d/2
+            "use_position_ids": True,
+            "block_type": "moe",
+            "moe_dropless": True,
             "norm_after": False,
             "weight_tying": False,
             "clip_qkv": None,

@@ -18,16 +18,16 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import put_features
-from gemoe_ds.backbones.keys import KeyMap, Rule
+from gemoe_ds.backbones.keys import KeyMap, expert_tables
 from gemoe_ds.backbones.past import Past, attended, place
 from gemoe_ds.backbones.qwen3_vl.images import Qwen3VLImages
-from gemoe_ds.backbones.weights import config_of, shell
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
-_EXPERTS = "model.language_model.layers.{l}.mlp.experts."
+_EXPERTS = "model.language_model.layers.{l}.mlp.experts"
 
 
 class Qwen3VLBackbone(Backbone):
@@ -47,12 +47,7 @@ class Qwen3VLBackbone(Backbone):
         )
 
     config: Config
-    keys = KeyMap(
-        tuple(
-            Rule(_EXPERTS + matrix, _EXPERTS + matrix, by_row=True, rearrange="i o -> o i")
-            for matrix in ("gate_up_proj", "down_proj")
-        )
-    )
+    keys = KeyMap(experts=expert_tables(_EXPERTS, _EXPERTS, published="transposed"))
     chat = ChatTemplate(
         question="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
         question_with_image="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
@@ -63,10 +58,10 @@ class Qwen3VLBackbone(Backbone):
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        config = config_of(Qwen3VLMoeConfig, checkpoint, self.name)
+        model = self.described(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, checkpoint)
         assert checkpoint is not None
         self.processor = self._processor(checkpoint)
-        return shell(Qwen3VLMoeForConditionalGeneration, config)
+        return model
 
     @classmethod
     def published(cls) -> nn.Module:

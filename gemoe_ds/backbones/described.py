@@ -1,0 +1,123 @@
+"""The model that a Hugging Face folder's config.json describes: its shapes, without memory.
+
+The file is a user's, and may say anything: what cannot be built is refused by the file's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemoe_ds.backbones.stored import read_json
+from gemoe_ds.errors import CheckpointError, ConfigError
+
+_SIZES = {
+    *("vocab_size", "embedding_size", "hidden_size", "d_model", "width", "head_dim"),
+    *("num_hidden_layers", "n_layers", "layers", "depth"),
+    *("num_attention_heads", "num_key_value_heads", "n_heads", "n_kv_heads", "num_heads", "heads"),
+    *("intermediate_size", "moe_intermediate_size"),
+    *("num_experts", "moe_num_experts", "n_routed_experts"),
+    *("num_experts_per_tok", "moe_top_k", "top_k_experts"),
+    *("patch_size", "image_size"),
+}
+
+
+def shell(model_class: type[nn.Module], config: object) -> nn.Module:
+    """A model whose parameters are shapes without memory; buffers, which no file has, are real.
+
+    It draws no random numbers, so that what is drawn afterwards does not depend on it.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # if it is, it is being tied
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    # Not `torch.device("meta")`: rotary frequencies and position ids would be lost. Not the
+    # accelerate library's way of doing this: its presence changes how transformers loads.
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return model_class(config)  # type: ignore[call-arg]
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of model.checkpoint; CheckpointError without one."""
+    try:
+        return read_json(folder / "config.json")
+    except OSError as error:
+        raise CheckpointError(
+            f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"model.checkpoint={folder}: config.json is damaged ({error}); download it again"
+        ) from error
+
+
+@contextmanager
+def blaming(folder: Path, file: str = "config.json") -> Iterator[None]:
+    """Whatever a reader of this file, or who builds from it, chokes on: the file is what is wrong.
+
+    Their errors are of any class, ZeroDivisionError among them.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if "model.checkpoint=" in str(error):
+            raise
+        raise CheckpointError(f"model.checkpoint={folder}: {file}: {error}") from error
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        name = type(error).__name__
+        reason = f"{name}: {' '.join(lines[:2])}" if lines else name
+        raise CheckpointError(f"model.checkpoint={folder}: {file}: {reason}") from error
+
+
+def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
+    """The configuration in a folder, which must be of this class's model type.
+
+    `config_class` is transformers', or has `from_json`.
+    """
+    if folder is None:
+        raise ConfigError(f"model.checkpoint: backbone {backbone!r} starts from one; give a folder")
+    found = read_config(folder)
+    kind = found.get("model_type")
+    if kind != config_class.model_type:
+        raise CheckpointError(
+            f"model.checkpoint={folder} is of model_type {kind!r}, backbone {backbone!r} has "
+            f"{config_class.model_type!r}"
+        )
+    with blaming(folder):
+        try:
+            if hasattr(config_class, "from_json"):
+                config = config_class.from_json(found)
+            else:
+                config = config_class.from_pretrained(folder)
+        except CheckpointError:
+            raise
+        except Exception:
+            _refuse_no_sizes(found)  # the better reason, if it is the reason
+            raise
+        _refuse_no_sizes(found)
+        return config
+
+
+def _refuse_no_sizes(found: Mapping[str, Any], section: str = "") -> None:
+    """What counts layers, heads, experts or numbers is a whole number from 1 on."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            _refuse_no_sizes(value, f"{section}{key}.")
+        elif key in _SIZES and value is not None and not isinstance(value, list):
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{section}{key}={value!r}, a whole number from 1 on is wanted"
+                )
