@@ -72,6 +72,11 @@ class AdaKRouter(Router):
                 f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
                 f"k_low <= k_high <= {spec.num_experts} experts"
             )
+        if self.k_low == self.k_high:
+            raise ConfigError(
+                f"model.router: k_low={self.k_low}, k_high={self.k_high} leave the allocator no "
+                "choice; set others, or use router top_k"
+            )
         self.updates_per_batch = config.updates
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
