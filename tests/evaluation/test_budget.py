@@ -61,6 +61,29 @@ def test_out_of_reach(target):
         meet_budget(routers, target, lambda: k_LT().double().mean().item())
 
 
+@pytest.mark.parametrize("how, other", [("shift", "try --rescale"), ("scale", "no --rescale")])
+def test_a_miss_is_no_success(how, other):
+    """A predictor that gives every token 4.5: all of them get 4, or all get 5."""
+    routers, k_LT = model()
+    for router in routers:
+        torch.nn.init.zeros_(router.eap.weight)
+    with pytest.raises(ConfigError, match=rf"--mean-k 4.4 is not met: [45] is .*{other}"):
+        meet_budget(routers, 4.4, lambda: k_LT().double().mean().item(), how)
+    assert meet_budget(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
+
+
+@pytest.mark.parametrize("how", ["shift", "scale"])
+def test_what_was_set_before_is_forgotten(how):
+    """A recipe's numbers, or those of an earlier budget: the one that is found stands alone."""
+    fresh, k_LT = model()
+    expected = meet_budget(fresh, 3.0, lambda: k_LT().double().mean().item(), how)
+    routers, _ = model(k_scale=2.0, k_shift=-1.5)
+    for router, other in zip(routers, fresh, strict=True):
+        router.load_state_dict(other.state_dict())
+    fresh[:] = routers  # k_LT's own list
+    assert meet_budget(routers, 3.0, lambda: k_LT().double().mean().item(), how) == expected
+
+
 def test_other_routers_have_nothing_to_move():
     with pytest.raises(ConfigError, match="'top_k' predicts no k"):
         meet_budget([make_router("top_k", {})], 3.0, lambda: 4.0)
