@@ -174,3 +174,8 @@ class AdaKRouter(Router):
     @property
     def max_k(self) -> int:
         return self.k_high
+
+    @property
+    def most_mean_k(self) -> float:
+        """The default k, or that of an allocator that prefers none."""
+        return max(self.spec.top_k, (self.k_low + self.k_high) / 2)

@@ -136,6 +136,11 @@ class DynMoERouter(Router):
         if upkeep.step % self.config.adapt_every == 0:
             self._adapt(upkeep)
 
+    @property
+    def most_mean_k(self) -> float:
+        half = self.spec.num_experts / 2  # of the first step, at G = 0
+        return half if isinstance(self.start_k, str) else max(half, self.start_k)
+
     def _adapt(self, upkeep: Upkeep) -> None:
         """Close what nobody chose; open the first closed one for what nobody served."""
         before_E = self.is_open_E.clone()

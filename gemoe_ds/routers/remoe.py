@@ -102,6 +102,11 @@ class ReMoERouter(Router):
         factor = self.config.factor if mean_k > self.target_k else 1 / self.config.factor
         self.coefficient.mul_(factor).clamp_(*self.config.coefficient_range)
 
+    @property
+    def most_mean_k(self) -> float:
+        """Half of the logits are above 0, and at most so many scores above their mean."""
+        return max(self.target_k, self.spec.num_experts / 2)
+
 
 class Shift(nn.Module):
     """ReLU(p - theta), and that times gain, both [T, E]; theta and gain are learned, and positive.

@@ -90,6 +90,17 @@ def test_padding_changes_nothing(case):
             torch.testing.assert_close(first, second)
 
 
+@every_variant
+def test_memory_is_asked_for_as_much_as_is_used(case):
+    """The mean k at the start of training and of evaluation is no more than the router says."""
+    router = make_router(*case, replace(SPEC, num_experts=32))
+    x_TD, ctx = ragged_tokens(0, sequences=20, length=50)
+    for mode in (True, False):
+        plan = router.train(mode)(x_TD, ctx)
+        mean_k = plan.token_ids_A.numel() / int(ctx.is_valid_T.sum())
+        assert mean_k <= 1.1 * router.most_mean_k <= 1.1 * router.max_k
+
+
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("name", Router.names())
 def test_a_backbone_whose_k_is_one(name, renormalise):
