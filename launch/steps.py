@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from gemoe_ds.config.load import read_recipe
 
@@ -79,18 +80,12 @@ class Progress:
 
 def run_steps(steps: Sequence[Step], progress: Progress) -> int:
     """Run what is not done yet, in order; the exit code of the first step that fails, or 0."""
-    begun = time.monotonic()
     todo = [step for step in steps if not progress.is_done(step)]
     if len(todo) < len(steps):
         print(f"== {len(steps) - len(todo)} of {len(steps)} steps are done already", flush=True)
-    for number, step in enumerate(todo, 1):
-        left = sum(later.seconds for later in todo[number - 1 :])
-        print(
-            f"\n== step {number} of {len(todo)}: {step.name} "
-            f"({_clock(time.monotonic() - begun)} so far, about {_clock(left)} left on 2 CPU cores)"
-            f"\n$ {shlex.join(step.command)}",
-            flush=True,
-        )
+    bar = Bar(steps, todo)
+    for step in todo:
+        print(f"\n{bar.before(step)}\n$ {shlex.join(step.command)}", flush=True)
         progress.begin(step)
         try:
             code = subprocess.run(step.command, env=_environment(step)).returncode
@@ -106,8 +101,47 @@ def run_steps(steps: Sequence[Step], progress: Progress) -> int:
             )
             return code
         progress.finish(step)
-    print(f"\n== all done in {_clock(time.monotonic() - begun)}", flush=True)
+        bar.finish(step)
+    print(f"\n{bar.at_end()}", flush=True)
     return 0
+
+
+class Bar:
+    """How far all steps are, by the seconds that they are said to take: a line before each.
+
+    A line, and none that is redrawn: below it the step draws a bar of its own, and in a file each
+    of them can be read. What is left follows the pace of the steps that this run has done.
+    """
+
+    def __init__(self, steps: Sequence[Step], todo: Sequence[Step]) -> None:
+        self.number, self.of = len(steps) - len(todo), len(steps)
+        self.total = sum(step.seconds for step in steps)
+        self.before_us = self.done = self.total - sum(step.seconds for step in todo)
+        self.begun = time.monotonic()
+
+    def before(self, step: Step) -> str:
+        ours, so_far = self.done - self.before_us, time.monotonic() - self.begun
+        pace = so_far / ours if ours else 1.0
+        left = _clock((self.total - self.done) * pace)
+        about = (
+            f"{_clock(so_far)} so far, about {left} left" if ours else f"about {left} on 2 cores"
+        )
+        return self._line(f"step {self.number + 1} of {self.of}: {step.name} ({about})")
+
+    def finish(self, step: Step) -> None:
+        self.number, self.done = self.number + 1, self.done + step.seconds
+
+    def at_end(self) -> str:
+        return self._line(f"all done in {_clock(time.monotonic() - self.begun)}")
+
+    def _line(self, text: str) -> str:
+        try:
+            "█".encode(sys.stdout.encoding or "ascii")
+            plain = False
+        except UnicodeEncodeError:
+            plain = True
+        form = "== {percentage:3.0f}%|{bar:24}| " + text.replace("{", "{{").replace("}", "}}")
+        return tqdm.format_meter(self.done, self.total, 0, ascii=plain, bar_format=form)
 
 
 def _environment(step: Step) -> dict[str, str]:

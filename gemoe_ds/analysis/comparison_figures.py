@@ -81,10 +81,14 @@ def training(comparison: Comparison) -> Figure:
             if not of_group:
                 continue
             colour = drawing.colour_of(comparison.results, group.method)
-            dashed = "--" if group.method == TUNED and group.k != group.rows[0].backbone_k else "-"
+            dashes = drawing.dashes_of(comparison.results, group.method)
+            if group.method == TUNED and group.k != group.rows[0].backbone_k:
+                dashes = drawing.DASHED
             for axes, values in zip(grid, ("loss_S", "mean_k_S"), strict=True):
                 steps, means = mean_curve(of_group, values)
-                axes.plot(steps, means, dashed, color=colour, linewidth=1.4, label=group.label)
+                axes.plot(
+                    steps, means, linestyle=dashes, color=colour, linewidth=1.4, label=group.label
+                )
         for axes, name in zip(grid, ("cross-entropy of the answers", "mean k"), strict=True):
             axes.set_xlabel("step")
             axes.set_ylabel(name)

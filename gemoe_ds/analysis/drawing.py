@@ -24,6 +24,7 @@ IMAGE, TEXT = "#009E73", "#CC79A7"
 INK, FAINT = "#404040", "#BFBFBF"
 GREYS = LinearSegmentedColormap.from_list("greys", ["#E9E9E9", "#6E6E6E"])
 DASHED = (0, (4, 3))
+DASHES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))  # in turn, as colours return
 STYLE = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -46,9 +47,20 @@ STYLE = {
 
 
 def colour_of(results: Results, method: str) -> str:
-    """The same for a method in every figure."""
-    others = sorted({group.method for group in results.groups} - set(COLOURS))
-    return COLOURS.get(method) or OTHERS[others.index(method) % len(OTHERS)]
+    """The same for a method in every figure; beyond eight methods see `dashes_of`."""
+    return COLOURS.get(method) or OTHERS[_turn(results, method) % len(OTHERS)]
+
+
+def dashes_of(results: Results, method: str) -> tuple[int, tuple[float, ...]]:
+    """The line style that tells methods of one colour apart."""
+    if method in COLOURS:
+        return DASHES[0]
+    return DASHES[_turn(results, method) // len(OTHERS) % len(DASHES)]
+
+
+def _turn(results: Results, method: str) -> int:
+    """Its place among the methods that have no colour of their own."""
+    return sorted({group.method for group in results.groups} - set(COLOURS)).index(method)
 
 
 def family(method: str) -> str:

@@ -61,6 +61,8 @@ class Backbone(Registered):
     name: ClassVar[str]
     may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
+    published_part: ClassVar[str] = ""  # what that counts: names that begin so
+    published_tensors: ClassVar[int | None] = None
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()
 

@@ -12,7 +12,8 @@ from typing import Literal
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
 
-TOLERANCE = 0.005  # of the target, on the calibration samples
+TOLERANCE = 0.005  # of the target, on the calibration samples: where the search stops
+MOST_OFF = 0.02  # the same: where it has failed
 MOST_PASSES = 15
 
 
@@ -36,8 +37,9 @@ def meet_budget(
 
     One number for the whole model: the layers keep their differences, and tokens their order.
     Between two values that bracket the target the next one is where a straight line would meet it
-    (Illinois); k is rounded, so that no value need give the target exactly. Raises ConfigError for
-    a target out of reach.
+    (Illinois); k is rounded, so that no value need give the target exactly. What the recipe or an
+    earlier budget has set is forgotten. Raises ConfigError for a target that is out of reach, or
+    missed by more than 2 %.
     """
     for router in routers:
         if not hasattr(router, "k_shift"):
@@ -52,6 +54,8 @@ def meet_budget(
             f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
             "(model.router.k_low and k_high)"
         )
+    for router in routers:
+        router.k_scale, router.k_shift = 1.0, 0.0  # type: ignore[assignment]
     attribute = f"k_{how}"
     width = high_k - low_k
     # At these two every token gets the smallest k, or the largest.
@@ -80,5 +84,13 @@ def meet_budget(
     assert best is not None
     for router in routers:
         setattr(router, attribute, best[0])
+    reached = target + best[1]
+    if abs(best[1]) > MOST_OFF * target:
+        other = "--rescale" if how == "shift" else "no --rescale"
+        raise ConfigError(
+            f"--mean-k {target:g} is not met: {reached:.3g} is the nearest in {passes} passes, "
+            f"more than {MOST_OFF:.0%} off, as the predicted k hardly differ; ask for "
+            f"{reached:.3g}, try {other}, or more --calibration-samples"
+        )
     first = routers[0]
-    return Budget(target + best[1], first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]
+    return Budget(reached, first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]

@@ -176,6 +176,14 @@ class Router(Registered, nn.Module):
         """The largest k that `select` may give; the width of the k histogram."""
         return self.spec.num_experts
 
+    @property
+    def most_mean_k(self) -> float:
+        """The largest mean k of a micro-batch for which memory must be there.
+
+        Methods that bound no token's k say what they start at, and may learn to exceed it.
+        """
+        return self.max_k
+
 
 def routing_stats(
     mask_TE: Tensor, entropy_T: Tensor, k_T: Tensor, max_k: int, ctx: TokenContext

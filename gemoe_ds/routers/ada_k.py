@@ -72,6 +72,11 @@ class AdaKRouter(Router):
                 f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
                 f"k_low <= k_high <= {spec.num_experts} experts"
             )
+        if self.k_low == self.k_high:
+            raise ConfigError(
+                f"model.router: k_low={self.k_low}, k_high={self.k_high} leave the allocator no "
+                "choice; set others, or use router top_k"
+            )
         self.updates_per_batch = config.updates
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
@@ -169,3 +174,8 @@ class AdaKRouter(Router):
     @property
     def max_k(self) -> int:
         return self.k_high
+
+    @property
+    def most_mean_k(self) -> float:
+        """The default k, or that of an allocator that prefers none."""
+        return max(self.spec.top_k, (self.k_low + self.k_high) / 2)

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
@@ -57,6 +58,11 @@ class DynMoERouter(Router):
         self.gate = CosineGate(spec.d_model, spec.num_experts)
         self.threshold = Threshold(spec.num_experts)
         self.start_k = spec.top_k if config.start_k is None else config.start_k
+        if self.start_k != "half" and not 0 < self.start_k <= spec.num_experts:
+            raise ConfigError(
+                f"model.router.start_k={self.start_k:g} must be above 0 and at most the backbone's "
+                f"{spec.num_experts} experts"
+            )
         self.register_buffer("is_open_E", torch.ones(spec.num_experts))
         self.register_buffer("is_calibrated", torch.tensor(float(self.start_k == "half")))
         self.register_buffer("chosen_E", torch.zeros(spec.num_experts))  # since the last change
@@ -107,7 +113,7 @@ class DynMoERouter(Router):
             counts["unserved_D"] = keep["unserved_D"]
         if not self.is_calibrated:
             assert not isinstance(self.start_k, str)
-            share = min(self.start_k / self.spec.num_experts, 1.0)
+            share = self.start_k / self.spec.num_experts
             cos_TE = keep["cos_TE"][ctx.is_valid_T]
             if cos_TE.shape[0]:
                 quantile_E = cos_TE.sort(0).values[int((1 - share) * (cos_TE.shape[0] - 1))]
@@ -130,8 +136,14 @@ class DynMoERouter(Router):
         if upkeep.step % self.config.adapt_every == 0:
             self._adapt(upkeep)
 
+    @property
+    def most_mean_k(self) -> float:
+        half = self.spec.num_experts / 2  # of the first step, at G = 0
+        return half if isinstance(self.start_k, str) else max(half, self.start_k)
+
     def _adapt(self, upkeep: Upkeep) -> None:
         """Close what nobody chose; open the first closed one for what nobody served."""
+        before_E = self.is_open_E.clone()
         self.is_open_E *= self.chosen_E > 0
         closed = (self.is_open_E == 0).nonzero().flatten().tolist()
         if self.config.adapt == "both" and closed and self.unserved_D.any():
@@ -143,6 +155,8 @@ class DynMoERouter(Router):
             value_E[expert] = 0.0
             upkeep.assign_(self.threshold.value_E, value_E)
             self.is_open_E[expert] = 1.0
+        if not self.is_open_E.any():  # nothing was chosen at all: that says nothing of any expert
+            self.is_open_E.copy_(before_E)
         self.chosen_E.zero_()
         self.unserved_D.zero_()
 

@@ -2,7 +2,7 @@
 
 Jing et al. (arXiv 2505.23830, AAAI 2026); no public code. From the paper: two linear maps turn a
 token into its own little SwiGLU (Eqs. 5 to 7), one pair for vision and one for text, a shared map
-from its output to the experts (Eq. 8), top-1 of N = 4 evolved experts (backbones/evolution.py makes
+from its output to the experts (Eq. 8), top-1 of N = 4 evolved experts (routers/evolve.py makes
 them), raw scores as weights, balance 0.001. Not in the paper: the widths; here the token is first
 squeezed to `inner` features. Our reading, for frozen native backbones: the result is added to the
 pretrained gate's logits, starts at zero, and k is the backbone's (`k: 1` is the paper's).

@@ -92,6 +92,11 @@ class GeMoERouter(Router):
                 f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
                 f"k_low <= k_high <= {spec.num_experts} experts"
             )
+        if self.k_low == self.k_high:
+            raise ConfigError(
+                f"model.router: k_low={self.k_low}, k_high={self.k_high} leave no k to predict; "
+                f"set others (the backbone's own k is {spec.top_k}), or use router top_k"
+            )
         if config.budget_k is not None and not self.k_low <= config.budget_k <= self.k_high:
             raise ConfigError(
                 f"model.router.budget_k={config.budget_k} is not in the range of k, "
@@ -100,8 +105,11 @@ class GeMoERouter(Router):
         # Expert assignment predictor; default init, not zeros, which would tie every k (A5).
         num_choices = self.k_high - self.k_low + 1
         self.eap = RouterLinear(spec.d_model, num_choices)
-        # The ablation without the monotonic loss leaves the predictor at its random start.
-        self.eap.requires_grad_(config.monotonic_weight > 0 or config.ce_to_k != "none")
+        # The ablation without any loss on k leaves the predictor at its random start.
+        has_budget = config.budget_k is not None and config.budget_weight > 0
+        self.eap.requires_grad_(
+            config.monotonic_weight > 0 or config.ce_to_k != "none" or has_budget
+        )
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> GeMoEDecision:
         scores_TE = logits_TE.softmax(-1)

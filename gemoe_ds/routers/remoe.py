@@ -1,10 +1,14 @@
-"""ReMoE: ReLU instead of top-k; an L1 loss whose coefficient is steered holds the sparsity.
+"""ReMoE: ReLU instead of top-k; an L1 loss whose coefficient is steered keeps k down.
 
 Wang et al. (ICLR 2025) and its Megatron code. From both: R = ReLU(.), output sum R_e E_e(x), the
 regulariser that balances the load (Eq. 10) and its controller (Eqs. 8, 9: times or divided by
 1.2 after every step). Our reading, for pretrained softmax gates whose logits have no zero: R =
 gain * ReLU(p - theta) with a learned theta and gain a layer (`activation: scores`), theta from
-1/E, where an expert is as likely as any; and a larger first coefficient, as few steps follow.
+1/E, where an expert is as likely as any; a larger first coefficient, as few steps follow; and
+bounds on it, which the paper has not: it would become 0, or infinite, and stay so.
+
+What the controller can do: L1 takes experts away and brings none back. Mean k is held down to the
+target; from below only cross-entropy raises it, undisturbed as the coefficient falls.
 """
 
 from __future__ import annotations
@@ -38,13 +42,16 @@ class ReMoERouter(Router):
 
     class Config(ConfigModel):
         target_k: float | None = Field(
-            None, gt=0, description="mean k that the controller holds; default: the backbone's k"
+            None, gt=0, description="mean k above which lambda rises; default: the backbone's k"
         )
         activation: Literal["scores", "logits"] = Field(
             "scores", description="logits: ReLU of the logits themselves (paper, from scratch)"
         )
         coefficient: float = Field(1e-6, gt=0, description="lambda_0 (paper: 1e-8)")
         factor: float = Field(1.2, gt=1, description="alpha, by which lambda changes every step")
+        coefficient_range: tuple[float, float] = Field(
+            (1e-10, 100.0), description="between which lambda stays (paper: unbounded)"
+        )
 
     config: Config
 
@@ -55,6 +62,12 @@ class ReMoERouter(Router):
             raise ConfigError(
                 f"model.router.target_k={self.target_k} must be below the backbone's "
                 f"{spec.num_experts} experts"
+            )
+        low, high = config.coefficient_range
+        if not 0 < low <= config.coefficient <= high < float("inf"):
+            raise ConfigError(
+                f"model.router: coefficient={config.coefficient:g} must be within "
+                f"coefficient_range=[{low:g}, {high:g}], which is finite and above 0"
             )
         self.shift = Shift(1 / spec.num_experts) if config.activation == "scores" else None
         self.register_buffer("coefficient", torch.tensor(config.coefficient))
@@ -87,7 +100,12 @@ class ReMoERouter(Router):
         """lambda goes up where more are active than should be, in the mean over all layers."""
         mean_k = upkeep.model["active"] / upkeep.model["tokens"].clamp_min(1)
         factor = self.config.factor if mean_k > self.target_k else 1 / self.config.factor
-        self.coefficient.mul_(factor)
+        self.coefficient.mul_(factor).clamp_(*self.config.coefficient_range)
+
+    @property
+    def most_mean_k(self) -> float:
+        """Half of the logits are above 0, and at most so many scores above their mean."""
+        return max(self.target_k, self.spec.num_experts / 2)
 
 
 class Shift(nn.Module):

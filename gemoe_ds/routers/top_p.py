@@ -92,6 +92,11 @@ class TopPRouter(Router):
     def max_k(self) -> int:
         return self.most
 
+    @property
+    def most_mean_k(self) -> float:
+        """If all scores are equal; of a learned threshold, where it starts."""
+        return min(self.most, int(self.config.threshold * self.spec.num_experts) + 1)
+
 
 class Threshold(nn.Module):
     """A learned threshold in (0, 1), [T, 1]: sigmoid of a bias, plus a linear map of the token."""

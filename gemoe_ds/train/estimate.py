@@ -77,13 +77,12 @@ def estimate(
     batch = _largest(samples, collator_of(config, backbone, backbone.image_layout(hf)), config)
     pixels = batch.images.get("pixels")
     dtype = getattr(torch, config.model.dtype)
-    static_k = routers[0].static_k
     shape = StepShape(
         tokens=batch.input_ids_BS.numel(),
         targets=int((batch.labels_BS != IGNORE).sum()),
         pixel_values=0 if pixels is None else pixels.numel(),
         itemsize=dtype.itemsize,
-        k=static_k if static_k is not None else blocks[0].routing.top_k,
+        k=max(router.most_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
         train=config.model.train,
         recompute=config.model.recompute,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gemoe_ds.analysis.comparison import Curve, compare, mean_curve, read_comparison, read_curve
-from gemoe_ds.analysis.comparison_figures import write_comparison_figures
+from gemoe_ds.analysis.comparison_figures import training, write_comparison_figures
 from gemoe_ds.analysis.comparison_report import render_comparison, verdicts
 from gemoe_ds.errors import DataError
 from tests.analysis.evaluations import record
@@ -75,6 +75,20 @@ def test_round_trip_and_figures(tmp_path):
     assert read_comparison(path) == made
     for entry in write_comparison_figures(made, tmp_path / "figures"):
         assert (tmp_path / "figures" / entry.file).stat().st_size > 10_000
+
+
+def test_every_curve_of_the_training_figure_has_a_look_of_its_own():
+    """Also where methods are more than colours."""
+    names = ["gemoe", "adamoe", "ada_k", "dynmoe", "evomoe", "ltdr", "moepp", "remoe", "top_p"]
+    rows = [row("top_k", 8, 0.8)] + [row(name, None, 0.7, 4.0) for name in names]
+    drawn = [
+        Curve(method=name, k=None, seed=0, step_S=(1, 2), loss_S=(2, 1), mean_k_S=(5, 4))
+        for name in names
+    ]
+    figure = training(compare(rows, drawn, command="", seconds=0))
+    lines = figure.axes[0].get_lines()
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}
+    assert len(lines) == len(looks) == len(names)
 
 
 def test_mean_curve():

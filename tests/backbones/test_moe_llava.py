@@ -281,15 +281,7 @@ def test_a_part_of_a_tower_is_refused(case, tmp_path):
 @pytest.mark.parametrize("name, total", [("stablelm", 2_890_321_920), ("qwen", 3_054_323_712)])
 def test_language_models_have_the_published_number_of_parameters(name, total):
     """At the true shapes, without tower and projector."""
-    shapes = {
-        "stablelm": {"vocab_size": 100352, "num_attention_heads": 32, "intermediate_size": 5632},
-        "qwen": {"vocab_size": 151936, "num_attention_heads": 16, "intermediate_size": 11008},
-    }
-    moe = SHARED["moe"] | {"moe_layers_idx": list(range(0, 24, 2)), "num_experts": [4] * 12}
-    large = {"hidden_size": 2048, "num_hidden_layers": 24, "moe": moe, "vision": {}}
-    backbone = Backbone.named(f"moe_llava_{name}")
-    config = backbone.config_class.from_json(CONFIGS[f"moe_llava_{name}"] | large | shapes[name])
-    model = shell(MoeLlavaModel, config)
+    model = Backbone.named(f"moe_llava_{name}").published()
     assert sum(p.numel() for p in model.language_model.parameters()) == total
 
 
@@ -322,7 +314,7 @@ def test_a_picture_stands_in_the_middle_of_clip_s_mean_colour():
     white = Image.new("RGB", (200, 100), (255, 255, 255))
     laid = PaddedSquare()(white)
     assert laid.pixels.shape == (1, 3, 336, 336) and len(laid.input_ids) == 576
-    mean, std = (np.array(v)[:, None, None] for v in PaddedSquare().mean_std)
+    mean, std = (np.array(values)[:, None, None] for values in PaddedSquare().settings.values())
     shown = np.rint((laid.pixels[0] * std + mean) * 255)
     assert (shown[:, 100:236] == 255).all()
     assert (shown[:, :70] == np.array([122, 116, 104])[:, None, None]).all()

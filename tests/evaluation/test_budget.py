@@ -61,19 +61,43 @@ def test_out_of_reach(target):
         meet_budget(routers, target, lambda: k_LT().double().mean().item())
 
 
+@pytest.mark.parametrize("how, other", [("shift", "try --rescale"), ("scale", "no --rescale")])
+def test_a_miss_is_no_success(how, other):
+    """A predictor that gives every token 4.5: all of them get 4, or all get 5."""
+    routers, k_LT = model()
+    for router in routers:
+        torch.nn.init.zeros_(router.eap.weight)
+    with pytest.raises(ConfigError, match=rf"--mean-k 4.4 is not met: [45] is .*{other}"):
+        meet_budget(routers, 4.4, lambda: k_LT().double().mean().item(), how)
+    assert meet_budget(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
+
+
+@pytest.mark.parametrize("how", ["shift", "scale"])
+def test_what_was_set_before_is_forgotten(how):
+    """A recipe's numbers, or those of an earlier budget: the one that is found stands alone."""
+    fresh, k_LT = model()
+    expected = meet_budget(fresh, 3.0, lambda: k_LT().double().mean().item(), how)
+    routers, _ = model(k_scale=2.0, k_shift=-1.5)
+    for router, other in zip(routers, fresh, strict=True):
+        router.load_state_dict(other.state_dict())
+    fresh[:] = routers  # k_LT's own list
+    assert meet_budget(routers, 3.0, lambda: k_LT().double().mean().item(), how) == expected
+
+
 def test_other_routers_have_nothing_to_move():
     with pytest.raises(ConfigError, match="'top_k' predicts no k"):
         meet_budget([make_router("top_k", {})], 3.0, lambda: 4.0)
 
 
-def test_training_loss_pulls_the_model_to_its_budget():
-    """The mean over layers goes to 3, while the monotonic loss keeps the order."""
-    routers, _ = model(budget_k=3.0, monotonic_weight=0.1)
+@pytest.mark.parametrize("monotonic_weight", [0.1, 0.0])
+def test_training_loss_pulls_the_model_to_its_budget(monotonic_weight):
+    """The mean over layers goes to 3, with the monotonic loss, which keeps the order, and alone."""
+    routers, _ = model(budget_k=3.0, monotonic_weight=monotonic_weight)
     for slot, router in enumerate(routers):
         router.spec = RoutingSpec(16, 64, 8, False, slot)
     x_TD = torch.randn(500, 16)
     ctx = make_context(torch.ones(1, 500, dtype=torch.bool), layers=3)
-    params = [p for r in routers for p in r.eap.parameters()]
+    params = [p for r in routers for p in r.eap.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=0.05, weight_decay=0)
     for _ in range(150):
         for router in routers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.demo import demo_steps
-from launch.steps import Progress, Step, run_steps
+from launch.steps import Bar, Progress, Step, run_steps
 from tests.helpers import repository
 
 
@@ -70,6 +71,29 @@ def test_only_a_resumable_step_keeps_what_an_interrupted_try_left(chain: list[St
         step.output.write_text("half ")
     assert run(chain) == 0
     assert outputs(chain) == ["a", "half b", "c"]
+
+
+def test_a_bar_over_all_steps_stands_before_each(
+    chain: list[Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the seconds that they are said to take; a run that goes on begins where it was."""
+    failing = [chain[0], dataclasses.replace(chain[1], seconds=3, command=("false",)), chain[2]]
+    assert run(failing) == 1
+    lines = [line for line in capfd.readouterr().out.splitlines() if "|" in line]
+    assert [line.split("|")[0] for line in lines] == ["==   0%", "==  20%"]
+    assert lines[0].endswith("| step 1 of 3: a (about 0:05 on 2 cores)")
+    assert "| step 2 of 3: b (0:00 so far, about 0:0" in lines[1]
+
+    assert run([chain[0], dataclasses.replace(chain[1], seconds=3), chain[2]]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "|" in line]
+    assert [line.split("|")[0] for line in lines] == ["==  20%", "==  80%", "== 100%"]
+    assert "\r" not in "".join(lines) and "| all done in 0:00" in lines[-1]
+
+
+def test_the_bar_is_plain_where_only_ascii_is(chain, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert Bar(chain, chain[1:]).before(chain[1]).isascii()
+    assert "#" in Bar(chain, chain[1:]).before(chain[1])
 
 
 @pytest.mark.parametrize("changed", ["b.yaml", "base.yaml"])

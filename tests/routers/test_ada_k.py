@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import Rehearsal
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
@@ -130,3 +132,8 @@ def test_it_learns_what_is_rewarded():
     ctx.rehearsed = {}
     k = router.eval()(x_TD, ctx).token_ids_A.bincount(minlength=64)
     assert k[kind == 0].float().mean() < 1.2 and k[kind == 1].float().mean() > 3.8
+
+
+def test_without_a_choice_there_is_nothing_to_learn():
+    with pytest.raises(ConfigError, match="k_low=2, k_high=2 leave the allocator no choice"):
+        make_router("ada_k", {"k_low": 2, "k_high": 2}, SPEC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.engine.checkpoint import load_trained
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_ranks
 from tests.routers.cases import (
+    SPEC,
     TRAIN,
     VARIANTS,
     all_variants,
@@ -85,6 +88,37 @@ def test_padding_changes_nothing(case):
         for first, second in zip(expected, found, strict=True):
             assert torch.isfinite(second).all()
             torch.testing.assert_close(first, second)
+
+
+@every_variant
+def test_memory_is_asked_for_as_much_as_is_used(case):
+    """The mean k at the start of training and of evaluation is no more than the router says."""
+    router = make_router(*case, replace(SPEC, num_experts=32))
+    x_TD, ctx = ragged_tokens(0, sequences=20, length=50)
+    for mode in (True, False):
+        plan = router.train(mode)(x_TD, ctx)
+        mean_k = plan.token_ids_A.numel() / int(ctx.is_valid_T.sum())
+        assert mean_k <= 1.1 * router.most_mean_k <= 1.1 * router.max_k
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("name", Router.names())
+def test_a_backbone_whose_k_is_one(name, renormalise):
+    """Every group of the optimizer has a gradient; or the router says at once that it cannot."""
+    try:
+        router = make_router(name, {}, replace(SPEC, top_k=1, renormalise=renormalise)).train()
+    except ConfigError as error:
+        assert "model.router" in str(error) and "own k is 1" in str(error)
+        return
+    x_TD, ctx = ragged_tokens(3)
+    total = router(x_TD, ctx).weights_A.square().sum()
+    total = total + sum(t.value * t.weight for t in ctx.layers[0].losses.values())
+    if total.requires_grad:
+        total.backward()
+    trains = {n: p for n, p in router.named_parameters() if p.requires_grad}
+    for group in ({"gate.weight"}, trains.keys() - {"gate.weight"}):
+        grads = [trains[n].grad for n in group & trains.keys()]
+        assert not grads or any(g is not None and g.any() for g in grads), group
 
 
 @every_variant

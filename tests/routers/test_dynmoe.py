@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.moe.upkeep import Upkeep
 from tests.routers.cases import make_context, make_router
@@ -109,6 +111,20 @@ def test_idle_experts_close_and_the_first_opens_for_the_unserved():
     assert router.is_open_E.tolist() == [1, 1, 1]
     torch.testing.assert_close(router.gate.weight[1].detach(), torch.tensor([-1.0, -2.0, -2.0]) / 3)
     assert 2 in router(x_TD, ctx).token_ids_A.tolist(), "now it has one"
+
+
+def test_one_stays_open_though_nobody_chose_any():
+    router, x_TD, ctx = made([[-1.0, -2.0, -3.0]], adapt="close", adapt_every=1)
+    router(x_TD, ctx)
+    upkeep(router, ctx)
+    assert router.is_open_E.tolist() == [1, 1, 1]
+    assert router.eval()(x_TD, ctx).tokens_per_expert_E.sum() == 1
+
+
+@pytest.mark.parametrize("start_k", [-1, 0, 3.5])
+def test_impossible_start_is_refused(start_k):
+    with pytest.raises(ConfigError, match=f"start_k={start_k} must be above 0 and at most .* 3 ex"):
+        made([[1.0, 2.0, -1.0]], start_k=start_k)
 
 
 def test_weights_on_the_backbone_s_scale():

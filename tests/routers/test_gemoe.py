@@ -169,7 +169,9 @@ def test_renormalise_switch():
     torch.testing.assert_close(sums, torch.ones(3))
 
 
-@pytest.mark.parametrize("options", [{"k_low": 4, "k_high": 3}, {"k_high": 5}])
+@pytest.mark.parametrize(
+    "options", [{"k_low": 4, "k_high": 3}, {"k_high": 5}, {"k_low": 3, "k_high": 3}]
+)
 def test_impossible_range_is_refused(options):
     with pytest.raises(ConfigError, match="k_low"):
         make(**options)
@@ -179,6 +181,16 @@ def test_without_monotonic_loss_the_predictor_does_not_train():
     router, _ = make(monotonic_weight=0.0)
     assert not router.eap.weight.requires_grad
     assert make()[0].eap.weight.requires_grad
+
+
+@pytest.mark.parametrize("weight, trains", [(1.0, True), (0.0, False)])
+def test_a_budget_alone_trains_the_predictor(weight, trains):
+    router, ctx = make(monotonic_weight=0.0, budget_k=2.0, budget_weight=weight)
+    assert router.eap.weight.requires_grad == trains
+    if trains:
+        router(torch.randn(3, 4), ctx)
+        ctx.layers[0].losses["budget"].value.backward()
+        assert router.eap.weight.grad.any()
 
 
 def test_statistics():

@@ -55,6 +55,68 @@ def test_controller_looks_at_all_layers(active, factor):
     assert math.isclose(router.coefficient.item(), before * factor, rel_tol=1e-6)
 
 
+def run_loop(start_theta, steps, *, task=0.1, **options):
+    """Mean k of every step, of a router that gets both losses; the task wants every expert."""
+    spec = RoutingSpec(d_model=16, num_experts=8, top_k=3, renormalise=False)
+    router = make_router("remoe", {"coefficient": 0.01, "factor": 1.02} | options, spec).train()
+    with torch.no_grad():
+        router.shift.log_theta.fill_(math.log(start_theta))
+    learned = [router.shift.log_theta]  # what else there is would serve the task without more k
+    optimizer = torch.optim.Adam(learned, lr=2e-2)
+    x_TD = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    ctx = make_context(torch.ones(1, 64, dtype=torch.bool))
+    means = []
+    for step in range(1, steps + 1):
+        plan = router(x_TD, ctx)
+        means.append(plan.token_ids_A.numel() / 64)
+        loss = ctx.layers[0].losses["sparsity"].value - task * plan.weights_A.sum() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sums = {n: t.double() for n, t in ctx.layers[0].tally.items()}
+        router.after_step(Upkeep(step, steps, sums, sums, None, None, None))
+    return means, router
+
+
+@pytest.mark.parametrize("start_theta, start", [(0.01, "above"), (0.5, "below")])
+def test_the_loop_comes_to_its_target(start_theta, start):
+    """From above by the regulariser; from below by the task, which the regulariser then stops."""
+    means, _ = run_loop(start_theta, 700)
+    assert means[0] > 7 if start == "above" else means[0] < 0.5
+    assert sum(means[-300:]) / 300 == pytest.approx(3, rel=0.15)
+    swing = [max(part) - min(part) for part in (means[100:400], means[-200:])]
+    assert swing[1] < 2.5 and swing[1] < swing[0], "it swings about the target, less and less"
+
+
+def test_below_its_target_nothing_but_the_task_raises_k():
+    """The coefficient goes to its lower bound and waits there."""
+    means, router = run_loop(0.2, 200, task=0.0, factor=1.2)
+    assert means[-1] <= means[0] < 3
+    assert router.coefficient.item() == pytest.approx(1e-10)
+
+
+@pytest.mark.parametrize("mean_k, other, bound", [(1.0, 3.9, 1e-10), (3.9, 1.0, 100.0)])
+def test_the_coefficient_is_never_lost(mean_k, other, bound):
+    """After thousands of steps on one side it is at its bound, and as soon as it may it leaves."""
+    router = make_router("remoe", {}, SPEC)
+
+    def steps(number, k):
+        model = {"active": torch.tensor(10 * k), "tokens": torch.tensor(10.0)}
+        for _ in range(number):
+            router.after_step(Upkeep(1, 10, model, model, None, None, None))
+        return router.coefficient.item()
+
+    assert steps(5000, mean_k) == pytest.approx(bound)
+    farther = steps(1, mean_k), steps(60, other)
+    assert farther[0] == pytest.approx(bound)
+    assert farther[1] == pytest.approx(bound * (1.2**60 if other > 2 else 1.2**-60), rel=1e-3)
+
+
+def test_a_coefficient_outside_of_its_range_is_refused():
+    with pytest.raises(ConfigError, match="coefficient=200 must be within coefficient_range="):
+        make_router("remoe", {"coefficient": 200.0}, SPEC)
+
+
 def test_target_above_the_experts_is_refused():
     with pytest.raises(ConfigError, match="target_k=4.0 must be below"):
         make_router("remoe", {"target_k": 4.0}, SPEC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -58,6 +59,31 @@ def test_zero_divides_what_it_divides(setting, tmp_path):
     states = [found[s]["their optimizer states"] for s in range(4)]
     assert states == [2 * one, *[3 * one // 4] * 3]
     assert [found[s]["buckets of gradients"] for s in range(3)] == [0, 200_000_000, 200_000_000]
+
+
+@pytest.mark.parametrize(
+    "router, k",
+    [
+        ({"name": "gemoe"}, 4),
+        ({"name": "ltdr"}, 6),  # of the tail
+        ({"name": "dynmoe"}, 4),  # half of the 8 experts in the first step
+        ({"name": "top_p", "threshold": 0.7}, 6),
+        ({"name": "ada_k"}, 4.5),
+        ({"name": "remoe", "target_k": 5.0}, 5),
+    ],
+)
+def test_activations_are_those_of_the_most_experts_that_a_method_takes(
+    setting, tmp_path, router, k
+):
+    """As for a static k that is as large, where that is a whole number."""
+
+    def activations(router):
+        config = make_config(setting, tmp_path, model__router=router, parallel__ep_size=1)
+        samples = open_samples(config.data.train)
+        return estimate(config, samples, 1, torch.device("cpu")).parts["activations"]
+
+    below, above = (activations({"name": "top_k", "k": n}) for n in (int(k), math.ceil(k)))
+    assert below <= activations(router) <= above
 
 
 def test_a_dry_run_says_what_was_estimated_and_what_was_needed(setting, tmp_path):

@@ -53,6 +53,7 @@ class DeepseekVl2Backbone(Backbone):
 
     name: ClassVar[str] = "deepseek_vl2"
     published_parameters: ClassVar[int] = 3_370_501_440
+    published_tensors: ClassVar[int] = 2582
     keys = KeyMap(
         (
             *_VISION,

@@ -8,6 +8,7 @@ and mosaic. All of them go to positions of the one `<image>` token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,8 +37,16 @@ class DeepseekVl2Images:
     side: int = 14  # features
 
     @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return MEAN, STD
+    def settings(self) -> dict[str, Any]:
+        """What processor_config.json would say of what is built in here."""
+        return {
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+            "patch_size": 14,
+            "downsample_ratio": 2,
+            "candidate_resolutions": [list(size) for size in resolutions(self.tile)],
+            "image_token": "<image>",
+        }
 
     @property
     def token(self) -> tuple[str, int]:

@@ -16,10 +16,12 @@ from transformers import CLIPVisionModel
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
+from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import put_features
 from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.moe_llava.images import PaddedSquare
 from gemoe_ds.backbones.moe_llava.model import (
+    MoeLlavaConfig,
     MoeLlavaModel,
     MoeLlavaQwenConfig,
     MoeLlavaStableLmConfig,
@@ -49,7 +51,8 @@ def _seen(prefix: str) -> tuple[Rule, ...]:
 class MoeLlavaBackbone(Backbone):
     """What the family has in common; `config_class` and `keys` are the language model's."""
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[MoeLlavaConfig]]
+    published_part = "language_model."  # without tower and projector
     may_lack = ("vision_tower.*",)
     chat = ChatTemplate(
         start="A chat between a curious user and an artificial intelligence assistant. The "
@@ -73,6 +76,10 @@ class MoeLlavaBackbone(Backbone):
         if not any("image_tower." in key for key in open_stored(checkpoint)):
             model.vision_tower = self._tower(model, checkpoint)
         return model
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        return shell(MoeLlavaModel, cls.config_class.published())
 
     def _tower(self, model: nn.Module, checkpoint: Path) -> CLIPVisionModel:
         if self.config.vision_tower is None:
@@ -135,6 +142,7 @@ class MoeLlavaStableLmBackbone(MoeLlavaBackbone):
 
     name: ClassVar[str] = "moe_llava_stablelm"
     config_class = MoeLlavaStableLmConfig
+    published_parameters: ClassVar[int] = 2_890_321_920
     keys = KeyMap(
         (
             Rule("model.layers.{l}.mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
@@ -151,6 +159,7 @@ class MoeLlavaQwenBackbone(MoeLlavaBackbone):
 
     name: ClassVar[str] = "moe_llava_qwen"
     config_class = MoeLlavaQwenConfig
+    published_parameters: ClassVar[int] = 3_054_323_712
     keys = KeyMap(
         (
             Rule("transformer.wte.weight", "language_model.model.embed_tokens.weight"),

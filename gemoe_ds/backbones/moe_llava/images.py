@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,8 +27,9 @@ class PaddedSquare:
         return None
 
     @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return CLIP_MEAN, CLIP_STD
+    def settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json would say of what is built in here."""
+        return {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
 
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
         side = max(rgb.size)

@@ -6,7 +6,7 @@ Shapes: N images, P patches of width V, D model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
@@ -54,6 +54,19 @@ class MoeLlavaConfig:
     top_k: int
     vision: Vision
 
+    shapes: ClassVar[dict[str, int]]  # of the published language model
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> MoeLlavaConfig:
+        """From the public config.json."""
+        raise NotImplementedError
+
+    @classmethod
+    def published(cls) -> MoeLlavaConfig:
+        """-1.6B-4e and -1.8B-4e, whatever their config.json may say beside shapes."""
+        large = {"hidden_size": 2048, "num_hidden_layers": 24, "moe": {"num_experts": [4] * 12}}
+        return cls.from_json(large | cls.shapes)
+
     @classmethod
     def parts(cls, found: dict[str, Any]) -> dict[str, Any]:
         """What does not depend on the language model; CheckpointError for other variants."""
@@ -90,6 +103,7 @@ class MoeLlavaConfig:
 
 class MoeLlavaStableLmConfig(MoeLlavaConfig):
     model_type = "moe_llava_stablelm"
+    shapes = {"vocab_size": 100352, "num_attention_heads": 32, "intermediate_size": 5632}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> MoeLlavaStableLmConfig:
@@ -116,6 +130,7 @@ class MoeLlavaStableLmConfig(MoeLlavaConfig):
 
 class MoeLlavaQwenConfig(MoeLlavaConfig):
     model_type = "moe_llava_qwen"
+    shapes = {"vocab_size": 151936, "num_attention_heads": 16, "intermediate_size": 11008}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> MoeLlavaQwenConfig:

@@ -9,6 +9,7 @@ patches, which the model pools to 12 x 12 features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,27 @@ class MolmoeImages:
     column_id: int = 50283
 
     @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return CLIP_MEAN, CLIP_STD
+    def settings(self) -> dict[str, Any]:
+        """What preprocessor_config.json would say of what is built in here."""
+        return {
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+            "base_image_input_size": [self.crop * self.patch] * 2,
+            "image_patch_size": self.patch,
+            "image_token_length_h": self.pooled,
+            "image_token_length_w": self.pooled,
+            "max_crops": self.max_crops,
+            "overlap_margins": [self.margin] * 2,
+        }
+
+    @property
+    def frame(self) -> dict[str, int]:
+        """The tokens beside that of features, by the ids that the model knows."""
+        return {
+            "<im_start>": self.start_id,
+            "<im_end>": self.end_id,
+            "<im_col>": self.column_id,
+        }
 
     @property
     def token(self) -> tuple[str, int]:

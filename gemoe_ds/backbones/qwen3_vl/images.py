@@ -28,6 +28,17 @@ class Qwen3VLImages:
     def token(self) -> tuple[str, int]:
         return "<|image_pad|>", self.image_id
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As published; all of it is read from the file."""
+        half = [0.5] * 3
+        return {"image_mean": half, "image_std": half, "patch_size": 16, "merge_size": 2}
+
+    @property
+    def frame(self) -> dict[str, int]:
+        """The tokens beside that of features, by the ids that the model knows."""
+        return {"<|vision_start|>": self.start_id, "<|vision_end|>": self.end_id}
+
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
         laid = self.processor([_not_too_long(rgb)], return_tensors="np")
         pixels, grid = laid["pixel_values"].astype(np.float32), laid["image_grid_thw"]
