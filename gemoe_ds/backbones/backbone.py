@@ -55,6 +55,16 @@ class BlockSpec:
         return (self.gate_up_EGD.numel() + self.down_EDF.numel()) // self.routing.num_experts
 
 
+@dataclass(frozen=True)
+class Golden:
+    """What a public model is known to write, greedily, after some token ids."""
+
+    model: str
+    vocabulary: int
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
 class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
@@ -63,6 +73,7 @@ class Backbone(Registered):
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     published_part: ClassVar[str] = ""  # what that counts: names that begin so
     published_tensors: ClassVar[int | None] = None
+    golden: ClassVar[Golden | None] = None
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()
 

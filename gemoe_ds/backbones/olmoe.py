@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec, Golden
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.keys import KeyMap, expert_tables
@@ -26,6 +26,12 @@ class OlmoeBackbone(Backbone):
 
     name: ClassVar[str] = "olmoe"
     published_parameters: ClassVar[int] = 6_919_161_856
+    golden = Golden(  # of the base model, as tinygrad's examples/olmoe.py has them
+        "OLMoE-1B-7B-0924",
+        50304,
+        (12092,),
+        (13, 309, 717, 247, 747, 17782, 281, 436, 12209, 285, 309, 717, 2820, 281, 755),
+    )
     keys = KeyMap(experts=expert_tables(*["model.layers.{l}.mlp.experts"] * 2))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(

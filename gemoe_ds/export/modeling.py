@@ -88,7 +88,7 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _block_forward(ctx: TokenContext) -> Any:
     def forward(block: Any, hidden_states: Tensor) -> Tensor:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TD = ctx.without_padding(hidden_states.reshape(-1, hidden_states.shape[-1]))
         router = block.gemoe_router
         decision, logits_TE = router.decide(x_TD, ctx)
         router.record(decision, logits_TE, ctx)

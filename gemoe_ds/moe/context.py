@@ -91,6 +91,11 @@ class TokenContext:
         for slot in range(len(self.layers)):
             self.layers[slot] = LayerRecord()
 
+    def without_padding(self, x_TD: Tensor) -> Tensor:
+        """The rows with 0 where they are padding, which may hold NaN or Inf: a factor of 0 would
+        pass these on, to gradients too."""
+        return x_TD.masked_fill(~self.is_valid_T[:, None], 0.0)
+
     def end(self) -> None:
         """The forward is over: the records stay as they are."""
         self.in_forward = False

@@ -42,7 +42,6 @@ class FreeExperts(nn.Module):
         """sum over the chosen ones of weight * output, [T, D] in the dtype of x."""
         with torch.autocast(x_TD.device.type, enabled=False):
             used_TM = torch.where(mask_TM, weights_TM, 0.0)
-            x_TD = x_TD.masked_fill(~mask_TM.any(1, keepdim=True), 0.0)  # padding may hold NaN
             of_x_T = used_TM[:, self.copies].sum(1)
             if not self.constants:
                 return x_TD * of_x_T[:, None].to(x_TD.dtype)

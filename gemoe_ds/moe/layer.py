@@ -39,7 +39,8 @@ class MoELayer(nn.Module):
             return self._forward(x_BSD)
 
     def _forward(self, x_BSD: Tensor) -> Tensor:
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        # One copy for all that follows: nothing here keeps the rows as they came.
+        x_TD = self.ctx.without_padding(x_BSD.reshape(-1, x_BSD.shape[-1]))
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
         router = self.router
         decision, logits_TE = router.decide(x_TD, self.ctx)

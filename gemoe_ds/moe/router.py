@@ -49,7 +49,8 @@ class Decision:
 class Router(Registered, nn.Module):
     """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`.
 
-    What the steps are given of padding is 0, so that `* ctx.is_valid_T` leaves it out of a sum.
+    Padding is 0 in what the steps are given (`TokenContext.without_padding`), so that
+    `* ctx.is_valid_T` leaves it out of a sum.
 
     Every parameter belongs to a module that is CALLED in every forward, with no tokens too: ZeRO 3
     gathers weights module by module, all ranks in the same order. Buffers that persist are the
@@ -116,8 +117,6 @@ class Router(Registered, nn.Module):
     def decide(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Decision, Tensor]:
         """Route T tokens: the decision, with k = 0 for padding, and logits_TE."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            # Padding may hold NaN or Inf, which a factor of 0 would pass on, to gradients too.
-            x_TD = x_TD.masked_fill(~ctx.is_valid_T[:, None], 0.0)
             logits_TE = self.score(x_TD, ctx)
             decision = self.select(logits_TE, x_TD, ctx)
             mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
@@ -149,6 +148,7 @@ class Router(Registered, nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> RoutingPlan:
         """Both, and the plan of the routed experts: a router on its own."""
+        x_TD = ctx.without_padding(x_TD)
         decision, logits_TE = self.decide(x_TD, ctx)
         self.record(decision, logits_TE, ctx)
         return self.plan(decision)

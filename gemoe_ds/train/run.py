@@ -22,6 +22,7 @@ from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError, writing_to
+from gemoe_ds.train.as_published import as_published
 from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
 from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
@@ -56,6 +57,9 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             world,
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
         )
+        if dry_run and config.model.checkpoint:
+            for line in as_published(model, config, samples, world):
+                say(world, line)
 
         # Find out about a wrong checkpoint before anything is built or written.
         output = Path(config.output_dir)
@@ -86,9 +90,12 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         if dry_run:
             trainer = Trainer(config, model, engine, stream, world, None, None, stop=stop)
             with phases("one step"):
-                tokens = trainer.train_step(start_step + 1, next(stream), collect=False)
+                tokens = trainer.train_step(start_step + 1, next(stream), collect=True)
+            loss = trainer.refuse_bad_losses()
             say(
-                world, f"dry run: one step of {tokens} tokens on this rank is fine; nothing written"
+                world,
+                f"dry run: one step of {tokens} tokens on this rank is fine, loss {loss:.4g}; "
+                "nothing written",
             )
             assert expected is not None
             last = phases.done[-1]

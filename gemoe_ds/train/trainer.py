@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -201,6 +202,19 @@ class Trainer:
                 HERE.enter(COMPUTE)
             self._after_update(step)
         return tokens
+
+    def refuse_bad_losses(self) -> float:
+        """After steps that were collected: their loss, or DataError if any was not finite."""
+        values = self.stats.reduced(sum_over_ranks, self.world.device)
+        losses = {name: float(v) for name, v in values.items() if name.startswith("loss/")}
+        bad = [f"{name}={value}" for name, value in losses.items() if not math.isfinite(value)]
+        if bad or self.skipped:
+            raise DataError(
+                f"the step was {'skipped' if self.skipped else 'taken'}: "
+                f"{', '.join(bad) or 'its gradient'} is not finite (NaN or Inf); look at the first "
+                "samples, and try model.dtype=float32"
+            )
+        return losses["loss/total"]
 
     def _collect(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():

@@ -13,6 +13,9 @@ import torch
 from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.engine.checkpoint import load_trained
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.dispatch import LocalDispatcher
+from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_ranks
@@ -63,27 +66,24 @@ def test_plan(case, seed):
 
 @every_variant
 def test_padding_changes_nothing(case):
-    """Tokens that are not valid may hold anything: choices, weights, losses, counts, statistics
+    """Tokens that are not valid may hold anything: choices, outputs, losses, counts, statistics
     and gradients stay."""
     router = make_router(*case).train()
     x_TD, ctx = ragged_tokens(1)
     ctx.collect = True
+    experts = Experts(torch.randn(8, 12, 16), torch.randn(8, 16, 6), trainable=True)
+    layer = MoELayer(router, experts, LocalDispatcher(), ctx, shared=torch.nn.Linear(16, 16))
     expected = None
     for filling in (0.0, 100.0, 1e30, torch.inf, torch.nan):
         x_TD = torch.where(ctx.is_valid_T[:, None], x_TD.detach(), filling).requires_grad_()
-        router.zero_grad()
-        decision, logits_TE = router.decide(x_TD, ctx)
-        router.record(decision, logits_TE, ctx)
-        plan, record = router.plan(decision), ctx.layers[0]
-        total = plan.weights_A.square().sum()
-        total = total + sum(t.value * t.weight for t in record.losses.values())
-        free_TD = router.free_output(x_TD, decision)
-        if free_TD is not None:
-            total = total + free_TD[ctx.is_valid_T].square().sum()
-        (total + 0 * x_TD[ctx.is_valid_T].sum()).backward()
-        found = [plan.token_ids_A, plan.weights_A, *(t.value for t in record.losses.values())]
-        found += [*record.tally.values(), *(s.total for s in record.stats.values())]
-        found += [p.grad for p in [*router.parameters(), x_TD] if p.grad is not None]
+        layer.zero_grad()
+        y_TD = layer(x_TD[None])[0][ctx.is_valid_T]
+        record = ctx.layers[0]
+        values = [t.value for t in record.losses.values()]
+        total = y_TD.square().sum() + sum(t.value * t.weight for t in record.losses.values())
+        total.backward()
+        found = [y_TD, *values, *record.tally.values(), *(s.total for s in record.stats.values())]
+        found += [p.grad for p in [*layer.parameters(), x_TD] if p.grad is not None]
         expected = expected or found
         for first, second in zip(expected, found, strict=True):
             assert torch.isfinite(second).all()
