@@ -71,6 +71,7 @@ class TokenContext:
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerRecord() for _ in range(num_layers)]
         self.is_valid_T = torch.ones(0, dtype=torch.bool)
+        self.may_have_padding = True
         self.is_vision_T = torch.zeros(0, dtype=torch.bool)
         self.sequence_T = torch.zeros(0, dtype=torch.long)
         self.in_forward = True  # False: what runs now is a layer's second run, in the backward pass
@@ -83,6 +84,8 @@ class TokenContext:
         """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S])."""
         num_sequences, length = is_valid_BS.shape
         self.is_valid_T = is_valid_BS.reshape(-1)
+        # Asking a GPU would mean to wait for it, longer than it takes to copy the rows.
+        self.may_have_padding = is_valid_BS.device.type != "cpu" or not bool(is_valid_BS.all())
         self.is_vision_T = is_vision_BS.reshape(-1)
         self.sequence_T = torch.arange(num_sequences, device=is_valid_BS.device).repeat_interleave(
             length
@@ -93,7 +96,9 @@ class TokenContext:
 
     def without_padding(self, x_TD: Tensor) -> Tensor:
         """The rows with 0 where they are padding, which may hold NaN or Inf: a factor of 0 would
-        pass these on, to gradients too."""
+        pass these on, to gradients too. A copy, if there is any."""
+        if not self.may_have_padding:
+            return x_TD
         return x_TD.masked_fill(~self.is_valid_T[:, None], 0.0)
 
     def end(self) -> None:
