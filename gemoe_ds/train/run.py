@@ -27,7 +27,7 @@ from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
-from gemoe_ds.train.phases import Phases, peak_host_memory
+from gemoe_ds.train.phases import Phases, resident_memory
 from gemoe_ds.train.trainer import Trainer
 
 BEFORE = "before the first step; resume=auto goes on"
@@ -168,7 +168,7 @@ def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: E
     if world.is_first:
         needed = estimate(config, samples, world.size, world.device).total
         if world.device.type == "cpu":
-            needed -= peak_host_memory()  # what this process has already
+            needed -= resident_memory()  # what this process has already
     (needed, *_) = gather_objects(needed)
     ep_size = config.parallel.ep_size
     for line in preflight(world, Path(config.output_dir), ep_size, needed, shard.groups):
