@@ -67,13 +67,13 @@ def activation_bytes(
     vocabulary = sum(p.shape[0] for p in backbone.head(hf).parameters() if p.dim() == 2)
     # logits, their gradient, log-probabilities and theirs
     loss = shape.targets * vocabulary * (3 * WIDE + shape.itemsize)
-    widest = max(_in_flight(block, shape) for block in blocks)
+    widest = max(_in_flight(block, shape) * shape.tokens + _casts(block, shape) for block in blocks)
     linear = [m for m in [*text.modules(), backbone.head(hf)] if isinstance(m, nn.Linear)]
     casts = sum(m.weight.numel() for m in linear) * shape.itemsize
     return {
         "weights cast for the products": casts if shape.train == "all" and shape.is_cast else 0,
         "activations": round(kept * shape.tokens),
-        "loss or experts in flight": round(max(loss, widest * shape.tokens)),
+        "loss or experts in flight": round(max(loss, widest)),
         "images": _of_tower(hf, root, shape),
     }
 
@@ -120,6 +120,15 @@ def _in_flight(block: BlockSpec, shape: StepShape) -> float:
     if not at_once(block, shape):
         return rows
     return rows + shape.k * (2 * routing.d_model + 4 * width) * shape.itemsize
+
+
+def _casts(block: BlockSpec, shape: StepShape) -> int:
+    """Of trainable experts of one block, in the narrower dtype of their products: themselves and
+    their gradients."""
+    if shape.train == "routers" or not shape.is_cast:
+        return 0
+    experts = (block.gate_up_EGD.numel() + block.down_EDF.numel()) // shape.ep_size
+    return 2 * experts * shape.itemsize
 
 
 def at_once(block: BlockSpec, shape: StepShape) -> bool:

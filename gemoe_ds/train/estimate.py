@@ -14,21 +14,22 @@ from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import read_file
-from gemoe_ds.data.collate import IGNORE, Batch, Collator
+from gemoe_ds.data.collate import IGNORE, Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.errors import DataError, ImageError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
-from gemoe_ds.train.phases import peak_host_memory
+from gemoe_ds.train.phases import resident_memory
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
 _LOOKED_AT, _SECONDS = 256, 5.0  # samples, and how long they may take
 _DEFAULT_BUCKET = 5e8  # DeepSpeed's, numbers
 
-# Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine adds, and oneDNN's
-# bfloat16 kernels; and how much memory glibc's heap has in holes that the next tensor does not fit
-# into, for a byte that a step needs at once, whether or not it recomputes.
-_ENGINE, _BFLOAT16 = 50 * 2**20, 300 * 2**20
+# Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine, the loader's
+# threads and the kernels of a first step add; and how much memory glibc's heap has in holes that
+# the next tensor does not fit into, for a byte that a step needs at once, whether or not it
+# recomputes.
+_ENGINE = 75 * 2**20
 _HELD = {"routers": 0.65, "experts": 0.65, "all": 0.35}
 _HELD_ONE_BY_ONE = 0.15  # if experts are multiplied one after the other, in buffers used again
 
@@ -74,6 +75,7 @@ def estimate(
     blocks = backbone.moe_blocks(hf)
     chosen = Router.named(config.model.router.name)
     routers = [chosen(config.model.router.config, block.routing) for block in blocks]
+    process = resident_memory()  # before images are looked at
     batch = _largest(samples, collator_of(config, backbone, backbone.image_layout(hf)), config)
     pixels = batch.images.get("pixels")
     dtype = getattr(torch, config.model.dtype)
@@ -92,8 +94,13 @@ def estimate(
     step = activation_bytes(backbone, hf, blocks, shape)
     parts = weights | step
     if not shape.on_gpu:
-        process = peak_host_memory() + _ENGINE + (_BFLOAT16 if shape.is_cast else 0)
-        parts = {"Python and its packages": process} | parts
+        parts = {"Python and its packages": process + _ENGINE} | parts
+        if config.model.pack_experts and config.model.train == "routers" and shape.is_cast:
+            # for the forward pass, and for the backward pass of all above the first router
+            experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
+            parts["packed experts"] = sum(experts) // shape.ep_size * shape.itemsize
+        if config.zero_stage:
+            parts["left behind by DeepSpeed"] = weights["weights that train"]
         stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
         held = _HELD[config.model.train] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
         parts["free, but held by the C library"] = round(held * sum(stored.values()))
@@ -139,8 +146,8 @@ def _weights(
 def _checkpoint(
     config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], routers: list[Router]
 ) -> int:
-    """What trains, and its moments."""
-    trained = sum(p.numel() for r in routers for p in r.parameters() if p.requires_grad)
+    """What trains and the routers, with moments (frozen router tensors have none, and are few)."""
+    trained = sum(p.numel() for r in routers for p in r.parameters())
     if config.model.train == "experts":
         trained += sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks)
     elif config.model.train == "all":
@@ -164,15 +171,15 @@ def _buckets(config: RunConfig, trained: int, stage: int, on_gpu: bool) -> int:
 
 
 def _largest(samples: SampleFolder, collator: Collator, config: RunConfig) -> Batch:
-    """The longest of the first samples, as many as a micro-batch has."""
-    encoded, end = [], time.monotonic() + _SECONDS
+    """The longest of the first samples, as many as a micro-batch has; no more are held."""
+    most: list[Encoded] = []
+    end, size = time.monotonic() + _SECONDS, config.train.micro_batch
     for row in range(min(_LOOKED_AT, len(samples))):
         with suppress(ImageError):
-            encoded.append(collator.encode(row, samples[row]))
-        if time.monotonic() > end and len(encoded) >= config.train.micro_batch:
+            most.append(collator.encode(row, samples[row]))
+            most = sorted(most, key=lambda e: len(e.input_ids), reverse=True)[:size]
+        if time.monotonic() > end and len(most) == size:
             break
-    if not encoded:
+    if not most:
         raise DataError(f"{samples.path}: no image of the first samples can be decoded")
-    encoded.sort(key=lambda e: len(e.input_ids), reverse=True)
-    most = encoded[: config.train.micro_batch]
     return collator.batch(most)

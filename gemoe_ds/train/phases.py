@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from gemoe_ds.engine.distributed import World, gather_objects
@@ -31,6 +32,11 @@ class Phase:
 def peak_host_memory() -> int:
     """Bytes: the largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:

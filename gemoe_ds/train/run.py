@@ -28,7 +28,7 @@ from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
-from gemoe_ds.train.phases import Phases, peak_host_memory
+from gemoe_ds.train.phases import Phases, resident_memory
 from gemoe_ds.train.trainer import Trainer
 
 BEFORE = "before the first step; resume=auto goes on"
@@ -168,7 +168,7 @@ def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: E
     memory = on_disk = None
     if world.is_first:
         expected = estimate(config, samples, world.size, world.device)
-        has = peak_host_memory() if world.device.type == "cpu" else 0  # this process, already
+        has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
         memory = expected.total - has
         on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
     (memory, on_disk), *_ = gather_objects((memory, on_disk))
