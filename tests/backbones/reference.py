@@ -1,14 +1,32 @@
 """Decoder layers from their formulas, with plain torch functions on raw weights.
 
-Nothing here calls a backbone or transformers. Shapes: S tokens, D model, H heads of d, E experts.
+Nothing here calls a backbone or transformers. Weights are read as float64, so that a difference is
+the model's own rounding, and not that of the formulas as well. Shapes: S tokens, D model, H heads
+of d, E experts.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+BOUND = 1e-5  # the largest difference of a logit of a model in float32
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, float64."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= {key: tensor.double() for key, tensor in load_file(file).items()}
+    return found
+
+
+def assert_same(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours.double(), expected.double(), rtol=0, atol=BOUND)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -133,7 +133,7 @@ def features_by_hand(w, pixels_CHW):
     rows = []
     for y in range(0, SIDE, 2):
         for c in range(0, SIDE, 2):
-            joined = torch.zeros(4 * 16)
+            joined = x.new_zeros(4 * 16)
             for dy in range(2):
                 for dx in range(2):
                     if y + dy < SIDE and c + dx < SIDE:
@@ -149,13 +149,13 @@ def test_image_features_are_those_of_the_formulas(folder):
     pixels = torch.randn(5, 3, 70, 70, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = model.hf.image_features(pixels, torch.tensor([2, 3]))
-    weights = load_file(folder / "model.safetensors")
-    tiles = [features_by_hand(weights, p) for p in pixels]
+    weights = reference.read(folder)
+    tiles = [features_by_hand(weights, p) for p in pixels.double()]
     ends = [weights["image_newline"][None], weights["view_seperator"][None]]
     expected = torch.cat([*tiles[:2], *ends, *tiles[2:], *ends])
     assert expected.shape == (5 * 9 + 4, 32)
     scale = expected.abs().max()
-    torch.testing.assert_close(ours / scale, expected / scale, rtol=0, atol=1e-5)
+    reference.assert_same(ours / scale, expected / scale)
 
 
 def logits_by_hand(weights, x):
@@ -192,14 +192,14 @@ def test_logits_with_features_are_those_of_the_formulas(folder):
         features = model.hf.image_features(pixels, tiles)
         hidden = model.hidden(ids, valid, feature >= 0, images)
         ours = model.backbone.head(model.hf)(hidden)
-    weights = load_file(folder / "model.safetensors")
+    weights = reference.read(folder)
     for row, length in ((0, 9), (1, 6)):
         embedded = weights["language.model.embed_tokens.weight"][ids[row, :length]].clone()
         for place in range(length):
             if feature[row, place] >= 0:
                 embedded[place] = features[feature[row, place]]
         expected = logits_by_hand(weights, embedded)
-        torch.testing.assert_close(ours[row, :length], expected, rtol=1e-5, atol=2e-5)
+        reference.assert_same(ours[row, :length], expected)
 
 
 def test_each_rank_holds_its_own_experts_and_every_shared_one(folder):

@@ -184,18 +184,18 @@ def test_logits_are_those_of_the_formulas(case):
     name, folder = case
     model = make(name, folder).eval()
     prefix, by_hand = ("transformer", qwen) if name.endswith("qwen") else ("model", stablelm)
-    weights = load_file(folder / "model.safetensors")
+    weights = reference.read(folder)
     g = torch.Generator().manual_seed(2)
     ids = torch.randint(0, VOCABULARY, (2, 14), generator=g)
     pixels = torch.randn(2, 3, 42, 42, generator=g)
     feature = torch.full((2, 14), -1)
     feature[0, 2:11] = torch.arange(9)
     feature[1, 1:10] = torch.arange(9, 18)
-    features = torch.cat([features_by_hand(weights, prefix, p) for p in pixels])
+    features = torch.cat([features_by_hand(weights, prefix, p) for p in pixels.double()])
     with torch.no_grad():
         ours = model.hf.image_features(pixels)
         scale = features.abs().max()
-        torch.testing.assert_close(ours / scale, features / scale, rtol=0, atol=1e-5)
+        reference.assert_same(ours / scale, features / scale)
         valid = torch.arange(14) < torch.tensor([14, 12])[:, None]
         images = {"pixels": pixels, "feature_BS": feature}
         hidden = model.hidden(ids, valid, feature >= 0, images)
@@ -204,12 +204,9 @@ def test_logits_are_those_of_the_formulas(case):
     for row, length in ((0, 14), (1, 12)):
         embedded = table[ids[row, :length]].clone()
         seen = feature[row, :length]
-        embedded[seen >= 0] = features[seen[seen >= 0]]
+        embedded[seen >= 0] = ours[seen[seen >= 0]].double()  # compared above
         expected = by_hand(weights, embedded)
-        scale = expected.abs().max()
-        torch.testing.assert_close(
-            logits[row, :length] / scale, expected / scale, rtol=0, atol=1e-5
-        )
+        reference.assert_same(logits[row, :length], expected)
 
 
 def test_each_rank_holds_its_own_experts_only(case):

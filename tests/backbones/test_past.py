@@ -16,6 +16,7 @@ from gemoe_ds.backbones.past import Past
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.moe.router import Router
+from tests.backbones import reference
 from tests.backbones.cases import CASES, write_case
 from tests.tiny import make_model, write_base
 
@@ -58,11 +59,6 @@ def hidden(model, batch, past=None):
         )
 
 
-def close(ours, expected):
-    scale = expected.abs().max()
-    torch.testing.assert_close(ours / scale, expected / scale, rtol=0, atol=2e-5)
-
-
 def test_padding_on_the_left_or_right_or_none(loaded):
     model, collator = loaded
     encoded = [
@@ -77,7 +73,7 @@ def test_padding_on_the_left_or_right_or_none(loaded):
             together = hidden(model, batch, past)
             assert torch.isfinite(together).all()
             for row, valid, expected in zip(together, batch.is_valid_BS, alone, strict=True):
-                close(row[valid], expected)
+                reference.assert_same(row[valid], expected)
 
 
 def test_a_row_of_padding_beside_one_that_is_padded_on_the_left(loaded):
@@ -88,7 +84,9 @@ def test_a_row_of_padding_beside_one_that_is_padded_on_the_left(loaded):
     batch.is_valid_BS[0] = False
     ours = hidden(model, batch)
     for row in (1, 2):
-        close(ours[row][batch.is_valid_BS[row]], expected[row][batch.is_valid_BS[row]])
+        reference.assert_same(
+            ours[row][batch.is_valid_BS[row]], expected[row][batch.is_valid_BS[row]]
+        )
 
 
 def test_token_by_token_equals_at_once(loaded):
@@ -102,7 +100,7 @@ def test_token_by_token_equals_at_once(loaded):
     batch = collator.batch(prompts, left=True)
     first = hidden(model, batch, past)
     for row, valid, all_ in zip(first, batch.is_valid_BS, expected, strict=True):
-        close(row[valid], all_[: int(valid.sum())])
+        reference.assert_same(row[valid], all_[: int(valid.sum())])
     rest = [w.input_ids[len(p.input_ids) :] for w, p in zip(whole, prompts, strict=True)]
     assert len({len(tokens) for tokens in rest}) > 1
     for step in range(max(map(len, rest))):
@@ -113,4 +111,4 @@ def test_token_by_token_equals_at_once(loaded):
         assert torch.isfinite(ours).all()
         for row, (prompt, tokens) in enumerate(zip(prompts, rest, strict=True)):
             if step < len(tokens):
-                close(ours[row, 0], expected[row][len(prompt.input_ids) + step])
+                reference.assert_same(ours[row, 0], expected[row][len(prompt.input_ids) + step])
