@@ -21,7 +21,7 @@ from gemoe_ds.engine.distributed import World, distributed, gather_objects
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
-from gemoe_ds.errors import ConfigError, writing_to
+from gemoe_ds.errors import ConfigError, GemoeError, writing_to
 from gemoe_ds.train.as_published import as_published
 from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
 from gemoe_ds.train.estimate import Estimate, estimate
@@ -165,15 +165,20 @@ def check(config: RunConfig) -> None:
 
 def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: ExpertShard) -> None:
     """Refuse hosts and ranks that are not fit for this run. Collective."""
-    memory = on_disk = None
+    found: Estimate | GemoeError | None = None
     if world.is_first:
-        expected = estimate(config, samples, world.size, world.device)
-        has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
-        memory = expected.total - has
-        on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
-    (memory, on_disk), *_ = gather_objects((memory, on_disk))
+        try:
+            found = estimate(config, samples, world.size, world.device)
+        except GemoeError as error:
+            found = error  # all say it, so that no rank waits for another
+    expected, *_ = gather_objects(found)
+    if isinstance(expected, GemoeError):
+        raise expected
+    assert expected is not None
+    has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
+    on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)
-    for line in preflight(world, output, ep_size, memory, shard.groups, on_disk):
+    for line in preflight(world, output, ep_size, expected.total - has, shard.groups, on_disk):
         say(world, line)
 
 
