@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.described import blaming, config_of, shell
 from gemoe_ds.backbones.images import ImageLayout
-from gemoe_ds.backbones.keys import KeyMap
+from gemoe_ds.backbones.keys import KeyMap, Shape
 from gemoe_ds.backbones.past import Past
 from gemoe_ds.backbones.weights import Weights
 from gemoe_ds.errors import CheckpointError, ConfigError
@@ -73,6 +74,7 @@ class Backbone(Registered):
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     published_part: ClassVar[str] = ""  # what that counts: names that begin so
     published_tensors: ClassVar[int | None] = None
+    published_unused: ClassVar[Mapping[str, Shape]] = {}  # stored there, and read by nobody
     golden: ClassVar[Golden | None] = None
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()

@@ -129,9 +129,7 @@ def test_own_plain_forward_equals_ours(setting):
             attention_mask=batch["is_valid_BS"].long(),
         ).logits
     valid = batch["is_valid_BS"]
-    torch.testing.assert_close(
-        logits_of(model, batch)[valid], expected[valid], rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(logits_of(model, batch)[valid], expected[valid], rtol=0, atol=1e-5)
 
 
 def make_config(setting, output: Path, router: dict, ep_size: int, zero: int, **model: object):

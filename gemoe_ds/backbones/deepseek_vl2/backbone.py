@@ -14,7 +14,7 @@ from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.backbones.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import put_features
-from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
+from gemoe_ds.backbones.keys import KeyMap, Rule, Shape, expert_tables
 from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.moe.router import RoutingSpec
 
@@ -46,6 +46,18 @@ _VISION = (
         )
     ),
 )
+# timm's attention pooling, a head that the model ignores
+_UNUSED: dict[str, Shape] = {"vision.attn_pool.latent": (1, 1, 1152)}
+for _name, _high, _wide in (
+    ("q", 1152, 1152),
+    ("kv", 2304, 1152),
+    ("proj", 1152, 1152),
+    ("norm", 1152, None),
+    ("mlp.fc1", 4304, 1152),
+    ("mlp.fc2", 1152, 4304),
+):
+    _UNUSED[f"vision.attn_pool.{_name}.weight"] = (_high, _wide) if _wide else (_high,)
+    _UNUSED[f"vision.attn_pool.{_name}.bias"] = (_high,)
 
 
 class DeepseekVl2Backbone(Backbone):
@@ -54,6 +66,7 @@ class DeepseekVl2Backbone(Backbone):
     name: ClassVar[str] = "deepseek_vl2"
     published_parameters: ClassVar[int] = 3_370_501_440
     published_tensors: ClassVar[int] = 2582
+    published_unused = _UNUSED
     keys = KeyMap(
         (
             *_VISION,
@@ -61,7 +74,7 @@ class DeepseekVl2Backbone(Backbone):
             Rule("language.lm_head.weight", "lm_head.weight"),
             Rule("language.model.{*}", "language_model.{*}"),
         ),
-        unused=("vision.attn_pool.*",),  # a head that the model ignores
+        unused=("vision.attn_pool.*",),
         experts=expert_tables(
             "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
         ),

@@ -11,7 +11,7 @@ from gemoe_ds.backbones.backbone import Backbone, BlockSpec
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.described import shell
 from gemoe_ds.backbones.images import add_features
-from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
+from gemoe_ds.backbones.keys import KeyMap, Rule, Shape, expert_tables
 from gemoe_ds.backbones.molmoe.images import MolmoeImages
 from gemoe_ds.backbones.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.backbones.olmoe import olmoe_blocks
@@ -73,6 +73,17 @@ _VISION = (
     Rule(f"{_SEEN}image_pooling_2d.{{*}}", "pooling.{*}"),
     Rule(f"{_SEEN}image_projector.{{*}}", "projector.{*}"),
 )
+_ABOVE = f"{_SEEN}image_vit.transformer.resblocks.22."  # above the last layer that is used
+_UNUSED: dict[str, Shape] = {"model.transformer.wte.new_embedding": (128, 2048)}
+for _name, _high, _wide in (
+    *((f"attention.w{n}", 1024, 1024) for n in "qkvo"),
+    ("feed_forward.w1", 4096, 1024),
+    ("feed_forward.w2", 1024, 4096),
+    ("attention_norm", 1024, None),
+    ("ffn_norm", 1024, None),
+):
+    _UNUSED[f"{_ABOVE}{_name}.weight"] = (_high, _wide) if _wide else (_high,)
+    _UNUSED[f"{_ABOVE}{_name}.bias"] = (_high,)
 
 
 class MolmoeBackbone(Backbone):
@@ -80,9 +91,10 @@ class MolmoeBackbone(Backbone):
 
     name: ClassVar[str] = "molmoe"
     published_parameters: ClassVar[int] = 7_221_875_712
+    published_unused = _UNUSED
     keys = KeyMap(
         (*_LANGUAGE, *_VISION),
-        # rows that no token asks for, and the layer above the last that is used
+        # rows that no token asks for, and a layer
         unused=("*.wte.new_embedding", "*.image_vit.transformer.resblocks.22.*"),
         experts=expert_tables(f"{_BLOCK}mlp.experts", f"{_LAYER}mlp.experts"),
     )
