@@ -91,4 +91,4 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-_FIRST_RANK_SPEAKS_FIRST = 7.0  # seconds
+_FIRST_RANK_SPEAKS_FIRST = 9.0  # seconds

@@ -30,8 +30,15 @@ class Phase:
 
 
 def peak_host_memory() -> int:
-    """Bytes: the largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    """Bytes: the largest resident set of this process so far.
+
+    Not `ru_maxrss`, in which a process starts with the peak of the one that forked it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_memory() -> int:
