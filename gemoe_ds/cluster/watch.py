@@ -33,7 +33,7 @@ from gemoe_ds.position import HERE, Position
 
 _VERDICT = "verdict"
 _SLOWEST_BEAT = 2.0  # seconds
-_OWN_WORDS = 12.0  # seconds that a rank has to say itself what the verdict says of another
+_OWN_WORDS = 7.0  # seconds that a rank has to say itself what the verdict says of another
 _LEAST_READING = 1.0  # seconds that all ranks have to read a verdict
 _SHOWN = 8  # positions in a verdict
 _PATIENCE = 10  # bounds that loading and saving may take without a move
