@@ -17,6 +17,7 @@ from gemoe_ds.registry import ConfigModel
 
 METRICS = "metrics.jsonl"
 TUNED = "top_k_tuned"
+BUDGETED = "gemoe_budget_"  # and the budget: GeMoE trained for it
 ABLATIONS = ("gemoe", "gemoe_mono_0", "gemoe_mono_0_5", "gemoe_mono_1_5", "gemoe_reversed")
 
 
@@ -48,9 +49,12 @@ class Comparison(ConfigModel):
 
     @property
     def methods(self) -> list[Group]:
-        """What was trained, ablations apart (Table 1)."""
+        """What was trained, ablations and budgets apart (Table 1)."""
+        apart = (BASELINE, *ABLATIONS[1:])
         return [
-            g for g in self.results.groups if g.method != BASELINE and g.method not in ABLATIONS[1:]
+            g
+            for g in self.results.groups
+            if g.method not in apart and not g.method.startswith(BUDGETED)
         ]
 
     @property
@@ -59,8 +63,15 @@ class Comparison(ConfigModel):
         return [group for group in self.methods if group.is_adaptive]
 
     @property
+    def budgeted(self) -> list[tuple[float, Group]]:
+        """GeMoE trained for a budget, by budget."""
+        named = [g for g in self.results.groups if g.method.startswith(BUDGETED)]
+        by_budget = [(float(g.method.removeprefix(BUDGETED)), g) for g in named]
+        return sorted(by_budget, key=lambda pair: pair[0])
+
+    @property
     def budget_groups(self) -> list[Group]:
-        """A group a method and budget, by budget."""
+        """A trained router at a budget that it was held to afterwards, by budget."""
         keys = sorted({(row.method, row.budget_k or 0.0) for row in self.budgets})
         return [
             Group(m, None, tuple(r for r in self.budgets if (r.method, r.budget_k) == (m, budget)))

@@ -21,8 +21,9 @@ def write_comparison_figures(comparison: Comparison, folder: Path) -> tuple[Figu
     drawn = {
         "pareto": (
             pareto(comparison),
-            "Accuracy against the mean number of experts a token: static k, every method, and one "
-            "trained GeMoE at other budgets. Bars: one standard deviation over seeds.",
+            "Accuracy against the mean number of experts a token: static k, every method, one "
+            "trained GeMoE held to other budgets, and GeMoE trained for each of them. Bars: one "
+            "standard deviation over seeds.",
         ),
         "training": (
             training(comparison),
@@ -43,7 +44,9 @@ def pareto(comparison: Comparison) -> Figure:
         tuned = comparison.of(TUNED)
         _line(axes, tuned, drawing.COLOURS[TUNED], "static k, tuned", "s")
         gemoe = drawing.COLOURS["gemoe"]
-        _line(axes, comparison.budget_groups, gemoe, "GeMoE at a budget", ".--")
+        _line(axes, comparison.budget_groups, gemoe, "GeMoE held to a budget", ".--")
+        trained = [group for _, group in comparison.budgeted]
+        _line(axes, trained, gemoe, "GeMoE trained for a budget", "p:", size=5)
         others = [g for g in comparison.methods if g.method not in (TUNED, "gemoe")]
         for group, marker in zip(others, MARKERS, strict=False):
             colour = drawing.colour_of(comparison.results, group.method)

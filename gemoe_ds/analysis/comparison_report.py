@@ -27,8 +27,13 @@ def render_comparison(comparison: Comparison) -> str:
         "## Ablations (Table 5)",
         markdown(_ablations(comparison)),
     ]
-    if comparison.budgets:
-        parts += ["## One trained GeMoE at other budgets", markdown(_budgets(comparison))]
+    if comparison.budgets or comparison.budgeted:
+        parts += [
+            "## GeMoE at other budgets",
+            markdown(_budgets(comparison)),
+            "*After training*: one trained model, whose k is moved until its mean is the budget; "
+            "*in training*: a model of its own for each budget (`budget_k`).",
+        ]
     for entry in results.meta.figures:
         parts += [f"![{entry.file.split('.')[0]}](figures/{entry.file})", f"*{entry.caption}*"]
     parts += ["## How it was run", how_it_was_run(results)]
@@ -37,6 +42,25 @@ def render_comparison(comparison: Comparison) -> str:
 
 def verdicts(comparison: Comparison) -> list[str]:
     """What the comparison set out to find, and what came out."""
+    found = [_best(comparison)] if len(comparison.dynamic) > 1 else []
+    order = [comparison.of(name) for name in ("gemoe", "gemoe_mono_0", "gemoe_reversed")]
+    if all(order):
+        scores = [groups[0].mean(_accuracy) for groups in order]
+        is_papers = scores[0] > scores[1] > scores[2]
+        found.append(
+            (
+                "The ablations fall in the paper's order"
+                if is_papers
+                else "**The ablations do not fall in the paper's order**"
+            )
+            + ": full, without the monotonic loss, reversed: "
+            + ", ".join(f"{_score(g[0])} at {_k(g[0])}" for g in order)
+            + "."
+        )
+    return found
+
+
+def _best(comparison: Comparison) -> str:
     rivals = comparison.rivals()
     best = rivals[0]
     names = ", ".join(f"{g.label} {_score(g)} at {_k(g)}" for g in rivals)
@@ -54,22 +78,7 @@ def verdicts(comparison: Comparison) -> list[str]:
         first += "; with more experts: " + ", ".join(
             f"{g.label} {_score(g)} at {_k(g)}" for g in above
         )
-    found = [first + "."]
-    order = [comparison.of(name) for name in ("gemoe", "gemoe_mono_0", "gemoe_reversed")]
-    if all(order):
-        scores = [groups[0].mean(_accuracy) for groups in order]
-        is_papers = scores[0] > scores[1] > scores[2]
-        found.append(
-            (
-                "The ablations fall in the paper's order"
-                if is_papers
-                else "**The ablations do not fall in the paper's order**"
-            )
-            + ": full, without the monotonic loss, reversed: "
-            + ", ".join(f"{_score(g[0])} at {_k(g[0])}" for g in order)
-            + "."
-        )
-    return found
+    return first + "."
 
 
 def _ablations(comparison: Comparison) -> list[list[str]]:
@@ -93,12 +102,13 @@ def _spearman(group: Group) -> str:
 
 
 def _budgets(comparison: Comparison) -> list[list[str]]:
-    table = [["Budget", "Mean k", "Off by %", "Average", "Retention %"]]
-    for group in comparison.budget_groups:
-        budget = group.rows[0].budget_k or 0.0
+    met = [("after training", g.rows[0].budget_k or 0.0, g) for g in comparison.budget_groups]
+    met += [("in training", budget, group) for budget, group in comparison.budgeted]
+    table = [["Budget", "Met", "Mean k", "Off by %", "Average", "Retention %"]]
+    for when, budget, group in met:
         off = 100 * abs(group.mean(_mean_k) / budget - 1)
-        retention = group.mean(lambda r: r.retention)
-        table.append([f"{budget:g}", _k(group), f"{off:.1f}", _score(group), f"{retention:.2f}"])
+        retention = f"{group.mean(lambda r: r.retention):.2f}"
+        table.append([f"{budget:g}", when, _k(group), f"{off:.1f}", _score(group), retention])
     return table
 
 

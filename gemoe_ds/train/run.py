@@ -43,13 +43,11 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
-        trainable = config.model.train != "routers"
-        shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
-        look_around(config, samples, world, shard)
+        shard, expected = look_around(config, samples, world)
         phases = Phases(world)
-        expected = None
         if dry_run:
-            expected = _look_first(config, samples, world)
+            _look_first(config, world)
+            say(world, str(expected))
         with phases("loading"):
             model = build_model(config, shard, show_progress=world.is_first)
         stop_together(stop, world, BEFORE)
@@ -97,7 +95,6 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 f"dry run: one step of {tokens} tokens on this rank is fine, loss {loss:.4g}; "
                 "nothing written",
             )
-            assert expected is not None
             last = phases.done[-1]
             peak = max(last.device_bytes if expected.on_gpu else last.host_bytes)
             say(world, expected.against(peak))
@@ -158,13 +155,16 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
 def check(config: RunConfig) -> None:
     """What a run checks before it loads anything, and nothing else."""
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        trainable = config.model.train != "routers"
-        shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
-        look_around(config, open_samples(config.data.train), world, shard)
+        look_around(config, open_samples(config.data.train), world)
 
 
-def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: ExpertShard) -> None:
-    """Refuse hosts and ranks that are not fit for this run. Collective."""
+def look_around(
+    config: RunConfig, samples: SampleFolder, world: World
+) -> tuple[ExpertShard, Estimate]:
+    """Refuse hosts and ranks that are not fit for this run; else what this rank's experts are, and
+    the memory that a rank is thought to need. Collective."""
+    trainable = config.model.train != "routers"
+    shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
     found: Estimate | GemoeError | None = None
     if world.is_first:
         try:
@@ -180,6 +180,7 @@ def look_around(config: RunConfig, samples: SampleFolder, world: World, shard: E
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)
     for line in preflight(world, output, ep_size, expected.total - has, shard.groups, on_disk):
         say(world, line)
+    return shard, expected
 
 
 def _checkpoint_to_resume(
@@ -214,8 +215,8 @@ def _close(*files: Monitor | Ledger | None) -> None:
             file.close()
 
 
-def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> Estimate:
-    """Say what can be known before anything is loaded."""
+def _look_first(config: RunConfig, world: World) -> None:
+    """Say what can be known of the user's files before anything is loaded."""
     checkpoint_dir = config.model.checkpoint
     backbone, checkpoint_path = named_backbone(config), checkpoint_dir and Path(checkpoint_dir)
     hf = backbone.load(checkpoint_path or None, Path(config.data.tokenizer))
@@ -223,9 +224,6 @@ def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> Estim
     if world.is_first:
         for line in first_contact(backbone, hf, checkpoint_path or None, collator):
             print(line, flush=True)
-    expected = estimate(config, samples, world.size, world.device)
-    say(world, str(expected))
-    return expected
 
 
 def say(world: World, text: str) -> None:

@@ -31,6 +31,7 @@ def records(gemoe=0.8, adamoe=0.7, mono_0=0.6, reversed_=0.5):
         row("gemoe_mono_0", None, mono_0, 4.5),
         row("gemoe_reversed", None, reversed_, 4.2),
         row("gemoe", None, 0.7, 3.03, budget_k=3.0),
+        row("gemoe_budget_6", None, 0.82, 6.12),
     ]
 
 
@@ -64,8 +65,17 @@ def test_report_has_every_table():
     first, second, third = (text.split(f"## {t}")[1] for t in ("Methods", "Static k", "Ablations"))
     assert "AdaMoE" in first.split("##")[0] and "without L_mono" not in first.split("##")[0]
     assert "Top-4" in second.split("##")[0] and "AdaMoE" not in second.split("##")[0]
-    assert "negative" in third and "     3 |" in text.split("other budgets")[1]
-    assert "1.0" in text.split("other budgets")[1], "off by one percent"
+    assert "negative" in third and "gemoe_budget" not in text
+    budgets = text.split("other budgets")[1]
+    table = [[cell.strip() for cell in line.split("|")[1:6]] for line in budgets.splitlines()]
+    assert ["3", "after training", "3.03", "1.0", "70.00"] in table, "off by one percent"
+    assert ["6", "in training", "6.12", "2.0", "82.00"] in table
+
+
+def test_gemoe_alone_is_not_called_the_best():
+    alone = [record for record in records() if record.method.startswith(("top_k", "gemoe"))]
+    (ablations,) = verdicts(compare(alone, curves(), command="", seconds=0))
+    assert ablations.startswith("The ablations")
 
 
 def test_round_trip_and_figures(tmp_path):

@@ -17,6 +17,28 @@ from tests.helpers import free_port, repository
 TRAIN = "launch/train.py"
 
 
+HARM = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+import gemoe_ds.train.trainer as trainer
+step = trainer.Trainer.train_step
+def harmed(self, number, batches, *, collect):
+    if {when} and self.world.rank == {victim}:
+        {harm}
+    return step(self, number, batches, collect=collect)
+trainer.Trainer.train_step = harmed
+from launch.train import main
+main(sys.argv[1:])
+"""
+
+
+def harmed(script: Path, harm: str, *, when: str, victim: int = 1) -> Path:
+    """launch/train.py with the statement `harm` before each step of rank `victim` that is `when`,
+    an expression of the step's `number`."""
+    script.write_text(HARM.format(harm=harm, when=when, victim=victim))
+    return script
+
+
 class Ranks:
     """`num_ranks` processes, started as srun does: no launcher that ends the rest."""
 

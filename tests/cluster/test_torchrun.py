@@ -9,25 +9,10 @@ import sys
 import pytest
 
 from gemoe_ds.train.ledger import read_ledger
-from tests.cluster.launches import metrics, ranks
+from tests.cluster.launches import harmed, metrics, ranks
 from tests.cluster.test_stopping import write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
-
-KILLED_ONCE = """
-import os, sys
-sys.path.insert(0, os.getcwd())
-import gemoe_ds.train.trainer as trainer
-step = trainer.Trainer.train_step
-def harmed(self, number, batches, *, collect):
-    if number == 11 and self.world.rank == {victim} and not os.path.exists({marker!r}):
-        open({marker!r}, "w").close()
-        os.kill(os.getpid(), 9)
-    return step(self, number, batches, collect=collect)
-trainer.Trainer.train_step = harmed
-from launch.train import main
-main(sys.argv[1:])
-"""
 
 
 @pytest.mark.slow
@@ -39,8 +24,10 @@ def test_restarted(tmp_path, victim, record_property):
         assert running.codes() == [0, 0], running.log(0)
     every = {"checkpoint": {"every": 4, "keep": 2}, "monitor__stall_seconds": 5.0}
     recipe, cut = write_recipe(setting, tmp_path / "cut", **every)
-    marker, script = str(tmp_path / "was-killed"), tmp_path / "killed.py"
-    script.write_text(KILLED_ONCE.format(victim=victim, marker=marker))
+    marker = str(tmp_path / "was-killed")
+    once = f"number == 11 and not os.path.exists({marker!r})"
+    kill = f'open({marker!r}, "w").close(); os.kill(os.getpid(), 9)'
+    script = harmed(tmp_path / "killed.py", kill, when=once, victim=victim)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
     done = subprocess.run(
         [*command, "--nproc-per-node=2", str(script), str(recipe)],

@@ -10,7 +10,7 @@ import pytest
 
 from gemoe_ds.engine.manifest import newest
 from gemoe_ds.errors import BUG, STALLED
-from tests.cluster.launches import metrics, ranks
+from tests.cluster.launches import harmed, metrics, ranks
 from tests.cluster.test_stopping import STEPS, write_recipe
 from tests.train.resuming import write_data, write_setting
 
@@ -73,21 +73,6 @@ def test_a_killed_rank_is_named_by_the_other(setting, tmp_path, victim, record_p
         assert f"error: rank {victim} (host " in running.log(other)
 
 
-HARM = """
-import os, sys, time
-sys.path.insert(0, os.getcwd())
-import gemoe_ds.train.trainer as trainer
-step = trainer.Trainer.train_step
-def harmed(self, number, batches, *, collect):
-    if number {when} and self.world.rank == 1:
-        {harm}
-    return step(self, number, batches, collect=collect)
-trainer.Trainer.train_step = harmed
-from launch.train import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize(
     "harm, words",
     [
@@ -97,8 +82,7 @@ main(sys.argv[1:])
 )
 def test_a_rank_that_fails_or_is_stuck_is_named(setting, tmp_path, harm, words):
     recipe, _ = slow_recipe(setting, tmp_path)
-    script = tmp_path / "harmed.py"
-    script.write_text(HARM.format(harm=harm, when="== 5"))
+    script = harmed(tmp_path / "harmed.py", harm, when="number == 5")
     with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
         began = time.monotonic()
         codes = running.codes()
@@ -118,8 +102,7 @@ def test_killed_and_resumed(setting, tmp_path, record_property):
     recipe, output = write_recipe(
         setting, tmp_path, checkpoint={"every": 2, "keep": 2}, monitor__stall_seconds=BOUND
     )
-    script = tmp_path / "harmed.py"
-    script.write_text(HARM.format(harm=KILL, when="== 5"))
+    script = harmed(tmp_path / "harmed.py", KILL, when="number == 5")
     with ranks(tmp_path / "first", recipe, 2, script=script) as running:
         codes = running.codes()
         assert codes == [STALLED, -signal.SIGKILL], running.log(0)
@@ -194,8 +177,7 @@ def test_a_slow_rank_is_left_alone(setting, tmp_path):
         train={"steps": 4, "micro_batch": 1, "global_batch": 2},
         monitor__stall_seconds=2.0,
     )
-    script = tmp_path / "slow.py"
-    script.write_text(HARM.format(harm="time.sleep(1.0)", when="> 0"))
+    script = harmed(tmp_path / "slow.py", "time.sleep(1.0)", when="number > 0")
     with ranks(tmp_path / "logs", recipe, 2, script=script) as running:
         assert running.codes() == [0, 0], running.log(0)
     assert newest(output)
