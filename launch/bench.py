@@ -66,6 +66,8 @@ def _all(flags: argparse.Namespace) -> None:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = flags.out or REPOSITORY / f"results/bench_{device}.json"
+    if min(flags.rounds, flags.tokens, *flags.ep) < 1:
+        raise ConfigError("--rounds, --tokens and --ep are 1 at least")
     if out.suffix != ".json":
         raise ConfigError(
             f"--out {out} must end in .json; the report goes beside it as .md and .png"

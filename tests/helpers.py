@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import os
 import random
+import runpy
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,13 +29,12 @@ def run_ranks(
     A rank that raises fails the test with its traceback; ranks that hang are killed after
     `timeout` seconds. `function` must be importable (defined at module level).
     """
-    context = _start_method()
+    context = start_method()
     queue = context.SimpleQueue()
     port = free_port()
+    job = _packed((function, args))
     processes = [
-        context.Process(
-            target=_entry, args=(function, rank, num_ranks, port, queue, args, dict(os.environ))
-        )
+        context.Process(target=_entry, args=(rank, num_ranks, port, queue, job, dict(os.environ)))
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -46,7 +49,7 @@ def run_ranks(
             continue
         rank, ok, value = queue.get()
         if ok:
-            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+            results[rank] = _unpacked(value)
         else:
             failures.append(f"rank {rank}:\n{value}")
     for process in processes:
@@ -58,9 +61,35 @@ def run_ranks(
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _start_method() -> Any:
-    """Ranks are forked from a server that has imported all that they import: five seconds of a core
-    each. CUDA does not survive a fork."""
+def run_python(script: str, *arguments: object, timeout: float = 200) -> CompletedProcess[str]:
+    """`python script arguments` in the repository, started like a rank."""
+    words = [script, *map(str, arguments)]
+    with TemporaryDirectory() as folder:
+        written = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = start_method().Process(
+            target=_script, args=(words, list(map(str, written)), dict(os.environ))
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return CompletedProcess(words, process.exitcode, *(path.read_text() for path in written))
+
+
+def _script(words: list[str], written: list[str], environment: dict[str, str]) -> None:
+    for descriptor, path in zip((1, 2), written, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(repository())
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def start_method() -> Any:
+    """Processes are forked from a server that has imported all that they import, which takes five
+    seconds of a core. CUDA does not survive a fork."""
     if torch.cuda.is_available():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
@@ -69,13 +98,7 @@ def _start_method() -> Any:
 
 
 def _entry(
-    function: Callable,
-    rank: int,
-    size: int,
-    port: int,
-    queue: Any,
-    args: tuple,
-    environment: dict[str, str],
+    rank: int, size: int, port: int, queue: Any, job: bytes, environment: dict[str, str]
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)  # the server has that of its own start
@@ -88,14 +111,24 @@ def _entry(
     )
     torch.set_num_threads(1)
     try:
-        packed = io.BytesIO()  # whole: a tensor's shared memory would end with this process
-        torch.save(function(rank, *args), packed)
-        queue.put((rank, True, packed.getvalue()))
+        function, args = _unpacked(job)
+        queue.put((rank, True, _packed(function(rank, *args))))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _packed(value: Any) -> bytes:
+    """Whole: a tensor's shared memory would end with its process."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), weights_only=False)
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ class RouterLinear(nn.Linear):
     """A bias-free linear map in at least float32, whatever the activation dtype.
 
     A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md). Call
-    the module and leave its weight alone: ZeRO 3 gathers the weight when the module is called.
+    the module, or `joined`, and leave its weight alone: ZeRO 3 gathers it for a call of the module.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -29,6 +29,18 @@ class RouterLinear(nn.Linear):
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TM: Tensor = _WideLinear.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TM
+
+
+def joined(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
+    """`linear(x_TD)` of each, as one product: x is read once, and once more in the backward pass.
+
+    A weight that ZeRO 3 holds in parts (it has a `ds_id`) is whole only in its module's own call.
+    """
+    if any(type(one) is not RouterLinear or hasattr(one.weight, "ds_id") for one in linears):
+        return tuple(one(x_TD) for one in linears)
+    weight_MD = torch.cat([one.weight for one in linears])
+    logits_TM: Tensor = _WideLinear.apply(x_TD, weight_MD)  # type: ignore[no-untyped-call]
+    return logits_TM.split([one.out_features for one in linears], dim=1)
 
 
 class _WideLinear(torch.autograd.Function):

@@ -17,7 +17,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
 from gemoe_ds.moe.experts import Experts
 from gemoe_ds.moe.free_experts import FreeExpert, FreeExperts
-from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.linear import RouterLinear, joined
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.upkeep import Read, Upkeep
 from gemoe_ds.registry import ConfigModel, Registered
@@ -72,10 +72,10 @@ class Router(Registered, nn.Module):
 
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
         """logits_TE (logits_TN with free experts) in float32, or float64 for float64 input."""
-        logits_TE: Tensor = self.gate(x_TD)
         if self.free_gate is None:
+            logits_TE: Tensor = self.gate(x_TD)
             return logits_TE
-        return torch.cat([logits_TE, self.free_gate(x_TD)], dim=1)
+        return torch.cat(joined(x_TD, self.gate, self.free_gate), dim=1)
 
     @abstractmethod
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:

@@ -17,7 +17,7 @@ from torch import Tensor
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
-from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.linear import RouterLinear, joined
 from gemoe_ds.moe.monotonic import monotonic_loss
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
@@ -111,9 +111,16 @@ class GeMoERouter(Router):
             config.monotonic_weight > 0 or config.ce_to_k != "none" or has_budget
         )
 
+    def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
+        if self.config.detach_x:
+            return super().score(x_TD, ctx)
+        logits_TE, self.record_of(ctx).keep["k_logits"] = joined(x_TD, self.gate, self.eap)
+        return logits_TE
+
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> GeMoEDecision:
         scores_TE = logits_TE.softmax(-1)
-        k_soft_T = self.predict_k(x_TD)
+        k_logits_TK = self.record_of(ctx).keep.pop("k_logits", None)
+        k_soft_T = self.predict_k(x_TD) if k_logits_TK is None else self._expected_k(k_logits_TK)
         k_T = k_soft_T.detach() * self.k_scale + self.k_shift
         k_T = k_T.round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
         top_TK = scores_TE.topk(self.k_high, dim=-1).indices
@@ -127,8 +134,12 @@ class GeMoERouter(Router):
 
     def predict_k(self, x_TD: Tensor) -> Tensor:
         """k_soft = sum_k k softmax(W_a x)_k over k_low..k_high (Eqs. 9, 10), float32 [T]."""
-        logits_TK = self.eap(x_TD.detach() if self.config.detach_x else x_TD)
-        k_K = torch.arange(self.k_low, self.k_high + 1, device=x_TD.device, dtype=logits_TK.dtype)
+        return self._expected_k(self.eap(x_TD.detach() if self.config.detach_x else x_TD))
+
+    def _expected_k(self, logits_TK: Tensor) -> Tensor:
+        k_K = torch.arange(
+            self.k_low, self.k_high + 1, device=logits_TK.device, dtype=logits_TK.dtype
+        )
         k_soft_T: Tensor = logits_TK.softmax(-1) @ k_K
         return k_soft_T
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from gemoe_ds.engine.manifest import newest
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.backbones.cases import CASES, write_case
-from tests.helpers import repository, run_ranks
+from tests.helpers import repository, run_python, run_ranks
 from tests.train.resuming import losses, make_config, train_all, write_data
 
 TOP_K = (Router.named("top_k"), Router.named("top_k").Config())
@@ -59,11 +57,8 @@ def test_trains_resumes_is_scored_and_exported(name, tmp_path):
     rest = make_config(setting, tmp_path / "cut", parallel__ep_size=1, resume="auto", **changes)
     assert run_ranks(train_all, 1, [rest]) == [None]
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    command = [sys.executable, repository() / "launch/evaluate.py", tmp_path / "whole/config.yaml"]
-    command += ["--trained", tmp_path / "whole", "--data", setting["data"]]
-    done = subprocess.run(
-        [*command, "--out", tmp_path / "out"], capture_output=True, text=True, timeout=200
-    )
+    command = ["launch/evaluate.py", tmp_path / "whole/config.yaml", "--out", tmp_path / "out"]
+    done = run_python(*command, "--trained", tmp_path / "whole", "--data", setting["data"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert 0 < json.loads((tmp_path / "out/eval.json").read_text())["mean_k"] <= 3
     exported = tmp_path / "exported"

@@ -20,7 +20,7 @@ from gemoe_ds.engine.checkpoint import load_trained
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
-from tests.helpers import repository, run_ranks
+from tests.helpers import repository, run_python, run_ranks
 from tests.tiny import WORDS, random_batch, write_tokenizer
 from tests.train.resuming import BOUND, losses, train_all, write_data
 
@@ -178,9 +178,9 @@ def test_evolved_then_routed(setting, tmp_path):
     """EvoMoE: stage II, export, and stage III on what came out, which is no longer all copies."""
     evolve = make_config(setting, tmp_path / "evolve", {"name": "evolve"}, 1, 2)
     assert run_ranks(train_all, 2, [evolve]) == [None, None]
-    command = [sys.executable, repository() / "launch/export.py", tmp_path / "evolve/config.yaml"]
+    command = ["launch/export.py", tmp_path / "evolve/config.yaml"]
     command += ["--trained", tmp_path / "evolve", "--out", tmp_path / "hf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "hf/config.json").read_text())["upcycled"]["num_experts"] == 4
 
@@ -239,9 +239,9 @@ def test_what_is_drawn_depends_on_the_seed_alone(setting, tmp_path, train):
 def test_exported_model_runs_without_this_package(setting, tmp_path):
     config = make_config(setting, tmp_path / "run", {"name": "ltdr"}, 1, 0)
     assert run_ranks(train_all, 1, [config]) == [None]
-    command = [sys.executable, repository() / "launch/export.py", tmp_path / "run/config.yaml"]
+    command = ["launch/export.py", tmp_path / "run/config.yaml"]
     command += ["--trained", tmp_path / "run", "--out", tmp_path / "hf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     code = (
         "import sys, torch; sys.modules['gemoe_ds'] = None\n"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.helpers import repository
+from tests.helpers import repository, run_python
 
 FAST = ["--shape", "demo", "--tokens", "96", "--rounds", "1"]
 
@@ -83,8 +83,11 @@ def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
     assert {"shared expert", "all_to_all: start", "all_to_all: wait"} <= names
 
 
-def test_bad_flags_cost_one_line():
-    done = bench("--suites", "layer", "--out", "nowhere.md")
-    assert done.returncode == 2
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
-    assert "must end in .json" in line and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "flags, words",
+    [(("--out", "nowhere.md"), "must end in .json"), (("--rounds", "0"), "are 1 at least")],
+)
+def test_bad_flags_cost_one_line(flags, words):
+    done = run_python("launch/bench.py", "--suites", "layer", *flags)
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers import repository, run_ranks
+from tests.helpers import run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
 
@@ -22,9 +20,9 @@ def test_flips_against_float32_are_counted(setting, tmp_path, dtype):
     run = tmp_path / "run"
     config = make_config(setting, run, model__dtype=dtype, parallel__ep_size=1)
     assert run_ranks(train_all, 1, [config]) == [None]
-    command = [sys.executable, repository() / "launch/evaluate.py", run / "config.yaml"]
+    command = ["launch/evaluate.py", run / "config.yaml"]
     command += ["--trained", run, "--data", setting["data"], "--out", tmp_path / "out", "--flips"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out/eval.json").read_text())["method"] == "gemoe"
     flips = json.loads((tmp_path / "out/k_flips.json").read_text())
@@ -39,10 +37,10 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
     run = tmp_path / "run"
     config = make_config(setting, run, parallel__ep_size=1)
     assert run_ranks(train_all, 1, [config]) == [None]
-    command = [sys.executable, repository() / "launch/evaluate.py", run / "config.yaml"]
+    command = ["launch/evaluate.py", run / "config.yaml"]
     command += ["--trained", run, "--data", setting["data"]]
     budgets = ["--out", tmp_path / "out", "--mean-k", "2.5", "3"]
-    done = subprocess.run([*command, *budgets], capture_output=True, text=True, timeout=120)
+    done = run_python(*command, *budgets)
     assert done.returncode == 0, done.stderr[-2000:]
     settings = [w for w in done.stdout.split() if w.startswith("model.router.k_")]
     assert len(settings) == 4
@@ -51,7 +49,7 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
         assert record["mean_k"] == pytest.approx(target, rel=0.02)
         assert record["budget_k"] == target and record["k"] is None
         again = [*command, *settings[2 * index : 2 * index + 2], "--out", tmp_path / "again"]
-        done = subprocess.run(again, capture_output=True, text=True, timeout=120)
+        done = run_python(*again)
         assert done.returncode == 0, done.stderr[-2000:]
         same = json.loads((tmp_path / "again/eval.json").read_text())
         assert same["mean_k_per_layer"] == record["mean_k_per_layer"]
@@ -65,14 +63,14 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
     ],
 )
 def test_wrong_options_are_refused(options, message, setting, tmp_path):
-    command = [sys.executable, repository() / "launch/evaluate.py", "unused.yaml", *options]
+    command = ["launch/evaluate.py", "unused.yaml", *options]
     command += ["--data", setting["data"], "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 2 and message in done.stderr
 
 
 def test_flips_of_a_static_k_are_refused(setting, tmp_path):
-    command = [sys.executable, repository() / "launch/evaluate.py", "unused.yaml", "--k", "2"]
+    command = ["launch/evaluate.py", "unused.yaml", "--k", "2"]
     command += ["--data", setting["data"], "--out", tmp_path / "out", "--flips"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 2 and "a static k never flips" in done.stderr

@@ -17,14 +17,13 @@ from gemoe_ds.config.load import load_config
 from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.manifest import newest
 from gemoe_ds.train.assemble import build_model
-from tests.helpers import repository, run_ranks
+from tests.helpers import run_python, run_ranks
 from tests.tiny import random_batch
 from tests.train.resuming import make_config, train_all, write_setting
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, repository() / "launch/export.py", *arguments]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+    return run_python("launch/export.py", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.helpers import repository, run_ranks
+from tests.helpers import repository, run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_data, write_setting
 
 
@@ -23,9 +23,12 @@ def trained(tmp_path_factory):
 
 def generate(trained, out, *options, launcher=()):
     run, few, data = trained
-    script = [repository() / "launch/generate.py", run / "config.yaml", "--data", few]
-    command = [sys.executable, *launcher, *script, "--out", out, "--calibrate", data, *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    command = ["launch/generate.py", run / "config.yaml", "--data", few]
+    command += ["--out", out, "--calibrate", data, *options]
+    if not launcher:
+        return run_python(*command)
+    command = [sys.executable, *launcher, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=repository())
 
 
 def answers(folder):

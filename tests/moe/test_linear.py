@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemoe_ds.moe import onednn
-from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.linear import RouterLinear, joined
 
 
 @pytest.mark.parametrize("rows", [0, 1, 256, 700])
@@ -30,6 +30,26 @@ def test_router_linear_equals_the_plain_product(rows, outputs, dtype):
     )
     for a, b in zip(have, want_grads, strict=True):
         torch.testing.assert_close(a.double(), b, **rough)
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_is_each_of_them(dtype, is_partitioned):
+    torch.manual_seed(0)
+    layers = [RouterLinear(40, outputs) for outputs in (64, 8, 1)]
+    if is_partitioned:  # as ZeRO 3 marks it
+        layers[1].weight.ds_id = 0
+    x = torch.randn(700, 40).to(dtype).requires_grad_()
+    inputs = [x, *(layer.weight for layer in layers)]
+    probes = [torch.randn(700, layer.out_features) for layer in layers]
+    both = []
+    for outputs in (joined(x, *layers), [layer(x) for layer in layers]):
+        total = sum((y * probe).sum() for y, probe in zip(outputs, probes, strict=True))
+        both.append([*outputs, *torch.autograd.grad(total, inputs)])
+    rough = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for i, (have, want) in enumerate(zip(*both, strict=True)):
+        tolerance = rough if i == len(layers) else 1e-4  # x's gradient has x's dtype
+        torch.testing.assert_close(have, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +22,7 @@ from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.monitor import StatSum
 from tests.backbones.cases import write_case
 from tests.backbones.test_training import write_text
-from tests.helpers import repository, run_ranks
+from tests.helpers import run_python, run_ranks
 from tests.train.resuming import make_config
 
 
@@ -159,8 +157,7 @@ def test_the_public_model_writes_what_it_is_known_to(setting, tmp_path):
 def dry_run(config, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.dump_yaml())
-    command = [sys.executable, repository() / "launch/train.py", recipe, "--dry-run"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return run_python("launch/train.py", recipe, "--dry-run")
 
 
 def test_a_loss_that_is_no_number_ends_a_dry_run(setting, tmp_path):
