@@ -29,6 +29,7 @@ class ExpertShard:
     num_ranks: int = 1
     make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
     groups: Mapping[str, Any] = field(default_factory=dict)  # of ranks that it talks to, by name
+    from_first: Callable[[Tensor], Tensor] = lambda tensor: tensor  # that of the group's first rank
 
     def local(self, num_experts: int) -> slice:
         if num_experts % self.num_ranks:

@@ -16,7 +16,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.distributed import World, waiting
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 from gemoe_ds.moe.exchange import Work
@@ -49,7 +49,15 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
         )
         return work
 
-    return ExpertShard(rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size), groups)
+    def from_first(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        with waiting("broadcast"):
+            dist.broadcast(copy, world.rank - rank, group=group)
+        return copy
+
+    return ExpertShard(
+        rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size), groups, from_first
+    )
 
 
 def _new_group(ep_size: int, world: World) -> Any:

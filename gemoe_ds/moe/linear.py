@@ -40,7 +40,7 @@ def joined(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
         return tuple(one(x_TD) for one in linears)
     weight_MD = torch.cat([one.weight for one in linears])
     logits_TM: Tensor = _WideLinear.apply(x_TD, weight_MD)  # type: ignore[no-untyped-call]
-    return logits_TM.split([one.out_features for one in linears], dim=1)
+    return torch.split(logits_TM, [one.out_features for one in linears], dim=1)
 
 
 class _WideLinear(torch.autograd.Function):

@@ -91,8 +91,11 @@ class Router(Registered, nn.Module):
         """What `after_step` wants to know of all tokens of a step, to be summed."""
         return {}
 
-    def before_steps(self, experts: Experts, value_of: Read) -> None:
-        """Once, before the first step of a run or of its continuation; on all ranks."""
+    def before_steps(self, experts: Experts, value_of: Read, from_first: Read) -> None:
+        """Once, before the first step of a run or of its continuation; on all ranks.
+
+        The functions are those of `Upkeep`.
+        """
 
     def after_step(self, upkeep: Upkeep) -> None:
         """Upkeep after an optimizer step: controllers, thresholds, opening and closing experts."""

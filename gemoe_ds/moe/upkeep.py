@@ -18,7 +18,7 @@ class Upkeep:
     """After step `step` of `total_steps`, counted from 1; the same on every rank.
 
     `layer` and `model` hold what `Router.tally` gave, float64, summed over the step's
-    micro-batches and all ranks: of this router's layer, and of all layers. The two functions are
+    micro-batches and all ranks: of this router's layer, and of all layers. The functions are
     collective: call them on every rank or on none.
     """
 
@@ -29,7 +29,14 @@ class Upkeep:
     assign_: Assign  # (parameter, value): survives ZeRO, which a plain copy_ does not
     value_of: Read  # the whole parameter, wherever its parts are
     experts: Experts  # of this layer, those that this rank holds
+    first_expert: int = 0  # the global number of the first of them
+    from_first: Read = lambda tensor: tensor  # what it is on the rank that holds expert 0
 
     @property
     def progress(self) -> float:
         return self.step / self.total_steps
+
+    @property
+    def expert_ids(self) -> range:
+        """The global numbers of the experts here."""
+        return range(self.first_expert, self.first_expert + self.experts.num_experts)

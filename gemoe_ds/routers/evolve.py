@@ -6,7 +6,8 @@ update): theta_n += (1 - beta) * (the update of theta_1), beta drawn anew every 
 its own for each expert. So every expert ends between where they all started and theta_1.
 
 Every token goes to expert 0, as if the model were dense: use it on an upcycled backbone with
-`model.train: experts` and EP size 1, then train a router on the exported result.
+`model.train: experts`, then train a router on the exported result. Over ranks that share experts
+the one with expert 0 has all the work, so that EP size 1 is the faster one where memory allows it.
 """
 
 from __future__ import annotations
@@ -54,23 +55,21 @@ class EvolveRouter(Router):
         mask_TE[:, 0] = True
         return Decision(logits_TE.softmax(-1), mask_TE, torch.ones_like(logits_TE))
 
-    def before_steps(self, experts: Experts, value_of: Read) -> None:
+    def before_steps(self, experts: Experts, value_of: Read, from_first: Read) -> None:
         if not any(p.requires_grad for p in experts.parameters()):
             raise ConfigError("router 'evolve' trains an expert: set model.train=experts")
-        values = {name: value_of(parameter) for name, parameter in experts.named_parameters()}
-        if any(value_E.shape[0] != self.spec.num_experts for value_E in values.values()):
-            raise ConfigError(
-                "router 'evolve' trains one expert, which every rank holds: set parallel.ep_size=1"
-            )
-        self._before = {name: value_E[0].clone() for name, value_E in values.items()}
+        for name, parameter in experts.named_parameters():
+            self._before[name] = from_first(value_of(parameter)[0]).clone()
 
     def after_step(self, upkeep: Upkeep) -> None:
         for name, parameter in upkeep.experts.named_parameters():
             value_E = upkeep.value_of(parameter).clone()
-            update = value_E[0] - self._before[name]
-            for expert in range(1, self.spec.num_experts):
-                value_E[expert] += (1 - self.beta(upkeep.step, expert)) * update
-            self._before[name] = value_E[0].clone()
+            trained = upkeep.from_first(value_E[0]).clone()
+            update = trained - self._before[name]
+            for row, expert in enumerate(upkeep.expert_ids):
+                if expert > 0:
+                    value_E[row] += (1 - self.beta(upkeep.step, expert)) * update
+            self._before[name] = trained
             upkeep.assign_(parameter, value_E)
 
     def beta(self, step: int, expert: int) -> float:

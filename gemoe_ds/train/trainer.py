@@ -72,7 +72,7 @@ class Trainer:
         self.stats = StatSum()
         self.tallies = Tallies(len(model.moe_layers))
         for layer in model.moe_layers:
-            layer.router.before_steps(layer.experts, full_value)
+            layer.router.before_steps(layer.experts, full_value, model.shard.from_first)
 
     def run(self) -> None:
         config, total = self.config, self.config.train.steps
@@ -147,9 +147,18 @@ class Trainer:
             return
         self.updates += 1
         for layer, sums in zip(self.model.moe_layers, layers, strict=True):
+            shard, experts = self.model.shard, layer.experts
             layer.router.after_step(
                 Upkeep(
-                    step, self.config.train.steps, sums, model, assign_, full_value, layer.experts
+                    step,
+                    self.config.train.steps,
+                    sums,
+                    model,
+                    assign_,
+                    full_value,
+                    experts,
+                    shard.rank * experts.num_experts,
+                    shard.from_first,
                 )
             )
 

@@ -31,11 +31,13 @@ def harms(model, case: Case):
         batch["images"]["pixels"][0, 0, 0, 0] = NAN
 
     def in_logits(batch):
-        def poison(module, inputs, logits_TE):
-            hook.remove()
-            return logits_TE.index_fill(0, torch.tensor([2]), INF)
+        router = model.moe_layers[1].router
 
-        hook = model.moe_layers[1].router.gate.register_forward_hook(poison)
+        def poison(x_TD, ctx):
+            del router.score  # this one, which hides the class's
+            return router.score(x_TD, ctx).index_fill(0, torch.tensor([2]), INF)
+
+        router.score = poison
 
     def in_one_expert(batch):
         def poison(grad_EGD):

@@ -184,7 +184,7 @@ def runs_of(name: str, options: dict, setting, root) -> dict[str, object]:
             model__train=TRAIN.get(name, "routers"),
             optim={"lr": 1e-2, "eps": 1e-3, "warmup_steps": 1},
             train={"steps": 6, "micro_batch": 1, "global_batch": 4},
-            parallel__ep_size=1 if name in TRAIN else ep_size,
+            parallel__ep_size=ep_size,
             deepspeed=str(repository() / f"ds_configs/zero{zero}.json"),
             **changes,
         )
@@ -268,8 +268,7 @@ def test_two_hundred_steps(name, tmp_path):
         tmp_path / "run",
         model__router={"name": name},
         model__train=TRAIN.get(name, "routers"),
-        # evolve refuses EP 2: it moves all experts after one that every rank must hold
-        parallel__ep_size=1 if name in TRAIN else 2,
+        parallel__ep_size=2,
         train={"steps": 200, "micro_batch": 2},
         checkpoint={"every": 0, "keep": 1},
         deepspeed=str(repository() / "ds_configs/zero2.json"),

@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
             model__router=router,
             model__train="all",
             train={"steps": 2, "micro_batch": 1},
-            parallel__ep_size=1 if name == "evolve" else 2,
+            parallel__ep_size=2,
             deepspeed=str(repository() / f"ds_configs/zero{zero}.json"),
         )
         for name, (router, zero) in FROZEN.items()
