@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -61,25 +61,48 @@ def run_ranks(
     return [results[rank] for rank in range(num_ranks)]
 
 
+class Forked:
+    """`python words` in the repository, as far as it is like a `subprocess.Popen`; started like a
+    rank. Not for what happens when an interpreter ends: this one ends without ado."""
+
+    def __init__(self, words: list[str], out: Path, err: Path, environment: dict[str, str]) -> None:
+        self._process = start_method().Process(
+            target=_script, args=(words, [str(out), str(err)], environment)
+        )
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutExpired(self._process.name, timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 def run_python(script: str, *arguments: object, timeout: float = 200) -> CompletedProcess[str]:
-    """`python script arguments` in the repository, started like a rank."""
+    """`python script arguments` to its end."""
     words = [script, *map(str, arguments)]
     with TemporaryDirectory() as folder:
-        written = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = start_method().Process(
-            target=_script, args=(words, list(map(str, written)), dict(os.environ))
-        )
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        written = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = Forked(words, *written, dict(os.environ))
+        try:
+            code = process.wait(timeout)
+        finally:
             process.kill()
-            process.join()
-        return CompletedProcess(words, process.exitcode, *(path.read_text() for path in written))
+        return CompletedProcess(words, code, *(path.read_text() for path in written))
 
 
 def _script(words: list[str], written: list[str], environment: dict[str, str]) -> None:
     for descriptor, path in zip((1, 2), written, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(repository())

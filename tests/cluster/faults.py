@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="faults by number")
     parser.add_argument("--signals", type=int, default=0, help="random moments of one run")
     arguments = parser.parse_args()
+    os.environ["GEMOE_FORK"] = "0"  # ranks are processes of their own: see launches.py
     chosen = [f for f in FAULTS if not arguments.only or f.number in arguments.only]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"faults": {}}
     for fault in tqdm(chosen, desc="faults", unit="fault"):
