@@ -35,9 +35,11 @@ demo: setup
 demo-seeds: setup
 	@$(BIN)/python launch/demo.py --seeds 0 1 2 --report results/demo
 
-# Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2 cores).
+# Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2
+# cores); and GeMoE trained for budgets of experts: results/budgets (20 more).
 compare: setup
 	@$(BIN)/python launch/compare.py
+	@$(BIN)/python launch/compare.py --grid launch/grids/budgets.yaml --out results/budgets
 
 test: check
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4

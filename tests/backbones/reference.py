@@ -29,6 +29,10 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours.double(), expected.double(), rtol=0, atol=BOUND)
 
 
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.deepseek_vl2.backbone import DeepseekVl2Backbone
 from gemoe_ds.backbones.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.backbones.described import shell
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.moe.router import Router
 from tests.backbones import reference
+from tests.backbones.small import make_model, write_random
 
 VOCABULARY, LAYERS, HEADS, TOP_K, EPS, VISION_LAYERS, VISION_HEADS = 40, 3, 2, 3, 1e-6, 2, 2
 SIDE = 5  # patches: odd, as in the public model
@@ -71,14 +71,7 @@ def write_deepseek_vl2(folder, vocabulary=None):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stored = DeepseekVl2Backbone.keys.stored_shapes(shapes)
     stored["vision.attn_pool.latent"] = (1, 1, 16)
-    g = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in stored.items():
-        tensors[key] = torch.randn(shape, generator=g) * 0.3
-        if "norm" in key and key.endswith("weight"):
-            tensors[key] += 1
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return write_random(stored, folder)
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +79,7 @@ def folder(tmp_path_factory):
     return write_deepseek_vl2(tmp_path_factory.mktemp("deepseek_vl2"))
 
 
-def make(folder, router="top_k", shard=None, **options):
-    chosen = Router.named(router)
-    torch.manual_seed(0)
-    return MoEModel(
-        Backbone.named("deepseek_vl2")(DeepseekVl2Backbone.Config()),
-        folder,
-        folder,
-        (chosen, chosen.Config()),
-        shard=shard,
-        **options,
-    )
-
-
-def heads(x, n):
-    return x.unflatten(-1, (n, -1))
+make = partial(make_model, "deepseek_vl2")
 
 
 def features_by_hand(w, pixels_CHW):
@@ -123,7 +102,7 @@ def features_by_hand(w, pixels_CHW):
     for layer in range(VISION_LAYERS):
         b = f"vision.blocks.{layer}."
         q, k, v = linear(norm(x, f"{b}norm1"), f"{b}attn.qkv").chunk(3, dim=-1)
-        q, k, v = (heads(t, VISION_HEADS) for t in (q, k, v))
+        q, k, v = (reference.heads(t, VISION_HEADS) for t in (q, k, v))
         scores = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
         a = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
         x = x + linear(a, f"{b}attn.proj")
@@ -163,7 +142,7 @@ def logits_by_hand(weights, x):
     for layer in range(LAYERS):
         w = reference.under(weights, f"language.model.layers.{layer}.")
         h = reference.rms_norm(x, w["input_layernorm.weight"], EPS)
-        q, k, v = (heads(h @ w[f"self_attn.{n}_proj.weight"].t(), HEADS) for n in "qkv")
+        q, k, v = (reference.heads(h @ w[f"self_attn.{n}_proj.weight"].t(), HEADS) for n in "qkv")
         a = reference.causal_attention(reference.rotated(q, 1e4), reference.rotated(k, 1e4), v)
         x = x + a @ w["self_attn.o_proj.weight"].t()
         h = reference.rms_norm(x, w["post_attention_layernorm.weight"], EPS)

@@ -14,12 +14,12 @@ from transformers import CLIPVisionModel
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.described import shell
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.backbones.moe_llava.images import PaddedSquare
 from gemoe_ds.backbones.moe_llava.model import MoeLlavaModel
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.moe.router import Router
 from tests.backbones import reference
+from tests.backbones.small import make_model, write_random
 
 D, HEADS, WIDTH, LAYERS, VOCABULARY, VISION_HEADS = 32, 2, 24, 3, 40, 2
 SHARED = {
@@ -59,14 +59,7 @@ def write_moe_llava(name, folder, vocabulary=None):
     stored = backbone.keys.stored_shapes(shapes)
     prefix = "transformer" if name.endswith("qwen") else "model"
     stored[f"{prefix}.image_tower.image_tower.vision_model.embeddings.position_ids"] = (1, 10)
-    g = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in stored.items():
-        tensors[key] = torch.randn(shape, generator=g) * 0.3
-        if ("norm" in key or "ln_" in key) and key.endswith("weight"):
-            tensors[key] += 1
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return write_random(stored, folder)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -75,20 +68,8 @@ def case(request, tmp_path_factory):
 
 
 def make(name, folder, shard=None, vision_tower=None, **options):
-    chosen, backbone = Router.named("top_k"), Backbone.named(name)
-    torch.manual_seed(0)
-    return MoEModel(
-        backbone(backbone.Config(vision_tower=vision_tower)),
-        folder,
-        folder,
-        (chosen, chosen.Config()),
-        shard=shard,
-        **options,
-    )
-
-
-def heads(x, n):
-    return x.unflatten(-1, (n, -1))
+    tower = {"vision_tower": vision_tower}
+    return make_model(name, folder, shard=shard, backbone=tower, **options)
 
 
 def layer_norm(x, w, name, eps=1e-5):
@@ -116,7 +97,7 @@ def stablelm(weights, x):
     for layer in range(LAYERS):
         w = reference.under(weights, f"model.layers.{layer}.")
         h = layer_norm(x, w, "input_layernorm")
-        q, k, v = (heads(linear(h, w, f"self_attn.{n}_proj"), HEADS) for n in "qkv")
+        q, k, v = (reference.heads(linear(h, w, f"self_attn.{n}_proj"), HEADS) for n in "qkv")
         turned = D // HEADS // 4
         q, k = (
             torch.cat([reference.rotated(t[..., :turned], 1e4), t[..., turned:]], -1)
@@ -140,7 +121,7 @@ def qwen(weights, x):
     for layer in range(LAYERS):
         w = reference.under(weights, f"transformer.h.{layer}.")
         h = reference.rms_norm(x, w["ln_1.weight"], 1e-6)
-        q, k, v = (heads(t, HEADS) for t in linear(h, w, "attn.c_attn").chunk(3, -1))
+        q, k, v = (reference.heads(t, HEADS) for t in linear(h, w, "attn.c_attn").chunk(3, -1))
         q, k = reference.rotated(q, 1e4), reference.rotated(k, 1e4)
         x = x + reference.causal_attention(q, k, v) @ w["attn.c_proj.weight"].t()
         h = reference.rms_norm(x, w["ln_2.weight"], 1e-6)
@@ -169,7 +150,7 @@ def features_by_hand(weights, prefix, pixels_CHW):
     x = layer_norm(x + w["embeddings.position_embedding.weight"], w, "pre_layrnorm")
     b = reference.under(w, "encoder.layers.0.")
     h = layer_norm(x, b, "layer_norm1")
-    q, k, v = (heads(linear(h, b, f"self_attn.{n}_proj"), VISION_HEADS) for n in "qkv")
+    q, k, v = (reference.heads(linear(h, b, f"self_attn.{n}_proj"), VISION_HEADS) for n in "qkv")
     scores = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
     a = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
     x = x + linear(a, b, "self_attn.out_proj")

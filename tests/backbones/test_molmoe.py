@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.described import shell
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.backbones.molmoe.backbone import MolmoeBackbone
 from gemoe_ds.backbones.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.moe.router import Router
 from tests.backbones import reference
+from tests.backbones.small import make_model, write_random
 
 VOCABULARY, LAYERS, HEADS, TOP_K, EPS, VISION_HEADS = 40, 2, 2, 3, 1e-5, 2
 CONFIG = {  # the public file's keys, and those of a small tower
@@ -56,14 +56,7 @@ def write_molmoe(folder, vocabulary=None):
     stored = MolmoeBackbone.keys.stored_shapes(shapes)
     stored["model.transformer.wte.new_embedding"] = (128, 32)
     stored["model.vision_backbone.image_vit.transformer.resblocks.22.ffn_norm.bias"] = (16,)
-    g = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in stored.items():
-        tensors[key] = torch.randn(shape, generator=g) * 0.3
-        if "norm" in key and key.endswith("weight"):
-            tensors[key] += 1
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return write_random(stored, folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +64,7 @@ def folder(tmp_path_factory):
     return write_molmoe(tmp_path_factory.mktemp("molmoe"))
 
 
-def make(folder, router="top_k", shard=None, **options):
-    chosen = Router.named(router)
-    torch.manual_seed(0)
-    return MoEModel(
-        Backbone.named("molmoe")(MolmoeBackbone.Config()),
-        folder,
-        folder,
-        (chosen, chosen.Config()),
-        shard=shard,
-        **options,
-    )
-
-
-def heads(x, n):
-    return x.unflatten(-1, (n, -1))
+make = partial(make_model, "molmoe")
 
 
 def tower_by_hand(weights, pixels_CHW):
@@ -113,7 +92,7 @@ def tower_by_hand(weights, pixels_CHW):
     for layer in range(2):
         b = f"transformer.resblocks.{layer}."
         h = norm(x, f"{b}attention_norm")
-        q, k, v = (heads(linear(h, f"{b}attention.w{n}"), VISION_HEADS) for n in "qkv")
+        q, k, v = (reference.heads(linear(h, f"{b}attention.w{n}"), VISION_HEADS) for n in "qkv")
         scores = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
         a = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
         x = x + linear(a, f"{b}attention.wo")
@@ -144,8 +123,8 @@ def features_by_hand(weights, pixels_CHW, mask_P):
     for y in range(0, side, 2):
         for c in range(0, side, 2):
             four = x[[y * side + c, y * side + c + 1, (y + 1) * side + c, (y + 1) * side + c + 1]]
-            q = heads(linear(four.mean(0), "wq"), VISION_HEADS)
-            k, v = (heads(linear(four, n), VISION_HEADS) for n in ("wk", "wv"))
+            q = reference.heads(linear(four.mean(0), "wq"), VISION_HEADS)
+            k, v = (reference.heads(linear(four, n), VISION_HEADS) for n in ("wk", "wv"))
             attention = (torch.einsum("hd,thd->ht", q, k) / q.shape[-1] ** 0.5).softmax(-1)
             pooled = linear(torch.einsum("ht,thd->hd", attention, v).flatten(), "wo")
             gate = p["w1.weight"] @ pooled
@@ -179,7 +158,7 @@ def logits_by_hand(weights, embedded):
         q, k, v = (h @ w["attn.att_proj.weight"].t()).chunk(3, dim=-1)
         q = reference.rms_norm(q, w["attn.q_norm.weight"], EPS)
         k = reference.rms_norm(k, w["attn.k_norm.weight"], EPS)
-        q, k, v = (heads(t, HEADS) for t in (q, k, v))
+        q, k, v = (reference.heads(t, HEADS) for t in (q, k, v))
         a = reference.causal_attention(reference.rotated(q, 1e4), reference.rotated(k, 1e4), v)
         x = x + a @ w["attn.attn_out.weight"].t()
         h = reference.rms_norm(x, w["mlp.ff_norm.weight"], EPS)

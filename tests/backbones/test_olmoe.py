@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.backbones.olmoe import OlmoeBackbone
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.errors import CheckpointError, ConfigError, DataError
-from gemoe_ds.moe.router import Router
 from tests.backbones import reference
+from tests.backbones.small import make_model
 from tests.tiny import WORDS, write_tokenizer
 
 LAYERS, HEADS, TOP_K, EPS = 2, 4, 3, 1e-5
@@ -53,17 +54,7 @@ def folder(tmp_path_factory):
     return write_olmoe(tmp_path_factory.mktemp("olmoe"))
 
 
-def make(folder, router="top_k", shard=None, **options):
-    chosen = Router.named(router)
-    torch.manual_seed(0)
-    return MoEModel(
-        Backbone.named("olmoe")(OlmoeBackbone.Config()),
-        folder,
-        folder,
-        (chosen, chosen.Config()),
-        shard=shard,
-        **options,
-    )
+make = partial(make_model, "olmoe")
 
 
 def stored(folder):

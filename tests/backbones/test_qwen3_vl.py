@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.backbones.qwen3_vl.backbone import Qwen3VLBackbone
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.moe.router import Router
 from tests.backbones import reference
+from tests.backbones.small import make_model
 
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, TOP_K, EPS = 40, 3, 4, 2, 8, 3, 1e-6
 IMAGE = 30
@@ -106,17 +106,7 @@ def folder(tmp_path_factory):
     return write_qwen3_vl(tmp_path_factory.mktemp("qwen"))
 
 
-def make(folder, router="top_k", shard=None, **options):
-    chosen = Router.named(router)
-    torch.manual_seed(0)
-    return MoEModel(
-        Backbone.named("qwen3_vl_moe")(Qwen3VLBackbone.Config()),
-        folder,
-        folder,
-        (chosen, chosen.Config()),
-        shard=shard,
-        **options,
-    )
+make = partial(make_model, "qwen3_vl_moe")
 
 
 def blank_images(shape):
