@@ -147,18 +147,17 @@ class Trainer:
             return
         self.updates += 1
         for layer, sums in zip(self.model.moe_layers, layers, strict=True):
-            shard, experts = self.model.shard, layer.experts
             layer.router.after_step(
                 Upkeep(
-                    step,
-                    self.config.train.steps,
-                    sums,
-                    model,
-                    assign_,
-                    full_value,
-                    experts,
-                    shard.rank * experts.num_experts,
-                    shard.from_first,
+                    step=step,
+                    total_steps=self.config.train.steps,
+                    layer=sums,
+                    model=model,
+                    assign_=assign_,
+                    value_of=full_value,
+                    experts=layer.experts,
+                    first_expert=self.model.shard.rank * layer.experts.num_experts,
+                    from_first=self.model.shard.from_first,
                 )
             )
 
