@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -210,7 +211,9 @@ def random_signals(cuts: int, seed: int = 0) -> dict:
 
 def keep(results: dict) -> None:
     """After every fault: they take half an hour."""
-    RESULTS.write_text(json.dumps(results | provenance(), indent=1) + "\n")
+    command = shlex.join(["python", "-m", "tests.cluster.faults", *sys.argv[1:]])
+    written = results | provenance() | {"command": command}
+    RESULTS.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def main() -> None:
