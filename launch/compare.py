@@ -33,6 +33,7 @@ from launch.demo import (
 from launch.steps import Progress, Step, run_steps
 
 GRID = Path("launch/grids/demo.yaml")
+OUT = Path("results/compare")
 RUNS = DEMO / "compare"
 SECONDS = {"ada_k": 220}  # of training on 2 CPU cores; the others take about 65
 
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="some rows of the grid (default: all)")
     parser.add_argument("--grid", type=Path, default=GRID)
-    parser.add_argument("--out", type=Path, default=Path("results/compare"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     arguments = parser.parse_args()
@@ -165,6 +166,8 @@ def main() -> int:
             chosen += ["--grid", str(arguments.grid)]
         if arguments.report:
             arguments.out.mkdir(parents=True, exist_ok=True)
+            if arguments.out != OUT:
+                chosen += ["--out", str(arguments.out)]
             write_report(grid, arguments.out, f"python launch/compare.py {shlex.join(chosen)}")
             return 0
         steps = compare_steps(grid, min(torch.cuda.device_count() or 2, 2), arguments.out, chosen)

@@ -24,9 +24,9 @@ def render_comparison(comparison: Comparison) -> str:
         "only. Rows in bold choose k token by token.",
         "## Static k (Table 2)",
         markdown(main_table(results, comparison.static)),
-        "## Ablations (Table 5)",
-        markdown(_ablations(comparison)),
     ]
+    if comparison.of(*ABLATIONS[1:]):
+        parts += ["## Ablations (Table 5)", markdown(_ablations(comparison))]
     if comparison.budgets or comparison.budgeted:
         parts += [
             "## GeMoE at other budgets",
