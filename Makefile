@@ -36,7 +36,7 @@ demo-seeds: setup
 	@$(BIN)/python launch/demo.py --seeds 0 1 2 --report results/demo
 
 # Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2
-# cores); and GeMoE trained for budgets of experts: results/budgets (20 more).
+# cores); and GeMoE trained for budgets of experts: results/budgets (half an hour more).
 compare: setup
 	@$(BIN)/python launch/compare.py
 	@$(BIN)/python launch/compare.py --grid launch/grids/budgets.yaml --out results/budgets

@@ -156,7 +156,7 @@ class Trainer:
                     assign_=assign_,
                     value_of=full_value,
                     experts=layer.experts,
-                    first_expert=self.model.shard.rank * layer.experts.num_experts,
+                    first_expert=self.model.shard.local(layer.router.spec.num_experts).start,
                     from_first=self.model.shard.from_first,
                 )
             )
