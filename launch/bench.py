@@ -32,7 +32,7 @@ from gemoe_ds.engine.distributed import distributed
 from gemoe_ds.errors import ConfigError, exit_on_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LINK_MBIT = (None, 1000, 400)  # None: as fast as the machine can
+LINKS = (links.Link(), links.Link(1000), links.Link(400), links.Link(400, delay_ms=5))
 LINK_TOKENS = 1024
 
 
@@ -94,8 +94,8 @@ def _all(flags: argparse.Namespace) -> None:
         save(_torchrun(flags, "ep", ep_size, out))
     if "timeline" in flags.suites:
         save(_torchrun(flags, "timeline", flags.ep[0], out))
-    for rate in LINK_MBIT if "links" in flags.suites else ():
-        save(_between_hosts(flags, rate))
+    for link in LINKS if "links" in flags.suites else ():
+        save(_between_hosts(flags, link))
     with distributed() as world:
         for name in flags.suites:
             if name not in ("ep", "links", "timeline"):
@@ -156,28 +156,29 @@ def _torchrun(
     return found
 
 
-def _between_hosts(flags: argparse.Namespace, rate: float | None) -> list[dict[str, Any]]:
-    """The `ep` suite on one rank of each of two hosts with a link of that rate between them."""
-    reason = links.why_not()
+def _between_hosts(flags: argparse.Namespace, link: links.Link) -> list[dict[str, Any]]:
+    """The `links` suite on one rank of each of two hosts with that link between them."""
+    reason = links.why_not(link)
     if reason:
-        print(f"== links: not run, {reason}", flush=True)
+        print(f"== links, {link}: not run, {reason}", flush=True)
         return []
-    print(f"== links, {rate or 'no'} Mbit/s limit", flush=True)
-    with tempfile.TemporaryDirectory() as folder, links.two_hosts(rate) as hosts:
+    print(f"== links, {link}", flush=True)
+    with tempfile.TemporaryDirectory() as folder, links.two_hosts(link) as hosts:
         rows = Path(folder) / "rows.json"
         address = {"MASTER_ADDR": links.ADDRESSES[0], "MASTER_PORT": "29555"}  # of the host alone
         address |= {"GLOO_SOCKET_IFNAME": links.INTERFACE, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         ranks = [
             subprocess.Popen(
-                [*prefix, sys.executable, *_part(flags, "ep", rows, LINK_TOKENS)],
+                [*prefix, sys.executable, *_part(flags, "links", rows, LINK_TOKENS)],
                 env=_environment(2) | address | {"RANK": str(rank)},
             )
             for rank, prefix in enumerate(hosts)
         ]
         if any([rank.wait() for rank in ranks]):
-            raise ConfigError(f"links at {rate} Mbit/s failed; its output stands above")
+            raise ConfigError(f"links, {link}, failed; its output stands above")
         found: list[dict[str, Any]] = json.loads(rows.read_text())
-    return [row | {"suite": "links", "link_mbit": rate} for row in found]
+    of = {"suite": "links", "link": str(link)}
+    return [row | of for row in found]
 
 
 def _part(flags: argparse.Namespace, suite: str, rows: Path, tokens: int) -> list[str]:

@@ -158,7 +158,7 @@ class FullSize:
             "checkpoint_bytes": total,
             "kept_bytes_per_rank": kept,
             "loading_peak_over_kept": round(max(loading["host_bytes"]) / kept, 3),
-            "loading_node_over_checkpoint": round(sum(loading["host_bytes"]) / total, 3),
+            "loading_node_over_checkpoint": round(sum(loading["share_bytes"]) / total, 3),
             "dd_bytes_per_s": round(disk),
             "read_bytes_per_s": round(self.ranks * kept / loading["seconds"]),
             "phases": first,

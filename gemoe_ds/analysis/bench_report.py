@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from gemoe_ds.analysis.bench_figures import draw_cost, draw_layers
-from gemoe_ds.analysis.bench_rows import LABELS, MODES, OURS, PARTS, Row, grouped
+from gemoe_ds.analysis.bench_rows import EXCHANGE, LABELS, MODES, OURS, PARTS, Row, grouped
 from gemoe_ds.analysis.record import write_text
 from gemoe_ds.analysis.tables import markdown
 from gemoe_ds.errors import DataError
@@ -62,25 +62,24 @@ def _not_run(data: Row) -> list[str]:
     if data["device"] == "cpu":
         lacking.append("Not run on a GPU; on a machine with one, `make bench` does so.")
     if "links" not in suites:
-        lacking.append("Links of a given rate were not run: they need root and iproute2.")
+        lacking.append("Links of given rates and delays were not run: they need root and iproute2.")
     return [" ".join(lacking)] if lacking else []
 
 
 def _links(rows: list[Row]) -> list[str]:
     """Two hosts, by the rate of the link between them."""
-    some = [row for row in rows if row["suite"] == "links"]
+    every = [row for row in rows if row["suite"] == "links"]
+    some = [row for row in every if row["layer"] not in (EXCHANGE, *PARTS)]
     if not some:
         return []
-    table = [["link, Mbit/s", "mode", "layer", "mean k", "ms", "MB sent", "x gemoe_ds"]]
+    table = [["link", "mode", "layer", "mean k", "ms", "MB sent", "x gemoe_ds"]]
     for row in some:
-        same_link = [
-            r for r in some if (r["link_mbit"], r["mode"]) == (row["link_mbit"], row["mode"])
-        ]
+        same_link = [r for r in some if (r["link"], r["mode"]) == (row["link"], row["mode"])]
         traffic = row.get("traffic")
         sent = (traffic["row_bytes"] + traffic["metadata_bytes"]) / 1e6 if traffic else None
         table.append(
             [
-                "no limit" if row["link_mbit"] is None else str(row["link_mbit"]),
+                row["link"],
                 row["mode"],
                 LABELS.get(row["layer"], row["layer"]),
                 f"{row['mean_k']:.2f}",
@@ -89,8 +88,14 @@ def _links(rows: list[Row]) -> list[str]:
                 _number(_against_ours(row, same_link), "{:.2f}"),
             ]
         )
-    tokens = some[0]["tokens"]
-    return [f"## Two hosts, links of several rates ({tokens} tokens a rank)", markdown(table)]
+    plain = [["link", "bytes each way", "ms of a plain exchange"]]
+    plain += [
+        [row["link"], str(row["bytes"]), f"{row['ms']:.2f}"]
+        for row in every
+        if row["layer"] == EXCHANGE
+    ]
+    title = f"## Two hosts, links of several rates and delays ({some[0]['tokens']} tokens a rank)"
+    return [title, markdown(plain), markdown(table)]
 
 
 def _stages(rows: list[Row]) -> list[str]:

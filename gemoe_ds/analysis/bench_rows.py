@@ -20,6 +20,7 @@ MODES = {
     "frozen": "Forward and backward, frozen experts",
     "trainable": "Forward and backward, trainable experts",
 }
+EXCHANGE = "plain exchange"
 PARTS = ("dense product", "router alone")  # not layers; shown as shares of them
 
 

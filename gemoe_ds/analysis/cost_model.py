@@ -24,6 +24,10 @@ from scipy.optimize import nnls
 
 Row = dict[str, Any]
 
+IN_TURN = {
+    "forward": 3,
+    "frozen": 5,
+}  # exchanges that wait for each other: rows, metadata go at once
 EXCHANGES = {"forward": 4, "frozen": 7}  # counts, rows, metadata, home; and three gradients
 TRIPS = {"forward": 1, "frozen": 2}  # how often rows go there and back
 PRODUCTS = {"forward": 1, "frozen": 2}  # how often the experts' products are computed
@@ -133,13 +137,22 @@ def compare(machine: Machine, rows: list[Row], layer: Layer) -> list[Row]:
         predicted = machine.seconds(layer, r["tokens"], r["mean_k"], r["ep"], r["mode"])
         found.append(_compared(r, predicted, "fit" if r["ep"] == 2 else "check"))
     for r in of_ours(rows, "links", 2):
-        if r["link_mbit"] is not None:
-            predicted = machine.seconds(layer, r["tokens"], r["mean_k"], 2, r["mode"])
-            # what a rank sends leaves through a link of its own
-            sent = TRIPS[r["mode"]] * layer.bytes(r["tokens"], r["mean_k"], 2)
-            predicted += sent / (r["link_mbit"] * 1e6 / 8)
-            found.append(_compared(r, predicted, f"check, {r['link_mbit']} Mbit/s"))
+        alpha, per_byte = _link([row for row in rows if row.get("link") == r["link"]])
+        # the ranks' work, and what each sends, through a link of its own
+        sent = TRIPS[r["mode"]] * layer.bytes(r["tokens"], r["mean_k"], 2)
+        work = machine.seconds(layer, r["tokens"], r["mean_k"], 1, r["mode"])
+        predicted = 2 * work + IN_TURN[r["mode"]] * alpha + sent * per_byte
+        found.append(_compared(r, predicted, f"check, {r['link']}"))
     return found
+
+
+def _link(rows: list[Row]) -> tuple[float, float]:
+    """Seconds of a message and of a byte, from the link's plain exchanges."""
+    small, large = sorted(
+        (r["bytes"], seconds_of(r)) for r in rows if r["layer"] == "plain exchange"
+    )
+    per_byte = (large[1] - small[1]) / (large[0] - small[0])
+    return small[1] - small[0] * per_byte, per_byte
 
 
 def _compared(row: Row, predicted: float, of: str) -> Row:

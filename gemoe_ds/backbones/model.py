@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.memory import ALONE, Memory
 from gemoe_ds.backbones.past import Past
 from gemoe_ds.backbones.weights import Target, Weights, materialise
 from gemoe_ds.errors import ConfigError
@@ -71,6 +72,7 @@ class MoEModel(nn.Module):
         shard: ExpertShard | None = None,
         recompute: bool = False,
         pack_experts: bool = False,
+        memory: Memory = ALONE,
         show_progress: bool = False,
     ) -> None:
         super().__init__()
@@ -106,9 +108,9 @@ class MoEModel(nn.Module):
         for block, routing in zip(blocks, self.routing, strict=True):
             targets |= self._convert(block, routing, router, weights, trainable=train != "routers")
         if weights is not None:
-            rest = materialise(self.hf, dtype)
+            rest = materialise(self.hf, dtype, memory)
             targets |= {self._stock_names.get(name, name): t for name, t in rest.items()}
-            weights.fill(targets, show_progress=show_progress)
+            weights.fill(targets, memory, show_progress=show_progress)
         of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
         for parameter in self.hf.parameters():
             if not parameter.requires_grad and id(parameter) not in of_routers:

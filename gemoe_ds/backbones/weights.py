@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
+from gemoe_ds.backbones.memory import ALONE, Memory
 from gemoe_ds.backbones.stored import INDEX, StoredTensor, open_stored
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.position import HERE
+
+_WORTH_SHARING = 2**16  # bytes; pages of 4096 are shared
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Target:
     tensor: Tensor
     shape: Shape
     first_row: int = 0
+    is_common: bool = False  # several ranks have this memory; each reads a part
 
     def holds(self, piece: Piece) -> bool:
         rows = range(self.first_row, self.first_row + len(self.tensor)) if self.shape else ()
@@ -101,16 +106,41 @@ class Weights:
                 )
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One whole parameter."""
+        """One whole parameter, for this process alone."""
         shape = self.shapes[name]
         tensor = torch.empty(shape, dtype=dtype)
         self.fill({name: Target(tensor, shape)})
         return tensor
 
-    def fill(self, targets: Mapping[str, Target], *, show_progress: bool = False) -> None:
-        """Read every target, in the order in which it stands on the disk."""
+    def fill(
+        self, targets: Mapping[str, Target], memory: Memory = ALONE, *, show_progress: bool = False
+    ) -> None:
+        """Read every target, in the order in which it stands on the disk; of those that are common
+        to several ranks a part. Collective: what is wrong with a weight all ranks raise."""
+        try:
+            self._fill(self._mine(targets, memory), targets, show_progress)
+            problem = None
+        except CheckpointError as error:
+            problem = str(error)
+        if problem := memory.together(problem):
+            raise CheckpointError(problem)
+
+    def _mine(self, targets: Mapping[str, Target], memory: Memory) -> list[Piece]:
+        """The pieces that this rank reads: of the common ones as many bytes as every other."""
         pieces = [p for p in self.pieces if p.name in targets and targets[p.name].holds(p)]
-        sizes = [targets[p.name].tensor.itemsize * self._view(p, targets).numel() for p in pieces]
+        common = [p for p in pieces if targets[p.name].is_common]
+        sizes = [self._view(p, targets).nbytes for p in common]
+        begins = accumulate(sizes, initial=0)
+        readers = [
+            memory.num_ranks * begin // sum(sizes) for begin, _ in zip(begins, sizes, strict=False)
+        ]
+        of_others = {id(p) for p, r in zip(common, readers, strict=True) if r != memory.rank}
+        return [p for p in pieces if id(p) not in of_others]
+
+    def _fill(
+        self, pieces: list[Piece], targets: Mapping[str, Target], show_progress: bool
+    ) -> None:
+        sizes = [self._view(p, targets).nbytes for p in pieces]
         with tqdm(
             total=sum(sizes),
             desc="loading",
@@ -214,21 +244,28 @@ def problem_of(weight: Tensor) -> str | None:
     return "holds nothing but zeros" if low == high == 0 and weight.dim() > 1 else None
 
 
-def materialise(model: nn.Module, dtype: torch.dtype) -> dict[str, Target]:
+def materialise(model: nn.Module, dtype: torch.dtype, memory: Memory = ALONE) -> dict[str, Target]:
     """Give every parameter without memory some: float32 if it trains, `dtype` if it does not.
 
-    Returns them by name; a tied parameter once. Parameters that have memory stay as they are.
+    Large ones that do not train are in `memory`. Returns them by name; a tied parameter once.
+    Parameters that have memory stay as they are. Collective if the memory is common.
     """
-    made: dict[int, nn.Parameter] = {}
-    targets = {}
+    shells = {n: p for n, p in model.named_parameters() if p.is_meta}
+    large = [
+        name
+        for name, p in shells.items()
+        if not p.requires_grad and p.numel() * dtype.itemsize >= _WORTH_SHARING
+    ]
+    allocated = memory.allocate([tuple(shells[name].shape) for name in large], dtype)
+    common = dict(zip(large, allocated, strict=True))
+    targets, made = {}, {}
+    for name, shell in shells.items():
+        kept = torch.float32 if shell.requires_grad else dtype
+        tensor = common[name] if name in common else torch.empty(shell.shape, dtype=kept)
+        made[id(shell)] = nn.Parameter(tensor, requires_grad=shell.requires_grad)
+        targets[name] = Target(made[id(shell)], tuple(shell.shape), is_common=name in common)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if not parameter.is_meta:
-            continue
-        if id(parameter) not in made:
-            kept = torch.float32 if parameter.requires_grad else dtype
-            tensor = torch.empty(parameter.shape, dtype=kept)
-            made[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-            targets[name] = Target(made[id(parameter)], tuple(parameter.shape))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made[id(parameter)])
+        if parameter.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, made[id(parameter)])
     return targets

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gemoe_ds.bench import peers
@@ -27,6 +29,7 @@ from gemoe_ds.engine.distributed import World
 from gemoe_ds.engine.groups import expert_shard
 
 OURS, DENSE, ROUTER = "gemoe_ds", "dense product", "router alone"
+EXCHANGE = "plain exchange"  # an all-to-all of nothing else
 MODES = ("forward", "frozen", "trainable")
 PAPER_K = 5.1  # mean k at which the headline figure is quoted, of 8
 
@@ -129,7 +132,7 @@ def layer_group(
     problem = Problem.make(shape, num_tokens, dtype, device)
     trainable = mode == "trainable"
     contenders = []
-    for mean_k in mean_ks:
+    for mean_k in map(float, mean_ks):
         ours = Ours(problem, mean_k, trainable=trainable)
         num_assignments = int(ours.routing(problem.x_TD)[0].sum())
         errors = check(f"{OURS} at mean k {mean_k}", ours, problem, ours)
@@ -163,7 +166,7 @@ def ep_group(
     problem = Problem.make(shape, num_tokens, dtype, world.device, world.rank)
     shard = expert_shard(world.size, world)
     contenders = []
-    for mean_k in mean_ks:
+    for mean_k in map(float, mean_ks):
         dispatcher = shard.make_dispatcher()
         local = shard.local(shape.num_experts)
         ours = Ours(problem, mean_k, dispatcher=dispatcher, local=local)
@@ -171,6 +174,9 @@ def ep_group(
         errors = check(f"{OURS} at mean k {mean_k}, EP {world.size}", ours, problem, ours)
         run = runner(ours, problem, mode)
         contenders.append(Contender(OURS, mean_k, run, num_assignments, errors, ours))
+        if mean_k in (PAPER_K, shape.top_k):  # of all ranks at once, as their layers are
+            dense = dense_runner(problem, num_assignments, mode)
+            contenders.append(Contender(DENSE, mean_k, dense, num_assignments))
     contenders += _peer_contenders(problem, peer_names, mode, world)
     return _rows(contenders, rounds, suite="ep", mode=mode, problem=problem, world_size=world.size)
 
@@ -239,19 +245,19 @@ def _ratios(
     keys: list[str],
     timings: dict[str, Timing],
 ) -> dict[str, float]:
-    """Paired figures of one of our rows."""
-    if contender.name != OURS:
+    """Paired figures of a layer's row."""
+    if contender.name in (DENSE, ROUTER):
         return {}
-    own = timings[f"{OURS} {contender.mean_k}"]
+    own = timings[f"{contender.name} {contender.mean_k}"]
     largest = max((c for c in contenders if c.name == OURS), key=lambda c: c.mean_k)
     ratios = {}
-    if contender is not largest:
+    if contender.name == OURS and contender is not largest:
         saved = 1 - contender.num_assignments / largest.num_assignments
         full = timings[f"{OURS} {largest.mean_k}"]
         ratios["realised_over_ideal"] = paired(lambda t8, t: (t8 - t) / (t8 * saved), full, own)
     for name, figure in ((DENSE, "dense_rate_share"), (ROUTER, "router_share")):
         key = f"{name} {contender.mean_k}"
-        if key in keys:
+        if key in keys and (name == DENSE or contender.name == OURS):
             ratios[figure] = paired(lambda part, whole: part / whole, timings[key], own)
     return {figure: round(value, 4) for figure, value in ratios.items()}
 
@@ -356,6 +362,18 @@ def ep_suite(options: Options, world: World) -> list[dict[str, Any]]:
     return rows
 
 
+def links_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """The `ep` suite, and what the link itself takes: a small message, and a large one."""
+    runs = {}
+    for num_bytes in (2**10, 2**22):
+        given = torch.zeros(world.size, num_bytes, dtype=torch.uint8, device=world.device)
+        runs[num_bytes] = partial(dist.all_to_all_single, torch.empty_like(given), given)
+    timings = measure({str(size): run for size, run in runs.items()}, max(options.rounds, 5))
+    of = {"layer": EXCHANGE, "mode": EXCHANGE, "shape": options.shape, "tokens": 0, "mean_k": 0.0}
+    rows = [of | {"ep": world.size, "bytes": n} | timings[str(n)].row() for n in runs]
+    return rows + ep_suite(options, world)
+
+
 def _layer(
     options: Options,
     world: World,
@@ -421,5 +439,5 @@ SUITES: dict[str, Suite] = {
     "steps": whole_steps_suite,
     "timeline": timeline_suite,
     "ep": ep_suite,
-    "links": ep_suite,  # between two hosts, over links of several rates
+    "links": links_suite,  # between two hosts, over links of several rates
 }

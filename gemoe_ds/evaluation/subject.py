@@ -20,6 +20,7 @@ from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.distributed import World, gather_objects
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.manifest import newest
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import Setting
@@ -46,7 +47,9 @@ class Subject:
         self.stop = stop or StopRequest()
         self.checkpoint = newest(arguments.trained) if arguments.trained else None
         shard = expert_shard(config.parallel.ep_size, world)
-        self.model = build_model(config, shard, show_progress=world.is_first).to(world.device)
+        memory = host_memory(world)
+        self.model = build_model(config, shard, memory, show_progress=world.is_first)
+        self.model.to(world.device)
         self.routers = [layer.router for layer in self.model.moe_layers]
         self.static = self._static_routers() if arguments.k else []
         if self.checkpoint:

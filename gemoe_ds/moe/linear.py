@@ -27,7 +27,7 @@ class RouterLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        logits_TM: Tensor = _WideLinear.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        (logits_TM,) = _products(x_TD, self.weight)
         return logits_TM
 
 
@@ -38,43 +38,62 @@ def joined(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
     """
     if any(type(one) is not RouterLinear or hasattr(one.weight, "ds_id") for one in linears):
         return tuple(one(x_TD) for one in linears)
-    weight_MD = torch.cat([one.weight for one in linears])
-    logits_TM: Tensor = _WideLinear.apply(x_TD, weight_MD)  # type: ignore[no-untyped-call]
-    return torch.split(logits_TM, [one.out_features for one in linears], dim=1)
+    return _products(x_TD, *(one.weight for one in linears))
+
+
+def _products(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x @ weight.T of each."""
+    return _WideLinear.apply(x_TD, *weights)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _WideLinear(torch.autograd.Function):
-    """x @ weight.T in the wider dtype of both; keeps x as it came, and no wide copy of it.
+    """x @ weight.T of some weights [M, D] in the widest dtype; keeps x as it came, not wide.
 
     On a CPU the copy is made some rows at a time, so that it stays in the cache: fresh pages for a
-    whole one (33 MB at T = 4096, D = 2048) take longer than the product.
+    whole one (33 MB at T = 4096, D = 2048) take longer than the product. In the backward pass
+    outputs that nothing used and weights that do not train cost nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_MD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_MD)
+    def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_TD, *weights)
+        ctx.set_materialize_grads(False)
+        weight_MD = torch.cat(weights)
         dtype = torch.promote_types(x_TD.dtype, weight_MD.dtype)
-        weight = weight_MD.to(dtype)
-        return torch.cat([_linear(rows.to(dtype), weight) for rows in _in_parts(x_TD)])
+        weight_MD = weight_MD.to(dtype)
+        logits_TM = torch.cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
+        return torch.split(logits_TM, [len(weight) for weight in weights], dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_MD = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        grad_x_TD, grad_MD = None, None
-        if needs_x:
-            weight_DM = weight_MD.to(grad_TM.dtype).t().contiguous()
-            grad_x_TD = torch.empty_like(x_TD)
-            parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
-            for grad_part, grad_x_part in parts:
-                grad_x_part.copy_(_linear(grad_part, weight_DM))
-        if needs_weight:
-            grad_MD = torch.zeros_like(weight_MD, dtype=grad_TM.dtype)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_TD, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        used = {n: grad for n, grad in enumerate(grads) if grad is not None}
+        trained = [n for n in used if needs[n]]
+        grad_x_TD = None
+        if used and needs_x:
+            grad_x_TD = _grad_of_x(x_TD, list(used.values()), [weights[n] for n in used])
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if trained:
+            grad_TM = torch.cat([used[n] for n in trained], dim=1)
+            grad_MD = grad_TM.new_zeros(grad_TM.shape[1], x_TD.shape[1])
             for grad_part, x_part in zip(_in_parts(grad_TM), _in_parts(x_TD), strict=True):
                 grad_MD.addmm_(grad_part.t(), x_part.to(grad_TM.dtype))
-            grad_MD = grad_MD.to(weight_MD.dtype)
-        return grad_x_TD, grad_MD
+            found = torch.split(grad_MD, [len(weights[n]) for n in trained])
+            for n, grad in zip(trained, found, strict=True):
+                grad_weights[n] = grad.to(weights[n].dtype)
+        return grad_x_TD, *grad_weights
+
+
+def _grad_of_x(x_TD: Tensor, grads: list[Tensor], weights: list[Tensor]) -> Tensor:
+    grad_TM = torch.cat(grads, dim=1)
+    weight_DM = torch.cat(weights).to(grad_TM.dtype).t().contiguous()
+    grad_x_TD = torch.empty_like(x_TD)
+    parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
+    for grad_part, grad_x_part in parts:
+        grad_x_part.copy_(_linear(grad_part, weight_DM))
+    return grad_x_TD
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.images import ImageLayout
+from gemoe_ds.backbones.memory import ALONE, Memory
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.config import RunConfig
@@ -15,8 +16,16 @@ from gemoe_ds.data.collate import Collator
 from gemoe_ds.moe.router import Router
 
 
-def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = False) -> MoEModel:
+def build_model(
+    config: RunConfig,
+    shard: ExpertShard,
+    memory: Memory = ALONE,
+    *,
+    show_progress: bool = False,
+) -> MoEModel:
     """The converted model that a configuration describes, experts of this shard only.
+
+    Collective if the memory is common to several ranks.
 
     Seeded here: a router may hold random parameters that do not train, which evaluation and
     export must draw alike.
@@ -33,6 +42,7 @@ def build_model(config: RunConfig, shard: ExpertShard, *, show_progress: bool = 
         shard=shard,
         recompute=config.model.recompute,
         pack_experts=config.model.pack_experts,
+        memory=memory,
         show_progress=show_progress,
     )
 

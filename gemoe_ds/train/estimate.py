@@ -41,6 +41,7 @@ class Estimate:
     parts: dict[str, int]
     on_gpu: bool
     checkpoint: int = 0  # bytes of one on disk, of all ranks together
+    common: int = 0  # of the total, what all ranks of a host have in common
 
     @property
     def total(self) -> int:
@@ -104,7 +105,21 @@ def estimate(
         stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
         held = _HELD[config.model.train] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
         parts["free, but held by the C library"] = round(held * sum(stored.values()))
-    return Estimate(parts, shape.on_gpu, _checkpoint(config, hf, blocks, routers))
+    return Estimate(
+        parts,
+        shape.on_gpu,
+        _checkpoint(config, hf, blocks, routers),
+        0 if shape.on_gpu else _common(config, hf, blocks, dtype),
+    )
+
+
+def _common(config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], dtype: torch.dtype) -> int:
+    """What stays in the memory of a host for all its ranks: see engine/host_memory.py."""
+    if config.model.train == "all" or config.zero_stage == 3:
+        return 0
+    experts = {id(p) for b in blocks for p in (b.gate_up_EGD, b.down_EDF)}
+    dense = (p for p in hf.parameters() if p.is_meta and id(p) not in experts)
+    return sum(p.numel() for p in dense) * dtype.itemsize
 
 
 def _weights(

@@ -26,6 +26,7 @@ class Phase:
     name: str
     seconds: float
     host_bytes: list[int]  # a rank: resident set
+    share_bytes: list[int]  # a rank: the same, a page that R processes have counted as 1/R
     device_bytes: list[int]  # a rank: allocated by torch; 0 on CPUs
 
 
@@ -39,6 +40,16 @@ def peak_host_memory() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_share() -> int:
+    """Bytes: the largest share of this process in its host's memory so far, at most.
+
+    What R processes have mapped in common counts as 1/R now; what was given back since the peak,
+    as this process's own.
+    """
+    now = psutil.Process().memory_full_info()
+    return int(getattr(now, "pss", now.rss)) + max(0, peak_host_memory() - now.rss)
 
 
 def resident_memory() -> int:
@@ -65,9 +76,10 @@ class Phases:
         HERE.enter(name)
         yield
         seconds, device = time.perf_counter() - began, self.world.device
-        mine = (seconds, peak_host_memory(), peak_memory(device) if device.type == "cuda" else 0)
-        seconds, host, device = zip(*gather_objects(mine), strict=True)
-        self.done.append(Phase(name, max(seconds), list(host), list(device)))
+        on_device = peak_memory(device) if device.type == "cuda" else 0
+        mine = (seconds, peak_host_memory(), peak_share(), on_device)
+        seconds, *memory = zip(*gather_objects(mine), strict=True)
+        self.done.append(Phase(name, max(seconds), *map(list, memory)))
         if self.world.is_first:
             print(self.line(self.done[-1]), flush=True)
 

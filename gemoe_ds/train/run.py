@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gemoe_ds.backbones.memory import Memory
 from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.cluster.preflight import preflight
 from gemoe_ds.cluster.stopping import StopRequest
@@ -19,6 +20,7 @@ from gemoe_ds.engine import checkpoint, manifest
 from gemoe_ds.engine.build import group_summary, initialize
 from gemoe_ds.engine.distributed import World, distributed, gather_objects
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError, GemoeError, writing_to
@@ -43,13 +45,13 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
-        shard, expected = look_around(config, samples, world)
+        shard, memory, expected = look_around(config, samples, world)
         phases = Phases(world)
         if dry_run:
             _look_first(config, world)
             say(world, str(expected))
         with phases("loading"):
-            model = build_model(config, shard, show_progress=world.is_first)
+            model = build_model(config, shard, memory, show_progress=world.is_first)
         stop_together(stop, world, BEFORE)
         say(
             world,
@@ -160,11 +162,12 @@ def check(config: RunConfig) -> None:
 
 def look_around(
     config: RunConfig, samples: SampleFolder, world: World
-) -> tuple[ExpertShard, Estimate]:
-    """Refuse hosts and ranks that are not fit for this run; else what this rank's experts are, and
-    the memory that a rank is thought to need. Collective."""
+) -> tuple[ExpertShard, Memory, Estimate]:
+    """Refuse hosts and ranks that are not fit for this run; else what this rank's experts are,
+    where its other weights are kept, and how much memory it is thought to need. Collective."""
     trainable = config.model.train != "routers"
     shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+    memory = host_memory(world)
     found: Estimate | GemoeError | None = None
     if world.is_first:
         try:
@@ -176,11 +179,13 @@ def look_around(
         raise expected
     assert expected is not None
     has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
+    needed = expected.total - has - expected.common * (memory.num_ranks - 1) // memory.num_ranks
+    needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)
-    for line in preflight(world, output, ep_size, expected.total - has, shard.groups, on_disk):
+    for line in preflight(world, output, ep_size, needed, shard.groups, on_disk):
         say(world, line)
-    return shard, expected
+    return shard, memory, expected
 
 
 def _checkpoint_to_resume(

@@ -42,6 +42,19 @@ def test_fit_finds_what_was_planted():
     assert len(checks) == 6 and all(abs(c["error"]) < 0.002 for c in checks)
 
 
+def test_a_link_is_what_its_plain_exchanges_take():
+    machine = Machine(5e-6, 700e9, 0.0, 1e9, shared=True)
+    rows, alpha, rate = planted(machine), 7e-3, 30e6
+    for size in (2**10, 2**22):
+        ms = 1e3 * (alpha + size / rate)
+        rows.append(row("links", "plain exchange", 0.0, "x", ms, 2, link="slow", bytes=size))
+    forward = 2 * machine.seconds(LAYER, 4096, 8.0, 1, "forward")
+    forward += LAYER.bytes(4096, 8.0, 2) / rate + 3 * alpha  # counts, rows, and rows back
+    rows.append(row("links", "gemoe_ds", 8.0, "forward", 1e3 * forward, 2, link="slow"))
+    (found,) = [c for c in compare(machine, rows, LAYER) if c["of"] == "check, slow"]
+    assert found["measured_ms"] == round(1e3 * forward, 1) and abs(found["error"]) < 0.001
+
+
 def test_rows_that_do_not_follow_the_model_show():
     machine = Machine(5e-6, 700e9, 2e-3, 1e9, shared=True)
     rows = planted(machine)

@@ -52,6 +52,25 @@ def test_joined_is_each_of_them(dtype, is_partitioned):
         torch.testing.assert_close(have, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("used", [(), (0,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+def test_what_is_not_used_or_does_not_train_has_no_gradient(used, frozen):
+    torch.manual_seed(0)
+    layers = [RouterLinear(40, outputs) for outputs in (64, 8, 1)]
+    for n in frozen:
+        layers[n].weight.requires_grad_(False)
+    x = torch.randn(70, 40, requires_grad=True)
+    inputs = [x, *(layer.weight for layer in layers if layer.weight.requires_grad)]
+    both = []
+    for outputs in (joined(x, *layers), [x @ layer.weight.t() for layer in layers]):
+        total = x.sum() + sum((outputs[n] ** 2).sum() for n in used)
+        both.append(torch.autograd.grad(total, inputs, allow_unused=True))
+    for have, want in zip(*both, strict=True):
+        assert (have is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_onednn_means_what_its_name_says(dtype):
     """Private operations of torch: a new version that changes them must turn this red."""

@@ -106,7 +106,7 @@ def test_entropy_guides_but_is_not_trained():
         grad = torch.autograd.grad(
             _monotonic(router, ctx, x), router.gate.weight, allow_unused=True
         )[0]
-        assert (grad is not None and bool(grad.any())) != detach
+        assert (grad is None) == detach
 
 
 def test_detach_x_keeps_the_loss_out_of_lower_layers():

@@ -1,0 +1,103 @@
+"""Weights that every rank of a host holds alike, once in its memory.
+
+What experts leave of a model (embeddings, attention, the vision tower) is the same on every rank,
+and frozen. On CPUs, and wherever weights wait for their way to a GPU, a host of R ranks would hold
+it R times. Here the first rank of a host makes a file without a name (Linux's memfd, memory that
+belongs to no file system and has no limit but the host's), and the others map the same pages. The
+kernel frees them with the last mapping: tensor by tensor when ZeRO 3 takes its parts, or as the
+weights move to a GPU; all of them when the processes end, however they do.
+
+The pages can be written by all. Nobody does once they are filled: what trains is never kept here.
+(DeepSpeed broadcasts parameters when an engine is built, and then writes what is there already.)
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemoe_ds.backbones.keys import Shape
+from gemoe_ds.backbones.memory import ALONE, Memory
+from gemoe_ds.engine.distributed import World, gather_objects
+
+_FILES_AT_ONCE = 64  # open in a process, of 1024 as a rule
+
+
+def host_memory(world: World) -> Memory:
+    """That of this rank's host, or its own where ranks cannot reach each other's. Collective."""
+    if world.size == 1:
+        return ALONE
+    hosts = gather_objects(_this_host())
+    memory = HostMemory([r for r, host in enumerate(hosts) if host == hosts[world.rank]], world)
+    try:
+        memory.allocate([(1,)], torch.uint8)
+        works = True
+    except OSError:
+        works = False
+    answers = gather_objects(works)
+    return memory if all(answers[r] for r in memory.ranks) else HostMemory([world.rank], world)
+
+
+class HostMemory(Memory):
+    """Common to these ranks. All ranks of the world make the same calls, whatever their host."""
+
+    def __init__(self, ranks: list[int], world: World) -> None:
+        self.ranks = ranks
+        self.rank, self.num_ranks = ranks.index(world.rank), len(ranks)
+
+    def allocate(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
+        """OSError, on the ranks that it happens to, after all have done their part."""
+        tensors = []
+        for first in range(0, len(shapes), _FILES_AT_ONCE):
+            tensors += self._allocate(shapes[first : first + _FILES_AT_ONCE], dtype)
+        return tensors
+
+    def _allocate(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
+        files, tensors, problem = [], [], None
+        try:
+            if self.rank == 0:
+                files = [os.memfd_create("weights", os.MFD_CLOEXEC) for _ in shapes]
+                for file, shape in zip(files, shapes, strict=True):
+                    os.truncate(file, math.prod(shape) * dtype.itemsize)
+        except OSError as error:
+            problem = error
+        paths = [f"/proc/{os.getpid()}/fd/{file}" for file in files]
+        paths = gather_objects(paths)[self.ranks[0]]
+        try:
+            tensors = [_mapped(*one, dtype) for one in zip(paths, shapes, strict=True)]
+        except (OSError, ValueError) as error:
+            problem = problem or OSError(str(error))
+        gather_objects(None)  # all have opened them
+        for file in files:
+            os.close(file)
+        if problem:
+            raise problem
+        return tensors
+
+    def together(self, problem: str | None) -> str | None:
+        return next(filter(None, gather_objects(problem)), None)
+
+
+def _this_host() -> str:
+    """The same on ranks that may find each other under /proc; never the same on others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {os.getuid()}"
+    except OSError:
+        return secrets.token_hex(16)
+
+
+def _mapped(path: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        pages = mmap.mmap(file, math.prod(shape) * dtype.itemsize)  # lives as long as its tensor
+    finally:
+        os.close(file)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

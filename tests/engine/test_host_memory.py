@@ -1,0 +1,176 @@
+"""Ranks of a host have the weights that do not train once; without that, each has its own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gemoe_ds.backbones.described import shell
+from gemoe_ds.backbones.keys import KeyMap
+from gemoe_ds.backbones.memory import ALONE
+from gemoe_ds.backbones.stored import StoredTensor
+from gemoe_ds.backbones.weights import Weights, materialise
+from gemoe_ds.engine import host_memory as module
+from gemoe_ds.engine.distributed import distributed, gather_objects
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.train.phases import peak_share
+from tests.helpers import run_ranks
+
+MB = 2**20
+
+
+def memory_of(world, how: str):
+    """As it is on one host; on two; where a rank cannot have files without a name, or see those of
+    another."""
+    if how == "two hosts":
+        module._this_host = lambda: f"host {world.rank // 2}"
+    if how == "no memfd" and world.rank == 0:
+        os.memfd_create = lambda *_: os.open("/nowhere", os.O_RDWR)
+    if how == "cannot open" and world.rank == 1:
+        module._mapped = lambda *_: open("/proc/nobody")  # noqa: SIM115
+    return module.host_memory(world)
+
+
+def written(rank: int, how: str) -> tuple[int, int, list[list[float]]]:
+    """What every rank reads after each has written its number into a row of its own."""
+    with distributed() as world:
+        memory = memory_of(world, how)
+        tensors = memory.allocate([(4, 3), (4, 1)], torch.float32)
+        if memory.rank == 0:
+            for tensor in tensors:
+                tensor.fill_(-1)
+        gather_objects(None)
+        for tensor in tensors:
+            tensor[rank] = rank
+        gather_objects(None)
+        return memory.rank, memory.num_ranks, [tensor[:, 0].tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("how", ["one host", "two hosts", "no memfd", "cannot open"])
+def test_what_one_rank_writes_the_others_of_its_host_read(how):
+    found = run_ranks(written, 4, how)
+    hosts = {"one host": [[0, 1, 2, 3]], "two hosts": [[0, 1], [2, 3]]}.get(
+        how, [[0], [1], [2], [3]]
+    )
+    for ranks in hosts:
+        for place, rank in enumerate(ranks):
+            at, size, columns = found[rank]
+            assert (at, size) == (place, len(ranks))
+            for column in columns:
+                assert [column[r] for r in ranks] == ranks
+                if len(ranks) > 1:
+                    assert all(column[r] == -1 for r in range(4) if r not in ranks)
+
+
+def kept(rank: int) -> tuple[list[int], int, int, int]:
+    """Megabytes that were added to this rank's share while 64 are held, and after; open files and
+    mappings that stay."""
+
+    def mappings() -> int:
+        return len(re.findall("memfd:weights", Path("/proc/self/maps").read_text()))
+
+    def share() -> int:
+        gather_objects(None)
+        return round(peak_share() / MB)
+
+    with distributed() as world:
+        memory = module.host_memory(world)
+        files = len(os.listdir("/proc/self/fd"))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = share()
+        tensors = memory.allocate([(16, MB)] * 4, torch.uint8)
+        for tensor in tensors:
+            tensor[:].fill_(1)  # by all
+        shares = [share() - before]
+        Path("/proc/self/clear_refs").write_text("5")
+        del tensor
+        while tensors:  # one by one, as ZeRO 3 takes them
+            gather_objects(tensors.pop())
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")
+            shares.append(share() - before)
+        return shares, len(os.listdir("/proc/self/fd")) - files, mappings(), memory.num_ranks
+
+
+def test_it_is_there_once_and_goes_with_its_last_tensor():
+    for shares, files, mappings, num_ranks in run_ranks(kept, 2):
+        assert num_ranks == 2 and files == 0 and mappings == 0
+        assert shares == pytest.approx([32, 24, 16, 8, 0], abs=3), "halves of 64, 48, .."
+
+
+def test_a_process_alone_allocates_as_ever():
+    ((_, size, _),) = run_ranks(written, 1, "one host")
+    assert size == 1 and ALONE.together("a problem") == "a problem"
+
+
+class Model(nn.Module):
+    """Large and small, tied, trained."""
+
+    def __init__(self, _: object = None) -> None:
+        super().__init__()
+        for n in range(5):
+            setattr(self, f"large{n}", nn.Parameter(torch.randn(40 + n, 1024)))
+        self.alias = self.large0
+        self.small = nn.Parameter(torch.randn(7))
+        self.trains = nn.Parameter(torch.randn(64, 512))
+
+
+def loaded(rank: int, folder: str) -> tuple[dict, int, str]:
+    """What a rank has, the bytes that it read, and what it says of a damaged folder."""
+    read = []
+    read_into = StoredTensor.read_into
+
+    def counted(self, target, first_row=0):
+        read.append(target.numel() * self.dtype.itemsize)
+        read_into(self, target, first_row)
+
+    StoredTensor.read_into = counted
+    with distributed() as world:
+        memory = module.host_memory(world)
+        answer = ""
+        for name in ("good", "bad"):
+            model = shell(Model, None)
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_(key == "trains")
+            weights = Weights(Path(folder) / name, KeyMap(()), model)
+            targets = materialise(model, torch.bfloat16, memory)
+            try:
+                weights.fill(targets, memory)
+            except CheckpointError as error:
+                answer = str(error)
+            else:
+                state = {n: p.detach().clone() for n, p in model.named_parameters()}
+                size, tied = sum(read), model.alias is model.large0
+                assert tied and {n for n, t in targets.items() if t.is_common} == {
+                    f"large{n}" for n in range(5)
+                }
+    return state, size, answer
+
+
+def test_each_rank_reads_a_part_of_what_is_common(tmp_path):
+    torch.manual_seed(0)
+    tensors = {n: p.detach() for n, p in Model().named_parameters()}
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    save_file(tensors, tmp_path / "good/model.safetensors")
+    save_file(
+        tensors | {"large4": tensors["large4"] * torch.nan}, tmp_path / "bad/model.safetensors"
+    )
+    found = run_ranks(loaded, 3, str(tmp_path))
+    own = sum(tensors[n].nbytes for n in ("small", "trains"))
+    common = sum(t.nbytes for t in tensors.values()) - own
+    assert sum(size for _, size, _ in found) == common + 3 * own
+    assert max(size for _, size, _ in found) < own + common / 2
+    for state, _, answer in found:
+        assert "model.safetensors: large4 holds NaN" in answer
+        assert state.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            dtype = torch.float32 if name == "trains" else torch.bfloat16
+            assert torch.equal(state[name], tensor.to(dtype)), name
