@@ -53,32 +53,37 @@ class HostMemory(Memory):
         self.rank, self.num_ranks = ranks.index(world.rank), len(ranks)
 
     def allocate(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
-        """OSError, on the ranks that it happens to, after all have done their part."""
+        """Raises OSError, on the ranks that it happens to, after all have done their part."""
         tensors = []
         for first in range(0, len(shapes), _FILES_AT_ONCE):
             tensors += self._allocate(shapes[first : first + _FILES_AT_ONCE], dtype)
         return tensors
 
     def _allocate(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
-        files, tensors, problem = [], [], None
+        files: list[int] = []
+        tensors: list[Tensor] = []
+        problem: Exception | None = None
+        is_common = self.num_ranks > 1
         try:
-            if self.rank == 0:
-                files = [os.memfd_create("weights", os.MFD_CLOEXEC) for _ in shapes]
-                for file, shape in zip(files, shapes, strict=True):
-                    os.truncate(file, math.prod(shape) * dtype.itemsize)
+            if is_common and self.rank == 0:
+                for shape in shapes:
+                    files.append(os.memfd_create("weights", os.MFD_CLOEXEC))
+                    os.truncate(files[-1], math.prod(shape) * dtype.itemsize)
         except OSError as error:
             problem = error
-        paths = [f"/proc/{os.getpid()}/fd/{file}" for file in files]
-        paths = gather_objects(paths)[self.ranks[0]]
+        paths = gather_objects([f"/proc/{os.getpid()}/fd/{file}" for file in files])[self.ranks[0]]
         try:
-            tensors = [_mapped(*one, dtype) for one in zip(paths, shapes, strict=True)]
-        except (OSError, ValueError) as error:
-            problem = problem or OSError(str(error))
+            if is_common:
+                tensors = [_mapped(*of, dtype) for of in zip(paths, shapes, strict=True)]
+            else:
+                tensors = super().allocate(shapes, dtype)
+        except (OSError, ValueError) as error:  # ValueError: the first rank has fewer
+            problem = problem or error
         gather_objects(None)  # all have opened them
         for file in files:
             os.close(file)
         if problem:
-            raise problem
+            raise OSError(f"memory common to ranks {self.ranks}: {problem}") from problem
         return tensors
 
     def together(self, problem: str | None) -> str | None:
