@@ -160,7 +160,7 @@ class FullSize:
             "loading_peak_over_kept": round(max(loading["host_bytes"]) / kept, 3),
             "loading_node_over_checkpoint": round(sum(loading["share_bytes"]) / total, 3),
             "dd_bytes_per_s": round(disk),
-            "read_bytes_per_s": round(self.ranks * kept / loading["seconds"]),
+            "read_bytes_per_s": round(total / loading["seconds"]),
             "phases": first,
             "phases_resumed": again,
             "last_step": {k: v for k, v in json.loads(lines[-1]).items() if "/layer_" not in k},

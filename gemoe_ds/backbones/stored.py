@@ -59,6 +59,17 @@ class StoredTensor:
         self.read_into(tensor, rows.start if rows else 0)
         return tensor
 
+    def announce(self, rows: slice | None = None) -> None:
+        """These rows will be read soon: the system may fetch them from the disk meanwhile."""
+        if not hasattr(os, "posix_fadvise"):  # not Linux
+            return
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        first, size = 0, self.num_bytes
+        if rows is not None:
+            first, size = rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
+        with open(self.file, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), self.offset + first, size, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, target: Tensor, first_row: int = 0) -> None:
         """Fill `target` with as many rows as it has, converting if its dtype is another one."""
         if not target.numel():

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from gemoe_ds.backbones.stored import INDEX, StoredTensor, open_stored
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.position import HERE
 
+_AHEAD = 16  # pieces, of a few megabytes as a rule, that the disk brings while others are read
 _WORTH_SHARING = 2**16  # bytes; pages of 4096 are shared
 
 
@@ -149,12 +150,20 @@ class Weights:
             dynamic_ncols=True,
             disable=not show_progress,
         ) as bar:
+            ahead = iter(pieces)
+            self._announce(islice(ahead, _AHEAD))
             for piece, size in zip(pieces, sizes, strict=True):
+                self._announce(islice(ahead, 1))
                 view = self._view(piece, targets)
                 self._read_piece(piece, view)
                 self._refuse_what_no_weight_is(piece, view)
                 bar.update(size)
                 HERE.moves += 1
+
+    def _announce(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            stored = self.stored[piece.key]
+            stored.announce(piece.stored_rows(stored.shape))
 
     @staticmethod
     def _view(piece: Piece, targets: Mapping[str, Target]) -> Tensor:
