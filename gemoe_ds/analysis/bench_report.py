@@ -50,9 +50,15 @@ def render(data: Row, figure: str) -> str:
         for mode, title in MODES.items():
             of_mode = [row for row in some if row["mode"] == mode]
             if of_mode:
-                parts += [f"**{title}**", markdown(_table(of_mode))]
+                parts += [f"**{title}**", markdown(_table(of_mode)), *_monitoring(of_mode)]
     parts += _links(rows) + _stages(rows) + _timeline(rows) + _cost(data)
     return "\n\n".join(parts) + "\n"
+
+
+def _monitoring(rows: list[Row]) -> list[str]:
+    """Of whole steps."""
+    shares = [row["monitoring_share"] for row in rows if "monitoring_share" in row]
+    return [f"Statistics and TensorBoard take {share:.2%} of a step's time." for share in shares]
 
 
 def _not_run(data: Row) -> list[str]:

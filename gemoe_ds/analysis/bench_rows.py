@@ -20,7 +20,7 @@ MODES = {
     "frozen": "Forward and backward, frozen experts",
     "trainable": "Forward and backward, trainable experts",
 }
-EXCHANGE = "plain exchange"
+EXCHANGE = "plain exchange"  # an all-to-all of nothing else
 PARTS = ("dense product", "router alone")  # not layers; shown as shares of them
 
 

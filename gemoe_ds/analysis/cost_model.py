@@ -22,13 +22,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-Row = dict[str, Any]
+from gemoe_ds.analysis.bench_rows import EXCHANGE, OURS, Row
 
-IN_TURN = {
-    "forward": 3,
-    "frozen": 5,
-}  # exchanges that wait for each other: rows, metadata go at once
 EXCHANGES = {"forward": 4, "frozen": 7}  # counts, rows, metadata, home; and three gradients
+IN_TURN = {"forward": 3, "frozen": 5}  # those that wait for another; rows and metadata go at once
 TRIPS = {"forward": 1, "frozen": 2}  # how often rows go there and back
 PRODUCTS = {"forward": 1, "frozen": 2}  # how often the experts' products are computed
 
@@ -126,7 +123,7 @@ def of_ours(rows: list[Row], suite: str, ep: int) -> list[Row]:
     return [
         r
         for r in rows
-        if (r["suite"], r["ep"], r["layer"]) == (suite, ep, "gemoe_ds") and r["mode"] in EXCHANGES
+        if (r["suite"], r["ep"], r["layer"]) == (suite, ep, OURS) and r["mode"] in EXCHANGES
     ]
 
 
@@ -148,9 +145,7 @@ def compare(machine: Machine, rows: list[Row], layer: Layer) -> list[Row]:
 
 def _link(rows: list[Row]) -> tuple[float, float]:
     """Seconds of a message and of a byte, from the link's plain exchanges."""
-    small, large = sorted(
-        (r["bytes"], seconds_of(r)) for r in rows if r["layer"] == "plain exchange"
-    )
+    small, large = sorted((r["bytes"], seconds_of(r)) for r in rows if r["layer"] == EXCHANGE)
     per_byte = (large[1] - small[1]) / (large[0] - small[0])
     return small[1] - small[0] * per_byte, per_byte
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 DEVICE = "/dev/net/tun"
 MTU = 60_000  # of large packets this process moves enough
@@ -47,7 +48,8 @@ class SlowLine:
                 free_at = max(time.monotonic(), free_at) + len(packet) * self._seconds_a_byte
                 on_the_way.append((free_at + self._delay, packet))
             while on_the_way and on_the_way[0][0] <= time.monotonic():
-                os.write(target, on_the_way.popleft()[1])
+                with suppress(OSError):  # the device is down yet: lost, as on a real line
+                    os.write(target, on_the_way.popleft()[1])
 
     def close(self) -> None:
         self._closed.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from gemoe_ds.bench.shapes import Shape
 from gemoe_ds.bench.timing import Timing, measure, paired
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.engine.build import initialize
-from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.distributed import World, sum_over_ranks
 from gemoe_ds.moe.router import Router
+from gemoe_ds.train.monitor import Monitor, StatSum
 
 LAYERS, LENGTH, VOCABULARY = 2, 1024, 1000
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,18 +40,20 @@ def steps_suite(
         tokenizer = _write_tokenizer(Path(folder))
         static = _model("top_k", shape, tokenizer, dtype)
         adaptive = _model("gemoe", shape, tokenizer, dtype, experts_of=static)
-    batch = _batch(max(num_tokens // LENGTH, 1), world.device)
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, model, router in (("static", static, "top_k"), ("adaptive", adaptive, "gemoe")):
-        engine = initialize(model, _config(router), world)
-        model.train()
-        runs[name] = _step(engine, batch)
-    runs["with statistics"] = _collecting(adaptive, runs["adaptive"])
-    for implementation in ("eager", "grouped_mm"):
-        runs[f"hf_{implementation.removesuffix('_mm')}"] = _stock_step(
-            shape, static, implementation, batch
-        )
-    timings = measure(runs, rounds)
+        batch = _batch(max(num_tokens // LENGTH, 1), world.device)
+        runs: dict[str, Callable[[], Any]] = {}
+        for name, model, router in (("static", static, "top_k"), ("adaptive", adaptive, "gemoe")):
+            engine = initialize(model, _config(router), world)
+            model.train()
+            runs[name] = _step(engine, batch)
+        monitor = Monitor(Path(folder), 0, tensorboard=True)
+        runs["with statistics"] = _collecting(adaptive, runs["adaptive"], monitor, world)
+        for implementation in ("eager", "grouped_mm"):
+            runs[f"hf_{implementation.removesuffix('_mm')}"] = _stock_step(
+                shape, static, implementation, batch
+            )
+        timings = measure(runs, rounds)
+        monitor.close()
     mean_k = _mean_k(adaptive, batch)
     every = _config("gemoe").monitor.every
     own = timings["adaptive"]
@@ -64,13 +68,13 @@ def steps_suite(
             own,
         ),
     }
-    count = batch["input_ids_BS"].numel()
+    tokens = batch["input_ids_BS"].numel()
     rows = [
-        _row(shape, "gemoe_ds", shape.top_k, count, timings["static"], {}),
-        _row(shape, "gemoe_ds", mean_k, count, own, extra),
+        _row(shape, "gemoe_ds", shape.top_k, tokens, timings["static"], {}),
+        _row(shape, "gemoe_ds", mean_k, tokens, own, extra),
     ]
     return rows + [
-        _row(shape, name, shape.top_k, count, timings[name], {})
+        _row(shape, name, shape.top_k, tokens, timings[name], {})
         for name in ("hf_eager", "hf_grouped")
     ]
 
@@ -177,13 +181,20 @@ def _step(engine: Any, batch: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def _collecting(model: MoEModel, step: Callable[[], Any]) -> Callable[[], None]:
-    """The same step, with the statistics that TensorBoard shows."""
+def _collecting(
+    model: MoEModel, step: Callable[[], Any], monitor: Monitor, world: World
+) -> Callable[[], None]:
+    """The same step, with the statistics that TensorBoard shows, and their way to its files."""
+    sums, number = StatSum(), count()
 
     def run() -> None:
         model.ctx.collect = True
         step()
         model.ctx.collect = False
+        for layer, record in enumerate(model.ctx.layers):
+            for name, stat in record.stats.items():
+                sums.add(f"{name}/layer_{layer:02d}", stat)
+        monitor.write(next(number), dict(sums.reduced(sum_over_ranks, world.device)))
 
     return run
 
