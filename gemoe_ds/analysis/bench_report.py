@@ -166,12 +166,14 @@ def _cost(data: Row) -> list[str]:
             times = [f"{row['all_experts_ms']:.1f}", f"{row['gemoe_ms']:.1f}"]
             head = [row["backbone"], str(row["ep"]), str(row["gpus"])]
             projected.append([*head, *times, f"{row['speed_up']:.2f}"])
+    gb_per_s = machine["bytes_per_s"] / 1e9
+    rate = "bytes too fast to tell" if gb_per_s > 1e3 else f"{gb_per_s:.2f} GB/s of all ranks"
     fitted = (
         "Fitted on EP 1 and 2 of this host, lower quartiles: "
         f"{machine['flops_per_s'] / 1e9:.0f} GFLOP/s, "
         f"{1e9 * machine['fixed_s_per_token']:.0f} ns a token whatever its k, "
-        f"{1e6 * machine['alpha_s']:.0f} us a message, {machine['bytes_per_s'] / 1e9:.2f} GB/s for "
-        "all ranks together. What is marked *check* was not used in the fit."
+        f"{1e6 * machine['alpha_s']:.0f} us a message, {rate}. A slow link is what its plain "
+        "exchanges take. What is marked *check* was not used in the fit."
     )
     return [
         "## Cost model",

@@ -117,9 +117,9 @@ def _common(config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], dtype: to
     """What stays in the memory of a host for all its ranks: see engine/host_memory.py."""
     if config.model.train == "all" or config.zero_stage == 3:
         return 0
-    experts = {id(p) for b in blocks for p in (b.gate_up_EGD, b.down_EDF)}
-    dense = (p for p in hf.parameters() if p.is_meta and id(p) not in experts)
-    return sum(p.numel() for p in dense) * dtype.itemsize
+    ours = {id(p) for b in blocks for p in (b.gate_ED, b.gate_up_EGD, b.down_EDF)}
+    rest = (p for p in hf.parameters() if p.is_meta and id(p) not in ours)
+    return sum(p.numel() for p in rest) * dtype.itemsize
 
 
 def _weights(

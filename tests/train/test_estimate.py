@@ -44,6 +44,23 @@ def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype
     assert parts["frozen weights"] == sum(t.numel() * t.itemsize for t in frozen + experts)
 
 
+@pytest.mark.parametrize("train", ["routers", "experts", "all"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_a_host_has_once(setting, tmp_path, train, stage):
+    """All that neither trains nor is an expert nor a router's; ZeRO 3 divides it instead."""
+    from gemoe_ds.backbones.model import ExpertShard
+
+    path = str(repository() / f"ds_configs/zero{stage}.json")
+    config = make_config(setting, tmp_path, model__train=train, deepspeed=path)
+    samples = open_samples(config.data.train)
+    model = build_model(config, ExpertShard(0, config.parallel.ep_size))
+    routers = {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
+    frozen = (p for p in model.parameters() if not p.requires_grad and id(p) not in routers)
+    expected = 0 if stage == 3 else sum(p.numel() * p.itemsize for p in frozen)
+    assert estimate(config, samples, 2, torch.device("cpu")).common == expected
+    assert estimate(config, samples, 2, torch.device("cuda")).common == 0
+
+
 def test_zero_divides_what_it_divides(setting, tmp_path):
     """Gradients from stage 2 on, optimizer states from stage 1 on, weights in stage 3."""
     samples = open_samples(setting["data"])
