@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 def _all(flags: argparse.Namespace) -> None:
     """Every suite, the expert-parallel ones in processes of their own; then the report."""
-    started = time.monotonic()
+    started, origin = time.monotonic(), provenance()  # before its own results make it dirty
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = flags.out or REPOSITORY / f"results/bench_{device}.json"
     if min(flags.rounds, flags.tokens, *flags.ep) < 1:
@@ -77,7 +77,7 @@ def _all(flags: argparse.Namespace) -> None:
     def save(more: list[dict[str, Any]]) -> None:
         """After every part, so that a part that fails takes no other along."""
         rows.extend(more)
-        results = provenance() | {
+        results = origin | {
             "device": device,
             "threads": torch.get_num_threads(),
             "dtype": flags.dtype,
