@@ -191,9 +191,7 @@ def _collecting(
         model.ctx.collect = True
         step()
         model.ctx.collect = False
-        for layer, record in enumerate(model.ctx.layers):
-            for name, stat in record.stats.items():
-                sums.add(f"{name}/layer_{layer:02d}", stat)
+        sums.add_layers(model.ctx)
         monitor.write(next(number), dict(sums.reduced(sum_over_ranks, world.device)))
 
     return run

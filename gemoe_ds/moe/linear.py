@@ -5,6 +5,7 @@ Shapes: T tokens, D model, M outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TD, *weights)
         ctx.set_materialize_grads(False)
-        weight_MD = torch.cat(weights)
+        weight_MD = _cat(weights)
         dtype = torch.promote_types(x_TD.dtype, weight_MD.dtype)
         weight_MD = weight_MD.to(dtype)
         logits_TM = torch.cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
@@ -66,17 +67,25 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x_TD, *weights = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
-        used = {n: grad for n, grad in enumerate(grads) if grad is not None}
+        used = [n for n, grad in enumerate(grads) if grad is not None]
         trained = [n for n in used if needs[n]]
-        grad_x_TD = None
-        if used and needs_x:
-            grad_x_TD = _grad_of_x(x_TD, list(used.values()), [weights[n] for n in used])
+        if not used:
+            return None, *(None for _ in weights)
+        grad_TM = _cat([grads[n] for n in used], dim=1)
+        grad_x_TD: Tensor | None = None
         grad_weights: list[Tensor | None] = [None] * len(weights)
+        if needs_x:
+            weight_DM = _cat([weights[n] for n in used]).to(grad_TM.dtype).t().contiguous()
+            grad_x_TD = torch.empty_like(x_TD)
+            parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
+            for grad_part, grad_x_part in parts:
+                grad_x_part.copy_(_linear(grad_part, weight_DM))
         if trained:
-            grad_TM = torch.cat([used[n] for n in trained], dim=1)
+            if trained != used:
+                grad_TM = _cat([grads[n] for n in trained], dim=1)
             grad_MD = grad_TM.new_zeros(grad_TM.shape[1], x_TD.shape[1])
             for grad_part, x_part in zip(_in_parts(grad_TM), _in_parts(x_TD), strict=True):
                 grad_MD.addmm_(grad_part.t(), x_part.to(grad_TM.dtype))
@@ -86,14 +95,9 @@ class _WideLinear(torch.autograd.Function):
         return grad_x_TD, *grad_weights
 
 
-def _grad_of_x(x_TD: Tensor, grads: list[Tensor], weights: list[Tensor]) -> Tensor:
-    grad_TM = torch.cat(grads, dim=1)
-    weight_DM = torch.cat(weights).to(grad_TM.dtype).t().contiguous()
-    grad_x_TD = torch.empty_like(x_TD)
-    parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
-    for grad_part, grad_x_part in parts:
-        grad_x_part.copy_(_linear(grad_part, weight_DM))
-    return grad_x_TD
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gemoe_ds.moe.context import Stat
+from gemoe_ds.moe.context import Stat, TokenContext
 from gemoe_ds.train.ledger import whole_lines
 
 METRICS = "metrics.jsonl"
@@ -33,6 +33,12 @@ class StatSum:
             total, count = self.totals[name] + total, self.counts[name] + count
         self.totals[name], self.counts[name] = total, count
         self.reductions[name] = stat.reduction
+
+    def add_layers(self, ctx: TokenContext) -> None:
+        """What the routers of the last forward pass recorded, by layer."""
+        for layer, record in enumerate(ctx.layers):
+            for name, stat in record.stats.items():
+                self.add(f"{name}/layer_{layer:02d}", stat)
 
     def reduced(self, sum_over_ranks: Sum, device: torch.device) -> dict[str, Tensor]:
         """Values by name, and a fresh start; a mean over nothing is left out. Collective."""

@@ -227,9 +227,7 @@ class Trainer:
     def _collect(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
             self.stats.add(f"loss/{name}" if name != "loss" else "loss/total", Stat(value))
-        for layer, record in enumerate(self.model.ctx.layers):
-            for name, stat in record.stats.items():
-                self.stats.add(f"{name}/layer_{layer:02d}", stat)
+        self.stats.add_layers(self.model.ctx)
 
     def _report(self, step: int, seconds: float) -> dict[str, float | Tensor]:
         """Reduce the collected statistics over ranks and write them; all ranks must come here."""
