@@ -46,19 +46,10 @@ def layer_group(
     contenders = []
     for mean_k in map(float, mean_ks):
         ours = Ours(problem, mean_k, trainable=trainable)
-        num_assignments = int(ours.routing(problem.x_TD)[0].sum())
-        errors = check(f"{OURS} at mean k {mean_k}", ours, problem, ours)
-        run = runner(ours, problem, mode)
-        contenders.append(Contender(OURS, mean_k, run, num_assignments, errors, ours))
+        contenders += _ours_and_parts(ours, mean_k, problem, mode)
         if mean_k in (PAPER_K, shape.top_k):
-            contenders.append(
-                Contender(ROUTER, mean_k, router_runner(ours, problem, mode), num_assignments)
-            )
-            contenders.append(
-                Contender(
-                    DENSE, mean_k, dense_runner(problem, num_assignments, mode), num_assignments
-                )
-            )
+            route = router_runner(ours, problem, mode)
+            contenders.append(Contender(ROUTER, mean_k, route, contenders[-1].num_assignments))
     contenders += peer_contenders(problem, peer_names, mode, World(0, 1, device))
     return _rows(contenders, rounds, suite=suite, mode=mode, problem=problem, world_size=1)
 
@@ -82,15 +73,24 @@ def ep_group(
         dispatcher = shard.make_dispatcher()
         local = shard.local(shape.num_experts)
         ours = Ours(problem, mean_k, dispatcher=dispatcher, local=local)
-        num_assignments = int(ours.routing(problem.x_TD)[0].sum())
-        errors = check(f"{OURS} at mean k {mean_k}, EP {world.size}", ours, problem, ours)
-        run = runner(ours, problem, mode)
-        contenders.append(Contender(OURS, mean_k, run, num_assignments, errors, ours))
-        if mean_k in (PAPER_K, shape.top_k):  # of all ranks at once, as their layers are
-            dense = dense_runner(problem, num_assignments, mode)
-            contenders.append(Contender(DENSE, mean_k, dense, num_assignments))
+        contenders += _ours_and_parts(ours, mean_k, problem, mode, f", EP {world.size}")
     contenders += peer_contenders(problem, peer_names, mode, world)
     return _rows(contenders, rounds, suite="ep", mode=mode, problem=problem, world_size=world.size)
+
+
+def _ours_and_parts(
+    ours: Ours, mean_k: float, problem: Problem, mode: str, where: str = ""
+) -> list[Contender]:
+    """Our layer, checked; at the k of the headline and the largest a dense product beside it, of
+    all ranks at once, as their layers are."""
+    num_assignments = int(ours.routing(problem.x_TD)[0].sum())
+    errors = check(f"{OURS} at mean k {mean_k}{where}", ours, problem, ours)
+    run = runner(ours, problem, mode)
+    found = [Contender(OURS, mean_k, run, num_assignments, errors, ours)]
+    if mean_k in (PAPER_K, problem.shape.top_k):
+        dense = dense_runner(problem, num_assignments, mode)
+        found.append(Contender(DENSE, mean_k, dense, num_assignments))
+    return found
 
 
 def _rows(
