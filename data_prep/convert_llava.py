@@ -11,7 +11,6 @@ an id is called by its number.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import sys
@@ -25,11 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from PIL import Image
 from tqdm import tqdm
 
+from gemoe_ds.data.images import read_image
 from gemoe_ds.data.sample import Dropped, Sample, Turn, write_samples
-from gemoe_ds.errors import DataError, exit_on_error
+from gemoe_ds.errors import DataError, ImageError, exit_on_error
 
 MARKER = "<image>"
 SPEAKERS = ("human", "gpt")
@@ -113,10 +112,8 @@ def _image(row: dict[str, Any], images: Path, min_size: int) -> bytes | None:
     except ValueError as error:  # a NUL in the name
         raise _Unusable(f"image {name!r}: {error}") from None
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.convert("RGB")
-            size = image.size
-    except Exception as error:  # Pillow's decoders raise almost anything on broken files
+        size = read_image(encoded).size
+    except ImageError as error:
         raise _Unusable(f"image {name} cannot be decoded: {error}") from None
     if min(size) < min_size:
         raise _Unusable(f"image {name} is {size[0]}x{size[1]}, smaller than {min_size}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gemoe_ds.backbones.images import stretched
 from gemoe_ds.config import load_config
-from gemoe_ds.data.collate import decode_image
+from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import SampleFolder, open_samples, whole_folder
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
 

@@ -6,7 +6,6 @@ it; the loss counts on answers and their end. Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout, LaidImage
+from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import Sample
-from gemoe_ds.errors import DataError, ImageError
+from gemoe_ds.errors import DataError
 
 IGNORE = -100
 
@@ -294,18 +293,6 @@ class Collator:
         }
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
         return {"pixels": pixels, "feature_BS": feature_BS, **joined}
-
-
-def decode_image(sample: Sample) -> Image.Image:
-    """The image of a sample in RGB; ImageError naming the sample if it is broken."""
-    assert sample.image is not None
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise almost anything on broken files
-        raise ImageError(
-            f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
-        ) from error
 
 
 def _padded(rows: list[list[int]], length: int, value: int, left: bool) -> Tensor:
