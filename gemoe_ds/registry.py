@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,6 +18,18 @@ class ConfigModel(BaseModel):
     """Base of every options class: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks an option that names a file or folder that a run reads: `Annotated[str, Reads()]`.
+
+    `of_hub`: what is read from it, where the name of a model of the Hugging Face Hub may stand in
+    the folder's place. `words`: values that are no paths.
+    """
+
+    of_hub: Literal["", "model", "tokenizer"] = ""
+    words: tuple[str, ...] = ()
 
 
 class Registered:

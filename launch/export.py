@@ -51,6 +51,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.train.assemble import build_model
 
     config = load_config(arguments.recipe, arguments.overrides)
+    config.check_paths("model.", "data.tokenizer")
     given = arguments.trained
     step = given if (given / manifest.MANIFEST).exists() else manifest.newest(given)
     found = manifest.verify(step)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from gemoe_ds.cluster.job import LAUNCHERS, PORT, TEMPLATE, Job
 from gemoe_ds.errors import ConfigError, exit_on_error
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 OPTIONS = ("time", "partition", "account", "qos", "job-name", "cpus-per-task", "constraint")
 
 
@@ -66,6 +67,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         arguments.master_port,
         sbatch,
         Job.concerning_ranks(os.environ),
+        "" if Path.cwd() == CHECKOUT else f"{CHECKOUT}/",
     )
 
 
@@ -85,8 +87,10 @@ def _check(arguments: argparse.Namespace, job: Job) -> None:
 
 def _submit(arguments: argparse.Namespace, job: Job) -> None:
     from gemoe_ds.config import load_config
+    from gemoe_ds.config.paths import Places
 
-    script = job.sbatch_script(TEMPLATE.read_text(encoding="utf-8"))
+    template = Places.beside().locate("template", TEMPLATE)
+    script = job.sbatch_script(template.read_text(encoding="utf-8"))
     output = Path(load_config(Path(job.recipe), list(job.overrides)).output_dir)
     path = output.with_name(f"{output.name}.sbatch")
     if arguments.dry_run:

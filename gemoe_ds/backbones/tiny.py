@@ -7,7 +7,7 @@ top-8, weights not renormalised, as in OLMoE-1B-7B.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.olmoe import olmoe_blocks
 from gemoe_ds.backbones.vision import vision_config
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.registry import ConfigModel
+from gemoe_ds.registry import ConfigModel, Reads
 
 
 class TinyBackbone(LlavaBackbone):
@@ -53,7 +53,7 @@ class TinyBackbone(LlavaBackbone):
         patch_size: int = Field(16, ge=1)
         vision_width: int = Field(64, ge=8)
         vision_layers: int = Field(2, ge=1)
-        vision_checkpoint: str | None = Field(
+        vision_checkpoint: Annotated[str | None, Reads()] = Field(
             None, description="tower of launch/pretrain_vision.py for a fresh model; null: random"
         )
         max_position: int = Field(2048, ge=1)

@@ -10,12 +10,11 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from gemoe_ds.errors import ConfigError
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
-TEMPLATE = Path("launch/slurm/train.sbatch")
+TEMPLATE = "launch/slurm/train.sbatch"
 PORT = 29500
 FOR_RANKS = ("NCCL_", "GLOO_", "OMP_", "DS_", "HF_", "GEMOE_")
 
@@ -32,6 +31,7 @@ class Job:
     port: int = PORT
     sbatch: Mapping[str, str] = field(default_factory=dict)  # --time and so on, by name
     variables: tuple[str, ...] = ()  # of the environment, that ssh would not carry over
+    checkout: str = ""  # `/where/it/is/`, if the job is not started in it
 
     def __post_init__(self) -> None:
         if self.hosts and len(self.hosts) != self.nodes:
@@ -47,7 +47,7 @@ class Job:
     @property
     def script(self) -> list[str]:
         """What every rank runs, after the launcher's words."""
-        return ["launch/train.py", self.recipe, *self.overrides]
+        return [f"{self.checkout}launch/train.py", self.recipe, *self.overrides]
 
     def sbatch_script(self, template: str) -> str:
         """The template with this job's numbers, and its recipe in the place of `"$@"`."""
@@ -66,6 +66,8 @@ class Job:
                 template = re.sub(known, line, template, flags=re.MULTILINE)
             else:
                 template = template.replace("#SBATCH --output", f"{line}\n#SBATCH --output", 1)
+        own = rf"\1 {shlex.quote(self.checkout) if self.checkout else ''}launch/"
+        template = re.sub(r"^(source|run) launch/", own, template, flags=re.MULTILINE)
         words = shlex.join([self.recipe, *self.overrides])
         return template.replace('"$@"', words)
 

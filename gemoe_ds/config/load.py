@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from gemoe_ds.config.paths import Places
 from gemoe_ds.config.tree import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
 
@@ -21,11 +22,13 @@ _SHOWN_ERRORS = 3
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply the overrides in order, validate.
 
-    A recipe may start from another one with `extends: other.yaml` (relative to itself, one level).
-    Mappings merge key by key; where `name` changes, the options of the old name are dropped.
+    A recipe may start from another one with `extends: other.yaml` (one level). Mappings merge key
+    by key; where `name` changes, the options of the old name are dropped. What it reads is looked
+    for in the working directory, beside the recipe (and what that extends), and in the package.
     Raises ConfigError: unreadable file, unknown key, missing key, wrong type or range.
     """
-    return config_from_dict(_with_overrides(read_recipe(Path(path)), overrides))
+    tree, files = _read(Path(path))
+    return config_from_dict(_with_overrides(tree, overrides)).located(Places.beside(*files))
 
 
 def config_from_dict(tree: dict[str, Any]) -> RunConfig:
@@ -42,17 +45,23 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The plain dict of a recipe file, with what it extends merged under it."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The dict of `read_recipe`, and the files that it is from."""
+    path = Places.beside().locate("", str(path))
     tree = _read_yaml(path)
     if "extends" not in tree:
-        return tree
+        return tree, [path]
     base = tree.pop("extends")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of a recipe, got {base!r}")
-    base_path = path.parent / base
+    base_path = Places.beside(path).locate(f"{path}: extends", base)
     base_tree = _read_yaml(base_path)
     if "extends" in base_tree:
         raise ConfigError(f"{path}: extends {base}, which itself extends; one level is the rule")
-    return _merged(base_tree, tree)
+    return _merged(base_tree, tree), [path, base_path]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

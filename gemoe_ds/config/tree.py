@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     Field,
     FiniteFloat,
+    PrivateAttr,
     SerializeAsAny,
     field_serializer,
     field_validator,
@@ -24,9 +25,10 @@ import gemoe_ds.backbones
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.config.deepspeed import read_file, stage_of
+from gemoe_ds.config.paths import Places, inputs, located
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
-from gemoe_ds.registry import ConfigModel, Registered
+from gemoe_ds.registry import ConfigModel, Reads, Registered
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -79,8 +81,10 @@ class BackboneChoice(Choice):
 
 class ModelConfig(ConfigModel):
     backbone: BackboneChoice = Field(description="model family and its options")
-    checkpoint: str | None = Field(
-        None, description="Hugging Face folder of the base weights; null: random, to pretrain"
+    checkpoint: Annotated[str | None, Reads(of_hub="model")] = Field(
+        None,
+        description="base weights: a Hugging Face folder, or owner/name[@revision] that is in the "
+        "local cache; null: random, to pretrain",
     )
     router: RouterChoice = Field(description="routing method and its options")
     train: Literal["routers", "experts", "all"] = Field(
@@ -118,9 +122,13 @@ class ModelConfig(ConfigModel):
 
 
 class DataConfig(ConfigModel):
-    train: str = Field(description="folder written by a data_prep script")
-    validation: str | None = Field(None, description="such a folder, held out; null: none")
-    tokenizer: str = Field(description="folder of a Hugging Face tokenizer")
+    train: Annotated[str, Reads()] = Field(description="folder written by a data_prep script")
+    validation: Annotated[str | None, Reads()] = Field(
+        None, description="such a folder, held out; null: none"
+    )
+    tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
+        description="folder of a Hugging Face tokenizer, or owner/name[@revision]"
+    )
     max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
     threads: int = Field(2, ge=1, description="reader threads of each rank")
     max_broken: int = Field(
@@ -187,8 +195,13 @@ class RunConfig(ConfigModel):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
-    deepspeed: str = Field("ds_configs/zero2.json", description="DeepSpeed's own JSON file")
-    resume: str = Field("none", description="none, auto (the newest in output_dir) or a folder")
+    deepspeed: Annotated[str, Reads()] = Field(
+        "ds_configs/zero2.json", description="DeepSpeed's own JSON file"
+    )
+    resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
+        "none", description="none, auto (the newest in output_dir) or a folder"
+    )
+    _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> Self:
@@ -241,18 +254,16 @@ class RunConfig(ConfigModel):
             )
         self.accumulation(world_size)
 
-    def check_paths(self) -> None:
-        """Raise ConfigError for the first input path that does not exist, by its key."""
-        resume = None if self.resume in ("none", "auto") else self.resume
-        for key, path in (
-            ("data.train", self.data.train),
-            ("data.validation", self.data.validation),
-            ("data.tokenizer", self.data.tokenizer),
-            ("model.checkpoint", self.model.checkpoint),
-            ("deepspeed", self.deepspeed),
-            ("resume", resume),
-        ):
-            if path is not None and not Path(path).exists():
-                raise ConfigError(f"{key}={path}: no such file or folder (from {Path.cwd()})")
-        if Path(self.output_dir).is_file():
+    def located(self, places: Places) -> Self:
+        """The same run with the absolute path of every input that is found in one of `places`."""
+        found = located(self, places)
+        found._places = places
+        return found
+
+    def check_paths(self, *keys: str) -> None:
+        """Raise ConfigError for the first input (of all, or under these keys) that is not there."""
+        for key, text, reads in inputs(self):
+            if not keys or key.startswith(keys):
+                self._places.locate(key, text, reads)
+        if not keys and Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir={self.output_dir}: is a file; give a folder")

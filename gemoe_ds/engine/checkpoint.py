@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import RunConfig
+from gemoe_ds.config.paths import inputs
 from gemoe_ds.engine import manifest
 from gemoe_ds.engine.distributed import World, gather_objects
 from gemoe_ds.engine.manifest import ADAM, SAMPLES_PER_STEP, WEIGHTS, Found
@@ -24,12 +25,17 @@ from gemoe_ds.errors import CheckpointError
 
 
 def run_identity(
-    config: RunConfig, world_size: int, data_fingerprint: str, base_checksum: str
+    config: RunConfig, world_size: int, data_fingerprint: str, checksums: dict[str, str]
 ) -> dict[str, Any]:
-    """What must be equal for a checkpoint to continue this run, flat: name -> value."""
+    """What must be equal for a checkpoint to continue this run, flat: name -> value.
+
+    `checksums`: of "base checkpoint" and of what the backbone reads beside it, whose paths do not
+    count: they may be spelt in many ways.
+    """
     model = config.model.model_dump(mode="json")
+    model["backbone"] |= dict.fromkeys(key for key, *_ in inputs(config.model.backbone))
     identity = {f"model.{key}": model[key] for key in ("backbone", "router", "train", "dtype")}
-    identity["base checkpoint"] = base_checksum
+    identity |= checksums
     identity["data"] = data_fingerprint
     identity["seed"] = config.seed
     # The auxiliary losses are means over micro-batches, so these are part of what is optimised.

@@ -150,4 +150,6 @@ def subject_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
         overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
-    return load_config(arguments.recipe, [*overrides, *more])
+    config = load_config(arguments.recipe, [*overrides, *more])
+    config.check_paths("model.", "data.tokenizer")
+    return config

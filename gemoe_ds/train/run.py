@@ -13,6 +13,7 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import stop_together
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
+from gemoe_ds.config.paths import inputs
 from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import SampleFolder, open_samples
@@ -63,9 +64,9 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
 
         # Find out about a wrong checkpoint before anything is built or written.
         output = Path(config.output_dir)
-        base = _base_checksum(config) if world.is_first else None  # one reader is enough
+        read = _checksums(config) if world.is_first else None  # one reader is enough
         identity = checkpoint.run_identity(
-            config, world.size, samples.fingerprint, gather_objects(base)[0]
+            config, world.size, samples.fingerprint, gather_objects(read)[0]
         )
         found = _checkpoint_to_resume(config, output, identity, world)
         start_step = found.step if found else 0
@@ -237,9 +238,11 @@ def say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-def _base_checksum(config: RunConfig) -> str:
-    checkpoint_dir = config.model.checkpoint
-    return manifest.checksum_folder(Path(checkpoint_dir) if checkpoint_dir else None)
+def _checksums(config: RunConfig) -> dict[str, str]:
+    """Of the model folders that a run starts from."""
+    base, towers = config.model.checkpoint, inputs(config.model.backbone, "model.backbone.")
+    found = {"base checkpoint": manifest.checksum_folder(Path(base) if base else None)}
+    return found | {key: manifest.checksum_folder(Path(path)) for key, path, _ in towers}
 
 
 def _stream(

@@ -1,9 +1,10 @@
 # For the *.sbatch files beside it: `run SCRIPT ARGUMENT...` starts a rank a task and, when they
 # leave, puts the job back into the queue if it can go on.
 
-cd "${SLURM_SUBMIT_DIR:?start this with sbatch, in the checkout}" || exit 1
+GEMOE_CHECKOUT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 1
 GEMOE_SRUN=()
-source launch/slurm/site.sh
+source "$GEMOE_CHECKOUT/launch/slurm/site.sh"
 
 run() {
     # Warnings are for the ranks: they save and leave with 75 (gemoe_ds/errors.py). This shell

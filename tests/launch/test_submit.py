@@ -57,6 +57,18 @@ def test_the_script_is_bash(name, tmp_path):
     assert '"$@"' not in script.read_text()
 
 
+def test_from_another_folder_the_checkout_s_scripts_and_templates_are_named(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    main([*CASES["srun"], "--dry-run"])
+    script = capsys.readouterr().out
+    assert f"\nsource {repository()}/launch/slurm/run.sh\n" in script
+    assert f"\nrun {repository()}/launch/train.py {RECIPE} seed=3 --resume auto" in script
+    main([*CASES["deepspeed"], "--dry-run"])
+    assert f" {repository()}/launch/train.py {RECIPE}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted((repository() / "launch/slurm").iterdir()), ids=str)
 def test_templates_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)

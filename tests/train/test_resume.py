@@ -104,9 +104,8 @@ def test_metrics_have_every_loss_and_every_layer(runs):
 )
 def test_foreign_checkpoints_are_refused(setting, runs, change, words):
     config = make_config(setting, runs[0], resume="auto", **change)
-    identity = run_identity(
-        config, 2, open_samples(setting["data"]).fingerprint, checksum_folder(setting["hf"])
-    )
+    read = {"base checkpoint": checksum_folder(setting["hf"])}
+    identity = run_identity(config, 2, open_samples(setting["data"]).fingerprint, read)
     with pytest.raises(CheckpointError, match="belongs to another run") as error:
         find("auto", runs[0], identity)
     assert words in str(error.value)

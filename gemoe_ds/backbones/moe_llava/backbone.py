@@ -8,7 +8,7 @@ here: its FFNs have one projection and biases, our experts are SwiGLU.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from gemoe_ds.backbones.past import Past, place
 from gemoe_ds.backbones.stored import open_stored
 from gemoe_ds.backbones.upcycled import upcycled_blocks
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.registry import ConfigModel
+from gemoe_ds.registry import ConfigModel, Reads
 
 _TOWER = "model.image_tower.image_tower."
 _LAYER = "language_model.model.layers.{l}."
@@ -64,8 +64,10 @@ class MoeLlavaBackbone(Backbone):
     )
 
     class Config(ConfigModel):
-        vision_tower: str | None = Field(
-            None, description="folder of CLIP ViT-L/14-336, for a checkpoint without its tower"
+        vision_tower: Annotated[str | None, Reads(of_hub="model")] = Field(
+            None,
+            description="CLIP ViT-L/14-336 (a folder, or openai/clip-vit-large-patch14-336), for a "
+            "checkpoint without its tower",
         )
 
     config: Config
