@@ -8,9 +8,12 @@ import random
 import runpy
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
@@ -26,39 +29,51 @@ def run_ranks(
 ) -> list:
     """`function(rank, *args)` on `num_ranks` new processes of one group; results by rank.
 
-    A rank that raises fails the test with its traceback; ranks that hang are killed after
-    `timeout` seconds. `function` must be importable (defined at module level).
+    A rank that raises fails the test with its traceback, one that dies with its exit code; ranks
+    that hang are killed after `timeout` seconds. `function` must be importable (defined at module
+    level).
     """
     context = start_method()
-    queue = context.SimpleQueue()
-    port = free_port()
     job = _packed((function, args))
-    processes = [
-        context.Process(target=_entry, args=(rank, num_ranks, port, queue, job, dict(os.environ)))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    results: dict[int, Any] = {}
-    failures = []
-    waited = 0.0
-    while len(results) + len(failures) < num_ranks and waited < timeout and not failures:
-        if queue.empty():
-            processes[0].join(0.02)
-            waited += 0.02
-            continue
-        rank, ok, value = queue.get()
-        if ok:
-            results[rank] = _unpacked(value)
-        else:
-            failures.append(f"rank {rank}:\n{value}")
-    for process in processes:
-        process.join(0 if failures or waited >= timeout else 10)
-        if process.is_alive():
+    port = free_port()
+    ranks = []
+    for rank in range(num_ranks):
+        pipe, end = context.Pipe(duplex=False)
+        arguments = (rank, num_ranks, port, end, job, dict(os.environ))
+        ranks.append((context.Process(target=_entry, args=arguments), pipe))
+        ranks[rank][0].start()
+        end.close()  # the rank alone has it: when it dies, the pipe ends
+    patience = 0  # with what goes on after a failure
+    try:
+        results = _results(ranks, time.monotonic() + timeout)
+        patience = 10
+    finally:
+        for process, pipe in ranks:
+            process.join(patience)
             process.kill()
-    assert not failures, failures[0]
-    assert len(results) == num_ranks, f"ranks {set(range(num_ranks)) - set(results)} hung"
-    return [results[rank] for rank in range(num_ranks)]
+            process.join()
+            pipe.close()
+    return results
+
+
+def _results(ranks: list[tuple[Any, Any]], deadline: float) -> list:
+    """What each of (process, pipe) returned, however late after the others."""
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks) if rank not in results}
+        ready = wait(list(waiting), deadline - time.monotonic())
+        assert ready, f"ranks {sorted(waiting.values())} hung"
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                process = ranks[rank][0]
+                process.join(10)
+                raise AssertionError(f"rank {rank} died: exit code {process.exitcode}") from None
+            assert ok, f"rank {rank}:\n{value}"
+            results[rank] = _unpacked(value)
+    return [results[rank] for rank in range(len(ranks))]
 
 
 class Forked:
@@ -85,6 +100,7 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+        self._process.join()
 
 
 def run_python(script: str, *arguments: object, timeout: float = 200) -> CompletedProcess[str]:
@@ -101,6 +117,7 @@ def run_python(script: str, *arguments: object, timeout: float = 200) -> Complet
 
 
 def _script(words: list[str], written: list[str], environment: dict[str, str]) -> None:
+    end_with_tests()
     for descriptor, path in zip((1, 2), written, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
@@ -111,18 +128,29 @@ def _script(words: list[str], written: list[str], environment: dict[str, str]) -
 
 
 def start_method() -> Any:
-    """Processes are forked from a server that has imported all that they import, which takes five
-    seconds of a core. CUDA does not survive a fork."""
+    """Processes are forked from a server that has imported all that they import (tests/warm.py),
+    which takes six seconds of a core. CUDA does not survive a fork."""
     if torch.cuda.is_available():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["gemoe_ds.train.run"])
+    context.set_forkserver_preload(["tests.warm"])
     return context
 
 
+def end_with_tests() -> None:
+    """This process ends when the tests' does, however that one ends."""
+
+    def watch() -> None:
+        mp.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _entry(
-    rank: int, size: int, port: int, queue: Any, job: bytes, environment: dict[str, str]
+    rank: int, size: int, port: int, pipe: Any, job: bytes, environment: dict[str, str]
 ) -> None:
+    end_with_tests()
     os.environ.clear()
     os.environ.update(environment)  # the server has that of its own start
     os.environ.update(
@@ -135,9 +163,9 @@ def _entry(
     torch.set_num_threads(1)
     try:
         function, args = _unpacked(job)
-        queue.put((rank, True, _packed(function(rank, *args))))
+        pipe.send((True, _packed(function(rank, *args))))
     except BaseException:
-        queue.put((rank, False, traceback.format_exc()))
+        pipe.send((False, traceback.format_exc()))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
