@@ -40,7 +40,15 @@ class OutputError(GemoeError, OSError):
     """What a run leaves behind cannot be written: a full disk, or one that has gone."""
 
 
-class ImageError(DataError):
+class SampleError(DataError):
+    """One sample cannot be used; `needs` are the tokens of one that is too long."""
+
+    def __init__(self, message: str, needs: int | None = None) -> None:
+        super().__init__(message)
+        self.needs = needs
+
+
+class ImageError(SampleError):
     """An image cannot be decoded."""
 
 

@@ -6,6 +6,8 @@ Router and backbone options live with their classes, as the nested `Config`; `mo
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -131,9 +133,34 @@ class DataConfig(ConfigModel):
     )
     max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
     threads: int = Field(2, ge=1, description="reader threads of each rank")
-    max_broken: int = Field(
-        10, ge=0, description="broken images that a rank leaves out before the run stops"
+    max_bad_samples: NonNegative = Field(
+        10,
+        description="samples without a target in max_length, or with a broken image, that are left "
+        "out before the run stops: a number over all ranks or, below 1, a share of the data",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, tree: Any) -> Any:
+        """`max_broken`, for one version more."""
+        if not isinstance(tree, dict) or "max_broken" not in tree:
+            return tree
+        if "max_bad_samples" in tree:
+            raise ConfigError("data.max_broken is the old name of data.max_bad_samples: give one")
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(
+                "warning: data.max_broken is called data.max_bad_samples now, and is a number over "
+                "all ranks; the old name goes with the next version",
+                file=sys.stderr,
+            )
+        return {"max_bad_samples" if key == "max_broken" else key: v for key, v in tree.items()}
+
+    @field_validator("max_bad_samples")
+    @classmethod
+    def _number_or_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ConfigError(f"{value:g} is neither a whole number nor a share below 1")
+        return int(value) if value == int(value) else value
 
 
 class OptimConfig(ConfigModel):

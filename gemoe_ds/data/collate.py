@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout, LaidImage
+from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import Sample
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import SampleError
 
 IGNORE = -100
 
@@ -36,6 +37,8 @@ class Batch:
     images: dict[str, Tensor]  # `pixels`, `feature_BS`, extras; see Backbone.hidden
     ids: tuple[str, ...]
     rows: tuple[int, ...]  # their row numbers in the SampleFolder
+    bad: tuple[BadSample, ...] = ()  # those that are left out; they keep their places
+    cut_answers: int = 0  # answers that `max_length` has cut, or left no room for
 
     @property
     def num_targets(self) -> int:
@@ -78,6 +81,20 @@ class Tokenizer(Protocol):
         """The id of a special token."""
 
 
+class TurnTokens(NamedTuple):
+    """Token ids of a turn."""
+
+    question: list[list[int]]  # in two, around its image
+    answer: list[int]
+    end: list[int]  # what ends the answer
+    after: list[int]
+
+    @property
+    def lengths(self) -> tuple[int, int, int, int]:
+        """Of question, answer, end and what stands behind it."""
+        return sum(map(len, self.question)), len(self.answer), len(self.end), len(self.after)
+
+
 @dataclass
 class Encoded:
     """One sample as arrays, not yet padded."""
@@ -90,7 +107,8 @@ class Encoded:
     is_vision: list[bool] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
     image: LaidImage | None = None
-    counts: bool = True  # or it is padding from end to end
+    cut_answers: int = 0  # that are not there in whole
+    bad: BadSample | None = None  # why it is left out: it is padding from end to end
 
     def add(self, ids: list[int], *, labels: list[int] | None = None, turn: int = -1) -> None:
         self.input_ids += ids
@@ -119,9 +137,10 @@ class Collator:
 
     A sequence longer than `max_length` ends at the last whole turn that fits; if not even the
     first one does, inside the first answer, which then counts for the loss but is of no turn, so
-    that evaluation does not grade half an answer. A sample that has no target left is a DataError:
-    its loss would silently be 0. Special tokens that stand in a text (a page about HTML has `</s>`)
-    are spelled, not obeyed. Without a `layout` samples must have no image.
+    that evaluation does not grade half an answer. A sample that has no target left, or whose image
+    cannot be decoded, is a SampleError, or padding in its place (`encode_or_leave_out`). Special
+    tokens that stand in a text (a page about HTML has `</s>`) are spelled, not obeyed. Without a
+    `layout` samples must have no image.
     """
 
     def __init__(
@@ -140,74 +159,104 @@ class Collator:
         self._constants: dict[str, list[int]] = {}
 
     def encode(self, row: int, sample: Sample) -> Encoded:
-        encoded = Encoded(row, sample.id)
-        for part in self._filled(self.chat.start, []):
-            encoded.add(part)
-        for index, (question, image, answer, end) in enumerate(self._turns(sample)):
-            length = sum(map(len, question)) + (len(image.input_ids) if image else 0)
+        encoded = Encoded(row, sample.id, cut_answers=len(sample.turns))
+        encoded.add(self.start)
+        image = self._lay(sample)
+        (turns,) = self.tokenized([sample])
+        for index, turn in enumerate(turns):
+            length, *rest = turn.lengths
+            length += len(image.input_ids) if image and index == 0 else 0
             room = self.max_length - len(encoded.input_ids) - length
-            fits = len(answer) + len(end) <= room
+            fits = rest[0] + rest[1] <= room
             if not fits and (index > 0 or room <= 0):
                 break
-            encoded.add_question(question, image)
+            encoded.add_question(turn.question, image if index == 0 else None)
             if not fits:
-                encoded.add(answer[:room], labels=answer[:room])
+                encoded.add(turn.answer[:room], labels=turn.answer[:room])
                 break
-            encoded.add(answer, labels=answer, turn=index)
-            encoded.add(end, labels=end)
-            (after,) = self._filled(self.chat.after_answer, [])
-            encoded.add(after[: self.max_length - len(encoded.input_ids)])
+            encoded.add(turn.answer, labels=turn.answer, turn=index)
+            encoded.add(turn.end, labels=turn.end)
+            encoded.add(turn.after[: self.max_length - len(encoded.input_ids)])
+            encoded.cut_answers -= 1
         if all(label == IGNORE for label in encoded.labels):
-            raise DataError(
-                f"sample {sample.id}: no answer fits into max_length={self.max_length} tokens "
-                "(data.max_length); raise it or remove the sample"
-            )
+            raise self._without_target(sample, turns, image)
         return encoded
 
-    def empty(self, row: int, sample: Sample) -> Encoded:
-        """The place of a sample that is left out: the others keep theirs."""
-        encoded = Encoded(row, sample.id, counts=False)
+    def _without_target(
+        self, sample: Sample, turns: list[TurnTokens], image: LaidImage | None
+    ) -> SampleError:
+        """Why a sample that can be read has none."""
+        before = len(self.start) + (len(image.input_ids) if image else 0)
+        whole = before + sum(sum(turn.lengths) for turn in turns)
+        if not any(turn.answer + turn.end for turn in turns):
+            return SampleError(f"sample {sample.id}: its answers are empty, so it has no target")
+        before += turns[0].lengths[0]
+        return SampleError(
+            f"sample {sample.id}: no answer fits into data.max_length={self.max_length}: "
+            f"{before:,} tokens stand before the first one, and the sample has {whole:,}",
+            needs=whole,
+        )
+
+    def encode_or_leave_out(self, row: int, sample: Sample, *, prompt: bool = False) -> Encoded:
+        """As `encode` or `prompt`; padding in the place of a bad sample: the others keep theirs."""
+        try:
+            return self.prompt(row, sample) if prompt else self.encode(row, sample)
+        except SampleError as error:
+            bad = BadSample(row, sample.id, str(error), error.needs)
+        encoded = Encoded(row, sample.id, bad=bad)
         encoded.add([self.tokenizer.pad_token_id])
         return encoded
 
     def prompt(self, row: int, sample: Sample) -> Encoded:
         """The conversation up to where its last answer would begin; for `batch(..., left=True)`."""
         encoded = Encoded(row, sample.id)
-        for part in self._filled(self.chat.start, []):
-            encoded.add(part)
-        last = len(sample.turns) - 1
-        for index, (question, image, answer, end) in enumerate(self._turns(sample)):
-            encoded.add_question(question, image)
-            if index < last:
-                (after,) = self._filled(self.chat.after_answer, [])
-                for part in (answer, end, after):
+        encoded.add(self.start)
+        image = self._lay(sample)
+        (turns,) = self.tokenized([sample])
+        for index, turn in enumerate(turns):
+            encoded.add_question(turn.question, image if index == 0 else None)
+            if index < len(turns) - 1:
+                for part in turn[1:]:
                     encoded.add(part)
-        if len(encoded.input_ids) > self.max_length:
-            raise DataError(
-                f"sample {sample.id}: its prompt has {len(encoded.input_ids)} tokens, more than "
-                f"data.max_length={self.max_length}; raise it or remove the sample"
+        length = len(encoded.input_ids)
+        if length > self.max_length:
+            raise SampleError(
+                f"sample {sample.id}: its prompt has {length:,} tokens and does not fit into "
+                f"data.max_length={self.max_length}",
+                needs=length,
             )
         return encoded
 
-    def _turns(
-        self, sample: Sample
-    ) -> Iterator[tuple[list[list[int]], LaidImage | None, list[int], list[int]]]:
-        """Of each turn: question (in two, around its image), image, answer and what ends it."""
-        shows_image = sample.image is not None
+    def tokenized(self, samples: Sequence[Sample]) -> Iterator[list[TurnTokens]]:
+        """The turns of each sample; all of their texts go through the tokenizer at once."""
+        templates = [self._templates(sample) for sample in samples]
+        texts = []
+        for sample, of_sample in zip(samples, templates, strict=True):
+            for turn, template in zip(sample.turns, of_sample, strict=True):
+                texts.append(self._spelled(template, turn.human))
+                texts.append(self._spelled(self.chat.answer, turn.gpt))
+        ids = iter(self._tokenize(texts) if texts else [])
+        (after,) = self._filled(self.chat.after_answer, [])
+        for of_sample in templates:
+            turns = []
+            for template in of_sample:
+                question = self._filled(template, next(ids))
+                answer, end = self._filled(self.chat.answer, next(ids), split=END)
+                turns.append(TurnTokens(question, answer, end, after))
+            yield turns
+
+    def _templates(self, sample: Sample) -> list[str]:
+        """Of the question of each turn."""
         templates = [self.chat.question] * len(sample.turns)
-        if shows_image:
+        if sample.image is not None:
             templates[0] = self.chat.question_with_image
-        texts = self._tokenize(
-            [self._spelled(t, turn.human) for t, turn in zip(templates, sample.turns, strict=True)]
-            + [self._spelled(self.chat.answer, turn.gpt) for turn in sample.turns]
-        )
-        num_turns = len(sample.turns)
-        for index, (template, asked, answered) in enumerate(
-            zip(templates, texts[:num_turns], texts[num_turns:], strict=True)
-        ):
-            image = self._lay(sample) if shows_image and index == 0 else None
-            answer, end = self._filled(self.chat.answer, answered, split=END)
-            yield self._filled(template, asked), image, answer, end
+        return templates
+
+    @cached_property
+    def start(self) -> list[int]:
+        """Token ids before the first turn."""
+        (start,) = self._filled(self.chat.start, [])
+        return start
 
     @cached_property
     def end_ids(self) -> set[int]:
@@ -215,13 +264,17 @@ class Collator:
         _, end = self._filled(self.chat.answer, [], split=END)
         return {*end[:1]} or {self.tokenizer.eos_token_id}
 
-    def _lay(self, sample: Sample) -> LaidImage:
+    def _lay(self, sample: Sample) -> LaidImage | None:
+        return None if sample.image is None else self.layout_for(sample)(decode_image(sample))
+
+    def layout_for(self, sample: Sample) -> ImageLayout:
+        """How the image of a sample is laid; SampleError if the model does not see."""
         if self.layout is None:
-            raise DataError(
+            raise SampleError(
                 f"sample {sample.id} has an image, and this backbone reads text only; "
                 "choose other data or another model.backbone"
             )
-        return self.layout(decode_image(sample))
+        return self.layout
 
     def _spelled(self, template: str, text: str) -> str:
         """The stretch of a template around {text}, filled."""
@@ -268,13 +321,15 @@ class Collator:
             input_ids_BS=padded("input_ids", self.tokenizer.pad_token_id),
             labels_BS=padded("labels", IGNORE),
             is_valid_BS=_padded(
-                [[int(e.counts)] * len(e.input_ids) for e in encoded], length, 0, left
+                [[int(e.bad is None)] * len(e.input_ids) for e in encoded], length, 0, left
             ).bool(),
             is_vision_BS=padded("is_vision", False).bool(),
             turn_BS=padded("turn", -1).to(torch.int16),
             images=self._images(encoded, padded("feature", -1)),
             ids=tuple(e.id for e in encoded),
             rows=tuple(e.row for e in encoded),
+            bad=tuple(e.bad for e in encoded if e.bad),
+            cut_answers=sum(e.cut_answers for e in encoded),
         )
 
     def _images(self, encoded: Sequence[Encoded], feature_BS: Tensor) -> dict[str, Tensor]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from gemoe_ds.data.collate import Batch, Collator, Encoded
-from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import SampleFolder
-from gemoe_ds.errors import DataError, ImageError
+from gemoe_ds.errors import DataError
 
 ENDLESS = 2**40  # samples
 
@@ -26,23 +25,17 @@ def _import_grain() -> ModuleType:
 
 
 class _Source:
-    """A SampleFolder as grain wants it: row number -> encoded sample, nothing of a broken one."""
+    """A SampleFolder as grain wants it: row number -> encoded sample, padding for a bad one."""
 
-    def __init__(self, samples: SampleFolder, collator: Collator, broken: Quarantine) -> None:
+    def __init__(self, samples: SampleFolder, collator: Collator) -> None:
         self.samples = samples
         self.collator = collator
-        self.broken = broken
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, row: int) -> Encoded:
-        row, sample = int(row), self.samples[int(row)]
-        try:
-            return self.collator.encode(row, sample)
-        except ImageError as error:
-            self.broken.admit(sample.id, error)
-            return self.collator.empty(row, sample)
+        return self.collator.encode_or_leave_out(int(row), self.samples[int(row)])
 
 
 class TrainStream:
@@ -50,7 +43,8 @@ class TrainStream:
 
     The samples stand in one endless shuffled order. Micro-batch a of rank r in step s is block
     (s * accumulation + a) * world + r of `micro_batch` samples: the global batch does not depend
-    on how it is split, and two ranks see what one rank with twice the accumulation sees.
+    on how it is split, and two ranks see what one rank with twice the accumulation sees. A sample
+    that cannot be used is padding in its place.
     """
 
     def __init__(
@@ -65,17 +59,14 @@ class TrainStream:
         world: int,
         threads: int,
         start_step: int = 0,
-        broken: Quarantine | None = None,
     ) -> None:
-        """`broken` takes samples whose image cannot be decoded; without it the first one stops."""
-        broken = broken or Quarantine(0)
         if len(samples) < micro_batch:
             raise DataError(
                 f"{samples.path}: {len(samples)} samples do not fill "
                 f"train.micro_batch={micro_batch}"
             )
         grain = _import_grain()
-        order = grain.MapDataset.source(_Source(samples, collator, broken)).seed(seed).shuffle()
+        order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
         endless = order.repeat(ENDLESS // len(samples))
         blocks = endless.batch(micro_batch, batch_fn=collator.batch)[rank::world]
@@ -124,6 +115,8 @@ class EvalStream:
                 yield None
                 continue
             rows = self._mine[index]
-            encode = self.collator.prompt if self.prompts else self.collator.encode
-            encoded = [encode(row, self.samples[row]) for row in rows]
+            encoded = [
+                self.collator.encode_or_leave_out(row, self.samples[row], prompt=self.prompts)
+                for row in rows
+            ]
             yield self.collator.batch(encoded, left=self.prompts)

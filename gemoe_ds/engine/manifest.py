@@ -40,12 +40,13 @@ WRITING, REMOVING = ".writing-", ".removing-"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that has passed verification. `updates`: steps that were not skipped."""
+    """A checkpoint that has passed verification. `updates`: those that were not skipped."""
 
     folder: Path
     step: int
     updates: int
     manifest: dict[str, Any]
+    empty_steps: int = 0  # of which no sample could be used
 
     def tensors(self, kind: str, keys: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `WEIGHTS` or `ADAM`, all or some, on the CPU, file by file."""
@@ -122,7 +123,8 @@ def read(folder: Path) -> Found:
         dict(manifest["identity"])
         for entry in tensors.values():
             entry["file"], entry["shape"], entry["dtype"], entry["sha256"]
-        return Found(folder, int(step), int(updates), manifest)
+        empty = int(manifest.get("empty_steps", 0))
+        return Found(folder, int(step), int(updates), manifest, empty)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{folder}: {MANIFEST} is damaged ({error!r}); use another"

@@ -58,7 +58,7 @@ class Saver:
         self._owners = owners(model, world)
         self._token = gather_objects(secrets.token_hex(4))[0]
 
-    def save(self, step: int, updates: int) -> None:
+    def save(self, step: int, updates: int, empty_steps: int = 0) -> None:
         """Start saving; waits for an earlier save to end first. Collective."""
         self.wait()
         weights, adam = self._snapshot()
@@ -68,6 +68,7 @@ class Saver:
             "schema": manifest.SCHEMA,
             "step": step,
             "updates": updates,
+            "empty_steps": empty_steps,
             "identity": self.identity,
         }
         self.last = final

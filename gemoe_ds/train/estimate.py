@@ -16,7 +16,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import read_file
 from gemoe_ds.data.collate import IGNORE, Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.errors import DataError, ImageError
+from gemoe_ds.errors import DataError, SampleError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.phases import resident_memory
@@ -190,11 +190,11 @@ def _largest(samples: SampleFolder, collator: Collator, config: RunConfig) -> Ba
     most: list[Encoded] = []
     end, size = time.monotonic() + _SECONDS, config.train.micro_batch
     for row in range(min(_LOOKED_AT, len(samples))):
-        with suppress(ImageError):
+        with suppress(SampleError):
             most.append(collator.encode(row, samples[row]))
             most = sorted(most, key=lambda e: len(e.input_ids), reverse=True)[:size]
         if time.monotonic() > end and len(most) == size:
             break
     if not most:
-        raise DataError(f"{samples.path}: no image of the first samples can be decoded")
+        raise DataError(f"{samples.path}: none of the first samples can be used")
     return collator.batch(most)

@@ -14,8 +14,8 @@ from gemoe_ds.cluster.together import stop_together
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.paths import inputs
+from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.dataset import TrainStream
-from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine import checkpoint, manifest
 from gemoe_ds.engine.build import group_summary, initialize
@@ -84,14 +84,20 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         say(world, group_summary(model, config.optim))
         if found:
             say(world, f"resumed from {found.folder}")
-        listed = None if dry_run else output / "quarantine" / f"rank-{world.rank:05d}.jsonl"
-        broken = Quarantine(config.data.max_broken, listed)
-        stream = _stream(config, samples, model, world, start_step, broken)
+        bad_samples = BadSampleLog(
+            config.data.max_bad_samples,
+            len(samples),
+            gather_objects,
+            output if world.is_first and not dry_run else None,
+        )
+        stream = _stream(config, samples, model, world, start_step)
 
         if dry_run:
-            trainer = Trainer(config, model, engine, stream, world, None, None, stop=stop)
+            trainer = Trainer(
+                config, model, engine, stream, world, None, None, stop=stop, bad_samples=bad_samples
+            )
             with phases("one step"):
-                tokens = trainer.train_step(start_step + 1, next(stream), collect=True)
+                tokens = trainer.first_step(start_step + 1)
             loss = trainer.refuse_bad_losses()
             say(
                 world,
@@ -104,7 +110,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             return
 
         monitor = _prepare(config, output, start_step) if world.is_first else None
-        gather_objects(None)  # the ledger's files stay as they are from here on
+        bad_samples.resume(start_step)  # and the ledger's files stay as they are from here on
         ledger = Ledger(output, world.rank) if config.monitor.ledger else None
         saver = Saver(
             engine,
@@ -134,8 +140,10 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                     saver,
                     start_step=start_step,
                     updates=found.updates if found else 0,
+                    empty_steps=found.empty_steps if found else 0,
                     ledger=ledger,
                     stop=stop,
+                    bad_samples=bad_samples,
                 ).run()
         except BaseException:
             saver.finish_alone()
@@ -251,7 +259,6 @@ def _stream(
     model: MoEModel,
     world: World,
     start_step: int,
-    broken: Quarantine,
 ) -> TrainStream:
     return TrainStream(
         samples,
@@ -263,7 +270,6 @@ def _stream(
         world=world.size,
         threads=config.data.threads,
         start_step=start_step,
-        broken=broken,
     )
 
 

@@ -16,9 +16,10 @@ from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import who_asked
 from gemoe_ds.config import RunConfig
+from gemoe_ds.data.bad_samples import BadSample, BadSampleLog, listed
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
-from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.engine.distributed import World, gather_objects, sum_over_ranks
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError, Stopped, writing_to
@@ -36,7 +37,8 @@ class Trainer:
     A step is one global batch, and one update of the optimizer unless the router wants more of the
     same samples (`Router.updates_per_batch`). An update whose gradient holds a NaN or Inf anywhere
     changes nothing, on no rank: it is counted, and after `config.train.max_skipped_steps` of them
-    the run saves and stops. `updates` are those that were not skipped.
+    the run saves and stops. `updates` are those that were not skipped. A step of which no sample
+    can be used is empty: no rank computes anything, and the learning rate waits for the next one.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Trainer:
         *,
         start_step: int = 0,
         updates: int = 0,
+        empty_steps: int = 0,
         ledger: Ledger | None = None,
         stop: StopRequest | None = None,
+        bad_samples: BadSampleLog | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -64,9 +68,13 @@ class Trainer:
         self.start_step = start_step
         self.updates = updates
         self.updates_per_batch = model.updates_per_batch
-        self.skipped = start_step * self.updates_per_batch - updates
+        self.empty_steps = empty_steps
+        self.skipped = (start_step - empty_steps) * self.updates_per_batch - updates
         self.ledger = ledger
         self.stop = stop or StopRequest()
+        if bad_samples is None:
+            bad_samples = BadSampleLog(config.data.max_bad_samples, 2**63, gather_objects)
+        self.bad_samples = bad_samples
         self.saved = start_step
         self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
         self.stats = StatSum()
@@ -117,16 +125,20 @@ class Trainer:
     def _save(self, step: int) -> None:
         assert self.saver is not None
         HERE.enter("saving")
-        self.saver.save(step, self.updates)
+        self.saver.save(step, self.updates, self.empty_steps)
         self.saved = step
 
-    def _stop_after(self, step: int) -> NoReturn:
-        """Collective, as a rank was asked to stop."""
+    def _save_last(self, step: int) -> None:
+        """Before the run ends early after this step."""
         if self.saver:
             if step > self.saved:
                 self._save(step)
             HERE.enter("saving")
             self.saver.wait()
+
+    def _stop_after(self, step: int) -> NoReturn:
+        """Collective, as a rank was asked to stop."""
+        self._save_last(step)
         raise Stopped(f"{who_asked(self.stop)}, after step {step}; resume=auto goes on from there")
 
     def _give_up(self, step: int) -> None:
@@ -168,23 +180,29 @@ class Trainer:
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
         averages over both.
         """
-        here = [float(sum(batch.num_targets for batch in batches)), float(bool(self.stop.by))]
+        new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
+        here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
         agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
         sum_over_ranks(agreed)
-        targets, stops = agreed.tolist()
+        targets, num_new, stops = agreed.tolist()
         if stops:
             self._stop_after(step - 1)
-        if targets == 0:
-            raise DataError("a whole global batch has no target token; check the conversations")
-        per_micro_batch = targets / (len(batches) * self.world.size)
+        if num_new:
+            self._leave_out(new, step)
         HERE.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
             block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
             seeds.append(micro_batch_seed(self.config.seed, block))
+            self.stats.add("data/cut_answers", Stat(torch.tensor(batch.cut_answers), "sum"))
+            self.stats.add("data/left_out", Stat(torch.tensor(len(batch.bad)), "sum"))
             if self.ledger:
                 with writing_to(self.config.output_dir):
                     self.ledger.write(step, block, batch.ids)
+        if targets == 0:
+            self._pass_over(step)
+            return 0
+        per_micro_batch = targets / (len(batches) * self.world.size)
         tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
         rehearsed: list[dict[str, Rehearsal]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
@@ -210,6 +228,34 @@ class Trainer:
                 HERE.enter(COMPUTE)
             self._after_update(step)
         return tokens
+
+    def _leave_out(self, new: list[BadSample], step: int) -> None:
+        """List bad samples that a rank has met in this step; DataError, with all before it saved,
+        if they are too many. Collective."""
+        for line in listed(self.bad_samples.record(new, step)):
+            if self.world.is_first:
+                tqdm.write(line)
+        if self.bad_samples.is_over:
+            self._save_last(step - 1)
+            self.bad_samples.check()
+
+    def _pass_over(self, step: int) -> None:
+        """A step of which no sample can be used, on no rank: nothing is computed or updated."""
+        self.empty_steps += 1
+        # As a checkpoint would restore them.
+        self.engine.global_steps += self.updates_per_batch
+        self.engine.skipped_steps += self.updates_per_batch
+        if self.world.is_first:
+            tqdm.write(f"step {step} is left out: none of its samples can be used")
+
+    def first_step(self, step: int) -> int:
+        """The first step from this one on that is not empty; valid tokens of this rank."""
+        empty = self.empty_steps
+        while True:
+            tokens = self.train_step(step, next(self.steps), collect=True)
+            if self.empty_steps == empty:
+                return tokens
+            step, empty = step + 1, self.empty_steps
 
     def refuse_bad_losses(self) -> float:
         """After steps that were collected: their loss, or DataError if any was not finite."""
@@ -245,15 +291,18 @@ class Trainer:
             ).item()
             values[f"idle_experts/{layer}"] = float((load_E == 0).sum())
         mean_k = [v for n, v in values.items() if n.startswith("mean_k/")]
-        values["mean_k"] = torch.stack(
-            [torch.as_tensor(v).double().squeeze() for v in mean_k]
-        ).mean()
+        if mean_k:  # not in a step that was left out
+            values["mean_k"] = torch.stack(
+                [torch.as_tensor(v).double().squeeze() for v in mean_k]
+            ).mean()
         for group in self.engine.optimizer.param_groups:
             values[f"lr/{title_of(group)}"] = group["lr"]
         values["skipped_steps"] = self.skipped
+        values["empty_steps"] = self.empty_steps
+        values["data/bad_samples"] = len(self.bad_samples)
         values["throughput/checkpoint_stall_seconds"] = self.stalled
         norm = self.engine.get_global_grad_norm()
-        if norm is not None:
+        if norm is not None and mean_k:
             values["grad_norm"] = float(norm)
         if self.monitor:
             with writing_to(self.config.output_dir):
@@ -263,11 +312,11 @@ class Trainer:
     @staticmethod
     def _summary(values: dict[str, float | Tensor]) -> dict[str, str]:
         shown = {
-            "loss": values["loss/total"],
-            "mean_k": values["mean_k"],
-            "tokens/s": values["throughput/tokens_per_second"],
+            "loss": "loss/total",
+            "mean_k": "mean_k",
+            "tokens/s": "throughput/tokens_per_second",
         }
-        return {name: f"{float(value):.4g}" for name, value in shown.items()}
+        return {name: f"{float(values[key]):.4g}" for name, key in shown.items() if key in values}
 
 
 def micro_batch_seed(seed: int, block: int) -> int:

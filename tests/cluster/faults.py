@@ -126,7 +126,7 @@ FAULTS = [
         [
             "tests/data_prep/test_convert_llava.py",
             "tests/data/test_stream.py",
-            "tests/train/test_quarantine.py",
+            "tests/train/test_bad_samples.py",
         ],
     ),
     Fault(

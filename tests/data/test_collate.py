@@ -14,7 +14,7 @@ from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, write_samples
-from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.errors import ConfigError, DataError, SampleError
 from tests.tiny import WORDS, write_tokenizer
 
 
@@ -89,7 +89,8 @@ def test_a_first_answer_that_does_not_fit_is_learned_in_part_but_not_graded(
 @pytest.mark.parametrize("max_length", [1, 4, 7])
 def test_a_sample_without_a_target_is_named(tokenizer, max_length):
     """Seven tokens stand before the first answer."""
-    with pytest.raises(DataError, match=f"sample x: no answer fits into max_length={max_length} "):
+    said = f"sample x: no answer fits into data.max_length={max_length}: 7 tokens stand before"
+    with pytest.raises(SampleError, match=said):
         make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
 
 

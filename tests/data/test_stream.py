@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from gemoe_ds.backbones.images import SquareImages
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.dataset import EvalStream, TrainStream
-from gemoe_ds.data.quarantine import Quarantine
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
 from gemoe_ds.errors import DataError
 from tests.tiny import write_tokenizer
@@ -128,33 +126,21 @@ def test_rows_find_their_samples(setting):
         assert [samples[row].id for row in batch.rows] == list(batch.ids)
 
 
-def test_a_broken_image_stops_the_stream_with_one_line(setting, tmp_path):
-    """The converter would have dropped it: this is damage that came later."""
-    _, collator = setting
-    write_samples(
-        [Sample("bad", b"no image", (Turn("a", "b"),))] * 4, tmp_path / "data", source="test"
-    )
-    with pytest.raises(DataError, match="^sample bad: its image cannot be decoded") as error:
-        ledger((open_samples(tmp_path / "data"), collator), 1, batch=2)
-    assert "\n" not in str(error.value)
-
-
-def test_broken_images_are_left_out_and_the_others_keep_their_places(setting, tmp_path):
+def test_bad_samples_are_left_out_and_the_others_keep_their_places(setting, tmp_path):
+    """Damage that came after the conversion, and a question without room for its answer."""
     good, collator = setting
-    spoiled = {3, 11}
-    harmed = (
-        replace(good[row], image=b"no image") if row in spoiled else good[row]
-        for row in range(len(good))
-    )
+    spoiled = {3: {"image": b"no image"}, 11: {"turns": (Turn("a " * 80, "b"),)}}
+    harmed = (replace(good[row], **spoiled.get(row, {})) for row in range(len(good)))
     write_samples(harmed, tmp_path / "data", source="test")
-    samples = open_samples(tmp_path / "data")
-    broken = Quarantine(2, tmp_path / "list.jsonl")
+    samples, met = open_samples(tmp_path / "data"), {}
     common = dict(seed=0, micro_batch=2, accumulation=1, rank=0, world=1, threads=2)
     whole = TrainStream(good, collator, **common)
-    stream = TrainStream(samples, collator, **common, broken=broken)
+    stream = TrainStream(samples, collator, **common)
     for _ in range(len(good)):  # two passes
         ((batch,), (other,)) = next(whole), next(stream)
         assert other.rows == batch.rows
+        met |= {bad.row: bad for bad in other.bad}
+        assert {bad.row for bad in other.bad} == spoiled.keys() & set(other.rows)
         for index, row in enumerate(other.rows):
             if row in spoiled:
                 assert not other.is_valid_BS[index].any()
@@ -163,13 +149,12 @@ def test_broken_images_are_left_out_and_the_others_keep_their_places(setting, tm
                 count = int(batch.is_valid_BS[index].sum())
                 same = batch.input_ids_BS[index, :count] == other.input_ids_BS[index, :count]
                 assert same.all() and int(other.is_valid_BS[index].sum()) == count
-    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
-    assert {entry["id"] for entry in listed} == {good[row].id for row in spoiled}
-    assert len(listed) == 2 and all("cannot be decoded" in entry["reason"] for entry in listed)
-    one_too_many = TrainStream(samples, collator, **common, broken=Quarantine(1))
-    with pytest.raises(DataError, match=r"data.max_broken=1 are left out"):
-        for _ in range(len(good)):
-            next(one_too_many)
+    assert met[3].reason.startswith("sample s3: its image cannot be decoded")
+    assert met[3].needs is None and met[11].needs == 1 + 1 + 80 + 1 + 1 + 1
+    assert met[11].reason == (
+        "sample s11: no answer fits into data.max_length=64: 83 tokens stand before the first one, "
+        "and the sample has 85"
+    )
 
 
 def test_grain_does_not_talk_about_jax():
