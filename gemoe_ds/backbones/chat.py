@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 IMAGE, TEXT, END = "{image}", "{text}", "{end}"
@@ -12,7 +13,7 @@ _MARKS = r"(\{image\}|\{end\}|\{bos\}|\{eos\}%s)"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A conversation is `start`, then for each turn `question`, `answer` and `after_answer`.
+    """A conversation is `start`, then for each turn `question` and `answer`.
 
     The first question of a sample with an image is `question_with_image`. {text} is the question or
     the answer, spelled, never obeyed; {image}, {bos} and {eos} say themselves. The loss counts on
@@ -22,9 +23,31 @@ class ChatTemplate:
     question: str = " USER: {text} ASSISTANT:"
     question_with_image: str = "{image} USER: {text} ASSISTANT:"
     answer: str = " {text}{end}{eos}"
-    after_answer: str = ""  # not a target
     start: str = "{bos}"
+    no_question: str | None = None  # for a question without a text, if it is another template
+    only_image: str | None = None  # and for one with an image
     specials: tuple[str, ...] = ()  # special tokens that the templates name
+    obeyed: tuple[str, ...] = ()  # special tokens that a text may have in it
+    stripped: bool = False  # a message loses the space at both its ends
+    joined: bool = False  # text between special tokens is tokenised at once, not by template
+    eos_as_bos: bool = False  # of a tokenizer that has no bos
+    pad: str | None = None  # of a tokenizer that has none
+    # what the model's own code adds to a tokenizer without it, in this order, and the ids it gets
+    added: Mapping[str, int] = field(default_factory=dict)
+
+    def asked(self, text: str, has_image: bool) -> tuple[str, str]:
+        """The template of a question, and its text."""
+        if self.stripped:  # behind an image a text has its left end inside the message
+            text = text.rstrip() if has_image else text.strip()
+        if has_image:
+            usual, empty = self.question_with_image, self.only_image
+        else:
+            usual, empty = self.question, self.no_question
+        return (usual if text or empty is None else empty), text
+
+    def answered(self, text: str) -> tuple[str, str]:
+        """The template of an answer, and its text."""
+        return self.answer, text.strip() if self.stripped else text
 
     def pieces(self, template: str) -> list[str]:
         """The marks, special tokens and stretches of text that a template consists of."""

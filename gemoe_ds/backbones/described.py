@@ -101,7 +101,7 @@ def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
             if hasattr(config_class, "from_json"):
                 config = config_class.from_json(found)
             else:
-                config = config_class.from_pretrained(folder)
+                config = config_class.from_pretrained(folder, trust_remote_code=False)
         except CheckpointError:
             raise
         except Exception:

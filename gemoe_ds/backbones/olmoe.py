@@ -35,7 +35,10 @@ class OlmoeBackbone(Backbone):
     keys = KeyMap(experts=expert_tables(*["model.layers.{l}.mlp.experts"] * 2))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(
-        question="<|user|>\n{text}\n<|assistant|>\n", answer="{text}{end}{eos}", after_answer="\n"
+        question="<|user|>\n{text}\n<|assistant|>\n",
+        answer="{text}{end}{eos}\n",
+        joined=True,
+        eos_as_bos=True,
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:

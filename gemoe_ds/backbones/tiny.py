@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -25,6 +24,7 @@ from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.backbones.keys import KeyMap, expert_tables
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.olmoe import olmoe_blocks
+from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.backbones.vision import vision_config
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.registry import ConfigModel, Reads
@@ -63,11 +63,13 @@ class TinyBackbone(LlavaBackbone):
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
         if checkpoint is not None:
             return self._from_checkpoint(checkpoint)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        tokenizer = load_tokenizer(tokenizer_dir, self.chat)
         model = LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
         self._scale_initial_weights(model)
         if self.config.vision_checkpoint:
-            tower = CLIPVisionModel.from_pretrained(self.config.vision_checkpoint)
+            tower = CLIPVisionModel.from_pretrained(
+                self.config.vision_checkpoint, trust_remote_code=False
+            )
             model.model.vision_tower.load_state_dict(tower.state_dict())
         return model
 

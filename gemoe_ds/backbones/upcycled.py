@@ -74,7 +74,7 @@ class UpcycledBackbone(LlavaBackbone):
         self.shell(folder)
         with blaming(folder, "cannot be read"):
             model, report = LlavaForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
+                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report.get(problem):

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
+from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.images import ImageLayout, LaidImage
 from gemoe_ds.data.bad_samples import BadSample
+from gemoe_ds.data.conversation import ConversationTokenizer, Tokenizer, TurnTokens
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import SampleError
@@ -65,36 +65,6 @@ class Batch:
         return replace(self, images=images, **moved)
 
 
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    bos_token_id: int
-    eos_token_id: int
-    pad_token_id: int
-
-    def __call__(
-        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool
-    ) -> dict[str, list[list[int]]]:
-        """Token ids of several texts."""
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """The id of a special token."""
-
-
-class TurnTokens(NamedTuple):
-    """Token ids of a turn."""
-
-    question: list[list[int]]  # in two, around its image
-    answer: list[int]
-    end: list[int]  # what ends the answer
-    after: list[int]
-
-    @property
-    def lengths(self) -> tuple[int, int, int, int]:
-        """Of question, answer, end and what stands behind it."""
-        return sum(map(len, self.question)), len(self.answer), len(self.end), len(self.after)
-
-
 @dataclass
 class Encoded:
     """One sample as arrays, not yet padded."""
@@ -138,8 +108,7 @@ class Collator:
     A sequence longer than `max_length` ends at the last whole turn that fits; if not even the
     first one does, inside the first answer, which then counts for the loss but is of no turn, so
     that evaluation does not grade half an answer. A sample that has no target left, or whose image
-    cannot be decoded, is a SampleError, or padding in its place (`encode_or_leave_out`). Special
-    tokens that stand in a text (a page about HTML has `</s>`) are spelled, not obeyed. Without a
+    cannot be decoded, is a SampleError, or padding in its place (`encode_or_leave_out`). Without a
     `layout` samples must have no image.
     """
 
@@ -153,14 +122,12 @@ class Collator:
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
-        self.chat = chat
+        self.conversations = ConversationTokenizer(tokenizer, chat)
         self.max_length = max_length
         self._blank = layout.blank() if layout else None
-        self._constants: dict[str, list[int]] = {}
 
     def encode(self, row: int, sample: Sample) -> Encoded:
         encoded = Encoded(row, sample.id, cut_answers=len(sample.turns))
-        encoded.add(self.start)
         image = self._lay(sample)
         (turns,) = self.tokenized([sample])
         for index, turn in enumerate(turns):
@@ -176,7 +143,6 @@ class Collator:
                 break
             encoded.add(turn.answer, labels=turn.answer, turn=index)
             encoded.add(turn.end, labels=turn.end)
-            encoded.add(turn.after[: self.max_length - len(encoded.input_ids)])
             encoded.cut_answers -= 1
         if all(label == IGNORE for label in encoded.labels):
             raise self._without_target(sample, turns, image)
@@ -186,7 +152,7 @@ class Collator:
         self, sample: Sample, turns: list[TurnTokens], image: LaidImage | None
     ) -> SampleError:
         """Why a sample that can be read has none."""
-        before = len(self.start) + (len(image.input_ids) if image else 0)
+        before = len(image.input_ids) if image else 0
         whole = before + sum(sum(turn.lengths) for turn in turns)
         if not any(turn.answer + turn.end for turn in turns):
             return SampleError(f"sample {sample.id}: its answers are empty, so it has no target")
@@ -210,14 +176,12 @@ class Collator:
     def prompt(self, row: int, sample: Sample) -> Encoded:
         """The conversation up to where its last answer would begin; for `batch(..., left=True)`."""
         encoded = Encoded(row, sample.id)
-        encoded.add(self.start)
         image = self._lay(sample)
-        (turns,) = self.tokenized([sample])
+        (turns,) = self.conversations([sample], to_answer=True)
         for index, turn in enumerate(turns):
             encoded.add_question(turn.question, image if index == 0 else None)
-            if index < len(turns) - 1:
-                for part in turn[1:]:
-                    encoded.add(part)
+            encoded.add(turn.answer)
+            encoded.add(turn.end)
         length = len(encoded.input_ids)
         if length > self.max_length:
             raise SampleError(
@@ -229,40 +193,12 @@ class Collator:
 
     def tokenized(self, samples: Sequence[Sample]) -> Iterator[list[TurnTokens]]:
         """The turns of each sample; all of their texts go through the tokenizer at once."""
-        templates = [self._templates(sample) for sample in samples]
-        texts = []
-        for sample, of_sample in zip(samples, templates, strict=True):
-            for turn, template in zip(sample.turns, of_sample, strict=True):
-                texts.append(self._spelled(template, turn.human))
-                texts.append(self._spelled(self.chat.answer, turn.gpt))
-        ids = iter(self._tokenize(texts) if texts else [])
-        (after,) = self._filled(self.chat.after_answer, [])
-        for of_sample in templates:
-            turns = []
-            for template in of_sample:
-                question = self._filled(template, next(ids))
-                answer, end = self._filled(self.chat.answer, next(ids), split=END)
-                turns.append(TurnTokens(question, answer, end, after))
-            yield turns
+        return self.conversations(samples)
 
-    def _templates(self, sample: Sample) -> list[str]:
-        """Of the question of each turn."""
-        templates = [self.chat.question] * len(sample.turns)
-        if sample.image is not None:
-            templates[0] = self.chat.question_with_image
-        return templates
-
-    @cached_property
-    def start(self) -> list[int]:
-        """Token ids before the first turn."""
-        (start,) = self._filled(self.chat.start, [])
-        return start
-
-    @cached_property
+    @property
     def end_ids(self) -> set[int]:
-        """Tokens that end an answer: special ones of the template, or the tokenizer's own end."""
-        _, end = self._filled(self.chat.answer, [], split=END)
-        return {*end[:1]} or {self.tokenizer.eos_token_id}
+        """Tokens that end an answer."""
+        return self.conversations.end_ids
 
     def _lay(self, sample: Sample) -> LaidImage | None:
         return None if sample.image is None else self.layout_for(sample)(decode_image(sample))
@@ -275,40 +211,6 @@ class Collator:
                 "choose other data or another model.backbone"
             )
         return self.layout
-
-    def _spelled(self, template: str, text: str) -> str:
-        """The stretch of a template around {text}, filled."""
-        (around,) = (piece for piece in self.chat.pieces(template) if TEXT in piece)
-        return around.replace(TEXT, text)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-
-    def _filled(self, template: str, text_ids: list[int], split: str = IMAGE) -> list[list[int]]:
-        """Token ids of a template whose text has these, cut in two where `split` stands."""
-        parts: list[list[int]] = [[]]
-        for piece in self.chat.pieces(template):
-            if piece == split:
-                parts.append([])
-            else:
-                parts[-1] += text_ids if TEXT in piece else self._constant(piece)
-        return parts
-
-    def _constant(self, piece: str) -> list[int]:
-        """Token ids of what is the same in every conversation."""
-        if piece not in self._constants:
-            if piece == "{bos}":
-                ids = [self.tokenizer.bos_token_id]
-            elif piece == "{eos}":
-                ids = [self.tokenizer.eos_token_id]
-            elif self.chat.is_mark(piece):
-                ids = [self.tokenizer.convert_tokens_to_ids(piece)]
-            else:
-                (ids,) = self._tokenize([piece])
-            self._constants[piece] = ids
-        return self._constants[piece]
 
     def batch(self, encoded: Sequence[Encoded], *, left: bool = False) -> Batch:
         """Padded on the right, for training and scoring, or on the `left`, to be continued."""

@@ -60,6 +60,9 @@ for _name, _high, _wide in (
     _UNUSED[f"vision.attn_pool.{_name}.bias"] = (_high,)
 
 
+_GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+
+
 class DeepseekVl2Backbone(Backbone):
     """From a folder in the public layout."""
 
@@ -82,8 +85,17 @@ class DeepseekVl2Backbone(Backbone):
     chat = ChatTemplate(
         question="<|User|>: {text}\n\n<|Assistant|>:",
         question_with_image="<|User|>: {image}\n{text}\n\n<|Assistant|>:",
-        answer=" {text}{end}{eos}",
+        answer="{text}{end}{eos}",
+        no_question="<|User|>:<|Assistant|>:",
+        only_image="<|User|>: {image}\n\n<|Assistant|>:",
         specials=("<|User|>", "<|Assistant|>"),
+        obeyed=_GROUNDING,
+        stripped=True,
+        pad="<｜▁pad▁｜>",
+        added={
+            token: 128815 + place
+            for place, token in enumerate(("<image>", *_GROUNDING, "<|User|>", "<|Assistant|>"))
+        },
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:

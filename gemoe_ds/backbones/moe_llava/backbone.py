@@ -56,11 +56,13 @@ class MoeLlavaBackbone(Backbone):
     may_lack = ("vision_tower.*",)
     chat = ChatTemplate(
         start="A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions.",
-        question=" USER: {text} ASSISTANT:",
-        question_with_image=" USER: {image}\n{text} ASSISTANT:",
+        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        question="USER: {text} ASSISTANT:",
+        question_with_image="USER: {image}\n{text} ASSISTANT:",
         answer=" {text}{end}<|endoftext|>",
+        no_question="USER:ASSISTANT:",
         specials=("<|endoftext|>",),
+        joined=True,
     )
 
     class Config(ConfigModel):
@@ -91,7 +93,9 @@ class MoeLlavaBackbone(Backbone):
             )
         folder = Path(self.config.vision_tower)
         try:
-            tower, report = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+            tower, report = CLIPVisionModel.from_pretrained(
+                folder, output_loading_info=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever the reader chokes on, the folder is what is wrong
             raise CheckpointError(f"model.backbone.vision_tower={folder}: {error}") from error
         if report["missing_keys"]:

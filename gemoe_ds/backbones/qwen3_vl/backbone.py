@@ -51,10 +51,15 @@ class Qwen3VLBackbone(Backbone):
     chat = ChatTemplate(
         question="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
         question_with_image="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
-        answer="{text}{end}<|im_end|>",
-        after_answer="\n",
+        answer="{text}{end}<|im_end|>\n",
         start="",
         specials=("<|im_start|>", "<|im_end|>"),
+        obeyed=tuple(
+            f"<|{name}_{side}|>"
+            for name in ("object_ref", "box", "quad")
+            for side in ("start", "end")
+        ),
+        joined=True,
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
@@ -118,7 +123,7 @@ class Qwen3VLBackbone(Backbone):
 
     def _processor(self, folder: Path) -> Qwen2VLImageProcessorPil:
         try:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            processor = Qwen2VLImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of any kind, from a file that is missing or damaged
             raise CheckpointError(
                 f"model.checkpoint={folder}: preprocessor_config.json: {error}; without the "

@@ -1,0 +1,179 @@
+"""A conversation as token ids: those that the model's own processor gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
+from gemoe_ds.data.sample import Sample
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool
+    ) -> dict[str, list[list[int]]]:
+        """Token ids of several texts."""
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The id of a special token."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id."""
+
+
+class TurnTokens(NamedTuple):
+    """Token ids of a turn; the question of the first one has all that stands before it."""
+
+    question: list[list[int]]  # in two, around its image
+    answer: list[int]
+    end: list[int]  # what ends the answer
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of question, answer and end."""
+        return sum(map(len, self.question)), len(self.answer), len(self.end)
+
+
+@dataclass
+class _Text:
+    """Text that has no special token in it, and its ids."""
+
+    text: str
+    ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ConversationTokenizer:
+    """Fills a chat's templates and tokenises them.
+
+    Special tokens that stand in a text (a page about HTML has `</s>`) are spelled, not obeyed,
+    but for those that the chat lets a text have.
+    """
+
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+
+    def __call__(
+        self, samples: Sequence[Sample], *, to_answer: bool = False
+    ) -> Iterator[list[TurnTokens]]:
+        """The turns of each sample, tokenised at once; `to_answer`: its last answer is left out."""
+        chat, conversations = self.chat, []
+        for sample in samples:
+            filled = [(chat.start, "")]
+            for index, turn in enumerate(sample.turns):
+                asked = chat.asked(turn.human, sample.image is not None and index == 0)
+                filled += [asked, chat.answered(turn.gpt)]
+            conversations.append(filled[:-1] if to_answer else filled)
+        for (start,), *parts in self._ids(conversations):
+            if to_answer:
+                parts.append([[], []])
+            if parts:
+                parts[0][0] = start + parts[0][0]
+            answered = zip(parts[::2], parts[1::2], strict=True)
+            yield [TurnTokens(question, *answer) for question, answer in answered]
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer: special ones of the template, or the tokenizer's own end."""
+        (((_, end),),) = self._ids([[(self.chat.answer, "")]])
+        return {*end[:1]} or {self.tokenizer.eos_token_id}
+
+    def _ids(
+        self, conversations: Sequence[Sequence[tuple[str, str]]]
+    ) -> list[list[list[list[int]]]]:
+        """Token ids of templates with their texts, each cut where {image} or {end} stands.
+
+        Text between special tokens is tokenised at once, over the borders of templates too if the
+        chat is `joined`. What goes over a cut then is told apart as the models' own code does it:
+        by the number of tokens up to there.
+        """
+        runs: list[list[_Text]] = []
+        cuts = [self._cut(filled, runs) for filled in conversations]
+        self._tokenize([run for run in runs if run])
+        return [[[_joined(piece) for piece in cut] for cut in templates] for templates in cuts]
+
+    def _cut(
+        self, filled: Sequence[tuple[str, str]], runs: list[list[_Text]]
+    ) -> list[list[list[int | _Text]]]:
+        """Templates in their pieces; a list of `runs` gets the texts that nothing parts."""
+        templates = []
+        runs.append([])
+        for template, text in filled:
+            pieces: list[list[int | _Text]] = [[]]
+            templates.append(pieces)
+            if not self.chat.joined:
+                runs.append([])
+            for part in self._parts(template, text):
+                if isinstance(part, _Text):
+                    runs[-1].append(part)
+                elif part != END:
+                    runs.append([])  # a special token or an image parts the text around it
+                if isinstance(part, str):
+                    pieces.append([])
+                else:
+                    pieces[-1].append(part)
+        return templates
+
+    def _parts(self, template: str, text: str) -> Iterator[int | str | _Text]:
+        """Ids of special tokens, text, and the marks {image} and {end}."""
+        for piece in self.chat.pieces(template):
+            if piece in (IMAGE, END):
+                yield piece
+            elif self.chat.is_mark(piece):
+                yield self._special(piece)
+            else:
+                before, is_around, after = piece.partition(TEXT)
+                stretches = self._obeyed.split(text) if is_around else [""]
+                stretches[0] = before + stretches[0]
+                stretches[-1] += after
+                for index, stretch in enumerate(stretches):
+                    if index % 2:
+                        yield self.tokenizer.convert_tokens_to_ids(stretch)
+                    elif stretch:
+                        yield _Text(stretch)
+
+    def _special(self, token: str) -> int:
+        if token == "{bos}":
+            return self.tokenizer.bos_token_id
+        if token == "{eos}":
+            return self.tokenizer.eos_token_id
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    @cached_property
+    def _obeyed(self) -> re.Pattern[str]:
+        vocabulary = self.tokenizer.get_vocab() if self.chat.obeyed else {}
+        tokens = [re.escape(token) for token in self.chat.obeyed if token in vocabulary]
+        return re.compile(f"({'|'.join(tokens)})" if tokens else r"(\b\B)")  # or nothing at all
+
+    def _tokenize(self, runs: list[list[_Text]]) -> None:
+        texts = [text for run in runs for text in accumulate(piece.text for piece in run)]
+        if not texts:
+            return
+        found = iter(
+            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+        for run in runs:
+            heads = [next(found) for _ in run]
+            whole, first = heads[-1], 0
+            for piece, head in zip(run, heads, strict=True):
+                last = max(first, len(head))
+                piece.ids = whole[first:last]
+                first = last
+
+
+def _joined(pieces: list[int | _Text]) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece.ids if isinstance(piece, _Text) else [piece]
+    return ids
