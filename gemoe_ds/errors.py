@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -74,22 +75,28 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        if int(os.environ.get("RANK") or 0) == 0:
+        if _number("RANK", *_OTHER_RANKS) == 0:
             print(f"stopped: {stopped}", file=sys.stderr, flush=True)
         _leave(REQUEUE)
     except GemoeError as error:
         message = " ".join(str(error).split())
-        rank = int(os.environ.get("RANK") or 0)
+        rank = _number("RANK", *_OTHER_RANKS)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
         if rank:
             time.sleep(_FIRST_RANK_SPEAKS_FIRST)
             message = f"(rank {rank}) {message}"
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if _number("WORLD_SIZE") > 1:
             # One write that begins with a newline: another rank's bar may stand in this line.
             sys.stderr.write(f"\nerror: {message}\n")
             _leave(MISTAKE)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(MISTAKE)
+
+
+def _number(*names: str) -> int:
+    """The first of these variables that holds one; they may be what is wrong."""
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(text) for text in found if re.fullmatch("[0-9]{1,18}", text)), 0)
 
 
 def _leave(code: int) -> NoReturn:
@@ -100,3 +107,4 @@ def _leave(code: int) -> NoReturn:
 
 
 _FIRST_RANK_SPEAKS_FIRST = 9.0  # seconds
+_OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # before RANK is set by them

@@ -7,15 +7,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from gemoe_ds.engine.launched import launched_world_size
+from gemoe_ds.engine.launched import adopt_launcher
+from gemoe_ds.engine.launcher_env import device_index, refuse_hidden_gpus
 from gemoe_ds.engine.meeting import meet
 from gemoe_ds.engine.memory import keep_freed_memory
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.position import HERE
 
 
@@ -39,26 +40,27 @@ def distributed() -> Iterator[World]:
     Under `deepspeed`, `torchrun`, `srun` or `mpirun` the ranks come from the launcher; a process
     started alone is a world of one.
     """
-    if launched_world_size() == 1 and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    start = adopt_launcher()
+    if start.port is None:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    accelerator = get_accelerator()
+    accelerator, index = get_accelerator(), start.local_rank or 0
     if accelerator.device_name() == "cpu":
         # Its shared-memory op is only for inference, and compiling it takes half a minute (or
         # fails without ninja). DeepSpeed asks this table before it builds.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if Path("/dev/nvidiactl").exists():
+            refuse_hidden_gpus(os.environ)
         keep_freed_memory()
         device = torch.device("cpu")
     else:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= accelerator.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no device: this host has "
-                f"{accelerator.device_count()}; start fewer ranks per host"
-            )
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
-    meet()
+        index = device_index(start.local_rank, accelerator.device_count(), os.environ)
+        accelerator.set_device(index)
+        device = torch.device(accelerator.device_name(index))
+    os.environ["LOCAL_RANK"] = str(index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants to find the same
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+    meet(start)
     yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
     # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
     # after an exception: the other ranks may be waiting in a collective, and so would this one.

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import time
 from datetime import timedelta
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from gemoe_ds.engine.launcher_env import Start
 from gemoe_ds.errors import ConfigError
 
 PATIENCE = 300.0  # seconds that ranks wait for each other; GEMOE_MEET_SECONDS overrides it
 _COLLECTIVE = timedelta(minutes=30)  # that none of them takes
+_ASK_AGAIN = (0.0, 1.0, 4.0)  # seconds before a name is looked up, or an agent called
 
 
-def meet() -> None:
+def meet(start: Start) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs. Collective.
 
-    Raises ConfigError if the port is taken, a rank does not come in time, or the network interface
-    that the environment names is not there.
+    Raises ConfigError if the address is unknown, the port is taken, a rank does not come in time,
+    or the network interface that the environment names is not there.
     """
     backend = get_accelerator().communication_backend_name()
     if "MASTER_ADDR" not in os.environ:
         _ask_mpi()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met
-        store = None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _look_up(address)
+    store = None
+    if start.has_agent:  # torchrun's agents have met
+        _call_agent(address, port)
     else:
-        store = _store()
+        store = _store(start, address, port)
     try:
         if store is not None:
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(
-                backend, timeout=_COLLECTIVE, store=store, rank=rank, world_size=size
+                backend,
+                timeout=_COLLECTIVE,
+                store=store,
+                rank=start.rank,
+                world_size=start.world_size,
             )
         deepspeed.init_distributed(backend, timeout=_COLLECTIVE, verbose=False)
     except (RuntimeError, ValueError) as error:
@@ -50,10 +60,50 @@ def meet() -> None:
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def _store() -> dist.Store:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    patience = float(os.environ.get("GEMOE_MEET_SECONDS", PATIENCE))
+def _look_up(address: str) -> None:
+    """ConfigError if this host does not know a host of that name."""
+    for seconds in _ASK_AGAIN:
+        time.sleep(seconds)
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:
+            reason = error
+    raise ConfigError(
+        f"MASTER_ADDR={address}: host {socket.gethostname()} does not know it ({reason}); set "
+        "MASTER_ADDR to the first rank's host, as all hosts know it, or to its address"
+    )
+
+
+def _call_agent(address: str, port: int) -> None:
+    """ConfigError if nobody is there: the agent was, before it started this process."""
+    for seconds in _ASK_AGAIN:
+        time.sleep(seconds)
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+            return
+        except OSError as error:
+            reason = error
+    raise ConfigError(
+        f"TORCHELASTIC_USE_AGENT_STORE=True: torchrun's agent does not answer at MASTER_ADDR="
+        f"{address}, MASTER_PORT={port} ({reason.strerror or reason}); if torchrun did not start "
+        "this process, its variables are left over from another job: unset them"
+    )
+
+
+def _patience() -> float:
+    text = os.environ.get("GEMOE_MEET_SECONDS", "").strip()
+    try:
+        seconds = float(text or PATIENCE)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:
+        raise ConfigError(f"GEMOE_MEET_SECONDS={text}: should be a number of seconds above 0")
+    return seconds
+
+
+def _store(start: Start, address: str, port: int) -> dist.Store:
+    rank, size, patience = start.rank, start.world_size, _patience()
     host = socket.gethostname()
     try:
         return dist.TCPStore(
@@ -83,6 +133,6 @@ def _ask_mpi() -> None:
             "MASTER_PORT for all of them (mpirun -x)"
         ) from error
     local_rank = os.environ["LOCAL_RANK"]
-    port = int(os.environ.get("MASTER_PORT", 29500))
+    port = int(os.environ["MASTER_PORT"])
     deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
     os.environ["LOCAL_RANK"] = local_rank  # MPI's own; that one counts equal host names
