@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_slurm(clone, tmp_path):
     folder = tmp_path / "cluster"
     folder.mkdir()
     with slurm.slurm(folder) as cluster:
-        variables = {"SLURM_CONF": str(cluster.config), "MASTER_ADDR": "127.0.0.1"}
+        variables = {"SLURM_CONF": str(cluster.config), "MASTER_ADDR": socket.gethostname()}
         said = run(
             clone, shell(clone, [what for block in blocks(page) for _, what in block]), **variables
         )

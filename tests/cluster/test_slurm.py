@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def submit(cluster, *arguments: str, nodes: int = 2) -> str:
         cwd=repository(),
         DS_ACCELERATOR="cpu",
         OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",  # n1 and n2 are no names of hosts
+        MASTER_ADDR=socket.gethostname(),  # n1 and n2 are no names of hosts
         GEMOE_PYTHON=sys.executable,
     )
     return said.split()[-1]
