@@ -32,6 +32,7 @@ from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases, resident_memory
+from gemoe_ds.train.sample_log import first_sample
 from gemoe_ds.train.trainer import Trainer
 
 BEFORE = "before the first step; resume=auto goes on"
@@ -49,7 +50,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         shard, memory, expected = look_around(config, samples, world)
         phases = Phases(world)
         if dry_run:
-            _look_first(config, world)
+            _look_first(config, samples, world)
             say(world, str(expected))
         with phases("loading"):
             model = build_model(config, shard, memory, show_progress=world.is_first)
@@ -229,7 +230,7 @@ def _close(*files: Monitor | Ledger | None) -> None:
             file.close()
 
 
-def _look_first(config: RunConfig, world: World) -> None:
+def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> None:
     """Say what can be known of the user's files before anything is loaded."""
     checkpoint_dir = config.model.checkpoint
     backbone, checkpoint_path = named_backbone(config), checkpoint_dir and Path(checkpoint_dir)
@@ -237,6 +238,8 @@ def _look_first(config: RunConfig, world: World) -> None:
     collator = collator_of(config, backbone, backbone.image_layout(hf))
     if world.is_first:
         for line in first_contact(backbone, hf, checkpoint_path or None, collator):
+            print(line, flush=True)
+        for line in first_sample(collator, samples):
             print(line, flush=True)
 
 
