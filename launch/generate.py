@@ -138,7 +138,8 @@ def answered(
     found = []
     for row, ids in zip(rows, written.token_ids, strict=True):
         sample = samples[row]
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        ended = ids and ids[-1] in subject.collator.end_ids
+        text = tokenizer.decode(ids[:-1] if ended else ids).strip()  # <|ref|> is text as well
         turn = sample.turns[-1]
         found.append(
             {"id": sample.id, "question": turn.human, "answer": text, "expected": turn.gpt}

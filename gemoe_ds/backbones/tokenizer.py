@@ -27,8 +27,9 @@ def load_tokenizer(
     if tokenizer.bos_token is None and chat.eos_as_bos:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:  # any token will do: what is padded is masked
-        known = chat.pad if chat.pad in tokenizer.get_vocab() else None
-        tokenizer.pad_token = known or tokenizer.unk_token or tokenizer.eos_token
+        known = tokenizer.get_vocab()
+        wanted = (chat.pad, tokenizer.unk_token, tokenizer.eos_token, *chat.specials)
+        tokenizer.pad_token = next((token for token in wanted if token in known), None)
     marks = {"pad_token", *(f"{name}_token" for name in ("bos", "eos") if chat.names(name))}
     missing = sorted(mark for mark in marks if getattr(tokenizer, mark) is None)
     needed = {*chat.specials, *([image_token[0]] if image_token else [])}

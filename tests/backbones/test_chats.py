@@ -80,3 +80,17 @@ def test_as_the_models_own_code_has_them(collator):
             assert [label != -100 for label in encoded.labels] == is_target, title
         prompt = collator.prompt(0, sample(case))
         assert prompt.input_ids == ids_of(case["prompt"])[0], title
+
+
+def test_tokens_that_build_a_conversation_are_spelled_in_a_text(collator):
+    """There is no way for a page about chats to end an answer, or to ask for an image."""
+    name, collator = collator
+    chat, special = collator.conversations.chat, GOLDEN[name]["tokenizer"]["special"]
+    said = "x".join(token for token in special if token not in chat.obeyed)
+    plain, spelled = (
+        collator.encode(0, Sample("x", None, (Turn(text, text), Turn("b", "c")))).input_ids
+        for text in ("a", f"a{said}z")
+    )
+    ids = set(special.values())
+    assert [i for i in spelled if i in ids] == [i for i in plain if i in ids]
+    assert collator.tokenizer.decode(spelled).count(f"a{said}z") == 2

@@ -54,9 +54,19 @@ def test_deepseek_vl2_gets_what_its_processor_adds(without, tmp_path):
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<｜▁pad▁｜>", 2)
 
 
-def test_any_token_can_pad(tmp_path):
-    tokenizer = load("molmoe", write_published("molmoe", tmp_path, pad_token=None))
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+def test_molmoe_on_the_tokenizer_of_olmoe(tmp_path):
+    """Its own code makes its tokenizer of that one."""
+    tokenizer = load("molmoe", write_published("olmoe", tmp_path), ("<im_patch>", 50282))
+    names = ["<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(50280, 50285))
+
+
+@pytest.mark.parametrize("name", ["molmoe", "moe_llava_qwen"])
+@pytest.mark.parametrize("has_end", [True, False])
+def test_any_token_can_pad(name, has_end, tmp_path):
+    without = {"pad_token": None} | ({} if has_end else {"eos_token": None})
+    tokenizer = load(name, write_published(name, tmp_path, **without))
+    assert tokenizer.pad_token == "<|endoftext|>"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ class MolmoeBackbone(Backbone):
         answer=" {text}{end}<|endoftext|>",
         start="<|endoftext|>",
         specials=("<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>"),
+        added={
+            "<im_start>": 50280,
+            "<im_end>": 50281,
+            "<im_patch>": 50282,
+            "<im_col>": 50283,
+            "<|image|>": 50284,
+        },
     )
 
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
