@@ -62,13 +62,14 @@ def write_stand_in_tokenizer(backbone: type[Backbone], words: Iterable[str], fol
     """
     layout = backbone(backbone.Config()).image_layout(backbone.published())
     chat = backbone.chat
-    specials = [*chat.specials, *([layout.token[0]] if layout else [])]
+    specials = [*chat.specials, *([layout.token[0]] if layout and layout.token else [])]
     spelled = [*chat.pieces(chat.question), *chat.pieces(chat.question_with_image)]
     spelled += chat.pieces(chat.answer)
     around = {word for text in spelled for word in text.split() if "{" not in word}
     known = ["<pad>", "<s>", "</s>", *sorted({*words, *around} - {*specials})]
     ids = {word: place for place, word in enumerate(dict.fromkeys([*known, *specials]))}
-    if layout:
+    ids |= {token: place for token, place in chat.added.items() if token in ids}
+    if layout and layout.token:
         ids[layout.token[0]] = layout.token[1]
     tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

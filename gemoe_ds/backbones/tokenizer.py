@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gemoe_ds.backbones.chat import ChatTemplate
@@ -24,26 +25,30 @@ def load_tokenizer(
     """
     chat = chat or ChatTemplate()
     tokenizer = _read(folder)
+    stored = _stored(folder, tokenizer)
     if tokenizer.bos_token is None and chat.eos_as_bos:
         tokenizer.bos_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:  # any token will do: what is padded is masked
-        known = tokenizer.get_vocab()
+    if tokenizer.pad_token not in stored:  # any token will do: what is padded is masked
         wanted = (chat.pad, tokenizer.unk_token, tokenizer.eos_token, *chat.specials)
-        tokenizer.pad_token = next((token for token in wanted if token in known), None)
-    marks = {"pad_token", *(f"{name}_token" for name in ("bos", "eos") if chat.names(name))}
-    missing = sorted(mark for mark in marks if getattr(tokenizer, mark) is None)
-    needed = {*chat.specials, *([image_token[0]] if image_token else [])}
-    if not missing and not needed <= tokenizer.get_vocab().keys():
-        _add(tokenizer, folder, chat, needed)
-    vocabulary = tokenizer.get_vocab()
-    missing += [token for token in chat.specials if token not in vocabulary]
+        tokenizer.pad_token = next((token for token in wanted if token in stored), None)
+    marks = ["pad_token", *(f"{name}_token" for name in ("bos", "eos") if chat.names(name))]
+    missing = sorted(mark for mark in marks if getattr(tokenizer, mark) not in stored)
+    needed = dict.fromkeys(chat.specials) | (dict([image_token]) if image_token else {})
+    lacking = [token for token in chat.added if token not in stored]
+    if not missing and any(token in lacking for token in needed):
+        _add(tokenizer, lacking)
+        stored = stored | {*lacking}
+    missing += [token for token in chat.specials if token not in stored]
     if missing:
         raise ConfigError(f"data.tokenizer={folder}: lacks {', '.join(missing)}")
-    if image_token and vocabulary.get(image_token[0]) != image_token[1]:
-        raise ConfigError(
-            f"data.tokenizer={folder}: {image_token[0]} is {vocabulary.get(image_token[0])}, the "
-            f"model's is {image_token[1]}; give the tokenizer that the model was trained with"
-        )
+    for token, in_model in needed.items():
+        found, wanted_id = tokenizer.get_vocab().get(token), in_model or chat.added.get(token)
+        if wanted_id not in (None, found):
+            adding = "added as the model's own code does it, " if token in lacking else ""
+            raise ConfigError(
+                f"data.tokenizer={folder}: {adding}{token} is {found}, the model's is {wanted_id}; "
+                "give the tokenizer that the model was trained with"
+            )
     return tokenizer
 
 
@@ -72,21 +77,17 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _add(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, chat: ChatTemplate, needed: set[str]
-) -> None:
-    """Add what the model's own code adds, in its order; it must get the ids that it has there."""
-    known = tokenizer.get_vocab()
-    lacking = [token for token in chat.added if token not in known]
-    for token in lacking:
+def _stored(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The tokens of tokenizer.json: one that tokenizer_config.json alone knows gets a new id, which
+    the model has never seen."""
+    if (folder / "tokenizer.json").is_file():
+        return {*Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()}
+    return {*tokenizer.get_vocab()}
+
+
+def _add(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """As the model's own code adds them, in its order."""
+    for token in tokens:
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [token]}, replace_extra_special_tokens=False
         )
-    vocabulary = tokenizer.get_vocab()
-    for token in lacking:
-        if token in needed and vocabulary[token] != chat.added[token]:
-            raise ConfigError(
-                f"data.tokenizer={folder}: lacks {', '.join(lacking)}; added as the model's own "
-                f"code adds them, {token} would be {vocabulary[token]}, the model's is "
-                f"{chat.added[token]}; give the tokenizer that the model was trained with"
-            )

@@ -38,7 +38,7 @@ CHAT = ("<|User|>", "<|Assistant|>")
 @pytest.mark.parametrize("without", [CHAT, ADDED + CHAT, ("<|grounding|>", *CHAT)])
 def test_deepseek_vl2_gets_what_its_processor_adds(without, tmp_path):
     folder = write_published("deepseek_vl2", tmp_path, without, pad_token=None)
-    refused = "lacks .*<|User|>, <|Assistant|>; added as .* would be 4.., the model's is 1288"
+    refused = "added as the model's own code does it, <.*> is 4.., the model's is 1288"
     if "<image>" in without:  # where 128,815 tokens are there, the next one is the image's
         with pytest.raises(ConfigError, match=refused.replace("|", r"\|")):
             load("deepseek_vl2", folder, ("<image>", 128815))
@@ -59,6 +59,26 @@ def test_molmoe_on_the_tokenizer_of_olmoe(tmp_path):
     tokenizer = load("molmoe", write_published("olmoe", tmp_path), ("<im_patch>", 50282))
     names = ["<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"]
     assert tokenizer.convert_tokens_to_ids(names) == list(range(50280, 50285))
+
+
+def test_a_token_that_only_a_setting_names_is_none(tmp_path):
+    """transformers would give it a new id, which the model has never seen."""
+    folder = write_published("olmoe", tmp_path, eos_token="</s>", pad_token="<|pad|>")
+    with pytest.raises(ConfigError, match="lacks bos_token, eos_token"):
+        load("olmoe", folder)
+    folder = write_published("moe_llava_qwen", tmp_path, ("<|endoftext|>",))
+    with pytest.raises(ConfigError, match=r"lacks <\|endoftext\|>"):
+        load("moe_llava_qwen", folder)
+    folder = write_published("olmoe", tmp_path, pad_token="<|pad|>")
+    assert load("olmoe", folder).pad_token_id == 50279
+
+
+def test_roles_with_ids_of_another_model(tmp_path):
+    folder = write_published("deepseek_vl2", tmp_path)
+    content = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(content.replace("128821", "128921"))
+    with pytest.raises(ConfigError, match=r"<\|User\|> is 128921, the model's is 128821"):
+        load("deepseek_vl2", folder)
 
 
 @pytest.mark.parametrize("name", ["molmoe", "moe_llava_qwen"])
