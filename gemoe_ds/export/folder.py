@@ -20,7 +20,10 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import can_carry, write_sources
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "chat_template*"),
+    *("vocab*", "merges*", "*.tiktoken"),
+)
 
 
 def export(
