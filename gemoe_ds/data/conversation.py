@@ -74,9 +74,9 @@ class ConversationTokenizer:
             for index, turn in enumerate(sample.turns):
                 asked = chat.asked(turn.human, sample.image is not None and index == 0)
                 filled += [asked, chat.answered(turn.gpt)]
-            conversations.append(filled[:-1] if to_answer else filled)
+            conversations.append(filled[:-1] if to_answer and sample.turns else filled)
         for (start,), *parts in self._ids(conversations):
-            if to_answer:
+            if len(parts) % 2:
                 parts.append([[], []])
             if parts:
                 parts[0][0] = start + parts[0][0]
