@@ -82,7 +82,7 @@ class Monitor:
 
     def write(self, step: int, values: dict[str, float | Tensor]) -> None:
         """Scalars and vectors of one step; a vector is a histogram on TensorBoard."""
-        tensors = {name: torch.as_tensor(value) for name, value in values.items()}
+        tensors = {n: torch.as_tensor(value, dtype=torch.float64) for n, value in values.items()}
         line = {"step": step} | {name: tensor.tolist() for name, tensor in tensors.items()}
         self.file.write(json.dumps(line) + "\n")
         for name, tensor in tensors.items() if self.board else ():

@@ -77,6 +77,8 @@ class Trainer:
         self.bad_samples = bad_samples
         self.saved = start_step
         self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
+        self.timed: list[tuple[int, float]] = []  # tokens and seconds of each step since a report
+        self.rates: dict[str, float] = {}  # of every group, as the last update found them
         self.stats = StatSum()
         self.tallies = Tallies(len(model.moe_layers))
         for layer in model.moe_layers:
@@ -94,12 +96,13 @@ class Trainer:
             dynamic_ncols=True,
         )
         self.engine.train()
-        window_start, window_tokens = time.perf_counter(), 0
         for step in range(self.start_step + 1, total + 1):
             due = step % config.monitor.every == 0 or step == total
+            began = time.perf_counter()
             HERE.enter(DATA, step)
             batches = next(self.steps)
-            window_tokens += self.train_step(step, batches, collect=due)
+            tokens = self.train_step(step, batches, collect=due)
+            self.timed.append((tokens, time.perf_counter() - began))
             if moved and self.updates:
                 moved = moved.check()
             if self.skipped > config.train.max_skipped_steps:
@@ -108,11 +111,7 @@ class Trainer:
 
             # once in a while: metrics
             if due:
-                self.stats.add("throughput/tokens", Stat(torch.tensor(window_tokens), "sum"))
-                seconds = time.perf_counter() - window_start
-                values = self._report(step, seconds)
-                bar.set_postfix(self._summary(values))
-                window_start, window_tokens = time.perf_counter(), 0
+                bar.set_postfix(self._summary(self._report(step)))
 
             # once in a while: checkpoint
             if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -223,7 +222,9 @@ class Trainer:
                 if collect:
                     self._collect(parts)
                 HERE.enter(UPDATE)
-                self.engine.step()
+                groups = self.engine.optimizer.param_groups
+                self.rates = {title_of(group): group["lr"] for group in groups}
+                self.engine.step()  # which sets the next update's rates
                 self.model.ctx.collect = False
                 HERE.enter(COMPUTE)
             self._after_update(step)
@@ -242,6 +243,7 @@ class Trainer:
     def _pass_over(self, step: int) -> None:
         """A step of which no sample can be used, on no rank: nothing is computed or updated."""
         self.empty_steps += 1
+        self.rates = {}
         # As a checkpoint would restore them.
         self.engine.global_steps += self.updates_per_batch
         self.engine.skipped_steps += self.updates_per_batch
@@ -275,14 +277,21 @@ class Trainer:
             self.stats.add(f"loss/{name}" if name != "loss" else "loss/total", Stat(value))
         self.stats.add_layers(self.model.ctx)
 
-    def _report(self, step: int, seconds: float) -> dict[str, float | Tensor]:
-        """Reduce the collected statistics over ranks and write them; all ranks must come here."""
+    def _report(self, step: int) -> dict[str, float | Tensor]:
+        """Reduce the collected statistics over ranks and write them; all ranks must come here.
+
+        The rate of tokens leaves out the first step after a start, which warms everything up.
+        """
+        begins = len(self.timed) == step - self.start_step > 1
+        tokens, seconds = zip(*self.timed[begins:], strict=True)
+        self.stats.add("throughput/tokens", Stat(torch.tensor(sum(tokens)), "sum"))
         values: dict[str, float | Tensor] = dict(
             self.stats.reduced(sum_over_ranks, self.world.device)
         )
-        tokens = torch.as_tensor(values.pop("throughput/tokens")).item()
-        values["throughput/tokens_per_second"] = tokens / seconds
-        values["throughput/seconds"] = seconds
+        total = torch.as_tensor(values.pop("throughput/tokens")).item()
+        values["throughput/tokens_per_second"] = total / sum(seconds)
+        values["throughput/seconds"] = sum(spent for _, spent in self.timed)
+        self.timed = []
         for name in [n for n in values if n.startswith("tokens_per_expert/")]:
             load_E = torch.as_tensor(values.pop(name))
             layer = name.split("/")[1]
@@ -295,8 +304,7 @@ class Trainer:
             values["mean_k"] = torch.stack(
                 [torch.as_tensor(v).double().squeeze() for v in mean_k]
             ).mean()
-        for group in self.engine.optimizer.param_groups:
-            values[f"lr/{title_of(group)}"] = group["lr"]
+        values |= {f"lr/{title}": rate for title, rate in self.rates.items()}
         values["skipped_steps"] = self.skipped
         values["empty_steps"] = self.empty_steps
         values["data/bad_samples"] = len(self.bad_samples)
