@@ -28,6 +28,9 @@ class ChatTemplate:
     only_image: str | None = None  # and for one with an image
     specials: tuple[str, ...] = ()  # special tokens that the templates name
     obeyed: tuple[str, ...] = ()  # special tokens that a text may have in it
+    stops: tuple[
+        str, ...
+    ] = ()  # at which the model's own generation ends, besides the answer's end
     stripped: bool = False  # a message loses the space at both its ends
     joined: bool = False  # text between special tokens is tokenised at once, not by template
     eos_as_bos: bool = False  # of a tokenizer that has no bos

@@ -85,9 +85,11 @@ class ConversationTokenizer:
 
     @cached_property
     def end_ids(self) -> set[int]:
-        """Tokens that end an answer: special ones of the template, or the tokenizer's own end."""
+        """Tokens at which writing an answer ends."""
         (((_, end),),) = self._ids([[(self.chat.answer, "")]])
-        return {*end[:1]} or {self.tokenizer.eos_token_id}
+        vocabulary = self.tokenizer.get_vocab()
+        stops = {vocabulary[token] for token in self.chat.stops if token in vocabulary}
+        return stops | ({*end[:1]} or {self.tokenizer.eos_token_id})
 
     def _ids(
         self, conversations: Sequence[Sequence[tuple[str, str]]]

@@ -94,3 +94,11 @@ def test_tokens_that_build_a_conversation_are_spelled_in_a_text(collator):
     ids = set(special.values())
     assert [i for i in spelled if i in ids] == [i for i in plain if i in ids]
     assert collator.tokenizer.decode(spelled).count(f"a{said}z") == 2
+
+
+def test_where_an_answer_ends(collator):
+    """Qwen3-VL's own generation ends at two tokens."""
+    name, collator = collator
+    ends = {"deepseek_vl2": {1}, "qwen3_vl_moe": {151645, 151643}, "moe_llava_qwen": {151643}}
+    ends |= {"olmoe": {50279}, "molmoe": {50279}, "moe_llava_stablelm": {100257}}
+    assert collator.end_ids == ends[name]

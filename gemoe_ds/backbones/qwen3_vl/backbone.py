@@ -54,6 +54,7 @@ class Qwen3VLBackbone(Backbone):
         answer="{text}{end}<|im_end|>\n",
         start="",
         specials=("<|im_start|>", "<|im_end|>"),
+        stops=("<|endoftext|>",),
         obeyed=tuple(
             f"<|{name}_{side}|>"
             for name in ("object_ref", "box", "quad")
