@@ -4,18 +4,18 @@
 Reads what LLaVA-Pretrain (558k) and mix665k hold: `<image>` first or last in the first question,
 text-only rows without `image`, string or integer ids, other keys, many turns. Every image is
 decoded here, so that no step of a training run meets a broken one; the encoded bytes are kept as
-they are. Rows that cannot be used are dropped, counted and listed with the reason; a row without
-an id is called by its number.
+they are. Rows that cannot be used are dropped, counted and listed with the reason, among them all
+that hold what is not supported; keys that are not read are named. Too many rows of another format
+are refused before the first image is read. A row without an id is called by its number.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -26,113 +26,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from gemoe_ds.data.images import read_image
-from gemoe_ds.data.sample import Dropped, Sample, Turn, write_samples
-from gemoe_ds.errors import DataError, ImageError, exit_on_error
-
-MARKER = "<image>"
-SPEAKERS = ("human", "gpt")
-
+from data_prep.json_file import read_json
+from data_prep.llava_rows import Unusable, notes, printable, read_picture, read_turns
+from gemoe_ds.data.dropped import DropList, Dropped
+from gemoe_ds.data.sample import Sample, write_samples
+from gemoe_ds.errors import DataError, exit_on_error
 
 Job = tuple[str, Any, Any]  # id, row, kinds of its questions
+Converted = tuple[list[Sample | Dropped], list[str]]  # in the order of the rows; notes on them
 
 
 def jobs(rows: list[Any], kinds: dict[str, Any]) -> Iterator[Job]:
     """Every row with its id as a string and its own kinds: all that a worker needs."""
     for number, row in enumerate(rows):
         found = row.get("id") if isinstance(row, dict) else None
-        row_id = f"row {number}" if found is None else _printable(str(found))
+        has_id = isinstance(found, str | int | float) and found == found  # not NaN
+        row_id = printable(str(found)) if has_id else f"row {number}"
         yield row_id, row, kinds.get(row_id)
+
+
+def read_kinds(path: Path, ids: Counter[str]) -> dict[str, Any]:
+    """The kinds of the questions by the id of their row, which must then be one row's alone."""
+    kinds: dict[str, Any] = read_json(path, dict)
+    if several := [row_id for row_id in kinds if ids[row_id] > 1]:
+        raise DataError(f"--kinds {path}: {len(several)} ids, {several[0]!r} first, name two rows")
+    if kinds and not any(row_id in ids for row_id in kinds):
+        raise DataError(f"--kinds {path}: none of its {len(kinds)} ids is the id of a row")
+    return kinds
 
 
 def convert_row(job: Job, images: Path, min_size: int) -> Sample | Dropped:
     """One row of the JSON as a Sample, or the reason why it cannot be one."""
     row_id, row, kinds = job
     try:
-        turns = _turns(row, kinds)
-        image = _image(row, images, min_size)
-    except _Unusable as reason:
-        return Dropped(row_id, _printable(str(reason)))
+        turns = read_turns(row, kinds)
+        image = read_picture(row, images, min_size)
+    except Unusable as why:
+        return Dropped(row_id, printable(str(why)), why.group)
     return Sample(row_id, image, turns)
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-class _Unusable(Exception):
-    """Why a row is dropped."""
-
-
-def _turns(row: Any, kinds: Any) -> tuple[Turn, ...]:
-    messages = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages or len(messages) % 2:
-        raise _Unusable("conversations is not a list of question and answer pairs")
-    texts = []
-    for index, message in enumerate(messages):
-        speaker = SPEAKERS[index % 2]
-        if not isinstance(message, dict) or message.get("from") != speaker:
-            raise _Unusable(f"message {index} is not from {speaker!r}")
-        if not isinstance(message.get("value"), str):
-            raise _Unusable(f"message {index} has no text")
-        if message["value"] != _printable(message["value"]):  # half a surrogate pair
-            raise _Unusable(f"message {index} is not valid Unicode")
-        texts.append(message["value"].strip())
-    has_image = row.get("image") is not None
-    if sum(text.count(MARKER) for text in texts) != has_image or (
-        has_image and MARKER not in texts[0]
-    ):
-        raise _Unusable(f"expected {int(has_image)} {MARKER} in the first question")
-    texts[0] = texts[0].replace(MARKER, "").strip()
-    if not all(texts[1::2]):
-        raise _Unusable("an answer is empty")
-    if kinds is not None and not (
-        isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
-    ):
-        raise _Unusable("its kinds are not a list of names")
-    if kinds is not None and len(kinds) != len(texts) // 2:
-        raise _Unusable(f"{len(kinds)} kinds for {len(texts) // 2} questions")
-    names = kinds or [None] * (len(texts) // 2)
-    return tuple(
-        Turn(human, gpt, kind)
-        for human, gpt, kind in zip(texts[::2], texts[1::2], names, strict=True)
-    )
-
-
-def _image(row: dict[str, Any], images: Path, min_size: int) -> bytes | None:
-    name = row.get("image")
-    if name is None:
-        return None
-    if not isinstance(name, str):
-        raise _Unusable(f"image is {name!r}, not one file name")
-    try:
-        encoded = (images / name).read_bytes()
-    except OSError as error:
-        raise _Unusable(f"image {name}: {error.strerror}") from None
-    except ValueError as error:  # a NUL in the name
-        raise _Unusable(f"image {name!r}: {error}") from None
-    try:
-        size = read_image(encoded).size
-    except ImageError as error:
-        raise _Unusable(f"image {name} cannot be decoded: {error}") from None
-    if min(size) < min_size:
-        raise _Unusable(f"image {name} is {size[0]}x{size[1]}, smaller than {min_size}")
-    return encoded
+def check_texts(rows: list[Any], kinds: dict[str, Any], source: str, max_bad: float) -> None:
+    """DataError at once, before any picture is decoded, if too many rows are of another format."""
+    dropped = DropList()
+    for row_id, row, its_kinds in jobs(rows, kinds):
+        try:
+            read_turns(row, its_kinds)
+        except Unusable as why:
+            dropped.append(Dropped(row_id, printable(str(why)), why.group))
+    dropped.check(source, len(rows), max_bad)
 
 
 def convert_rows(
-    rows: list[Any], kinds: dict[str, Any], images: Path, min_size: int, workers: int
+    rows: list[Any],
+    kinds: dict[str, Any],
+    images: Path,
+    min_size: int,
+    workers: int,
+    counted: Counter[str],
 ) -> Iterator[Sample | Dropped]:
-    """The rows in order, converted by `workers` threads.
+    """The rows in order, converted by `workers` threads; `counted` takes the notes on them.
 
     Threads, not processes: Pillow decodes without the interpreter lock, and a process that is
     killed while it sends a picture leaves its parent waiting for the rest. Few rows are under way
     at a time, because what is converted waits in memory until it is written.
     """
-    pending, under_way = jobs(rows, kinds), deque[Future[list[Sample | Dropped]]]()
+    pending, under_way = jobs(rows, kinds), deque[Future[Converted]]()
 
-    def convert_chunk(chunk: list[Job]) -> list[Sample | Dropped]:
-        return [convert_row(job, images, min_size) for job in chunk]
+    def convert_chunk(chunk: list[Job]) -> Converted:
+        found = [convert_row(job, images, min_size) for job in chunk]
+        pairs = zip(chunk, found, strict=True)
+        kept = [(job[1], sample) for job, sample in pairs if isinstance(sample, Sample)]
+        return found, [note for row, sample in kept for note in notes(row, sample)]
 
     bar = tqdm(total=len(rows), desc="converting", unit="row", dynamic_ncols=True)
     pool = ThreadPoolExecutor(workers)
@@ -142,7 +107,8 @@ def convert_rows(
                 under_way.append(pool.submit(convert_chunk, chunk))
             if not under_way:
                 return
-            converted = under_way.popleft().result()
+            converted, found_notes = under_way.popleft().result()
+            counted.update(found_notes)
             yield from converted
             bar.update(len(converted))
     finally:
@@ -150,26 +116,18 @@ def convert_rows(
         bar.close()
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """A JSON file whose top level is a list or a dict; DataError otherwise."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
-
-
 def convert(arguments: argparse.Namespace) -> None:
     if not arguments.images.is_dir():
         raise DataError(f"--images {arguments.images}: no such folder")
     rows = read_json(arguments.json, list)
-    kinds = read_json(arguments.kinds, dict) if arguments.kinds else {}
+    ids = Counter(row_id for row_id, *_ in jobs(rows, {}))
+    kinds = read_kinds(arguments.kinds, ids) if arguments.kinds else {}
+    check_texts(rows, kinds, str(arguments.json), arguments.max_bad_fraction)
+    counted: Counter[str] = Counter()
+    if repeated := ids.total() - len(ids):
+        counted["an earlier row has the same id"] = repeated
     converted = convert_rows(
-        rows, kinds, arguments.images, arguments.min_image_size, arguments.workers
+        rows, kinds, arguments.images, arguments.min_image_size, arguments.workers, counted
     )
     with warnings.catch_warnings(), closing(converted):
         warnings.simplefilter("ignore")  # odd EXIF and palettes are no reason to complain
@@ -179,13 +137,16 @@ def convert(arguments: argparse.Namespace) -> None:
             source=str(arguments.json),
             shard_size=arguments.shard_size,
             max_bad_fraction=arguments.max_bad_fraction,
+            notes=counted,
         )
     print(
         f"{arguments.out}: {manifest['num_samples']} samples in {len(manifest['shards'])} shards, "
         f"{manifest['num_dropped']} rows dropped"
     )
-    for dropped in manifest["dropped"][:5]:
-        print(f"  dropped {dropped['id']}: {dropped['reason']}")
+    for group in manifest["dropped_groups"]:
+        print(f"  dropped {group['rows']} ({group['group']}); first: {group['first']}")
+    for note, count in manifest["notes"].items():
+        print(f"  {count} rows: {note}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +26,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.errors import DataError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-LISTED_DROPS = 1000
 GROUP = 32  # rows that are read together
 CACHE_BYTES = 256 * 2**20  # of groups that an open folder keeps in memory
 
@@ -54,14 +54,6 @@ class Sample:
     id: str
     image: bytes | None
     turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A source row that was left out, and why."""
-
-    id: str
-    reason: str
 
 
 @contextmanager
@@ -124,14 +116,16 @@ def write_samples(
     source: str,
     shard_size: int = 4096,
     max_bad_fraction: float = 0.2,
+    notes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write a folder of samples and return its manifest; reads `samples` once, a group at a time.
 
     Raises DataError, and leaves nothing behind, if `out` exists, if no sample is left, or if more
-    than `max_bad_fraction` of the rows were dropped.
+    than `max_bad_fraction` of the rows were dropped. `notes`, counted while the samples are read,
+    go into the manifest.
     """
     with whole_folder(out) as folder:
-        dropped: list[Dropped] = []
+        dropped = DropList()
         shards: list[tuple[Path, int]] = []
         kept = (row for row in samples if isinstance(row, Sample) or dropped.append(row))
         while first := list(itertools.islice(kept, 1)):
@@ -139,15 +133,7 @@ def write_samples(
             rest = itertools.islice(kept, shard_size - 1)
             shards.append((path, _write_shard(itertools.chain(first, rest), path)))
         num_samples = sum(count for _, count in shards)
-        total = num_samples + len(dropped)
-        example = f"; first: {dropped[0].id}: {dropped[0].reason}" if dropped else ""
-        if not num_samples:
-            raise DataError(f"{source}: none of {total} rows can be used{example}")
-        if len(dropped) > max_bad_fraction * total:
-            raise DataError(
-                f"{source}: {len(dropped)} of {total} rows cannot be used, more than "
-                f"{max_bad_fraction:.0%} (--max-bad-fraction){example}"
-            )
+        dropped.check(source, num_samples + len(dropped), max_bad_fraction)
         listed = []
         for index, (path, count) in enumerate(shards):
             final = folder / f"shard-{index:05d}-of-{len(shards):05d}.parquet"
@@ -165,8 +151,8 @@ def write_samples(
             "schema": SCHEMA,
             "source": source,
             "num_samples": num_samples,
-            "num_dropped": len(dropped),
-            "dropped": [asdict(d) for d in dropped[:LISTED_DROPS]],
+            **dropped.in_manifest(),
+            "notes": dict(notes or {}),
             "shards": listed,
             "fingerprint": fingerprint,
         }

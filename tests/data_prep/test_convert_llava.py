@@ -21,7 +21,7 @@ def png(size=(8, 8), mode="RGB", form="PNG") -> bytes:
 
 def row(row_id="1", image="a/x.png", first="<image>\nWhat?", answer="This.", **more):
     talk = [{"from": "human", "value": first}, {"from": "gpt", "value": answer}]
-    built = {"id": row_id, "conversations": talk, **more}
+    built = {"id": row_id, "conversations": talk} | more
     return built if image is None else {**built, "image": image}
 
 
@@ -197,3 +197,53 @@ def test_damage_is_named(convert, harm):
     with pytest.raises(DataError) as error:
         open_samples(convert.folder / "out", verify=True)
     assert ("manifest" if harm == "manifest" else shard.name) in str(error.value)
+
+
+def test_the_summary_groups_what_was_dropped_and_says_what_was_not_read(convert, capsys):
+    rows = [row(str(i), source="coco") for i in range(17)]
+    rows += [row("a", image=None, first="Hi", video="a.mp4"), row("b", image="a/missing.png")]
+    rows += [row("c", image="a/truncated.png"), row("d", image="a/missing.png")]
+    samples = convert([*rows, row("0"), row("e", image="a/palette.gif")])
+    assert samples.manifest["dropped_groups"][0] == {
+        "group": "picture missing",
+        "rows": 2,
+        "first": "b: image a/missing.png: No such file or directory",
+    }
+    assert samples.manifest["notes"] == {
+        "an earlier row has the same id": 1,
+        "the key 'source' is ignored": 17,
+    }
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("19 samples in 1 shards, 4 rows dropped")
+    assert told[1].startswith("  dropped 2 (picture missing); first: b: image a/missing.png: No")
+    assert [line.split(";")[0] for line in told[2:4]] == [
+        "  dropped 1 (video)",
+        "  dropped 1 (picture broken)",
+    ]
+    assert told[4:] == [
+        "  1 rows: an earlier row has the same id",
+        "  17 rows: the key 'source' is ignored",
+    ]
+
+
+def test_another_format_is_refused_before_a_picture_is_read(convert, monkeypatch):
+    def read_picture(*_):
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr("data_prep.convert_llava.read_picture", read_picture)
+    system = {"from": "system", "value": "Be brief."}
+    rows = [row(str(i), conversations=[system, *row()["conversations"]]) for i in range(3)]
+    code, message = convert([*rows, row("3"), row("4", video="a.mp4")])
+    assert code == 2 and message.strip().splitlines()[-1].endswith(
+        "rows.json: 4 of 5 rows cannot be used, more than 20% (--max-bad-fraction) "
+        "(3 a system prompt, 1 video); first: 0: message 0 is from 'system', a system prompt, "
+        "which is not supported; remove it, or write it into the question"
+    )
+
+
+def test_kinds_must_name_single_rows(convert):
+    kinds = convert.folder / "kinds.json"
+    for ids, words in ((["1"], "'1' first, name two rows"), (["x"], "none of its 1 ids")):
+        kinds.write_text(json.dumps({row_id: ["count"] for row_id in ids}))
+        code, message = convert([row("1"), row(1), row("2")], "--kinds", kinds)
+        assert code == 2 and f"--kinds {kinds}: " in message and words in message

@@ -1,0 +1,68 @@
+"""Rows of a source that were left out: each with its reason, and how many for the like of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from gemoe_ds.errors import DataError
+
+LISTED_DROPS = 1000
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source row that was left out, and why."""
+
+    id: str
+    reason: str  # of this row
+    group: str = "other"  # of all rows that are dropped for the like
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
+
+
+class DropList:
+    """The first ones, an example of each group, and the counts of all."""
+
+    def __init__(self) -> None:
+        self.first: list[Dropped] = []
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, Dropped] = {}
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    def append(self, dropped: Dropped) -> None:
+        if len(self) < LISTED_DROPS:
+            self.first.append(dropped)
+        self.counts[dropped.group] += 1
+        self.examples.setdefault(dropped.group, dropped)
+
+    def check(self, source: str, total: int, max_bad_fraction: float) -> None:
+        """DataError, one line, if none of `total` rows is left or too many are not."""
+        if len(self) < total and len(self) <= max_bad_fraction * total:
+            return
+        why = ""
+        if self.counts:
+            groups = [f"{count} {group}" for group, count in self.counts.most_common()]
+            example = self.examples[self.counts.most_common(1)[0][0]]
+            why = f" ({', '.join(groups)})" if len(groups) > 1 else ""
+            why += f"; first: {example}"
+        if len(self) == total:
+            raise DataError(f"{source}: none of {total} rows can be used{why}")
+        raise DataError(
+            f"{source}: {len(self)} of {total} rows cannot be used, more than "
+            f"{max_bad_fraction:.0%} (--max-bad-fraction){why}"
+        )
+
+    def in_manifest(self) -> dict[str, Any]:
+        return {
+            "num_dropped": len(self),
+            "dropped_groups": [
+                {"group": group, "rows": count, "first": str(self.examples[group])}
+                for group, count in self.counts.most_common()
+            ],
+            "dropped": [{"id": row.id, "reason": row.reason} for row in self.first],
+        }
