@@ -24,10 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
 from data_prep.json_file import read_json
 from data_prep.llava_rows import Unusable, notes, printable, read_picture, read_turns
+from gemoe_ds.console import Progress
 from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.data.sample import Sample, write_samples
 from gemoe_ds.errors import DataError, exit_on_error
@@ -99,7 +98,7 @@ def convert_rows(
         kept = [(job[1], sample) for job, sample in pairs if isinstance(sample, Sample)]
         return found, [note for row, sample in kept for note in notes(row, sample)]
 
-    bar = tqdm(total=len(rows), desc="converting", unit="row", dynamic_ncols=True)
+    bar = Progress(total=len(rows), desc="converting", unit="row")
     pool = ThreadPoolExecutor(workers)
     try:
         while True:

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from tqdm import tqdm
 
 from data_prep.llava_json import Question, write_splits
+from gemoe_ds.console import Progress
 from gemoe_ds.errors import exit_on_error
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             picture(data.images[i], arguments.image_size),
             questions(int(data.target[i]), rng),
         )
-        for i in tqdm(order, desc="digits", unit="image")
+        for i in Progress(order, desc="digits", unit="image")
     )
     held_out = len(order) // 10
     sizes = {"test": held_out, "validation": held_out, "train": len(order) - 2 * held_out}

@@ -18,8 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
 from data_prep.llava_json import Item, Question, write_splits
 from data_prep.scenes import (
     COLOURS,
@@ -33,6 +31,7 @@ from data_prep.scenes import (
     place,
     random_scene,
 )
+from gemoe_ds.console import Progress
 from gemoe_ds.errors import DataError, exit_on_error
 
 YES_NO = {True: "yes", False: "no"}
@@ -168,7 +167,7 @@ def items(arguments: argparse.Namespace) -> Iterator[Item]:
     knowledge = Knowledge(arguments.seed)
     held_out = arguments.validation + arguments.test
     total = held_out + arguments.train
-    for number in tqdm(range(total), desc="scenes", unit="scene", dynamic_ncols=True):
+    for number in Progress(range(total), desc="scenes", unit="scene"):
         rng = random.Random(f"{arguments.seed} scene {number}")
         scene = random_scene(rng, arguments.max_things)
         questions = conversation(

@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from gemoe_ds.console import Progress
 from gemoe_ds.data.sample import open_samples, whole_folder
 from gemoe_ds.errors import DataError, exit_on_error
 
@@ -25,7 +25,7 @@ def texts(folders: list[Path]) -> Iterator[str]:
     """Every question and answer as they will stand in a sequence."""
     for folder in folders:
         samples = open_samples(folder)
-        for index in tqdm(range(len(samples)), desc=f"reading {folder}", unit="sample"):
+        for index in Progress(range(len(samples)), desc=f"reading {folder}", unit="sample"):
             for turn in samples[index].turns:
                 yield f" USER: {turn.human} ASSISTANT: {turn.gpt}"
 

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 import torch
-from tqdm import tqdm
 
 from gemoe_ds.backbones.images import stretched
+from gemoe_ds.backbones.quiet import without_bars
 from gemoe_ds.config import load_config
+from gemoe_ds.console import Progress
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import SampleFolder, open_samples, whole_folder
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
@@ -27,7 +28,7 @@ from gemoe_ds.errors import ConfigError, DataError, exit_on_error
 def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 pixels [N, 3, size, size] of the captioned samples, and bool words [N, V]."""
     pixels, captions = [], []
-    for index in tqdm(range(len(samples)), desc="decoding", unit="image", dynamic_ncols=True):
+    for index in Progress(range(len(samples)), desc="decoding", unit="image"):
         sample = samples[index]
         texts = [turn.gpt for turn in sample.turns if turn.kind == kind]
         if sample.image is not None and texts:
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
             lr=arguments.lr,
             seed=config.seed,
         )
-        with whole_folder(arguments.out) as folder:
+        with whole_folder(arguments.out) as folder, without_bars():
             tower.save_pretrained(folder)
         print(f"saved {arguments.out}")
 

@@ -15,6 +15,7 @@ from gemoe_ds.backbones.described import blaming, config_of, shell
 from gemoe_ds.backbones.images import ImageLayout
 from gemoe_ds.backbones.keys import KeyMap, Shape
 from gemoe_ds.backbones.past import Past
+from gemoe_ds.backbones.quiet import without_bars
 from gemoe_ds.backbones.weights import Weights
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.moe.router import RoutingSpec
@@ -153,7 +154,8 @@ class Backbone(Registered):
         """
         plain = shell(type(model), model.config)
         plain.load_state_dict(state, strict=True, assign=True)
-        plain.save_pretrained(folder)  # type: ignore[operator]
+        with without_bars():
+            plain.save_pretrained(folder)  # type: ignore[operator]
 
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path

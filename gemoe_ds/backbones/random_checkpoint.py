@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.stored import INDEX
+from gemoe_ds.console import Progress
 
 _NOISE = 2**27  # numbers that all weights are cut from: drawing billions takes minutes
 
@@ -32,7 +32,7 @@ def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: i
     folder.mkdir(parents=True, exist_ok=True)
     keys, weight_map = list(shapes), {}
     size = -(-len(keys) // shards)
-    for number in tqdm(range(shards), desc="writing", unit="shard", dynamic_ncols=True):
+    for number in Progress(range(shards), desc="writing", unit="shard"):
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         tensors = {}
         for place, key in enumerate(keys[number * size : (number + 1) * size]):

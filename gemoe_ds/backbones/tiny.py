@@ -24,6 +24,7 @@ from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.backbones.keys import KeyMap, expert_tables
 from gemoe_ds.backbones.llava import LlavaBackbone
 from gemoe_ds.backbones.olmoe import olmoe_blocks
+from gemoe_ds.backbones.quiet import without_bars
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.backbones.vision import vision_config
 from gemoe_ds.errors import CheckpointError, ConfigError
@@ -67,9 +68,10 @@ class TinyBackbone(LlavaBackbone):
         model = LlavaForConditionalGeneration(self._fresh_config(tokenizer)).float()
         self._scale_initial_weights(model)
         if self.config.vision_checkpoint:
-            tower = CLIPVisionModel.from_pretrained(
-                self.config.vision_checkpoint, trust_remote_code=False
-            )
+            with without_bars():
+                tower = CLIPVisionModel.from_pretrained(
+                    self.config.vision_checkpoint, trust_remote_code=False
+                )
             model.model.vision_tower.load_state_dict(tower.state_dict())
         return model
 

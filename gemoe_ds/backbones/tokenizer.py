@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.tiktoken import read_tiktoken, tiktoken_file
+from gemoe_ds.console import without
 from gemoe_ds.errors import ConfigError
 
 
@@ -61,7 +62,9 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         if ranks is not None:
             return read_tiktoken(ranks)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers reads config.json on the way, of whatever family it is
+        with without("transformers.configuration_utils", "to instantiate a model of type ``"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("no vocabulary")  # which transformers takes for an empty one
         return tokenizer

@@ -19,6 +19,7 @@ from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.backbones.described import blaming, read_config
 from gemoe_ds.backbones.keys import KeyMap, Rule, expert_tables
 from gemoe_ds.backbones.llava import LlavaBackbone
+from gemoe_ds.backbones.quiet import without_report
 from gemoe_ds.backbones.upcycled_model import (
     UpcycledLlavaForConditionalGeneration,
     UpcycledMoEBlock,
@@ -72,7 +73,7 @@ class UpcycledBackbone(LlavaBackbone):
     def _read_dense(self, folder: Path) -> nn.Module:
         """The whole float32 model, by transformers, which knows the key names of every version."""
         self.shell(folder)
-        with blaming(folder, "cannot be read"):
+        with blaming(folder, "cannot be read"), without_report():
             model, report = LlavaForConditionalGeneration.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )

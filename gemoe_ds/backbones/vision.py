@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm import trange
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from gemoe_ds.console import Progress
 
 
 class WordVotes(nn.Module):
@@ -46,7 +47,7 @@ def train_tower(
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)
-    bar = trange(steps, desc="vision tower", unit="step", dynamic_ncols=True)
+    bar = Progress(range(steps), desc="vision tower", unit="step")
     for _ in bar:
         chosen = torch.randint(len(pixels_NCHW), (batch,), generator=generator)
         logits_NV = model(pixels_NCHW[chosen].float() / 127.5 - 1)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
 from gemoe_ds.backbones.memory import ALONE, Memory
 from gemoe_ds.backbones.stored import INDEX, StoredTensor, open_stored
+from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.position import HERE
 
@@ -142,12 +142,11 @@ class Weights:
         self, pieces: list[Piece], targets: Mapping[str, Target], show_progress: bool
     ) -> None:
         sizes = [self._view(p, targets).nbytes for p in pieces]
-        with tqdm(
+        with Progress(
             total=sum(sizes),
             desc="loading",
             unit="B",
             unit_scale=True,
-            dynamic_ncols=True,
             disable=not show_progress,
         ) as bar:
             ahead = iter(pieces)

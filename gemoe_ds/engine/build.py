@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ from gemoe_ds.engine.groups import (
 from gemoe_ds.engine.optimizer import GlobalNormAdamW
 from gemoe_ds.engine.zero import Engine, create_moments, full_shape, full_value, is_held
 
+# Names that torch has given up and DeepSpeed calls in every step; nothing that a user can change.
+_OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
+
 
 def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     """The engine, checked: every parameter that trains is in its optimizer, and no other.
@@ -40,6 +44,8 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
             optimizer.expert_group = expert_parallel_group(model.shard.num_ranks)
     else:
         optimizer = torch.optim.AdamW(groups, **options)
+    for name in _OLD_NAMES:
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}`", FutureWarning)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

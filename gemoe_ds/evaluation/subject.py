@@ -9,11 +9,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import until_stopped
 from gemoe_ds.config import RunConfig, load_config
+from gemoe_ds.console import Progress
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.dataset import EvalStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
@@ -84,7 +83,7 @@ class Subject:
         self, stream: EvalStream, phase: str, title: str | None = None
     ) -> Iterator[Batch | None]:
         """Batches with a progress bar, until any rank is asked to stop: then Stopped on all."""
-        bar = tqdm(stream, desc=title or phase, unit="batch", disable=not self.world.is_first)
+        bar = Progress(stream, desc=title or phase, unit="batch", disable=not self.world.is_first)
         return until_stopped(bar, phase, self.stop, self.world, BETWEEN)
 
     def _static_routers(self) -> list[Router]:

@@ -10,12 +10,12 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import who_asked
 from gemoe_ds.config import RunConfig
+from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, BadSampleLog, listed
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
@@ -87,13 +87,12 @@ class Trainer:
     def run(self) -> None:
         config, total = self.config, self.config.train.steps
         moved = None if self.updates else MovedCheck(self.model, config.optim)
-        bar = tqdm(
+        bar = Progress(
             initial=self.start_step,
             total=total,
             desc="training",
             unit="step",
             disable=not self.world.is_first,
-            dynamic_ncols=True,
         )
         self.engine.train()
         for step in range(self.start_step + 1, total + 1):
@@ -235,7 +234,7 @@ class Trainer:
         if they are too many. Collective."""
         for line in listed(self.bad_samples.record(new, step)):
             if self.world.is_first:
-                tqdm.write(line)
+                Progress.write(line)
         if self.bad_samples.is_over:
             self._save_last(step - 1)
             self.bad_samples.check()
@@ -248,7 +247,7 @@ class Trainer:
         self.engine.global_steps += self.updates_per_batch
         self.engine.skipped_steps += self.updates_per_batch
         if self.world.is_first:
-            tqdm.write(f"step {step} is left out: none of its samples can be used")
+            Progress.write(f"step {step} is left out: none of its samples can be used")
 
     def first_step(self, step: int) -> int:
         """The first step from this one on that is not empty; valid tokens of this rank."""

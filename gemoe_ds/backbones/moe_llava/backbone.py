@@ -27,6 +27,7 @@ from gemoe_ds.backbones.moe_llava.model import (
     MoeLlavaStableLmConfig,
 )
 from gemoe_ds.backbones.past import Past, place
+from gemoe_ds.backbones.quiet import without_report
 from gemoe_ds.backbones.stored import open_stored
 from gemoe_ds.backbones.upcycled import upcycled_blocks
 from gemoe_ds.errors import CheckpointError, ConfigError
@@ -93,9 +94,10 @@ class MoeLlavaBackbone(Backbone):
             )
         folder = Path(self.config.vision_tower)
         try:
-            tower, report = CLIPVisionModel.from_pretrained(
-                folder, output_loading_info=True, trust_remote_code=False
-            )
+            with without_report():  # of a whole CLIP: its text tower is not used
+                tower, report = CLIPVisionModel.from_pretrained(
+                    folder, output_loading_info=True, trust_remote_code=False
+                )
         except Exception as error:  # whatever the reader chokes on, the folder is what is wrong
             raise CheckpointError(f"model.backbone.vision_tower={folder}: {error}") from error
         if report["missing_keys"]:
