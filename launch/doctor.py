@@ -21,12 +21,11 @@ from gemoe_ds.errors import exit_on_error
 def main(argv: list[str]) -> None:
     with exit_on_error():
         adopt_launcher()
-        from gemoe_ds.config import parse_cli
+        from gemoe_ds.config import parse_cli, validate_run
         from gemoe_ds.train.run import check
 
         config, _ = parse_cli(argv)
-        config.check_paths()
-        config.validate_world(launched_world_size())
+        validate_run(config, launched_world_size())
         check(config)
 
 

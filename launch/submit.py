@@ -73,16 +73,14 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 def _check(arguments: argparse.Namespace, job: Job) -> None:
     """Whatever can be known before the job waits in a queue for hours."""
-    from gemoe_ds.config import load_config
+    from gemoe_ds.config import load_config, validate_run
 
     config = load_config(Path(job.recipe), list(job.overrides))
-    config.validate_world(job.nodes * job.ranks_per_node)
     if job.nodes > 1 and arguments.launcher != "srun" and not job.hosts:
         raise ConfigError(f"--launcher {arguments.launcher} on {job.nodes} nodes needs --hosts")
     if arguments.launcher == "srun" and job.hosts:
         raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
-    if not arguments.dry_run:
-        config.check_paths()
+    validate_run(config, job.nodes * job.ranks_per_node, inputs_are_here=not arguments.dry_run)
 
 
 def _submit(arguments: argparse.Namespace, job: Job) -> None:

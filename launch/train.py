@@ -16,22 +16,20 @@ from gemoe_ds.errors import exit_on_error
 def main(argv: list[str], stop: StopRequest | None = None) -> None:
     with exit_on_error():
         adopt_launcher()
-        from gemoe_ds.config import parse_cli
+        from gemoe_ds.config import parse_cli, validate_run
 
         config, flags = parse_cli(argv)
         if flags.print_config:
             print(config.dump_yaml(), end="")
             return
-        config.check_paths()
+        validate_run(config, flags.estimate or launched_world_size())
         if flags.estimate:
             from gemoe_ds.train.estimate import print_estimate
 
-            config.validate_world(flags.estimate)
             print_estimate(config, flags.estimate)
             return
         from gemoe_ds.train.run import train
 
-        config.validate_world(launched_world_size())
         train(config, dry_run=flags.dry_run, stop=stop)
 
 

@@ -318,7 +318,7 @@ def resolved(recipe: Path, options: Any, *overrides: str, world_size: int = 2) -
     file = recipe.parent / "ds.json"
     file.write_text(options if isinstance(options, str) else json.dumps(options))
     config = load(recipe, f"deepspeed={file}", *overrides)
-    return deepspeed_config(config, world_size)
+    return deepspeed_config(config, world_size, hidden_size=16)
 
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
@@ -337,7 +337,7 @@ def test_batch_sizes_and_clipping_come_from_the_recipe(recipe: Path, extra: dict
     assert resolved(recipe, ZERO_2, "optim.clip_norm=null")["gradient_clipping"] == 0.0
 
 
-def test_other_keys_pass_and_auto_inside_is_left_to_deepspeed(recipe: Path) -> None:
+def test_other_keys_pass_and_auto_inside_is_filled_in(recipe: Path) -> None:
     options = {
         "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False},
         "comms_logger": {"enabled": True},
@@ -346,7 +346,11 @@ def test_other_keys_pass_and_auto_inside_is_left_to_deepspeed(recipe: Path) -> N
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999]}},
     }
     result = resolved(recipe, options)
-    assert result["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert result["zero_optimization"] == {
+        "stage": 1,
+        "overlap_comm": False,
+        "reduce_bucket_size": 16**2,  # as Hugging Face has it
+    }
     assert result["comms_logger"] == {"enabled": True}
     assert not result.keys() & {"bf16", "fp16", "optimizer"}  # the model's and the recipe's own
 
@@ -363,14 +367,17 @@ def test_other_keys_pass_and_auto_inside_is_left_to_deepspeed(recipe: Path) -> N
         ({"gradient_clipping": 0.5}, "contradicts optim.clip_norm=1.0"),
         ({"bf16": {"enabled": False}}, "bf16.enabled=false contradicts model.dtype=bfloat16"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=true contradicts model.dtype"),
-        ({"bf16": True}, "bf16 must be an object"),
+        ({"bf16": True}, "bf16=true: should be an object"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type=Lamb contradicts"),
         ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr=1 contradicts optim.lr=0.001"),
         ({"optimizer": {"params": {"momentum": 1}}}, "optimizer.params.momentum: the recipe sets"),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the recipe sets it"),
+        ({"scheduler": {"type": "WarmupLR"}}, "WarmupLR contradicts optim.schedule=cosine"),
         ({"expert_parallel": {"enabled": True}}, "set parallel.ep_size in the recipe"),
         ({"zero_optimization": {"stage": 4}}, "stage=4: should be one of 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param needs stage 3",
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             "offload_optimizer.device=nvme is not supported",
@@ -391,7 +398,7 @@ def test_damaged_deepspeed_file(recipe: Path, text: str, message: str) -> None:
 
 def test_absent_deepspeed_file(recipe: Path) -> None:
     with pytest.raises(ConfigError, match="^deepspeed=absent.json: cannot read it"):
-        deepspeed_config(load(recipe, "deepspeed=absent.json"), 1)
+        deepspeed_config(load(recipe, "deepspeed=absent.json"), 1, 16)
 
 
 def test_zero_stage(recipe: Path) -> None:

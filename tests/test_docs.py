@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from gemoe_ds.config import deepspeed_config
+from gemoe_ds.config.deepspeed import check_deepspeed
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.errors import ConfigError
 from tests.engine.parity import Case, all_cases, is_equal
@@ -88,5 +88,5 @@ def test_refused_rows_are_refused_with_these_words(values, verdict, tmp_path):
             }
         )
         config.validate_world(4)
-        deepspeed_config(config, 4)
+        check_deepspeed(config, 4)
     assert verdict.removeprefix("refused: ") in str(refusal.value)

@@ -4,6 +4,7 @@ from gemoe_ds.config.cli import Flags, parse_cli
 from gemoe_ds.config.deepspeed import deepspeed_config
 from gemoe_ds.config.load import load_config
 from gemoe_ds.config.tree import BackboneChoice, OptimConfig, RouterChoice, RunConfig
+from gemoe_ds.config.validate import validate_evaluation, validate_run
 
 __all__ = [
     "BackboneChoice",
@@ -14,4 +15,6 @@ __all__ = [
     "deepspeed_config",
     "load_config",
     "parse_cli",
+    "validate_evaluation",
+    "validate_run",
 ]

@@ -33,16 +33,37 @@ def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
 
     Raises ConfigError (one line) for any mistake. `--help` prints every option and exits with 0.
     """
-    arguments = _parser().parse_intermixed_args(list(argv))
+    arguments = _parser().parse_intermixed_args(_without_bare_deepspeed(argv))
+    files = [f for f in (arguments.deepspeed, arguments.deepspeed_config) if f is not None]
+    if len(set(files)) > 1:
+        raise ConfigError(
+            f"--deepspeed {files[0]} and --deepspeed_config {files[1]} name two files; give one"
+        )
     flag_overrides = [
         f"{key}={json.dumps(value)}"  # quoted: a path is never another YAML type
-        for key, value in (("deepspeed", arguments.deepspeed), ("resume", arguments.resume))
+        for key, value in (("deepspeed", files[0] if files else None), ("resume", arguments.resume))
         if value is not None
     ]
     config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
     return config, Flags(
         arguments.recipe, arguments.dry_run, arguments.print_config, arguments.estimate
     )
+
+
+def _without_bare_deepspeed(argv: Sequence[str]) -> list[str]:
+    """Without the `--deepspeed` that names no file, as scripts with DeepSpeed's own flags have it.
+
+    They say `--deepspeed --deepspeed_config FILE`: train with it. Nothing trains without it here.
+    """
+    kept = []
+    for word, following in zip(argv, [*argv, "-"][1:], strict=True):
+        is_override = following.partition("=")[0].partition(".")[0] in RunConfig.model_fields
+        is_recipe = following.endswith((".yaml", ".yml"))
+        if word != "--deepspeed" or not (
+            following.startswith("-") or is_recipe or ("=" in following and is_override)
+        ):
+            kept.append(word)
+    return kept
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,9 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="change an option of the recipe"
     )
-    parser.add_argument(
-        "--deepspeed", "--deepspeed_config", metavar="FILE", help="same as deepspeed=FILE"
-    )
+    parser.add_argument("--deepspeed", metavar="FILE", help="same as deepspeed=FILE")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="the same")
     parser.add_argument("--resume", metavar="auto|none|DIR", help="same as resume=...")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,7 +27,7 @@ from pydantic import (
 import gemoe_ds.backbones
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.config.deepspeed import read_file, stage_of
+from gemoe_ds.config.deepspeed_file import DeepSpeedFile, in_base64, read_deepspeed_file
 from gemoe_ds.config.paths import Places, inputs, located
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
@@ -223,7 +224,7 @@ class RunConfig(ConfigModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     deepspeed: Annotated[str, Reads()] = Field(
-        "ds_configs/zero2.json", description="DeepSpeed's own JSON file"
+        "ds_configs/zero2.json", description="DeepSpeed's own JSON file, or that in base64"
     )
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
         "none", description="none, auto (the newest in output_dir) or a folder"
@@ -261,10 +262,14 @@ class RunConfig(ConfigModel):
             )
         return train.global_batch // at_once
 
+    @cached_property
+    def deepspeed_file(self) -> DeepSpeedFile:
+        """What the DeepSpeed file says, read once; ConfigError if it cannot be read or used."""
+        return read_deepspeed_file(self.deepspeed)
+
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the DeepSpeed file; ConfigError if it cannot be read or used."""
-        return stage_of(self.deepspeed, read_file(self.deepspeed))
+        return self.deepspeed_file.stage
 
     def dump_yaml(self) -> str:
         """The resolved recipe; loading it gives an equal run."""
@@ -290,7 +295,8 @@ class RunConfig(ConfigModel):
     def check_paths(self, *keys: str) -> None:
         """Raise ConfigError for the first input (of all, or under these keys) that is not there."""
         for key, text, reads in inputs(self):
-            if not keys or key.startswith(keys):
+            is_path = key != "deepspeed" or not in_base64(text)
+            if is_path and (not keys or key.startswith(keys)):
                 self._places.locate(key, text, reads)
         if not keys and Path(self.output_dir).is_file():
             raise ConfigError(f"output_dir={self.output_dir}: is a file; give a folder")

@@ -52,7 +52,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
             opt, schedule(config.optim, config.train.steps, model.updates_per_batch)
         ),
-        config=deepspeed_config(config, world.size),
+        config=deepspeed_config(config, world.size, model.routing[0].d_model),
     )
     check_optimizer_holds(engine, model)
     create_moments(engine)

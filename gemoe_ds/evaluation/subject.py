@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import until_stopped
-from gemoe_ds.config import RunConfig, load_config
+from gemoe_ds.config import RunConfig, load_config, validate_evaluation
 from gemoe_ds.console import Progress
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.dataset import EvalStream
@@ -150,5 +150,5 @@ def subject_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
     config = load_config(arguments.recipe, [*overrides, *more])
-    config.check_paths("model.", "data.tokenizer")
+    validate_evaluation(config)
     return config

@@ -12,8 +12,7 @@ from torch import nn
 
 from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.backbones.backbone import BlockSpec
-from gemoe_ds.config import RunConfig
-from gemoe_ds.config.deepspeed import read_file
+from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import IGNORE, Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.errors import DataError, SampleError
@@ -23,7 +22,7 @@ from gemoe_ds.train.phases import resident_memory
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
 _LOOKED_AT, _SECONDS = 256, 5.0  # samples, and how long they may take
-_DEFAULT_BUCKET = 5e8  # DeepSpeed's, numbers
+_DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, numbers
 
 # Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine, the loader's
 # threads and the kernels of a first step add; and how much memory glibc's heap has in holes that
@@ -42,6 +41,7 @@ class Estimate:
     on_gpu: bool
     checkpoint: int = 0  # bytes of one on disk, of all ranks together
     common: int = 0  # of the total, what all ranks of a host have in common
+    hidden_size: int = 0  # of the language model
 
     @property
     def total(self) -> int:
@@ -110,6 +110,7 @@ def estimate(
         shape.on_gpu,
         _checkpoint(config, hf, blocks, routers),
         0 if shape.on_gpu else _common(config, hf, blocks, dtype),
+        blocks[0].routing.d_model,
     )
 
 
@@ -154,7 +155,9 @@ def _weights(
         "their gradients": trained * GRADIENT // (sharers if stage >= 2 else 1),
         "their optimizer states": trained * states // (sharers if stage else 1),
         "copy for the first step's check": trained * WEIGHT,
-        "buckets of gradients": _buckets(config, trained, stage, on_gpu),
+        "buckets of gradients": _buckets(
+            config, num_ranks, blocks[0].routing.d_model, trained, on_gpu
+        ),
     }
 
 
@@ -170,15 +173,18 @@ def _checkpoint(
     return trained * (WEIGHT + 2 * MOMENT)
 
 
-def _buckets(config: RunConfig, trained: int, stage: int, on_gpu: bool) -> int:
+def _buckets(
+    config: RunConfig, num_ranks: int, hidden_size: int, trained: int, on_gpu: bool
+) -> int:
     """ZeRO 1 and 2 hold a bucket whatever there is to put into it, ZeRO 3 what is in it.
 
     On a CPU memory that nobody writes to costs nothing, so that there it is what trains at most.
     """
+    stage = config.zero_stage
     if stage == 0:
         return 0
-    options = read_file(config.deepspeed)["zero_optimization"]
-    size = int(float(options.get("reduce_bucket_size", _DEFAULT_BUCKET)))
+    options = deepspeed_config(config, num_ranks, hidden_size).get("zero_optimization", {})
+    size = options.get("reduce_bucket_size", _DEFAULT_BUCKET)
     if stage == 3 or not on_gpu:
         size = min(size, trained)
     copies = 2 if options.get("overlap_comm", stage == 3) else 1

@@ -13,6 +13,7 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import stop_together
 from gemoe_ds.cluster.watch import watched
 from gemoe_ds.config import RunConfig
+from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.config.paths import inputs
 from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.dataset import TrainStream
@@ -192,6 +193,9 @@ def look_around(
     needed = expected.total - has - expected.common * (memory.num_ranks - 1) // memory.num_ranks
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     on_disk = expected.checkpoint * (config.checkpoint.keep + 1)
+    for line in check_deepspeed(config, world.size):
+        say(world, line)
+    say(world, summary(config, world.size, expected.hidden_size))
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)
     for line in preflight(world, output, ep_size, needed, shard.groups, on_disk):
         say(world, line)

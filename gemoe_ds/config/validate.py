@@ -1,0 +1,27 @@
+"""Whatever of a run can be known before any weight is read; every command checks the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemoe_ds.config.deepspeed import check_deepspeed
+from gemoe_ds.config.tree import RunConfig
+
+
+def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = True) -> None:
+    """Raise ConfigError for the first thing that a run on `world_size` ranks would stumble over.
+
+    `inputs_are_here`: data and weights must be found; they need not for what is only shown.
+    """
+    config.validate_world(world_size)
+    if inputs_are_here:
+        config.check_paths()
+    check_deepspeed(config, world_size)
+
+
+def validate_evaluation(config: RunConfig) -> None:
+    """The same for a run that is only read: on other ranks than it trained on, and perhaps on
+    another machine, where neither its data nor its DeepSpeed file need be."""
+    config.check_paths("model.", "data.tokenizer")
+    if Path(config.deepspeed).exists():
+        check_deepspeed(config, None)
