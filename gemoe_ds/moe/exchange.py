@@ -11,6 +11,7 @@ Shapes: D model; P pairs sent, Q pairs received, A assignments sent, B received.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -57,21 +58,38 @@ class Moving:
         return self.output
 
 
+@dataclass(frozen=True)
+class Departed:
+    """Rows and metadata on the way out. The node of `depart` must not hold this: it would hold its
+    own outputs, a cycle through C++ that nobody collects."""
+
+    rows_QD: Tensor
+    metadata_B2: Tensor
+    moving: tuple[Moving, Moving]
+
+
 class Trip:
     """Rows and their metadata on the way out, and their gradients on the way back."""
 
     def __init__(self, rows: Exchange, assignments: Exchange) -> None:
         self.rows, self.assignments = rows, assignments
-        self.moving: list[Moving | None] = []
+        self.gradients: list[Moving | None] = []  # under way in the backward pass
         self.needs_grad = (False, False)
 
-    def depart(self, rows_PD: Tensor, weights_A: Tensor, places_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Start; the two tensors are to be handed to `arrive`, and hold nothing before."""
-        return _Depart.apply(rows_PD, weights_A, places_A, self)  # type: ignore[no-untyped-call,no-any-return]
+    def depart(self, rows_PD: Tensor, weights_A: Tensor, places_A: Tensor) -> Departed:
+        """Start; the result is to be handed to `arrive`, and holds nothing before."""
+        # a place is an integer in the bits of a float beside its weight: one exchange, not two
+        places_A = places_A.to(_INTEGER[weights_A.dtype]).view(weights_A.dtype)
+        metadata_A2 = torch.stack([weights_A.detach(), places_A], dim=1)
+        moving = self.rows.start(rows_PD.detach()), self.assignments.start(metadata_A2)
+        rows_QD, metadata_B2 = _Depart.apply(rows_PD, weights_A, moving, self)  # type: ignore[no-untyped-call]
+        return Departed(rows_QD, metadata_B2, moving)
 
-    def arrive(self, departed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def arrive(self, departed: Departed) -> tuple[Tensor, Tensor, Tensor]:
         """rows_QD, weights_B and places_B (int64), complete."""
-        return _Arrive.apply(*departed, self)  # type: ignore[no-untyped-call,no-any-return]
+        for moving in departed.moving:
+            moving.wait()
+        return _Arrive.apply(departed.rows_QD, departed.metadata_B2, self)  # type: ignore[no-untyped-call,no-any-return]
 
     def home(self, rows_QD: Tensor) -> Tensor:
         """Rows back to where theirs came from, complete, [P, D]."""
@@ -81,25 +99,22 @@ class Trip:
 class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_PD: Tensor, weights_A: Tensor, places_A: Tensor, trip: Trip
+        ctx: Any, rows_PD: Tensor, weights_A: Tensor, moving: tuple[Moving, Moving], trip: Trip
     ) -> tuple[Tensor, Tensor]:
         ctx.trip = trip
         # follows from which parameters train: the same on every rank
         trip.needs_grad = ctx.needs_input_grad[:2]
-        # a place is an integer in the bits of a float beside its weight: one exchange, not two
-        places_A = places_A.to(_INTEGER[weights_A.dtype]).view(weights_A.dtype)
-        metadata_A2 = torch.stack([weights_A, places_A], dim=1)
-        rows, metadata = trip.rows.start(rows_PD), trip.assignments.start(metadata_A2)
-        trip.moving = [rows, metadata]
+        rows_QD, metadata_B2 = (one.output for one in moving)
         if not trip.needs_grad[0]:
-            ctx.mark_non_differentiable(rows.output)
-        return rows.output, metadata.output
+            ctx.mark_non_differentiable(rows_QD)
+        return rows_QD, metadata_B2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         # What comes in has already left; see _Arrive.
-        rows, weights = (None if m is None else m.wait() for m in ctx.trip.moving)
+        rows, weights = (None if m is None else m.wait() for m in ctx.trip.gradients)
+        ctx.trip.gradients = []
         return rows, weights, None, None
 
 
@@ -109,9 +124,6 @@ class _Arrive(torch.autograd.Function):
         ctx: Any, rows_QD: Tensor, metadata_B2: Tensor, trip: Trip
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.trip = trip
-        for moving in trip.moving:
-            assert moving is not None
-            moving.wait()
         weights_B, places_B = (part.contiguous() for part in metadata_B2.unbind(1))
         places_B = places_B.view(_INTEGER[places_B.dtype]).long()
         ctx.mark_non_differentiable(places_B)
@@ -124,7 +136,7 @@ class _Arrive(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:
         trip = ctx.trip
         needs_rows, needs_weights = trip.needs_grad
-        trip.moving = [
+        trip.gradients = [
             trip.rows.start(grad_rows_QD, back=True) if needs_rows else None,
             trip.assignments.start(grad_weights_B, back=True) if needs_weights else None,
         ]
