@@ -146,7 +146,9 @@ def _with_present_names(name: str, options: dict[str, Any]) -> dict[str, Any]:
             if zero.get(old) is True:
                 if zero.get(new) not in (None, AUTO):
                     raise ConfigError(f"{name}: {ZERO}.{old} is the former name of {new}; keep one")
-                zero = {k: v for k, v in zero.items() if k != old} | {new: {"device": "cpu"}}
+                zero = zero | {new: {"device": "cpu"}}
+            if isinstance(zero.get(old), bool):
+                zero = {key: value for key, value in zero.items() if key != old}
         renamed[ZERO] = zero
     return renamed
 
@@ -183,7 +185,10 @@ class _Reader:
             key = KEYS[path]
             if key.fate in ("ignored", "refused"):
                 self._leave_out(path, key, value)
-            elif value == AUTO and path != f"{ZERO}.stage":  # which nothing could fill in
+            elif value == AUTO and path not in (
+                ZERO,
+                f"{ZERO}.stage",
+            ):  # nothing could fill these in
                 if path in _KEPT_AUTO or key.fate == "recipe":
                     kept[name] = value
             elif value is not None or not key.kind.endswith("?"):

@@ -68,7 +68,8 @@ _add(
     zero_optimization:section""",
 )
 # their params: gemoe_ds/config/deepspeed_sections.py
-_add("optimizer", "recipe", "type:text params:any legacy_fusion:any")
+_add("optimizer", "recipe", "type:text params:any")
+_add("optimizer", "ignored", "legacy_fusion:flag", "it is for Lamb")
 _add("scheduler", "recipe", "type:text params:any")
 
 # Precision: model.dtype is that of activations and frozen weights; what trains is float32.
@@ -131,8 +132,7 @@ _add(
 )
 _STAGE_3 = """prefetch_bucket_size:count param_persistence_threshold:count
     model_persistence_threshold:count max_live_parameters:count max_reuse_distance:count
-    use_all_reduce_for_fetch_params:flag
-    allgather_sequential:flag"""
+    use_all_reduce_for_fetch_params:flag allgather_sequential:flag"""
 _add("zero_optimization", "honoured", " ".join(f"stage3_{w}" for w in _STAGE_3.split()))
 _add(
     "zero_optimization",
