@@ -49,7 +49,7 @@ class Work:
 
     @property
     def mean_k_L(self) -> list[float]:
-        mean: list[float] = (np.asarray(self.experts_L) / max(self.tokens, 1)).tolist()
+        mean: list[float] = (np.atleast_1d(self.experts_L) / max(self.tokens, 1)).tolist()
         return mean
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemoe_ds.evaluation.generate import generate
+from gemoe_ds.evaluation.generate import Work, generate
 from tests.backbones.test_past import loaded, samples  # noqa: F401  (a fixture)
 from tests.helpers import run_ranks
 from tests.tiny import make_model, write_base
@@ -134,3 +134,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     with pytest.raises(IndexError):
         generate(model, fake_prompts(torch.full((1, 3), 99), [3]), max_new_tokens=2, end_ids=set())
     assert model.training and not model.ctx.trace
+
+
+def test_answers_that_end_at_once_cost_no_step():
+    assert Work().mean_k_L == [0.0]
