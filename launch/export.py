@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from gemoe_ds.errors import CheckpointError, ConfigError, exit_on_error
+from gemoe_ds.errors import CheckpointError, exit_on_error
 
 if TYPE_CHECKING:
     from gemoe_ds.backbones.model import ExpertShard
@@ -37,8 +37,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     arguments = parser.parse_args(argv)
     with exit_on_error():
-        if arguments.out.exists():
-            raise ConfigError(f"--out {arguments.out} exists; choose a new folder or remove it")
         _export(arguments)
 
 
@@ -47,9 +45,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.engine import manifest
     from gemoe_ds.engine.checkpoint import put_trained
     from gemoe_ds.engine.pieces import stacked
-    from gemoe_ds.export.folder import export
+    from gemoe_ds.export.folder import check_new, export
     from gemoe_ds.train.assemble import build_model
 
+    check_new(arguments.out)
     config = load_config(arguments.recipe, arguments.overrides)
     config.check_paths("model.", "data.tokenizer")
     given = arguments.trained

@@ -5,6 +5,7 @@ The file is a user's, and may say anything: what cannot be built is refused by t
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemoe_ds.backbones.stored import read_json
+from gemoe_ds.backbones.stored import read_json, refuse_dead_links
 from gemoe_ds.errors import CheckpointError, ConfigError
 
 _SIZES = {
@@ -51,11 +52,20 @@ def shell(model_class: type[nn.Module], config: object) -> nn.Module:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of model.checkpoint; CheckpointError without one."""
+    path = folder / "config.json"
     try:
-        return read_json(folder / "config.json")
+        refuse_dead_links(folder)
+        if path.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ValueError("a byte order mark begins it, which transformers does not read")
+        return read_json(path)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(f"model.checkpoint={folder}: {reason}") from error
     except OSError as error:
+        snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+        given = f"{snapshots[-1].parent}" if snapshots else "a Hugging Face folder"
         raise CheckpointError(
-            f"model.checkpoint={folder}: no config.json there; give a Hugging Face folder"
+            f"model.checkpoint={folder}: no config.json there; give {given}"
         ) from error
     except ValueError as error:
         raise CheckpointError(
@@ -97,6 +107,7 @@ def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
             f"{config_class.model_type!r}"
         )
     with blaming(folder):
+        _refuse_quantised(found)
         try:
             if hasattr(config_class, "from_json"):
                 config = config_class.from_json(found)
@@ -109,6 +120,17 @@ def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
             raise
         _refuse_no_sizes(found)
         return config
+
+
+def _refuse_quantised(found: Mapping[str, Any]) -> None:
+    """Training reads weights as they are; who loads the export would quantise them again."""
+    for section in (found, *(value for value in found.values() if isinstance(value, dict))):
+        if method := section.get("quantization_config"):
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise CheckpointError(
+                f"quantization_config says {name}; give the folder before it was quantised, or "
+                "remove the section if its weights are not"
+            )
 
 
 def _refuse_no_sizes(found: Mapping[str, Any], section: str = "") -> None:

@@ -170,12 +170,13 @@ class KeyMap:
             number = len({piece.key for piece in missing})
             raise CheckpointError(
                 f"missing: {missing[0].key} (for {missing[0].name}; {number} of {len(wanted)} keys)"
+                f"{_why_missing(missing[0].key, wanted, stored)}"
             )
         known = wanted | {piece.key for name in optional for piece in self.of(name, ())}
         extra = [
             key
             for key in stored
-            if key not in known and not any(fnmatchcase(key, p) for p in self.unused)
+            if key not in known and not any(fnmatchcase(key, p) for p in (*self.unused, *_COMPUTED))
         ]
         if extra:
             raise CheckpointError(f"unexpected: {extra[0]} ({len(extra)} of {len(stored)} keys)")
@@ -229,8 +230,37 @@ def _check_shape(piece: Piece, stored: Shape, ours: Shape) -> None:
         wanted = piece.ours(torch.empty(ours, device="meta")).shape
         raise CheckpointError(
             f"{piece.key} has shape {list(stored)}, which does not make {list(wanted)} of "
-            f"{piece.name}"
+            f"{piece.name}, as config.json has it; give the weights and the config of one model"
         )
+
+
+_COMPUTED = ("*rotary_emb.inv_freq",)  # buffers that old files hold and that config.json implies
+_WRAPPERS = {
+    "module.": "DistributedDataParallel or DeepSpeed put it there; save model.module",
+    "base_model.model.": "PEFT put it there; save what merge_and_unload() returns",
+    "_orig_mod.": "torch.compile put it there; save model._orig_mod",
+    "_fsdp_wrapped_module.": "FSDP put it there; save the full state_dict",
+}
+
+
+def _why_missing(first: str, wanted: set[str], stored: Iterable[str]) -> str:
+    """Where the keys are there under other names: what stands before them, and who does so."""
+    stored = set(stored)
+    if any(".lora_A." in key for key in stored):
+        return "; there is an adapter of PEFT in it: save what merge_and_unload() returns"
+    longer = {key.removesuffix(first) for key in stored if key.endswith(f".{first}")}
+    for prefix in sorted(longer):
+        if 2 * sum(f"{prefix}{key}" in stored for key in wanted) > len(wanted):
+            by = [reason for wrapper, reason in _WRAPPERS.items() if wrapper in prefix]
+            way_out = by[0] if by else "rename the keys"
+            return f"; the keys begin with {prefix!r}: {way_out}, or take it off the keys"
+    for prefix in ("model.", "language_model.", "transformer."):
+        bare = [key for key in wanted if key.startswith(prefix)]
+        if bare and 2 * sum(key.removeprefix(prefix) in stored for key in bare) > len(wanted):
+            return f"; the keys lack {prefix!r}: save the whole model, with its head"
+    if first.endswith("lm_head.weight"):
+        return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+    return ""
 
 
 SWIGLU = ("gate_proj", "up_proj", "down_proj")

@@ -112,9 +112,10 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
     index.
     """
     index = folder / INDEX
+    refuse_dead_links(folder)
     if not index.is_file():
         if not (folder / SINGLE).is_file():
-            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} there")
+            raise CheckpointError(f"{folder}: {_instead(folder)}")
         return _open_file(folder / SINGLE)
     file_of = _read_index(index)
     names = sorted(set(file_of.values()))
@@ -141,6 +142,38 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def refuse_dead_links(folder: Path) -> None:
+    """A snapshot of the Hub's cache is links to blobs, which a copy may have left behind."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{folder}: {path.name} is a link to {path.readlink()}, which is not there; copy "
+                "the folder with what its links lead to (cp -rL)"
+            )
+
+
+def _instead(folder: Path) -> str:
+    """What is in a folder that has no weights under the names of this format, and the way out."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if "adapter_config.json" in names:
+        return (
+            "an adapter of PEFT, not a model; load it on its base, and save what "
+            "merge_and_unload() returns"
+        )
+    if any("-of-" in name for name in tensors):
+        return f"{tensors[0]} and others are shards without their {INDEX}; download it too"
+    if tensors:
+        return f"{tensors[0]} has another name than {SINGLE}; rename it"
+    if pickled:
+        return (
+            f"{pickled[0]} is a pickle, which can run code; convert it where you trust it: "
+            "from_pretrained(THIS).save_pretrained(NEW) of transformers writes safetensors"
+        )
+    return f"neither {SINGLE} nor {INDEX} there"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; OSError, or ValueError that says what is wrong with it."""
     return _object(path.read_bytes(), "it")
@@ -165,11 +198,19 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(file_of, dict) or not file_of:
             raise ValueError("it has no weight_map of keys and file names")
         for key, name in file_of.items():
-            if not isinstance(name, str) or Path(name).name != name or len(name) > _LONGEST_NAME:
-                raise ValueError(f"it has {str(name)[:40]!r} as the file of {key}")
+            if not isinstance(name, str) or not _is_inside(name):
+                raise ValueError(
+                    f"it has {str(name)[:40]!r} as the file of {key}, which is none in this folder"
+                )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
     return file_of
+
+
+def _is_inside(name: str) -> bool:
+    """Whether this is the name of a file in the folder or in one below."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and len(part) <= _LONGEST_NAME for part in parts)
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:

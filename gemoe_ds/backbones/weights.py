@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gemoe_ds.backbones.companions import companions, write_index
 from gemoe_ds.backbones.keys import KeyMap, Piece, Shape
 from gemoe_ds.backbones.memory import ALONE, Memory
 from gemoe_ds.backbones.stored import INDEX, StoredTensor, open_stored
@@ -71,7 +71,8 @@ class Weights:
             self.doubles = self._doubles(tied)
             self._refuse_integers()
         except CheckpointError as error:
-            raise CheckpointError(f"model.checkpoint={folder}: {error}") from error
+            reason = str(error).removeprefix(f"{folder}: ")
+            raise CheckpointError(f"model.checkpoint={folder}: {reason}") from error
         place = {key: number for number, key in enumerate(self.stored)}
         self.pieces.sort(key=lambda piece: (place[piece.key], piece.row or 0))
 
@@ -202,18 +203,15 @@ class Weights:
             if piece.name in changed:
                 of_key.setdefault(piece.key, []).append(piece)
         files = sorted({tensor.file for tensor in self.stored.values()})
+        # servers look for weights in the folder itself, not below
+        names = {file: "-".join(file.relative_to(self.folder).parts) for file in files}
         added = self._added(changed)
         touched = {self.stored[key].file for key in of_key} | ({files[-1]} if added else set())
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix == ".json":
-                shutil.copy(path, out)
-        if added and (out / INDEX).exists():
-            index = json.loads((out / INDEX).read_text(encoding="utf-8"))
-            index["weight_map"] |= dict.fromkeys(added, files[-1].name)
-            (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for path in companions(self.folder):
+            shutil.copyfile(path, out / path.name)
         for file in files:
             if file not in touched:
-                shutil.copy(file, out)
+                shutil.copyfile(file, out / names[file])
                 continue
             tensors = dict(added) if file == files[-1] else {}
             for key, stored in self.stored.items():
@@ -225,7 +223,10 @@ class Weights:
                         wider = torch.promote_types(ours.dtype, tensor.dtype)
                         tensors[key] = tensor = tensor.to(wider)
                         tensor[rows or ...] = ours
-            save_file(tensors, out / file.name, metadata={"format": "pt"})
+            save_file(tensors, out / names[file], metadata={"format": "pt"})
+        if (self.folder / INDEX).exists():
+            file_of = {key: names[stored.file] for key, stored in self.stored.items()}
+            write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
 
     def _added(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors of the parameters that the folder has none of."""

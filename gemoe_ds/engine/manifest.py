@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gemoe_ds.backbones.stored import INDEX, open_stored
 from gemoe_ds.data.sample import fsync_path, sha256_of
 from gemoe_ds.errors import CheckpointError
 
@@ -87,8 +88,11 @@ def checksum_folder(folder: Path | None) -> str:
     if folder is None:
         return "none"
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        digest.update(path.name.encode())
+    files = {p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()}
+    if (folder / INDEX).is_file():  # whose files may be in folders below
+        files |= {tensor.file for tensor in open_stored(folder).values()}
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
         digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemoe_ds.backbones.companions import TOKENIZER, companions, write_index
 from gemoe_ds.backbones.images import ImageLayout, SquareImages
 from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.backbones.stored import INDEX, open_stored
 from gemoe_ds.data.sample import fsync_path
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.errors import ConfigError, GemoeError, OutputError
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import can_carry, write_sources
-
-TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "chat_template*"),
-    *("vocab*", "merges*", "*.tiktoken"),
-)
 
 
 def export(
@@ -44,14 +43,17 @@ def export(
         trains = model.trainable()  # what does not stays as the base stores it
         weights = model.stock_tensors({n: t for n, t in trained.items() if n in trains})
         model.backbone.save_trained(model.hf, weights, base, folder)
-        for pattern in TOKENIZER_FILES:
-            for path in tokenizer.glob(pattern):
-                shutil.copy(path, folder)
+        if not (folder / INDEX).exists():  # or who takes every *.safetensors takes the routers too
+            write_index(folder, {k: t.file.name for k, t in open_stored(folder).items()})
+        for path in companions(folder, TOKENIZER):
+            path.unlink()
+        for path in companions(tokenizer, TOKENIZER):
+            shutil.copyfile(path, folder / path.name)
         save_file(_router_tensors(model), folder / ROUTERS)
         if can_carry(type(model.hf)):
             router_module = type(model.moe_layers[0].router).__module__
             write_sources(folder, type(model.hf), router_module)
-            _extend_config(folder / "config.json", router, model)
+        _extend_config(folder / "config.json", router, model)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
 
@@ -59,20 +61,31 @@ def export(
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` at the end, or vanishes if anything fails before."""
-    if out.exists():
-        raise ConfigError(f"--out {out} exists; choose a new folder or remove it")
+    check_new(out)
     temporary = out.with_name(f".writing-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             fsync_path(path)
         temporary.rename(out)
-    except BaseException:
+        fsync_path(out.parent)
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        if isinstance(error, GemoeError):
+            raise
+        raise OutputError(f"--out {out} cannot be written: {error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(out.parent)
+
+
+def check_new(out: Path) -> None:
+    """ConfigError unless the folder can be made; asked before anything is loaded."""
+    if os.path.lexists(out):
+        raise ConfigError(f"--out {out} exists; choose a new folder or remove it")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {above} is no folder that you may write to")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -80,10 +93,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _extend_config(path: Path, router: dict[str, Any], model: MoEModel) -> None:
-    """What the folder's own code needs to know, and where transformers finds that code."""
+    """What is needed to route as in training, and where transformers finds code that does."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["gemoe"] = {"router": router, "blocks": _blocks(model)}
-    config["auto_map"] = {_auto_class(model): "modeling_gemoe.GemoeForConditionalGeneration"}
+    if can_carry(type(model.hf)):  # else whatever code the base names
+        config["auto_map"] = {_auto_class(model): "modeling_gemoe.GemoeForConditionalGeneration"}
     _write_json(path, config)
 
 
@@ -143,6 +157,7 @@ With its own routing (torch, transformers, pydantic and safetensors are all it n
     model.k_per_layer  # after a forward: how many experts every token got
 
 As a stock model with the backbone's fixed number of experts: the same without `trust_remote_code`.
+Servers such as vLLM run it so too, without a word about the routing that it was trained with.
 """
 _USE_WITHOUT_CODE = """\
 The weights are in the layout of the base, with the trained gates, for whatever runs the base; it

@@ -33,6 +33,7 @@ from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases, resident_memory
+from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
 from gemoe_ds.train.sample_log import first_sample
 from gemoe_ds.train.trainer import Trainer
 
@@ -85,7 +86,8 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         stop_together(stop, world, BEFORE)
         say(world, group_summary(model, config.optim))
         if found:
-            say(world, f"resumed from {found.folder}")
+            since = changes(found, config, world.size)
+            say(world, "\n".join(filter(None, [f"resumed from {found.folder}", since])))
         bad_samples = BadSampleLog(
             config.data.max_bad_samples,
             len(samples),
@@ -122,6 +124,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             world,
             keep=config.checkpoint.keep,
             extra={
+                "recipe": described(config),
                 "base": {"path": config.model.checkpoint, "sha256": identity["base checkpoint"]},
                 "written by": {
                     "ranks": world.size,
@@ -220,7 +223,7 @@ def _checkpoint_to_resume(
 def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
     """The output folder as the run goes on from `start_step`; the first rank does it."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(config.dump_yaml())
+    keep_recipes(output, config, start_step)
     manifest.clean(output)
     for folder in manifest.set_aside(output, start_step):
         print(f"set aside: {folder}, from after step {start_step}", flush=True)

@@ -115,7 +115,7 @@ INDICES = [
     (with_index(lambda m: m.update(dict.fromkeys(m))), "has 'None' as the file of"),
     (with_index(lambda m: m.update({NORM: "a" * 5000})), "has 'aaaa.*' as the file of"),
     (with_index(lambda m: m.update({NORM: "../a"})), "has '../a' as the file of"),
-    (with_index(lambda m: m.update({NORM: ""})), "shards are missing"),
+    (with_index(lambda m: m.update({NORM: ""})), "none in this folder"),
     (with_index(lambda _: "[" * 200_000), "index.json is damaged .it is nested too deeply"),
     (with_index(lambda _: "[]"), "index.json is damaged .it is no object"),
     (with_index(lambda m: m.clear()), "no weight_map"),

@@ -1,0 +1,84 @@
+"""What a run that goes on does otherwise than before, and every recipe that it has had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemoe_ds.config import RunConfig
+from gemoe_ds.config.deepspeed import read_file
+from gemoe_ds.engine.manifest import Found
+
+FILE = "config.yaml"  # of a run, the newest; load_config reads it
+_WHERE = ("resume", "output_dir")  # not what is trained
+_DEEPSPEED = "DeepSpeed's file"  # what is in it
+_MISSING = "not set"
+
+
+def described(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of the recipe that made it, for `changes`."""
+    recipe = config.model_dump(mode="json", exclude=set(_WHERE))
+    return recipe | {_DEEPSPEED: read_file(config.deepspeed)}
+
+
+def changes(found: Found, config: RunConfig, num_ranks: int) -> str:
+    """A line for each option that differs from those of the checkpoint; "" if none does."""
+    recipe, new = _recipe_of(found), described(config)
+    if not recipe:  # nothing is known of it
+        return ""
+    if _DEEPSPEED not in recipe:  # of an older version
+        del new[_DEEPSPEED]
+    before = found.manifest.get("written by", {}).get("ranks", num_ranks)
+    old, new = _flat(recipe | {"ranks": before}), _flat(new | {"ranks": num_ranks})
+    keys = [k for k in (*new, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
+    if not keys:
+        return ""
+    rows = [f"  {k:<28} {old.get(k, _MISSING)} -> {new.get(k, _MISSING)}" for k in keys]
+    return "\n".join([f"the recipe has changed since step {found.step}:", *rows])
+
+
+def keep_recipes(output: Path, config: RunConfig, start_step: int) -> None:
+    """Write config.yaml; another one that was there stays, named by the last step that it had."""
+    path, text = output / FILE, config.dump_yaml()
+    if path.exists() and _without_where(path.read_text(encoding="utf-8")) != _without_where(text):
+        kept = output / f"config-until-step-{start_step:06d}.yaml"
+        number = 1
+        while kept.exists():
+            number += 1
+            kept = output / f"config-until-step-{start_step:06d}-{number}.yaml"
+        path.rename(kept)
+    path.write_text(text, encoding="utf-8")
+
+
+def _recipe_of(found: Found) -> dict[str, Any]:
+    """As the checkpoint has it; for one of an older version, the file beside its folder."""
+    recipe = found.manifest.get("recipe")
+    if recipe is None:
+        recipe = _without_where(_read(found.folder.parent.parent / FILE))
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _without_where(text: str) -> Any:
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if not isinstance(recipe, dict):
+        return recipe
+    return {key: value for key, value in recipe.items() if key not in _WHERE}
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested options by their dotted path."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found

@@ -1,0 +1,147 @@
+"""Export from bases as users have them: what comes along, what is left, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gemoe_ds.export.folder as module
+from gemoe_ds.backbones.stored import open_stored
+from gemoe_ds.errors import ConfigError, OutputError
+from gemoe_ds.export.folder import export
+from tests.backbones.cases import CASES, write_case
+from tests.backbones.small import make_model
+
+INDEX = "model.safetensors.index.json"
+
+
+def written(name: str, base: Path, tokenizer: Path, out: Path, router: str = "gemoe") -> Path:
+    """A run whose gates are all doubled."""
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, base / path.name)
+    model = make_model(name, base, router)
+    trained = model.trainable()
+    for key, parameter in trained.items():
+        if key.endswith("gate.weight"):
+            parameter.data *= 2
+    options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
+    export(model, dict(trained), router={"name": router}, out=out, **options)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: stored.read() for key, stored in open_stored(folder).items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_backbone_has_an_index_its_own_code_and_the_router(name, tmp_path):
+    base, tokenizer = write_case(name, tmp_path)
+    (base / "modeling_own.py").write_text("raise SystemExit('this must not run')\n")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    for leftover in ("trainer_state.json", "optimizer.pt", "training_args.bin", "zero_to_fp32.py"):
+        (base / leftover).write_text("{}")
+    for needed in ("LICENSE", "preprocessor_config.json", "chat_template.jinja"):
+        (base / needed).write_text("{}")
+    before = tensors(base)
+    out = written(name, base, tokenizer, tmp_path / "out")
+    found = json.loads((out / "config.json").read_text())
+    assert found["gemoe"]["router"] == {"name": "gemoe"} and found["gemoe"]["blocks"]
+    carries = (out / "modeling_gemoe.py").exists()
+    assert found["auto_map"].popitem()[1] == (
+        "modeling_gemoe.GemoeForConditionalGeneration" if carries else "modeling_own.Own"
+    )
+    names = {path.name for path in out.iterdir()}
+    assert {"LICENSE", "preprocessor_config.json", "modeling_own.py", "tokenizer.json"} <= names
+    assert not names & {"trainer_state.json", "optimizer.pt", "training_args.bin"}
+    assert "zero_to_fp32.py" not in names
+    listed = json.loads((out / INDEX).read_text())["weight_map"]
+    stored = {k: f.name for f in out.glob("model*.safetensors") for k in load_file(f)}
+    assert listed == stored and "routers.safetensors" not in listed.values()
+    after = tensors(out)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert before.keys() == after.keys() and len(changed) == len(found["gemoe"]["blocks"])
+    assert all(torch.equal(after[key], 2 * before[key]) for key in changed)
+
+
+def olmoe(tmp_path: Path) -> tuple[Path, Path]:
+    return write_case("olmoe", tmp_path)
+
+
+def as_links(base: Path, root: Path) -> Path:
+    """As the Hub's cache has it: links to files of other names that nobody may write to."""
+    snapshot = root / "snapshots" / "abc"
+    (root / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(base.iterdir())):
+        blob = root / "blobs" / str(number)
+        shutil.copyfile(path, blob)
+        blob.chmod(0o444)
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def below(base: Path, root: Path) -> Path:
+    """Shards in a folder, under names of their own."""
+    shutil.copytree(base, root)
+    index = json.loads((root / INDEX).read_text())
+    (root / "w").mkdir()
+    for name in set(index["weight_map"].values()):
+        (root / name).rename(root / "w" / f"part-{name}")
+    index["weight_map"] = {key: f"w/part-{file}" for key, file in index["weight_map"].items()}
+    (root / INDEX).write_text(json.dumps(index))
+    return root
+
+
+@pytest.mark.parametrize("layout", [as_links, below])
+def test_a_base_may_be_laid_out_otherwise(layout, tmp_path):
+    base, tokenizer = olmoe(tmp_path)
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, base / path.name)
+        path.chmod(0o444)
+    before = tensors(base)
+    model_base = layout(base, tmp_path / "other")
+    model = make_model("olmoe", model_base)
+    out = tmp_path / "out"
+    export(
+        model,
+        {},
+        base=model_base,
+        tokenizer=tokenizer,
+        router={"name": "top_k"},
+        provenance={"base": ""},
+        out=out,
+    )
+    after = tensors(out)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.parent for path in files} == {out}, "servers look into no folder below"
+    assert all(path.stat().st_mode & 0o200 and not path.is_symlink() for path in files)
+
+
+def test_a_disk_that_is_full_costs_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    base, tokenizer = olmoe(tmp_path)
+
+    def full(tensors, path, **options):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OutputError, match="--out .*out cannot be written: .*No space left"):
+        written("olmoe", base, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dead").symlink_to("nowhere")
+    for out, words in (("file/out", "is no folder that you may"), ("dead", "exists; choose")):
+        with pytest.raises(ConfigError, match=words):
+            module.check_new(tmp_path / out)
+    module.check_new(tmp_path / "new/out")
