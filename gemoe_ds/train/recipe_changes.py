@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gemoe_ds.config import RunConfig
-from gemoe_ds.config.deepspeed import read_file
+from  import read_file
 from gemoe_ds.engine.manifest import Found
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
