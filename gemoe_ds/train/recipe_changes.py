@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from gemoe_ds.config import RunConfig
-from  import read_file
 from gemoe_ds.engine.manifest import Found
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
@@ -21,7 +20,7 @@ _MISSING = "not set"
 def described(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint says of the recipe that made it, for `changes`."""
     recipe = config.model_dump(mode="json", exclude=set(_WHERE))
-    return recipe | {_DEEPSPEED: read_file(config.deepspeed)}
+    return recipe | {_DEEPSPEED: config.deepspeed_file.options}
 
 
 def changes(found: Found, config: RunConfig, num_ranks: int) -> str:
