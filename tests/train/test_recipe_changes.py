@@ -59,6 +59,7 @@ def test_ranks_and_what_is_in_the_deepspeed_file(setting, tmp_path):
     found = found_of(config, tmp_path)
     options["zero_optimization"]["stage"] = 1
     path.write_text(json.dumps(options))
+    config = make_config(setting, tmp_path, deepspeed=str(path))  # which has read it anew
     stage = "DeepSpeed's file.zero_optimization.stage 2 -> 1"
     assert rows(changes(found, config, 4)) == [stage, "ranks 2 -> 4"]
 
