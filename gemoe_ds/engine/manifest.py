@@ -157,7 +157,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Found:
 
 def check_identity(found: Found, identity: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint belongs to another run."""
-    stored = found.manifest["identity"]
+    stored = _with_checksums(found.manifest["identity"], identity)
     for key, value in identity.items():
         if stored.get(key) != value:
             way_out = "set resume=none and another output_dir to start anew"
@@ -167,6 +167,18 @@ def check_identity(found: Found, identity: dict[str, Any]) -> None:
                 f"{found.folder} belongs to another run: its {key} is {stored.get(key)!r}, "
                 f"this run's is {value!r}; {way_out}"
             )
+
+
+def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """An older checkpoint holds the path of what its backbone reads, where the checksum is now.
+    A path can be spelt in many ways, so it is not compared."""
+    backbone = stored.get("model.backbone")
+    added = identity.keys() - stored.keys()
+    older = {key: name for key in added if (name := key.removeprefix("model.backbone.")) != key}
+    if not isinstance(backbone, dict) or not all(backbone.get(n) for n in older.values()):
+        return stored
+    paths = {"model.backbone": backbone | dict.fromkeys(older.values())}
+    return stored | {key: identity[key] for key in older} | paths
 
 
 def find(

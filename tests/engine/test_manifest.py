@@ -227,3 +227,22 @@ def test_killed_at_any_moment_one_valid_checkpoint_stays(tmp_path):
 def test_manifest_is_plain_json_with_the_identity(output):
     text = json.loads((output / "checkpoints/step-000006/manifest.json").read_text())
     assert text["step"] == 6 and text["identity"] == {"seed": 0} and text["schema"] == 2
+
+
+def test_an_older_checkpoint_holds_a_path_where_the_checksum_is_now(output):
+    manifests = output.glob("checkpoints/*/manifest.json")
+    for file in manifests:
+        text = json.loads(file.read_text())
+        text["identity"] = {"model.backbone": {"name": "tiny", "vision_tower": "runs/tower"}}
+        file.write_text(json.dumps(text))
+    backbone = {"name": "tiny", "vision_tower": None}
+    now = {"model.backbone": backbone, "model.backbone.vision_tower": "0f3a"}
+    found, _ = find("auto", output, now)
+    assert found is not None and found.step == 6
+    for other in (
+        {"model.backbone": backbone},  # reads no tower
+        now | {"model.backbone": backbone | {"name": "olmoe"}},
+        now | {"model.backbone.vision_checkpoint": "0f3a"},
+    ):
+        with pytest.raises(CheckpointError, match="belongs to another run"):
+            find("auto", output, other)
