@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,11 +61,24 @@ class Rehearsal:
     keep: list[dict[str, Tensor]]  # of every layer's record
 
 
+# What a layer's second run, in the backward pass, must find as its first run did.
+_OF_A_PASS = (
+    "is_valid_T",
+    "may_have_padding",
+    "is_vision_T",
+    "sequence_T",
+    "layers",
+    "rehearsal",
+    "rehearsed",
+)
+
+
 class TokenContext:
     """Modality and validity of every token, and one `LayerRecord` a layer.
 
     One object is shared by reference by the model and all its MoE layers; `begin` refills it
-    once a forward, before the first layer runs.
+    once a forward, before the first layer runs. Layers that run in a backward pass are recomputed:
+    they find the last forward that was begun with gradients, whatever was evaluated since.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -74,7 +87,10 @@ class TokenContext:
         self.may_have_padding = True
         self.is_vision_T = torch.zeros(0, dtype=torch.bool)
         self.sequence_T = torch.zeros(0, dtype=torch.long)
-        self.in_forward = True  # False: what runs now is a layer's second run, in the backward pass
+        self.in_forward = False  # between `begin` and `end`
+        self.has_gradient = False  # it was begun with gradients
+        self._ran: set[int] = set()  # slots of this forward
+        self._with_gradient: dict[str, Any] = {}  # the last forward that was
         self.collect = False  # fill `LayerRecord.stats`
         self.trace = False  # keep `entropy_T` and `k_T`
         self.rehearsal: str | None = None  # the pass that is under way, if it does not train
@@ -90,9 +106,10 @@ class TokenContext:
         self.sequence_T = torch.arange(num_sequences, device=is_valid_BS.device).repeat_interleave(
             length
         )
-        self.in_forward = True
-        for slot in range(len(self.layers)):
-            self.layers[slot] = LayerRecord()
+        self.layers = [LayerRecord() for _ in self.layers]
+        self.in_forward, self.has_gradient, self._ran = True, torch.is_grad_enabled(), set()
+        if self.has_gradient:
+            self._with_gradient = {name: getattr(self, name) for name in _OF_A_PASS}
 
     def without_padding(self, x_TD: Tensor) -> Tensor:
         """The rows with 0 where they are padding, which may hold NaN or Inf: a factor of 0 would
@@ -106,20 +123,48 @@ class TokenContext:
         self.in_forward = False
 
     @contextmanager
-    def writing(self, slot: int) -> Iterator[None]:
+    def writing(self, slot: int, num_tokens: int) -> Iterator[None]:
         """While a layer runs. What a second run of it would record is forgotten at its end.
 
         A loss that was recorded there would hold the graph of that run, and with it all the
         activations that recomputation is there to save.
         """
-        first = self.layers[slot]
-        if not self.in_forward:
-            self.layers[slot] = LayerRecord()
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            self._check(slot, num_tokens)
+            self._ran.add(slot)
+            yield
+            return
+        now = {name: getattr(self, name) for name in _OF_A_PASS}
+        self.__dict__.update(self._with_gradient)
+        first, self.layers[slot] = self.layers[slot], LayerRecord()
         try:
             yield
         finally:  # recomputation stops early, by an exception
-            if not self.in_forward:
-                self.layers[slot] = first
+            self.layers[slot] = first
+            self.__dict__.update(now)
+
+    def _check(self, slot: int, num_tokens: int) -> None:
+        """That this forward was begun, with these tokens and a slot for every layer."""
+        begin = (
+            "call ctx.begin(is_valid_BS, is_vision_BS) before every forward, and ctx.end() after"
+        )
+        if not self.in_forward:
+            raise RuntimeError(f"a MoE layer runs in a forward that was not begun: {begin}")
+        if slot in self._ran:
+            raise RuntimeError(
+                f"slot {slot} runs a second time in one forward: {begin}; give every MoE layer of "
+                "a model a number of its own, RoutingSpec(slot=0), RoutingSpec(slot=1), ..."
+            )
+        if slot >= len(self.layers):
+            raise RuntimeError(
+                f"RoutingSpec(slot={slot}), but the context was made for {len(self.layers)} MoE "
+                "layers: TokenContext(num_layers) counts them all"
+            )
+        if num_tokens != len(self.is_valid_T):
+            raise RuntimeError(
+                f"a MoE layer is given {num_tokens} tokens, but the forward was begun with "
+                f"{len(self.is_valid_T)}: {begin}"
+            )
 
     def mean_losses(self) -> dict[str, LossTerm]:
         """Every auxiliary loss by name, averaged over the layers that have it."""

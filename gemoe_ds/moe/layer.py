@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gemoe_ds.moe.context import TokenContext
@@ -35,7 +36,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         HERE.enter_layer(self.router.spec.slot)
-        with self.ctx.writing(self.router.spec.slot):
+        with self.ctx.writing(self.router.spec.slot, x_BSD.shape[:-1].numel()):
             return self._forward(x_BSD)
 
     def _forward(self, x_BSD: Tensor) -> Tensor:
@@ -48,6 +49,13 @@ class MoELayer(nn.Module):
         weights_TE, _ = router.split(decision.weights_TE)
         announced = self.dispatcher.announce(mask_TE)
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
+        if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
+            if router.losses(decision, logits_TE, self.ctx):
+                raise RuntimeError(
+                    "the forward was begun with gradients, but a MoE layer runs without: its "
+                    "auxiliary losses would be lost; recompute with use_reentrant=False, or begin "
+                    "under torch.no_grad()"
+                )
 
         def beside(x_TD: Tensor) -> Tensor | None:  # while the rows travel
             free_TD = router.free_output(x_TD, decision)

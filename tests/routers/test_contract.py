@@ -77,6 +77,7 @@ def test_padding_changes_nothing(case):
     for filling in (0.0, 100.0, 1e30, torch.inf, torch.nan):
         x_TD = torch.where(ctx.is_valid_T[:, None], x_TD.detach(), filling).requires_grad_()
         layer.zero_grad()
+        ctx.begin(ctx.is_valid_T[None], ctx.is_vision_T[None])
         y_TD = layer(x_TD[None])[0][ctx.is_valid_T]
         record = ctx.layers[0]
         values = [t.value for t in record.losses.values()]
