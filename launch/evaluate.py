@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,12 @@ def _write(
         f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
         f"({record.seconds:.1f} s)"
     )
+    if record.num_not_asked:
+        subject.say(
+            f"{out}: {scores.asked.total():,} questions were asked; {record.num_not_asked:,} were "
+            f"not, as data.max_length={subject.config.data.max_length} cuts their answers or their "
+            f"sample is left out ({len(scores.bad):,} samples)"
+        )
 
 
 def _write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:
@@ -149,6 +156,8 @@ def _record(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecor
         accuracy_by_kind=scores.accuracy_by_kind,
         num_questions_by_kind=dict(sorted(scores.asked.items())),
         accuracy_micro=scores.accuracy_micro,
+        num_not_asked_by_kind=dict(sorted(scores.not_asked.items())),
+        left_out=[asdict(scores.bad[row]) for row in sorted(scores.bad)],
         activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
         total_parameters=model.num_parameters,
         **identity,

@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.errors import ConfigError, DataError, exit_on_error
 from gemoe_ds.evaluation.arguments import Setting, settings, subject_parser
 
 if TYPE_CHECKING:
     import argparse
 
+    from gemoe_ds.data.bad_samples import BadSample
     from gemoe_ds.data.sample import SampleFolder
     from gemoe_ds.evaluation.generate import Work, Written
     from gemoe_ds.evaluation.subject import Subject
@@ -56,6 +57,7 @@ class Found:
     """Of one way to route: answers and counts of this rank, seconds of every round."""
 
     answers: list[dict[str, Any]] = field(default_factory=list)
+    bad: dict[int, BadSample] = field(default_factory=dict)  # samples that are left out, by row
     prompts: Work | None = None
     steps: Work | None = None
     rounds: list[tuple[float, float]] = field(default_factory=list)
@@ -104,12 +106,28 @@ def one_round(
         written = write(subject, last, counted=counted)
         prompts, steps = prompts + written.prompts, steps + written.steps
         if counted and batch is not None:
-            found.answers += answered(subject, samples, batch.rows, written)
+            found.bad |= {bad.row: bad for bad in batch.bad}
+            found.answers += answered(subject, samples, batch, written)
     if counted:
+        found.bad = left_out(subject, samples, found)
         found.prompts, found.steps = prompts, steps
     else:
         found.rounds.append((prompts.seconds, steps.seconds))
     found.memory = max(found.memory, peak_memory(world.device))
+
+
+def left_out(subject: Subject, samples: SampleFolder, found: Found) -> dict[int, BadSample]:
+    """What all ranks have left out; DataError if it is too much. Collective."""
+    from gemoe_ds.data.bad_samples import listed
+    from gemoe_ds.engine.distributed import gather_objects
+
+    log = subject.bad_sample_log(samples)
+    for line in listed(log.record(found.bad.values())):
+        subject.say(line)
+    log.check()
+    if not sum(gather_objects(len(found.answers))):
+        raise DataError(f"{samples.path}: none of the samples that were asked for can be used")
+    return {bad.row: bad for bad in log.samples}
 
 
 def write(subject: Subject, batch: Any, *, counted: bool) -> Written:
@@ -131,12 +149,15 @@ def write(subject: Subject, batch: Any, *, counted: bool) -> Written:
 
 
 def answered(
-    subject: Subject, samples: SampleFolder, rows: tuple[int, ...], written: Written
+    subject: Subject, samples: SampleFolder, batch: Any, written: Written
 ) -> list[dict[str, Any]]:
-    """Question, what was written, and what the data says, of every sample of a batch."""
+    """Question, what was written, and what the data says, of every sample that is not left out."""
     tokenizer: Any = subject.collator.tokenizer
     found = []
-    for row, ids in zip(rows, written.token_ids, strict=True):
+    left_out = {bad.row for bad in batch.bad}
+    for row, ids in zip(batch.rows, written.token_ids, strict=True):
+        if row in left_out:
+            continue
         sample = samples[row]
         ended = ids and ids[-1] in subject.collator.end_ids
         text = tokenizer.decode(ids[:-1] if ended else ids).strip()  # <|ref|> is text as well
@@ -174,10 +195,15 @@ def report(subject: Subject, found: dict[Setting, Found], out: Path) -> None:
         )
     if subject.world.is_first:
         shape = {"ranks": subject.world.size, "batch": subject.arguments.batch}
-        content = {"costs": as_json(costs)} | shape | provenance()
+        bad = [asdict(sample) for sample in next(iter(found.values())).bad.values()]
+        content = {"costs": as_json(costs), "left_out": bad} | shape | provenance()
         (out / "throughput.json").write_text(json.dumps(content, indent=1) + "\n")
-        (out / "throughput.md").write_text(as_markdown(costs), encoding="utf-8")
-        print(as_markdown(costs), end="")
+        table = as_markdown(costs)
+        if bad:
+            answered = f"{costs[0].samples:,} of {costs[0].samples + len(bad):,}"
+            table += f"\n{answered} samples were answered; throughput.json lists those left out\n"
+        (out / "throughput.md").write_text(table, encoding="utf-8")
+        print(table, end="")
 
 
 if __name__ == "__main__":

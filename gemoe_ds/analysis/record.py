@@ -41,6 +41,9 @@ class EvalRecord(ConfigModel):
     accuracy_by_kind: dict[str, float] = Field(min_length=1)
     num_questions_by_kind: dict[str, int]
     accuracy_micro: float = Field(ge=0, le=1)  # over questions
+    # Questions that no accuracy counts: their answers are cut, or their sample is left out.
+    num_not_asked_by_kind: dict[str, int] = {}
+    left_out: tuple[dict[str, Any], ...] = ()  # samples: row, id, reason, needs
     mean_k: float = Field(ge=0)
     mean_k_per_layer: tuple[float, ...] = Field(min_length=1)
     mean_k_vision: float | None
@@ -73,6 +76,10 @@ class EvalRecord(ConfigModel):
         if abs(self.mean_k - sum(self.mean_k_per_layer) / self.num_layers) > 1e-3:
             raise ValueError(f"mean_k {self.mean_k} is not the mean of mean_k_per_layer")
         return self
+
+    @property
+    def num_not_asked(self) -> int:
+        return sum(self.num_not_asked_by_kind.values())
 
     @property
     def num_layers(self) -> int:

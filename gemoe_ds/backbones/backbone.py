@@ -123,6 +123,17 @@ class Backbone(Registered):
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
         """Every MoE block in order of depth; never empty."""
 
+    def context_length(self, model: nn.Module) -> int | None:
+        """Positions that the language model of a loaded model, or a shell, knows; None: unknown."""
+        blocks = self.moe_blocks(model)
+        root = blocks[0].path.partition(".layers.")[0] if blocks else ""
+        config: Any = getattr(model.get_submodule(root), "config", None)
+        length = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if length and "original_max_position_embeddings" not in rope:
+            length = int(length * (rope.get("factor") or 1))
+        return length
+
     def image_layout(self, model: nn.Module) -> ImageLayout | None:
         """How an image is laid into a sequence; None: this model reads text only."""
         return None

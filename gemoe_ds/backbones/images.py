@@ -33,6 +33,9 @@ class ImageLayout(Protocol):
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
         """`num_images`: in the whole conversation; some models cut only few of them into tiles."""
 
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        """Of a picture of so many pixels: as many as `input_ids` has. The size says it all."""
+
     def blank(self) -> LaidImage:
         """The smallest image there is, for ranks that have none."""
 
@@ -58,6 +61,9 @@ class SquareImages:
         return LaidImage(
             [self.token_id] * self.tokens, np.arange(self.tokens), self.tokens, pixels_NCHW
         )
+
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        return self.tokens
 
     def blank(self) -> LaidImage:
         return self(Image.new("RGB", (self.size, self.size)))

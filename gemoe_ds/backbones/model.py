@@ -102,6 +102,7 @@ class MoEModel(nn.Module):
         self.num_parameters = sum(p.numel() for p in self.hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
         self.image_layout = backbone.image_layout(self.hf)
+        self.context_length = backbone.context_length(self.hf)
         self.hf.requires_grad_(train == "all")
         self.ctx = TokenContext(len(blocks))
         targets: dict[str, Target] = {}

@@ -145,23 +145,12 @@ class Collator:
             encoded.add(turn.end, labels=turn.end)
             encoded.cut_answers -= 1
         if all(label == IGNORE for label in encoded.labels):
-            raise self._without_target(sample, turns, image)
+            before = len(image.input_ids) if image else 0
+            whole = before + sum(sum(turn.lengths) for turn in turns)
+            targets = sum(len(turn.answer) + len(turn.end) for turn in turns)
+            before += sum(turn.lengths[0] for turn in turns[:1])
+            raise without_target(sample.id, before, whole, targets, self.max_length)
         return encoded
-
-    def _without_target(
-        self, sample: Sample, turns: list[TurnTokens], image: LaidImage | None
-    ) -> SampleError:
-        """Why a sample that can be read has none."""
-        before = len(image.input_ids) if image else 0
-        whole = before + sum(sum(turn.lengths) for turn in turns)
-        if not any(turn.answer + turn.end for turn in turns):
-            return SampleError(f"sample {sample.id}: its answers are empty, so it has no target")
-        before += turns[0].lengths[0]
-        return SampleError(
-            f"sample {sample.id}: no answer fits into data.max_length={self.max_length}: "
-            f"{before:,} tokens stand before the first one, and the sample has {whole:,}",
-            needs=whole,
-        )
 
     def encode_or_leave_out(self, row: int, sample: Sample, *, prompt: bool = False) -> Encoded:
         """As `encode` or `prompt`; padding in the place of a bad sample: the others keep theirs."""
@@ -250,6 +239,19 @@ class Collator:
         }
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
         return {"pixels": pixels, "feature_BS": feature_BS, **joined}
+
+
+def without_target(
+    sample_id: str, before: int, whole: int, targets: int, max_length: int
+) -> SampleError:
+    """Why a sample of so many tokens, of which so many stand before its first answer, has none."""
+    if targets == 0:
+        return SampleError(f"sample {sample_id}: its answers are empty, so that it has no target")
+    return SampleError(
+        f"sample {sample_id}: no answer fits into data.max_length={max_length}: {before:,} tokens "
+        f"stand before the first one, and the sample has {whole:,}",
+        needs=whole,
+    )
 
 
 def _padded(rows: list[list[int]], length: int, value: int, left: bool) -> Tensor:

@@ -45,8 +45,15 @@ _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 def decode_image(sample: Sample) -> Image.Image:
     """The image of a sample in RGB; ImageError naming the sample if it is broken."""
     assert sample.image is not None
-    try:
+    with named_after(sample):
         return read_image(sample.image)
+
+
+@contextmanager
+def named_after(sample: Sample) -> Iterator[None]:
+    """An ImageError of the block names the sample."""
+    try:
+        yield
     except ImageError as error:
         raise ImageError(
             f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"

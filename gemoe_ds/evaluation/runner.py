@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.errors import ConfigError, DataError
 
 Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
 UNNAMED = "question"  # kind of a turn that the data does not name
@@ -25,6 +26,8 @@ class Scores:
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
+    not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
+    bad: dict[int, BadSample] = field(default_factory=dict)  # by row
     entropy_LN: list[np.ndarray] = field(default_factory=list)
     k_LN: list[np.ndarray] = field(default_factory=list)
     is_vision_N: list[np.ndarray] = field(default_factory=list)
@@ -36,6 +39,8 @@ class Scores:
         for part in parts:
             total.right.update(part.right)
             total.asked.update(part.asked)
+            total.not_asked.update(part.not_asked)
+            total.bad |= part.bad
             total.entropy_LN += part.entropy_LN
             total.k_LN += part.k_LN
             total.is_vision_N += part.is_vision_N
@@ -100,20 +105,29 @@ def evaluate(
             _count_answers(scores, current, correct_BS.cpu(), samples)
             _count_routing(scores, model)
     ctx.trace, ctx.collect = False, False
-    return Scores.merged(gather(scores))
+    total = Scores.merged(gather(scores))
+    if not total.asked:
+        example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
+        raise DataError(
+            f"{samples.path}: none of {total.not_asked.total():,} questions can be asked, raise "
+            f"data.max_length or give other samples: {example}"
+        )
+    return total
 
 
 def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: SampleFolder) -> None:
     """A turn is right if every token of its answer is (the end token is not asked for)."""
+    scores.bad |= {bad.row: bad for bad in batch.bad}
     is_label_BS = batch.labels_BS != -100
     for row, turns_S, right_S, label_S in zip(
         batch.rows, batch.turn_BS, correct_BS, is_label_BS, strict=True
     ):
         for index, turn in enumerate(samples[row].turns):
             answer_S = (turns_S == index) & label_S
-            if not answer_S.any():
-                continue  # cut off by max_length
             kind = turn.kind or UNNAMED
+            if not answer_S.any():
+                scores.not_asked[kind] += 1  # cut off by max_length, or left out
+                continue
             scores.asked[kind] += 1
             scores.right[kind] += bool(right_S[answer_S].all())
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.together import until_stopped
 from gemoe_ds.config import RunConfig, load_config, validate_evaluation
 from gemoe_ds.console import Progress
+from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.dataset import EvalStream
+from gemoe_ds.data.lengths import known_lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.checkpoint import put_trained
 from gemoe_ds.engine.distributed import World, gather_objects
@@ -28,6 +31,7 @@ from gemoe_ds.evaluation.runner import Scores, evaluate
 from gemoe_ds.moe.router import Router
 from gemoe_ds.position import EVALUATE
 from gemoe_ds.train.assemble import build_collator, build_model
+from gemoe_ds.train.look_at_samples import leave_out_known
 
 BETWEEN = "between two batches; what --out holds is whole"
 
@@ -55,6 +59,7 @@ class Subject:
             put_trained(self.model, self.checkpoint)
             self.say(f"trained parts from {self.checkpoint}")
         self.collator = build_collator(config, self.model)
+        self._logs: dict[Path, BadSampleLog] = {}
 
     def say(self, text: str) -> None:
         if self.world.is_first:
@@ -74,10 +79,29 @@ class Subject:
         )
 
     def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
+        log = self._left_out(samples)
         stream = self.stream(samples, limit=limit)
-        return evaluate(
+        scores = evaluate(
             self.model, samples, self.shown(stream, EVALUATE), self.world.device, gather_objects
         )
+        log.record(scores.bad.values())
+        log.check()
+        return scores
+
+    def bad_sample_log(self, samples: SampleFolder) -> BadSampleLog:
+        return BadSampleLog(self.config.data.max_bad_samples, len(samples), gather_objects)
+
+    def _left_out(self, samples: SampleFolder) -> BadSampleLog:
+        """What is known, before the first batch, to be too long; the same every time."""
+        if samples.path not in self._logs:
+            world = self.world
+            lengths, _ = known_lengths(
+                samples, self.collator, rank=world.rank, world=world.size, gather=gather_objects
+            )
+            log = self.bad_sample_log(samples)
+            leave_out_known(lengths, samples, self.collator, log)
+            self._logs[samples.path] = log
+        return self._logs[samples.path]
 
     def shown(
         self, stream: EvalStream, phase: str, title: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.images import ImageLayout
@@ -13,6 +14,7 @@ from gemoe_ds.backbones.model import ExpertShard, MoEModel
 from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Collator
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
 
 
@@ -55,10 +57,30 @@ def named_backbone(config: RunConfig) -> Backbone:
 
 def build_collator(config: RunConfig, model: MoEModel) -> Collator:
     """The collator that fits a model's images and chat and a configuration's tokenizer."""
-    return collator_of(config, model.backbone, model.image_layout)
+    return _collator(config, model.backbone, model.image_layout, model.context_length)
 
 
-def collator_of(config: RunConfig, backbone: Backbone, layout: ImageLayout | None) -> Collator:
+def collator_of(config: RunConfig, backbone: Backbone, hf: nn.Module) -> Collator:
+    """The same of what the backbone has loaded, before it is converted."""
+    return _collator(config, backbone, backbone.image_layout(hf), backbone.context_length(hf))
+
+
+def shell_collator(config: RunConfig) -> Collator:
+    """The same where nothing is loaded: from headers."""
+    backbone, base = named_backbone(config), config.model.checkpoint
+    hf = backbone.load(Path(base) if base else None, Path(config.data.tokenizer))
+    return collator_of(config, backbone, hf)
+
+
+def _collator(
+    config: RunConfig, backbone: Backbone, layout: ImageLayout | None, limit: int | None
+) -> Collator:
+    """ConfigError for sequences that are too long for the model."""
+    if limit is not None and config.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}: the model knows positions up to {limit}; "
+            f"set data.max_length={limit} or less"
+        )
     token = layout.token if layout else None
     return Collator(
         load_tokenizer(Path(config.data.tokenizer), backbone.chat, token),

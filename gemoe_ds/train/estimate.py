@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.backbones.backbone import BlockSpec
 from gemoe_ds.config import RunConfig, deepspeed_config
-from gemoe_ds.data.collate import IGNORE, Batch, Collator, Encoded
+from gemoe_ds.data.collate import Batch, Collator, Encoded
+from gemoe_ds.data.lengths import Lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.errors import DataError, SampleError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
+from gemoe_ds.train.look_at_samples import look_at_samples
 from gemoe_ds.train.phases import resident_memory
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
-_LOOKED_AT, _SECONDS = 256, 5.0  # samples, and how long they may take
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, numbers
 
 # Of a process on CPUs, as measured (docs/backbones.md): what DeepSpeed's engine, the loader's
@@ -56,7 +57,7 @@ class Estimate:
     def against(self, measured: int) -> str:
         return (
             f"memory of the fullest rank: {measured / 2**30:.2f} GiB; {self.total / 2**30:.2f} "
-            "were estimated, for the longest of the first samples"
+            "were estimated, for the longest samples"
         )
 
 
@@ -67,9 +68,13 @@ def print_estimate(config: RunConfig, num_ranks: int) -> None:
 
 
 def estimate(
-    config: RunConfig, samples: SampleFolder, num_ranks: int, device: torch.device
+    config: RunConfig,
+    samples: SampleFolder,
+    num_ranks: int,
+    device: torch.device,
+    lengths: Lengths | None = None,
 ) -> Estimate:
-    """For a run on so many ranks. Reads headers, a tokenizer, and the first samples."""
+    """For a run on so many ranks. Reads headers, a tokenizer, and the longest samples."""
     backbone = named_backbone(config)
     checkpoint = Path(config.model.checkpoint) if config.model.checkpoint else None
     hf = backbone.load(checkpoint, Path(config.data.tokenizer))
@@ -77,13 +82,18 @@ def estimate(
     chosen = Router.named(config.model.router.name)
     routers = [chosen(config.model.router.config, block.routing) for block in blocks]
     process = resident_memory()  # before images are looked at
-    batch = _largest(samples, collator_of(config, backbone, backbone.image_layout(hf)), config)
-    pixels = batch.images.get("pixels")
+    collator = collator_of(config, backbone, hf)
+    if lengths is None:
+        lengths, _ = look_at_samples(config, samples, collator)
+        assert lengths is not None
+    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch
+    longest = _largest(samples, collator, size, cut.length_N)
+    seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
     dtype = getattr(torch, config.model.dtype)
     shape = StepShape(
-        tokens=batch.input_ids_BS.numel(),
-        targets=int((batch.labels_BS != IGNORE).sum()),
-        pixel_values=0 if pixels is None else pixels.numel(),
+        tokens=longest.input_ids_BS.numel(),
+        targets=int(np.sort(cut.targets_N)[-size:].sum()),
+        pixel_values=max(_num_pixel_values(batch) for batch in (longest, seen)),
         itemsize=dtype.itemsize,
         k=max(router.most_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
@@ -191,16 +201,18 @@ def _buckets(
     return size * GRADIENT * copies
 
 
-def _largest(samples: SampleFolder, collator: Collator, config: RunConfig) -> Batch:
-    """The longest of the first samples, as many as a micro-batch has; no more are held."""
-    most: list[Encoded] = []
-    end, size = time.monotonic() + _SECONDS, config.train.micro_batch
-    for row in range(min(_LOOKED_AT, len(samples))):
-        with suppress(SampleError):
-            most.append(collator.encode(row, samples[row]))
-            most = sorted(most, key=lambda e: len(e.input_ids), reverse=True)[:size]
-        if time.monotonic() > end and len(most) == size:
+def _largest(samples: SampleFolder, collator: Collator, size: int, most_N: np.ndarray) -> Batch:
+    """A micro-batch of the samples that have most."""
+    largest: list[Encoded] = []
+    for row in np.argsort(-most_N, kind="stable").tolist():
+        with suppress(SampleError):  # an image of which the header alone is whole
+            largest.append(collator.encode(row, samples[row]))
+        if len(largest) == size:
             break
-    if not most:
-        raise DataError(f"{samples.path}: none of the first samples can be used")
-    return collator.batch(most)
+    if not largest:
+        raise DataError(f"{samples.path}: none of {len(samples):,} samples can be used")
+    return collator.batch(largest)
+
+
+def _num_pixel_values(batch: Batch) -> int:
+    return batch.images["pixels"].numel() if batch.images else 0

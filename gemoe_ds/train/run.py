@@ -27,10 +27,17 @@ from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError, GemoeError, writing_to
 from gemoe_ds.train.as_published import as_published
-from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
+from gemoe_ds.train.assemble import (
+    build_collator,
+    build_model,
+    collator_of,
+    named_backbone,
+    shell_collator,
+)
 from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
+from gemoe_ds.train.look_at_samples import look_at_samples
 from gemoe_ds.train.monitor import Monitor
 from gemoe_ds.train.phases import Phases, resident_memory
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
@@ -49,7 +56,9 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
-        shard, memory, expected = look_around(config, samples, world)
+        shard, memory, expected, bad_samples = look_around(
+            config, samples, world, stop, may_write=not dry_run
+        )
         phases = Phases(world)
         if dry_run:
             _look_first(config, samples, world)
@@ -88,12 +97,6 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         if found:
             since = changes(found, config, world.size)
             say(world, "\n".join(filter(None, [f"resumed from {found.folder}", since])))
-        bad_samples = BadSampleLog(
-            config.data.max_bad_samples,
-            len(samples),
-            gather_objects,
-            output if world.is_first and not dry_run else None,
-        )
         stream = _stream(config, samples, model, world, start_step)
 
         if dry_run:
@@ -114,7 +117,9 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             return
 
         monitor = _prepare(config, output, start_step) if world.is_first else None
-        bad_samples.resume(start_step)  # and the ledger's files stay as they are from here on
+        bad_samples.keep_in(output if world.is_first else None, start_step)
+        bad_samples.check()
+        gather_objects(None)  # the ledger's files stay as they are from here on
         ledger = Ledger(output, world.rank) if config.monitor.ledger else None
         saver = Saver(
             engine,
@@ -171,21 +176,31 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
 def check(config: RunConfig) -> None:
     """What a run checks before it loads anything, and nothing else."""
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        look_around(config, open_samples(config.data.train), world)
+        look_around(config, open_samples(config.data.train), world, StopRequest())
 
 
 def look_around(
-    config: RunConfig, samples: SampleFolder, world: World
-) -> tuple[ExpertShard, Memory, Estimate]:
-    """Refuse hosts and ranks that are not fit for this run; else what this rank's experts are,
-    where its other weights are kept, and how much memory it is thought to need. Collective."""
+    config: RunConfig,
+    samples: SampleFolder,
+    world: World,
+    stop: StopRequest,
+    *,
+    may_write: bool = False,
+) -> tuple[ExpertShard, Memory, Estimate, BadSampleLog]:
+    """Refuse data, hosts and ranks that are not fit for this run; else what this rank's experts
+    are, where its other weights are kept, how much memory it is thought to need, and the samples
+    that are left out. `may_write`: into the run's folder. Collective."""
+    lengths, bad_samples = look_at_samples(
+        config, samples, shell_collator(config), world, stop, may_write=may_write
+    )
+    stop_together(stop, world, BEFORE)
     trainable = config.model.train != "routers"
     shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
     memory = host_memory(world)
     found: Estimate | GemoeError | None = None
     if world.is_first:
         try:
-            found = estimate(config, samples, world.size, world.device)
+            found = estimate(config, samples, world.size, world.device, lengths)
         except GemoeError as error:
             found = error  # all say it, so that no rank waits for another
     expected, *_ = gather_objects(found)
@@ -202,7 +217,7 @@ def look_around(
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)
     for line in preflight(world, output, ep_size, needed, shard.groups, on_disk):
         say(world, line)
-    return shard, memory, expected
+    return shard, memory, expected, bad_samples
 
 
 def _checkpoint_to_resume(
@@ -242,7 +257,7 @@ def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> None:
     checkpoint_dir = config.model.checkpoint
     backbone, checkpoint_path = named_backbone(config), checkpoint_dir and Path(checkpoint_dir)
     hf = backbone.load(checkpoint_path or None, Path(config.data.tokenizer))
-    collator = collator_of(config, backbone, backbone.image_layout(hf))
+    collator = collator_of(config, backbone, hf)
     if world.is_first:
         for line in first_contact(backbone, hf, checkpoint_path or None, collator):
             print(line, flush=True)

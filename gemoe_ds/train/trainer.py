@@ -235,7 +235,7 @@ class Trainer:
         for line in listed(self.bad_samples.record(new, step)):
             if self.world.is_first:
                 Progress.write(line)
-        if self.bad_samples.is_over:
+        if not self.bad_samples.allows(len(self.bad_samples)):
             self._save_last(step - 1)
             self.bad_samples.check()
 

@@ -6,16 +6,12 @@ import json
 
 import pytest
 
-from gemoe_ds.data.bad_samples import FILE, BadSample, BadSampleLog, listed
+from gemoe_ds.data.bad_samples import FILE, BadSample, BadSampleLog, alone, listed
 from gemoe_ds.errors import DataError
 
 
 def bad(*rows, needs=None):
     return [BadSample(row, f"s{row}", f"sample s{row}: broken", needs) for row in rows]
-
-
-def alone(value):
-    return [value]
 
 
 def test_what_two_ranks_meet_counts_once():
@@ -53,17 +49,19 @@ def test_a_run_needs_one_sample_whatever_the_budget():
 
 def test_a_run_that_goes_on_knows_the_list(tmp_path):
     """But for what lies behind its checkpoint, and what was too long, which may fit now."""
-    log = BadSampleLog(10, 100, alone, tmp_path)
+    log = BadSampleLog(10, 100, alone)
     log.record(bad(1, needs=300))
+    log.keep_in(tmp_path, 0)
     for step in (2, 3, 4):
         log.record(bad(10 * step), step)
     (tmp_path / FILE).open("a").write('{"step": 3, "row"')
-    again = BadSampleLog(10, 100, alone, tmp_path)
-    again.resume(3)
-    assert again.samples == bad(20, 30)
+    again = BadSampleLog(10, 100, alone)
+    again.record(bad(20, 2))
+    again.keep_in(tmp_path, 3)
+    assert again.samples == bad(2, 20, 30)
     again.record(bad(20, 50), 4)
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
-    assert [(line["step"], line["row"]) for line in lines] == [(2, 20), (3, 30), (4, 50)]
+    assert [(line["step"], line["row"]) for line in lines] == [(0, 20), (3, 30), (0, 2), (4, 50)]
 
 
 def test_a_long_list_is_told_in_part():

@@ -53,10 +53,8 @@ class DeepseekVl2Images:
         return "<image>", self.token_id
 
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> LaidImage:
-        crops = num_images <= 2  # more of them are not cut up
-        size = self.best_resolution(*rgb.size) if crops else (self.tile, self.tile)
-        mosaic = self._padded(rgb, size)
-        columns, rows = (length // self.tile for length in size)
+        rows, columns = self._grid(*rgb.size, num_images)
+        mosaic = self._padded(rgb, (columns * self.tile, rows * self.tile))
         tiles = [self._padded(rgb, (self.tile, self.tile))]
         for y in range(rows):
             for x in range(columns):
@@ -72,6 +70,16 @@ class DeepseekVl2Images:
             np.ascontiguousarray((pixels / 255 - MEAN[0]) / STD[0]).transpose(0, 3, 1, 2),
             {"tiles": np.array([len(tiles)])},
         )
+
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        return len(self._sequence(*self._grid(width, height, num_images)))
+
+    def _grid(self, width: int, height: int, num_images: int) -> tuple[int, int]:
+        """Rows and columns of tiles; a picture among more than two is not cut up."""
+        if num_images > 2:
+            return 1, 1
+        wide, high = self.best_resolution(width, height)
+        return high // self.tile, wide // self.tile
 
     def blank(self) -> LaidImage:
         return self(Image.new("RGB", (self.tile, self.tile)))

@@ -38,13 +38,16 @@ class PaddedSquare:
         square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         pixels_HWC = np.asarray(square, dtype=np.float32) / 255
         pixels_HWC = (pixels_HWC - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-        tokens = (self.size // self.patch) ** 2
+        tokens = self.num_tokens(*rgb.size)
         return LaidImage(
             [0] * tokens,
             np.arange(tokens),
             tokens,
             np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)[None]),
         )
+
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        return (self.size // self.patch) ** 2
 
     def blank(self) -> LaidImage:
         return self(Image.new("RGB", (self.size, self.size)))

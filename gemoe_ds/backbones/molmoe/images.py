@@ -92,6 +92,9 @@ class MolmoeImages:
             {"mask": np.stack(masks)},
         )
 
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        return len(self._sequence(*self.tiling(height, width))[0])
+
     def blank(self) -> LaidImage:
         return self(Image.new("RGB", (self.crop * self.patch,) * 2))
 

@@ -51,14 +51,21 @@ class Qwen3VLImages:
             {"grid_thw": grid.astype(np.int64)},
         )
 
+    def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
+        wide, high = _bounded(width, height)
+        patches: int = self.processor.get_number_of_image_patches(high, wide)
+        return patches // self.processor.merge_size**2 + 2
+
     def blank(self) -> LaidImage:
         side = self.processor.patch_size * self.processor.merge_size
         return self(Image.new("RGB", (side, side)))
 
 
 def _not_too_long(rgb: Image.Image) -> Image.Image:
+    size = _bounded(*rgb.size)
+    return rgb if size == rgb.size else rgb.resize(size)
+
+
+def _bounded(width: int, height: int) -> tuple[int, int]:
     """An image at most 200 times as long as wide, which is all that the processor takes."""
-    width, height = rgb.size
-    if max(width, height) <= 200 * min(width, height):
-        return rgb
-    return rgb.resize((max(width, -(-height // 200)), max(height, -(-width // 200))))
+    return max(width, -(-height // 200)), max(height, -(-width // 200))
