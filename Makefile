@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume bench full-size full-size-gpu check format setup clean
+.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check format setup clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -70,6 +70,10 @@ parity: setup
 # Every set-up (ranks, EP size, ZeRO stage) goes on from every other: results/resume.json.
 resume: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.train.resuming
+
+# Faults planted in a copy, one at a time: do the tests nearest to them fail? (10 minutes)
+mutants: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # The MoE layer against its peers on this machine: results/bench_cpu.json or bench_cuda.json.
 bench: setup

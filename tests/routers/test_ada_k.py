@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,26 @@ def test_ppo_by_hand():
         total += min(ratio * advantage[t], clipped * advantage[t])
     value = ctx.layers[0].losses["policy"].value.item()
     assert math.isclose(value, -total / TOKENS, rel_tol=1e-4)  # the last layer: no discount
+
+
+@pytest.mark.parametrize("slot, discount", [(0, 0.25), (1, 0.5), (2, 1.0)])
+def test_lower_layers_have_a_discount(slot, discount):
+    """A gain of 1 everywhere, before the first update: every ratio is 1."""
+    options = {"warm_steps": 0, "gamma": 0.5, "regulariser": 0.0}
+    router = make_router("ada_k", options, replace(SPEC, slot=slot)).train()
+    ctx = make_context(torch.ones(2, TOKENS // 2, dtype=torch.bool), layers=3)
+    x_TD, kept = torch.randn(TOKENS, 4), {}
+    for name in router.rehearsals():
+        ctx.rehearsal = name
+        with torch.no_grad():
+            router(x_TD, ctx)
+        kept[name] = [dict(record.keep) for record in ctx.layers]
+    ctx.rehearsal, scored_T = None, torch.ones(TOKENS, dtype=torch.bool)
+    gains = {"sampled": torch.ones(TOKENS), "default": torch.zeros(TOKENS)}
+    ctx.rehearsed = {n: Rehearsal(gain, scored_T, kept[n]) for n, gain in gains.items()}
+    router(x_TD, ctx)
+    value = ctx.layers[slot].losses["policy"].value.item()
+    assert value == pytest.approx(-discount)
 
 
 def test_warm_start_gives_the_mass_that_holds_the_default_k():
