@@ -32,7 +32,7 @@ class Mutant:
 EVALUATION, ROUTERS = "tests/evaluation/test_runner.py", "tests/routers/test_"
 RUNNER, COLLATE = "gemoe_ds/evaluation/runner.py", "gemoe_ds/data/collate.py"
 STREAM, MODEL = "gemoe_ds/data/dataset.py", "gemoe_ds/backbones/model.py"
-LOSSES, CONTEXT, EXCHANGE = (f"gemoe_ds/moe/{f}.py" for f in ("losses", "context", "exchange"))
+LOSSES, CONTEXT = "gemoe_ds/moe/losses.py", "gemoe_ds/moe/context.py"
 TABLE = [
     Mutant("answers_any", RUNNER, "right_S[answer_S].all()", "right_S[answer_S].any()", EVALUATION),
     Mutant("never_right", RUNNER, "+= bool(right_S", "+= 0 * bool(right_S", EVALUATION),
@@ -101,13 +101,6 @@ TABLE = [
         "            self.layers[slot] = first\n",
         "",
         "tests/backbones/test_tiny.py",
-    ),
-    Mutant(
-        "output_held",
-        EXCHANGE,
-        "return Departed(rows_QD, metadata_B2, moving)",
-        "self.held = rows_QD; return Departed(rows_QD, metadata_B2, moving)",
-        "tests/moe/test_leaks.py",
     ),
     Mutant(
         "ada_k_discount",
