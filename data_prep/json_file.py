@@ -11,10 +11,16 @@ from gemoe_ds.errors import DataError
 
 _BINARY = {
     b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
+}
+_JSON_NAMES: dict[type, str] = {
+    **{list: "list", dict: "object", str: "text", bool: "true or false"},
+    **{int: "number", float: "number", type(None): "null"},
 }
 _SPACE = re.compile(r"\s*")
 
@@ -23,10 +29,13 @@ def read_json(path: Path, kind: type) -> Any:
     """A JSON file whose top level is a list or a dict; DataError otherwise."""
     text = _text(path)
     try:
-        content, end = json.JSONDecoder().raw_decode(text, _after_space(text, 0))
+        decoder = json.JSONDecoder(object_pairs_hook=_once)
+        content, end = decoder.raw_decode(text, _after_space(text, 0))
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         hint = "; the file ends too early: was it downloaded whole?" if cut else ""
+        if found := text[error.pos : error.pos + 40]:
+            hint = f", where {found!r} stands{hint}"
         raise DataError(f"{path}: not valid JSON: {error}{hint}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise DataError(f"{path}: not valid JSON: {error}") from None
@@ -34,10 +43,20 @@ def read_json(path: Path, kind: type) -> Any:
     if start < len(text):
         raise DataError(f"{path}: {_several(path, content, text, start)}")
     if not isinstance(content, kind):
-        got = type(content).__name__
+        got = _JSON_NAMES[type(content)]
         where = _list_in(path, content) if kind is list and isinstance(content, dict) else ""
-        raise DataError(f"{path}: expected a JSON {kind.__name__}, got {got}{where}")
+        raise DataError(f"{path}: expected a JSON {_JSON_NAMES[kind]}, got {got}{where}")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values under one key Python would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in {str(found)[:60]}...")
+    return found
 
 
 def _text(path: Path) -> str:
@@ -48,10 +67,16 @@ def _text(path: Path) -> str:
     for begin, name in _BINARY.items():
         if stored.startswith(begin):
             raise DataError(f"{path}: not valid JSON: it is {name}; give the JSON that it holds")
-    if stored.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if stored.startswith(b"version https://git-lfs"):
         raise DataError(
-            f"{path}: not valid JSON: it is UTF-16; "
-            f"iconv -f UTF-16 -t UTF-8 {path} > utf8.json writes it as UTF-8"
+            f"{path}: not valid JSON: it is Git LFS's pointer to the file; git lfs pull fetches it"
+        )
+    if stored.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        is_32 = stored.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff"))
+        name = "UTF-32" if is_32 else "UTF-16"
+        raise DataError(
+            f"{path}: not valid JSON: it is {name}; "
+            f"iconv -f {name} -t UTF-8 {path} > utf8.json writes it as UTF-8"
         )
     try:
         text = stored.decode("utf-8-sig")
@@ -89,7 +114,8 @@ def _several(path: Path, first: Any, text: str, start: int) -> str:
 
 def _list_in(path: Path, content: dict[str, Any]) -> str:
     """Where the list probably is in an object."""
-    if "conversations" in content or "messages" in content:
+    turns = content.get("conversations", content.get("messages"))
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         return ": it is one row; put it in [ ]"
     lists = [key for key, value in content.items() if isinstance(value, list)]
     if len(lists) == 1:

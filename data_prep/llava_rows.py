@@ -6,6 +6,7 @@ are not to be learned ...) is refused by name. What else stands in it is told by
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,33 +20,38 @@ MARKER = "<image>"
 SPEAKERS = ("human", "gpt")
 TOOL_SPEAKERS = re.compile(r"(tool|function|observation|ipython|environment)", re.I)
 
-# Keys whose content would be lost, in a row or in one of its messages; what to call it.
+# Keys whose content would be lost, in a row or in one of its messages; what to call it. A key is
+# compared by its small letters and digits: `video_path`, `videoPath`.
+_FILE = "((path|file|filename|name|url|byte|base64|list)s?)?"
 _NOT_SUPPORTED = {
-    key: name
+    name: re.compile(keys)
     for name, keys in {
-        "video": "video videos video_path video_url",
-        "audio": "audio audios audio_path audio_url speech",
-        "a list of pictures": "images image_list",
-        "a system prompt": "system system_prompt system_message",
-        "tools": "tools tool functions function_call tool_calls tool_call tool_call_id",
-        "a preference": "chosen rejected kto_tag positive_messages negative_messages",
+        "video": f"(video|clip)s?{_FILE}|(video)?frames{_FILE}",
+        "audio": f"(audio|sound|wav|speech)s?{_FILE}",
+        "a list of pictures": rf"images((file|path)s?)?|imagelist|(image|img|picture)\d+{_FILE}",
+        "a system prompt": "system(prompt|message)?",
+        "tools": "tools?|functions?|functioncall|toolcalls?|toolcallid",
+        "a preference": "(chosen|rejected).*|ktotag|(positive|negative)messages",
         "earlier turns": "history",
-        "reasoning": "reasoning reasoning_content thinking",
-        "a mask of the loss": "mask masked loss_mask train_detail training_detail",
+        "reasoning": "reasoning(content)?|thinking|thoughts?",
+        "a mask of the loss": "lossmask|train(ing)?detail",
         "a second conversation": "messages",
     }.items()
-    for key in keys.split()
 }
 _NOT_SUPPORTED_IN_MESSAGES = _NOT_SUPPORTED | {
-    "image": "a list of pictures",
-    "content": "a second text",
+    "a picture of its own": re.compile(f"(image|img|picture){_FILE}"),
+    "a second text": re.compile("content"),
 }
 # Every answer counts once. What says otherwise is not heeded, so it is refused.
-_LOSS = {"weight", "loss", "train", "training", "trainable"}
+_COUNTS = re.compile(
+    "((sample|row|turn|message)?weight"
+    "|(compute|do|is)?(loss|train|training|trainable|learn)(weight|scale)?)"
+)
+_LEFT_OUT = re.compile("(is)?((no|not)(loss|train|training)|(mask|ignore|skip)(d|ed|ped)?)")
 _READ = {"id", "image", "conversations"}
 _READ_IN_MESSAGES = {"from", "value"}
 # Where else a row may name its picture, if it has no `image`; beside one they are metadata.
-_PICTURE = re.compile(r"(image|img|picture)s?(_?(path|file|filename|name|url|bytes|base64))?", re.I)
+_PICTURE = re.compile(f"(image|img|picture)s?{_FILE}")
 # What stands for a picture, video or sound in the questions of other formats.
 _OTHER_MARKER = re.compile(
     r"<\s*(?:video|audio|image|img|im_start|im_end|im_patch|ImageHere|image-placeholder)\s*>"
@@ -85,7 +91,7 @@ def read_picture(row: dict[str, Any], images: Path, min_size: int) -> bytes | No
     name = row.get("image")
     if name is None:
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.strip():
         what = "several pictures" if isinstance(name, list) else "not a file name"
         raise Unusable(what, f"image is {_short(name)}, not one file name")
     if name.startswith("data:") or len(name) > 1000:
@@ -126,7 +132,9 @@ def notes(row: dict[str, Any], sample: Sample) -> Iterator[str]:
 
 def _unread(holder: dict[str, Any], read: set[str]) -> Iterator[str]:
     for key, value in holder.items():
-        if key not in read and key.lower() not in _LOSS and not _is_empty(value):
+        if key in read or _is_empty(value):
+            continue
+        if not (_COUNTS.fullmatch(letters := _letters(key)) or _LEFT_OUT.fullmatch(letters)):
             yield _cut(key)
 
 
@@ -205,8 +213,12 @@ def _refuse_lost(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     """Keys that are not read must be such as lose nothing."""
     for key, value in row.items():
         if key not in _READ:
-            _check_key("it", key, value, _NOT_SUPPORTED.get(key.lower()))
-            if _PICTURE.fullmatch(key) and row.get("image") is None and not _is_empty(value):
+            _check_key("it", key, value, _NOT_SUPPORTED)
+            if (
+                _PICTURE.fullmatch(_letters(key))
+                and row.get("image") is None
+                and not _is_empty(value)
+            ):
                 raise Unusable(
                     "picture elsewhere", f"its picture is under {key!r}, not under 'image'"
                 )
@@ -215,28 +227,48 @@ def _refuse_lost(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
             continue
         for key, value in message.items():
             if key not in _READ_IN_MESSAGES:
-                lost = _NOT_SUPPORTED_IN_MESSAGES.get(key.lower())
-                is_question = message["from"] == SPEAKERS[0]
-                _check_key(f"message {index}", key, value, lost, is_question=is_question)
+                _check_key(
+                    f"message {index}",
+                    key,
+                    value,
+                    _NOT_SUPPORTED_IN_MESSAGES,
+                    is_question=message["from"] == SPEAKERS[0],
+                )
 
 
 def _check_key(
-    where: str, key: str, value: Any, lost: str | None, *, is_question: bool = False
+    where: str,
+    key: str,
+    value: Any,
+    not_supported: dict[str, re.Pattern[str]],
+    *,
+    is_question: bool = False,
 ) -> None:
-    """`lost`: what such a key holds that would be lost."""
-    name = key.lower()
-    if name in _LOSS and value is not None:
+    """Refuse a key whose content would be lost, or that says how much an answer counts."""
+    name = _letters(key)
+    if _COUNTS.fullmatch(name) and value is not None:
         # Elsewhere `train: true` makes a question be learned; its weight alone never does.
-        if not (name == "weight" or not value if is_question else value == 1):
-            rule = "no question is learned" if is_question else "every answer counts once"
-            raise Unusable("weights of the loss", f"{where} has {key!r}: {_short(value)}; {rule}")
-    if name.startswith(("chosen_", "rejected_")) or (name == "label" and isinstance(value, bool)):
-        lost = "a preference"
-    if lost and not _is_empty(value):
+        counts = "weight" in name or not value if is_question else value == 1
+    else:
+        counts = is_question or not (_LEFT_OUT.fullmatch(name) and value)
+    if not counts:
+        rule = "no question is learned" if is_question else "every answer counts once"
+        raise Unusable("weights of the loss", f"{where} has {key!r}: {_short(value)}; {rule}")
+    if _is_empty(value):
+        return
+    lost = [what for what, keys in not_supported.items() if keys.fullmatch(name)]
+    if name == "label" and isinstance(value, bool):
+        lost = ["a preference"]
+    if lost:
         raise Unusable(
-            lost,
-            f"{where} has {key!r}, and {lost} cannot be used yet (without the key the row can)",
+            lost[0],
+            f"{where} has {key!r}, and {lost[0]} cannot be used yet (without the key the row can)",
         )
+
+
+@functools.cache
+def _letters(key: str) -> str:
+    return re.sub(r"[\W_]", "", key.lower())
 
 
 def _is_empty(value: Any) -> bool:

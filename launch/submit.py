@@ -75,7 +75,7 @@ def _check(arguments: argparse.Namespace, job: Job) -> None:
     """Whatever can be known before the job waits in a queue for hours."""
     from gemoe_ds.config import load_config, validate_run
 
-    config = load_config(Path(job.recipe), list(job.overrides))
+    config = load_config(job.recipe, list(job.overrides))
     if job.nodes > 1 and arguments.launcher != "srun" and not job.hosts:
         raise ConfigError(f"--launcher {arguments.launcher} on {job.nodes} nodes needs --hosts")
     if arguments.launcher == "srun" and job.hosts:
@@ -89,7 +89,7 @@ def _submit(arguments: argparse.Namespace, job: Job) -> None:
 
     template = Places.beside().locate("template", TEMPLATE)
     script = job.sbatch_script(template.read_text(encoding="utf-8"))
-    output = Path(load_config(Path(job.recipe), list(job.overrides)).output_dir)
+    output = Path(load_config(job.recipe, list(job.overrides)).output_dir)
     path = output.with_name(f"{output.name}.sbatch")
     if arguments.dry_run:
         print(f"# {path}\n{script}\n$ sbatch {path}")

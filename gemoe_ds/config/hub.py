@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from gemoe_ds.errors import ConfigError
 
+_PAGE = re.compile(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf://(models/)?")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|bin)$")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -26,7 +28,7 @@ def snapshot_of(name: str, said: str, of_hub: str, not_found: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = name.partition("@")
+    repository, _, revision = _PAGE.sub("", name).rstrip("/").replace("/tree/", "@").partition("@")
     command = _command(repository, revision, of_hub)
     try:
         # an empty list of files: the folder, whatever is in it
@@ -65,7 +67,7 @@ def snapshot_in(folder: Path, said: str, of_hub: str) -> Path:
 
 
 def _command(repository: str, revision: str, of_hub: str) -> str:
-    options = f" --revision {revision}" if revision else ""
+    options = f" --revision {shlex.quote(revision)}" if revision else ""
     if of_hub == "tokenizer":
         options += " --exclude '*.safetensors' --exclude '*.bin'"
     return f"hf download {repository}{options}"

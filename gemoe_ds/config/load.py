@@ -27,7 +27,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for in the working directory, beside the recipe (and what that extends), and in the package.
     Raises ConfigError: unreadable file, unknown key, missing key, wrong type or range.
     """
-    tree, files = _read(Path(path))
+    tree, files = _read(path)
     return config_from_dict(_with_overrides(tree, overrides)).located(Places.beside(*files))
 
 
@@ -48,8 +48,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+def _read(path: str | Path) -> tuple[dict[str, Any], list[Path]]:
     """The dict of `read_recipe`, and the files that it is from."""
+    if not str(path).strip():
+        raise ConfigError("the recipe is an empty text; give a path, as launch/recipes/trial.yaml")
     path = Places.beside().locate("", str(path))
     tree = _read_yaml(path)
     if "extends" not in tree:
@@ -60,7 +62,10 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     base_path = Places.beside(path).locate(f"{path}: extends", base)
     base_tree = _read_yaml(base_path)
     if "extends" in base_tree:
-        raise ConfigError(f"{path}: extends {base}, which itself extends; one level is the rule")
+        raise ConfigError(
+            f"{path}: extends {base}, which itself extends {base_tree['extends']}; one level is "
+            "the rule, so extend that one, or a copy of what --print-config prints"
+        )
     return _merged(base_tree, tree), [path, base_path]
 
 

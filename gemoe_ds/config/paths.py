@@ -46,7 +46,8 @@ class Places:
                 path = Path(found)
                 return hub.snapshot_in(path, said, reads.of_hub) if reads.of_hub else path
         looked = "" if path.is_absolute() else f" (looked in {', '.join(map(str, self.folders))})"
-        missing = f"{said}: no such file or folder{looked}"
+        words = f"; it may also be {' or '.join(reads.words)}" if reads.words else ""
+        missing = f"{said}: no such file or folder{looked}{words}"
         if reads.of_hub:
             return hub.snapshot_of(text, said, reads.of_hub, missing)
         raise ConfigError(missing)

@@ -17,6 +17,7 @@ from gemoe_ds.errors import ConfigError
 
 PORT = 29500  # as torchrun's and DeepSpeed's
 _FIRST_PORT, _PORTS = 20000, 20000  # what a SLURM job's port is chosen from, by its number
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _THIS_HOST = re.compile(r"localhost|127\.\d+\.\d+\.\d+|0\.0\.0\.0|::1?", re.IGNORECASE)
 _HOST = re.compile(r"(?:[^][,\s]+|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+")  # in a list of SLURM
 
@@ -41,7 +42,7 @@ def read_start(env: Mapping[str, str]) -> Start:
     address, port = found.address(), found.number("MASTER_PORT", 1, 65535)
     outer = [launch for launch in launches_in(found) if launch.size != 1 or launch.rank]
     if own.rank is None and own.size in (None, 1) and not outer:
-        return _alone(found, own)
+        return _alone(found)
     # by torchrun or deepspeed: they number ranks and devices anew, whatever started them
     is_numbered = bool(found.text("TORCHELASTIC_RUN_ID") or found.text("CROSS_RANK"))
     is_numbered = is_numbered and None not in (own.rank, own.size, address, port)
@@ -64,20 +65,20 @@ def read_start(env: Mapping[str, str]) -> Start:
     return Start(rank, size, local_rank, address, port or _port(found, by), has_agent)
 
 
-def _alone(found: Variables, own: Launch) -> Start:
+def _alone(found: Variables) -> Start:
     """Nobody says that there are several ranks."""
-    if own.local_rank:
-        raise ConfigError(
-            f"LOCAL_RANK={own.local_rank} is set and RANK is not; start with torchrun, deepspeed, "
-            "srun or mpirun, or unset it to run alone (CUDA_VISIBLE_DEVICES chooses the GPU)"
-        )
-    tasks, nodes = found.number("SLURM_NTASKS", 1), found.number("SLURM_JOB_NUM_NODES", 1)
+    for name in _LOCAL_RANKS:
+        if local_rank := found.number(name):
+            raise ConfigError(
+                f"{name}={local_rank} is set, and no variable says which rank of how many this is; "
+                "start with torchrun, deepspeed, srun or mpirun, or unset it to run alone "
+                "(CUDA_VISIBLE_DEVICES chooses the GPU)"
+            )
     is_step = found.text("SLURM_STEP_NUM_TASKS") is not None
-    if (tasks or 1) > 1:
-        said = f"SLURM_NTASKS={tasks}"
-    elif (nodes or 1) > 1 and not is_step:
-        said = f"SLURM_JOB_NUM_NODES={nodes}"
-    else:
+    said = _several(found, "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE")
+    if not (said or is_step):
+        said = _several(found, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
+    if not said:
         return Start()
     if found.text("SLURM_PROCID") is not None and not is_step:  # a batch script
         raise ConfigError(
@@ -89,6 +90,13 @@ def _alone(found: Variables, own: Launch) -> Start:
         remark=f"{said}, and srun did not start this process: one rank runs; srun ... "
         "launch/train.py starts one a task"
     )
+
+
+def _several(found: Variables, *names: str) -> str:
+    """The first of these that is set, as it is written, if it counts more than one."""
+    counts = ((name, found.number(name, 1)) for name in names)
+    name, count = next(((name, count) for name, count in counts if count), ("", 1))
+    return f"{name}={count}" if count > 1 else ""
 
 
 def _innermost(own: Launch, outer: list[Launch]) -> Launch:

@@ -34,7 +34,7 @@ class Variables:
         text = self.text("MASTER_ADDR")
         if text and (inside := re.fullmatch(r"\[(.+)\]", text)):
             text = inside[1]  # as IPv6 addresses stand before a port
-        if text and re.search(r"[\s/,\[\]]|^[^:]*:\d*$", text):
+        if text and (not re.fullmatch(r"[\w.:%-]+", text) or re.fullmatch(r"[^:]*:\d*", text)):
             raise ConfigError(
                 f"MASTER_ADDR={text}: should be one host's name or address; its port belongs into "
                 "MASTER_PORT"
@@ -58,9 +58,14 @@ class Launch:
 
     @classmethod
     def of(cls, found: Variables, rank: str, size: str, local: str = "", here: str = "") -> Launch:
-        counts = found.number(size, 1), found.number(here, 1)
-        hosts = 2 if None not in counts and counts[1] < counts[0] else 1  # type: ignore[operator]
-        values = found.number(rank), counts[0], found.number(local), counts[1]
+        ranks, ranks_here = found.number(size, 1), found.number(here, 1)
+        if ranks and ranks_here and ranks_here > ranks:
+            raise ConfigError(
+                f"{here}={ranks_here} and {size}={ranks}: no host can have more ranks than there "
+                "are; correct one of the two"
+            )
+        hosts = 2 if ranks and ranks_here and ranks_here < ranks else 1
+        values = found.number(rank), ranks, found.number(local), ranks_here
         return cls(rank, size, local, here, *values, hosts)
 
     @property

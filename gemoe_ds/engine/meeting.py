@@ -102,14 +102,32 @@ def _patience() -> float:
     return seconds
 
 
+def _reach(address: str, port: int, patience: float) -> None:
+    """Wait until somebody listens there; torch would log a stack at every try. OSError if not."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            left = max(until - time.monotonic(), 1.0)
+            socket.create_connection((address, port), timeout=left).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.2)
+
+
 def _store(start: Start, address: str, port: int) -> dist.Store:
     rank, size, patience = start.rank, start.world_size, _patience()
     host = socket.gethostname()
     try:
+        if rank:
+            _reach(address, port, patience)
+        # The first one's own store answers whichever of its addresses the others use.
+        called = address if rank else "localhost"
         return dist.TCPStore(
-            address, port, size, is_master=rank == 0, timeout=timedelta(seconds=patience)
+            called, port, size, is_master=rank == 0, timeout=timedelta(seconds=patience)
         )
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         text = " ".join(str(error).split())
         if "EADDRINUSE" in text:
             raise ConfigError(
@@ -132,7 +150,8 @@ def _ask_mpi() -> None:
             "one's address, is not installed: pip install 'gemoe-ds[mpi]', or set MASTER_ADDR and "
             "MASTER_PORT for all of them (mpirun -x)"
         ) from error
-    local_rank = os.environ["LOCAL_RANK"]
+    local_rank = os.environ.get("LOCAL_RANK")
     port = int(os.environ["MASTER_PORT"])
     deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
-    os.environ["LOCAL_RANK"] = local_rank  # MPI's own; that one counts equal host names
+    if local_rank is not None:  # mpirun's own; that one counts equal host names
+        os.environ["LOCAL_RANK"] = local_rank

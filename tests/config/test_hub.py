@@ -135,3 +135,16 @@ def test_blobs_that_have_gone_and_files_of_the_hub_s_own_list(cache: Path) -> No
     text = json.dumps({"format_version": 1, "files": listed})
     (snapshot.parents[1] / "trees" / f"{COMMIT}.json").write_text(text)
     assert "it lacks preprocessor_config.json; " in refusal("org/moe")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["org/moe/", "https://huggingface.co/org/moe", "hf://org/moe", "hf.co/org/moe/tree/main"],
+)
+def test_an_address_of_the_hub_is_its_name(cache: Path, text: str) -> None:
+    snapshot = put(cache, *WHOLE)
+    assert locate(text) == snapshot
+
+
+def test_the_command_can_be_pasted(cache: Path) -> None:
+    assert "`hf download org/moe --revision 'a b'`" in refusal("org/moe@a b")

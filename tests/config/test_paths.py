@@ -146,3 +146,10 @@ def test_links_stay_as_they_are(here: Path) -> None:
     (here / "step-20").mkdir()
     (here / "latest").symlink_to("step-20")
     assert Places.beside().locate("resume", "latest") == here / "latest"
+
+
+def test_an_empty_recipe_and_a_word_for_a_path(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="the recipe is an empty text"):
+        load_config("")
+    with pytest.raises(ConfigError, match="resume=Auto: no such file .*; it may also be none or a"):
+        load_config(recipe, ["resume=Auto"]).check_paths()

@@ -98,7 +98,7 @@ def test_ordinary_rows(convert):
         ({"id": "b"}, "conversations"),
         (row("b", image="a"), "Is a directory"),
         (row("b", image="a/\0.png"), "null byte"),
-        (row("b", image=""), "Is a directory"),
+        (row("b", image=""), "image is '', not one file name"),
         (row("b", answer="half a pair \ud83d"), "not valid Unicode"),
         (
             row("b")

@@ -132,7 +132,18 @@ STARTS = {
 REFUSALS = {
     "rank only": ({"RANK": "0"}, "RANK=0 is set and WORLD_SIZE is not;"),
     "size only": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set and RANK is not;"),
-    "local rank only": ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 is set and RANK is not;"),
+    "local rank only": ({"LOCAL_RANK": "3"}, "LOCAL_RANK=3 is set, and no variable says"),
+    "mpirun's local rank only": ({"MPI_LOCALRANKID": "1"}, "MPI_LOCALRANKID=1 is set, and no"),
+    "more ranks here than there are": (
+        BY_HAND | MASTER | {"LOCAL_WORLD_SIZE": "8"},
+        "LOCAL_WORLD_SIZE=8 and WORLD_SIZE=4: no host",
+    ),
+    "a shell's text as address": (BY_HAND | {"MASTER_ADDR": "$(hostname)"}, "MASTER_ADDR=$(hostna"),
+    "batch job, tasks of a node": (
+        {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "8"},
+        "SLURM_NTASKS_PER_NODE=8: this batch job starts one process",
+    ),
+    "batch job, old names": ({"SLURM_PROCID": "0", "SLURM_NNODES": "2"}, "SLURM_NNODES=2: this ba"),
     "no address": (BY_HAND, "MASTER_ADDR is not set, and RANK=1 of WORLD_SIZE=4"),
     "rank = size": (BY_HAND | MASTER | {"RANK": "4"}, "RANK=4 and WORLD_SIZE=4: ranks are numb"),
     "local rank = size": (
@@ -203,7 +214,10 @@ REFUSALS = {
         "RANK=0, WORLD_SIZE=2 and OMPI_COMM_WORLD_RANK=5, OMPI_COMM_WORLD_SIZE=8 cannot both",
     ),
     "an old mpirun in srun": (
-        SRUN | OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+        SRUN
+        | OPEN_MPI
+        | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+        | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
         "OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=2 and SLURM_PROCID=5",
     ),
 }
