@@ -48,6 +48,8 @@ def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
     first, specials, pad = _FILES[file.name]
     lines = (line.split() for line in file.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    if len(ranks) > len({*ranks.values()}) or not all(bytes([n]) in ranks for n in range(256)):
+        raise ValueError(f"{file.name} is not whole: it should have every byte, and a rank once")
     spelling = bytes_to_unicode()
 
     def spelled(token: bytes) -> str:

@@ -5,10 +5,12 @@ Code that a folder brings is never run: tokenizer.json says everything.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.backbones.tiktoken import read_tiktoken, tiktoken_file
@@ -26,6 +28,7 @@ def load_tokenizer(
     """
     chat = chat or ChatTemplate()
     tokenizer = _read(folder)
+    tokenizer.model_max_length = VERY_LARGE_INTEGER  # data.max_length counts, and is checked
     stored = _stored(folder, tokenizer)
     if tokenizer.bos_token is None and chat.eos_as_bos:
         tokenizer.bos_token = tokenizer.eos_token
@@ -41,7 +44,10 @@ def load_tokenizer(
         stored = stored | {*lacking}
     missing += [token for token in chat.specials if token not in stored]
     if missing:
-        raise ConfigError(f"data.tokenizer={folder}: lacks {', '.join(missing)}")
+        raise ConfigError(
+            f"data.tokenizer={folder}: lacks {', '.join(missing)}; give the tokenizer that the "
+            "model was trained with, or name tokens that it has in its tokenizer_config.json"
+        )
     for token, in_model in needed.items():
         found, wanted_id = tokenizer.get_vocab().get(token), in_model or chat.added.get(token)
         if wanted_id not in (None, found):
@@ -63,14 +69,25 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         if ranks is not None:
             return read_tiktoken(ranks)
         # transformers reads config.json on the way, of whatever family it is
-        with without("transformers.configuration_utils", "to instantiate a model of type ``"):
+        with (
+            without("transformers.configuration_utils", "to instantiate a model of type ``"),
+            without(
+                "transformers.tokenization_utils_tokenizers", "Could not extract SentencePiece"
+            ),
+        ):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("no vocabulary")  # which transformers takes for an empty one
         return tokenizer
     except Exception as error:  # of any kind, from files that may hold anything
         reason = " ".join(str(error).split())
-        if not is_whole and ranks is None:
+        if not isinstance(error, ValueError | OSError):  # of the words that were looked for
+            reason = f"reading it ends with {type(error).__name__}: {reason}"
+        if folder.is_file():
+            reason = "it is a file; give its folder"
+        elif broken := _broken(folder):
+            reason = broken
+        elif not is_whole and ranks is None:
             reason = "it has no tokenizer.json"
             if any(folder.glob("*.py")):
                 reason += ", and the code that it brings instead is never run"
@@ -78,6 +95,19 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
             f"data.tokenizer={folder}: not a tokenizer folder ({reason}); make one with "
             "data_prep/train_tokenizer.py, or give the model's own, with its tokenizer.json"
         ) from error
+
+
+def _broken(folder: Path) -> str:
+    """Its first file that should be JSON and is not."""
+    for path in sorted(folder.glob("*.json")):
+        content = path.read_bytes()
+        try:
+            json.loads(content)
+        except ValueError as error:
+            if content.startswith(b"version https://git-lfs"):
+                return f"{path.name} is Git LFS's pointer; git lfs pull fetches the file"
+            return f"{path.name} is not valid JSON: {error}"
+    return ""
 
 
 def _stored(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -201,3 +201,27 @@ def test_a_damaged_tokenizer_is_named(content, tmp_path):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match="data.tokenizer=.*: not a tokenizer folder"):
         load("olmoe", folder)
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("tokenizer_config.json", b'{"eos_token":', "tokenizer_config.json is not valid JSON"),
+        ("tokenizer.json", b"{}", "reading it ends with KeyError: 'added_tokens'"),
+        ("qwen.tiktoken", b"IQ== 0\nIQ== 1\n", "qwen.tiktoken is not whole"),
+    ],
+)
+def test_the_file_that_is_broken_is_named(tmp_path, file, content, words):
+    if file.endswith("json"):
+        write_published("olmoe", tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigError, match="not a tokenizer folder") as error:
+        load_tokenizer(tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_is_no_tokenizer_folder(tmp_path):
+    write_published("olmoe", tmp_path)
+    with pytest.raises(ConfigError, match="it is a file; give its folder"):
+        load_tokenizer(tmp_path / "tokenizer.json")
