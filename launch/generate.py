@@ -47,6 +47,8 @@ def main(argv: list[str], stop: StopRequest | None = None) -> None:
             raise ConfigError("give --trained RUN, or --k K ... (static), or both")
         if min(arguments.max_new_tokens, arguments.rounds, arguments.batch) < 1:
             raise ConfigError("--max-new-tokens, --rounds and --batch are 1 at least")
+        if arguments.limit is not None and arguments.limit < 1:
+            raise ConfigError("--limit is 1 at least")
         if arguments.temperature < 0:
             raise ConfigError("--temperature is 0 or more")
         generate_all(arguments, stop)

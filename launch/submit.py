@@ -48,6 +48,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     with exit_on_error():
         arguments = parse(argv)
+        if arguments.ranks_per_node < 1 or (arguments.nodes is not None and arguments.nodes < 1):
+            raise ConfigError("--nodes and --ranks-per-node are 1 at least")
+        if not 1 <= arguments.master_port <= 65535:
+            raise ConfigError(f"--master-port {arguments.master_port}: ports go from 1 to 65535")
         job = _job(arguments)
         _check(arguments, job)
         (_submit if arguments.launcher == "srun" else _launch)(arguments, job)
