@@ -108,6 +108,7 @@ def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
         )
     with blaming(folder):
         _refuse_quantised(found)
+        _refuse_other_activations(found)
         try:
             if hasattr(config_class, "from_json"):
                 config = config_class.from_json(found)
@@ -131,6 +132,16 @@ def _refuse_quantised(found: Mapping[str, Any]) -> None:
                 f"quantization_config says {name}; give the folder before it was quantised, or "
                 "remove the section if its weights are not"
             )
+
+
+def _refuse_other_activations(found: Mapping[str, Any]) -> None:
+    """Experts are computed with SiLU here, whatever the model's own blocks would do."""
+    for name in ("", "text_config", "language_config"):
+        section = found.get(name, {}) if name else found
+        act = section.get("hidden_act", "silu") if isinstance(section, dict) else "silu"
+        if act not in ("silu", "swish"):
+            key = f"{name}.hidden_act" if name else "hidden_act"
+            raise CheckpointError(f"{key}={act!r}, experts with 'silu' are supported")
 
 
 def _refuse_no_sizes(found: Mapping[str, Any], section: str = "") -> None:

@@ -236,6 +236,9 @@ def test_full_shape_has_the_published_number_of_parameters():
         ({"n_kv_heads": 1}, "n_kv_heads=1"),
         ({"rope_impl": "interleave"}, "rope_impl=interleave, backbone 'molmoe' has llama"),
         ({"moe_dropless": False}, "moe_dropless=False, backbone 'molmoe' has True"),
+        ({"activation_type": "gelu"}, "activation_type=gelu, backbone 'molmoe' has swiglu"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"image_pooling_2d": "attention"}, "has attention-meanq"),
         ({"d_model": None}, "config.json"),
     ],
 )

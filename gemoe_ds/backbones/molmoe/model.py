@@ -49,7 +49,7 @@ class MolmoeConfig:
             raise CheckpointError(
                 "a dense Molmo (no moe_num_experts); backbone 'molmoe' is MolmoE-1B only"
             )
-        fixed = {
+        fixed: dict[str, Any] = {
             "attention_layer_norm": True,
             "include_bias": False,
             "qkv_bias": False,
@@ -60,7 +60,22 @@ class MolmoeConfig:
             "norm_after": False,
             "weight_tying": False,
             "clip_qkv": None,
+            "activation_type": "swiglu",
+            "layer_norm_type": "rms",
+            "rope": True,
+            "alibi": False,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "scale_logits": False,
+            "normalize_input_embeds": False,
+            "image_padding_embed": "pad_and_partial_pad",
+            "image_pooling_2d": "attention-meanq",
+            "image_projector": "mlp",
+            "use_cls_feature": False,
+            "unconditioned": False,
         }
+        if "vision_layers" not in found:
+            fixed["vit_layers"] = [-2, -9]
         for key, value in fixed.items():
             if found.get(key, value) != value:
                 raise CheckpointError(f"{key}={found[key]}, backbone 'molmoe' has {value}")
