@@ -153,11 +153,13 @@ def test_what_was_not_changed_is_copied(folder, model, tmp_path):
     out.mkdir()
     head = {"head": torch.arange(9, dtype=torch.float64)}
     Weights(folder, KEYS, shell(Model, None)).rewrite(head, out)
-    for file in folder.glob("*.safetensors"):
-        before, after = load_file(file), load_file(out / file.name)
-        for key, tensor in before.items():
-            same = head["head"] if key == "head" else tensor
-            assert torch.equal(after[key], same) and after[key].dtype == same.dtype
+    files = list(folder.glob("*.safetensors"))
+    before, after = (
+        {k: t for f in files for k, t in load_file(at / f.name).items()} for at in (folder, out)
+    )
+    assert before.keys() == after.keys() > head.keys()
+    for key, same in (before | head).items():
+        assert torch.equal(after[key], same) and after[key].dtype == same.dtype
 
 
 def edit(folder, change):

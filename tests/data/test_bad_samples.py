@@ -25,6 +25,7 @@ def test_what_two_ranks_meet_counts_once():
     "budget, limit, said",
     [
         (0, 0, "=0;"),
+        (1, 1, "=1;"),
         (2, 2, "=2;"),
         (0.05, 2, r"=0.05 \(2 of 50\);"),
         (0.019, 0, r"=0.019 \(0 of 50\);"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,9 @@ def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer)
     assert not batch.is_valid_BS[0, 7:].any() and (batch.labels_BS[0, 7:] == -100).all()
     assert batch.images["pixels"].shape == (1, 3, 4, 4)
     assert batch.images["feature_BS"][1, :4].tolist() == [-1, 0, 1, -1]
+    two = collator.batch([collator.encode(i, samples[1]) for i in range(2)])
+    assert two.images["pixels"].shape == (2, 3, 4, 4)
+    assert two.images["feature_BS"][:, 1:3].tolist() == [[0, 1], [2, 3]]
     alone = collator.batch([collator.encode(0, samples[0])])
     assert alone.images["pixels"].shape == (1, 3, 4, 4), "a blank one for the vision tower"
     assert (alone.images["feature_BS"] == -1).all()
@@ -72,6 +76,15 @@ def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer)
 def test_long_conversations_end_at_a_turn(tokenizer, max_length):
     encoded = make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
     assert words(encoded.input_ids) == "<s> <image> <image> USER: a b ASSISTANT: c </s>"
+
+
+def test_cut_answers_and_targets_of_a_batch_are_those_of_all_samples(tokenizer):
+    collator = make(tokenizer, 10)
+    batch = collator.batch([collator.encode(i, Sample(str(i), None, TWO)) for i in range(2)])
+    assert batch.cut_answers == 2 and batch.num_targets == 4
+    first = torch.full_like(batch.labels_BS, -100)
+    first[:, 0] = 7
+    assert replace(batch, labels_BS=first).num_targets == 0, "nothing predicts the first token"
 
 
 @pytest.mark.parametrize("max_length, answer", [(8, "c d </s>"), (7, "c d"), (6, "c")])

@@ -159,3 +159,25 @@ def test_accuracy_is_the_mean_over_kinds():
     scores = Scores(Counter(a=1, b=3), Counter(a=1, b=6))
     assert scores.accuracy_by_kind == {"a": 1.0, "b": 0.5}
     assert (scores.accuracy, scores.accuracy_micro) == (0.75, 4 / 7)
+
+
+def test_routing_is_that_of_each_valid_token(setting):
+    """Of the samples one by one, without padding: k, entropy and modality, layer by layer."""
+    model, samples, collator = setting
+    scores, k_LN, entropy_LN, is_vision_N = scored(setting, 4), [], [], []
+    model.ctx.trace = True
+    for row in range(len(samples)):
+        batch = collator.batch([collator.encode(row, samples[row])])
+        with torch.no_grad():
+            model.hidden(batch.input_ids_BS, batch.is_valid_BS, batch.is_vision_BS, batch.images)
+        k_LN.append(np.stack([record.k_T for record in model.ctx.layers]))
+        entropy_LN.append(np.stack([record.entropy_T for record in model.ctx.layers]))
+        is_vision_N += (np.array(collator.encode(row, samples[row]).input_ids) == 3).tolist()
+    model.ctx.trace = False
+    entropy, k, is_vision = scores.tokens()
+    k_LN = np.concatenate(k_LN, axis=1)
+    assert (k_LN[0] != k_LN[1]).any() and 0 < sum(is_vision_N) < len(is_vision_N)
+    assert is_vision.tolist() == is_vision_N
+    assert np.array_equal(k, k_LN)
+    assert np.allclose(entropy, np.concatenate(entropy_LN, axis=1), atol=1e-5)
+    assert np.array_equal(scores.load_LE.sum(1), k_LN.sum(1))

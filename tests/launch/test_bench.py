@@ -48,13 +48,14 @@ def test_every_row_was_checked_and_timed(results):
 
 def test_sent_bytes_are_counted(results):
     _, data, _ = results
-    for row in data["rows"]:
-        if row["suite"] == "ep" and row["layer"] == "gemoe_ds":
-            traffic = row["traffic"]
-            assert traffic["row_bytes"] == 2 * traffic["pairs"] * 64 * 2  # D = 64 in bf16
-            assert traffic["pairs"] <= 96
-            forwarded = traffic["row_bytes_if_every_assignment_travelled"]
-            assert forwarded >= traffic["row_bytes"] * (1.5 if row["mean_k"] > 3 else 1)
+    ours = [r for r in data["rows"] if r["suite"] == "ep" and r["layer"] == "gemoe_ds"]
+    assert ours
+    for row in ours:
+        traffic = row["traffic"]
+        assert traffic["row_bytes"] == 2 * traffic["pairs"] * 64 * 2  # D = 64 in bf16
+        assert 0 < traffic["pairs"] <= 96
+        forwarded = traffic["row_bytes_if_every_assignment_travelled"]
+        assert forwarded >= traffic["row_bytes"] * (1.5 if row["mean_k"] > 3 else 1)
 
 
 def test_page_names_its_source_and_what_was_not_run(results):
