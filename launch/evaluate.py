@@ -125,8 +125,8 @@ def _write(
     if record.num_not_asked:
         subject.say(
             f"{out}: {scores.asked.total():,} questions were asked; {record.num_not_asked:,} were "
-            f"not, as data.max_length={subject.config.data.max_length} cuts their answers or their "
-            f"sample is left out ({len(scores.bad):,} samples)"
+            f"not: data.max_length={subject.config.data.max_length} cuts the answers of "
+            f"{record.num_cut_answers:,}, and {len(scores.bad):,} samples are left out"
         )
 
 
@@ -157,6 +157,7 @@ def _record(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecor
         num_questions_by_kind=dict(sorted(scores.asked.items())),
         accuracy_micro=scores.accuracy_micro,
         num_not_asked_by_kind=dict(sorted(scores.not_asked.items())),
+        num_cut_answers=scores.cut_answers,
         left_out=[asdict(scores.bad[row]) for row in sorted(scores.bad)],
         activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
         total_parameters=model.num_parameters,

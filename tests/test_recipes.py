@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
+from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.backbones.images import SquareImages
+from gemoe_ds.backbones.molmoe.images import MolmoeImages
 from gemoe_ds.config import deepspeed_config, load_config
+from tests.backbones.test_qwen3_vl_images import PUBLIC, layout
 from tests.helpers import repository
 
 RECIPES = sorted((repository() / "launch" / "recipes").glob("*.yaml"))
@@ -20,6 +25,31 @@ def test_recipe_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.validate_world(ranks)
     assert deepspeed_config(config, ranks, 16)["zero_optimization"]["stage"] == config.zero_stage
     assert config.output_dir.startswith("runs/")  # git ignores it
+
+
+LAYOUTS = {
+    "olmoe": lambda options: None,
+    "molmoe": lambda options: MolmoeImages(),
+    "deepseek_vl2": lambda options: DeepseekVl2Images(),
+    "qwen3_vl_moe": lambda options: layout(
+        size=PUBLIC["size"] | {"longest_edge": options.max_pixels}
+    ),
+    "tiny": lambda options: SquareImages(
+        options.image_size, (options.image_size // options.patch_size) ** 2, 3
+    ),
+}
+SIDES = (1, 384, 768, 1152, 3000, 9000)
+CONTEXT = 4096  # the least that any of the published models knows
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_there_is_room_for_the_largest_picture_and_an_answer(path: Path) -> None:
+    config = load_config(path)
+    backbone = config.model.backbone
+    laid, answer = LAYOUTS[backbone.name](backbone.config), 128 if backbone.name == "tiny" else 512
+    sizes = itertools.product(SIDES, SIDES)
+    largest = max(laid.num_tokens(*size) for size in sizes) if laid else 0
+    assert largest + answer <= config.data.max_length <= CONTEXT
 
 
 def test_recipes_are_there() -> None:
@@ -45,7 +75,7 @@ def test_every_backbone_has_the_paper_s_recipe_for_one_node_and_for_four() -> No
             0.0,
         )
         assert (config.train.steps, config.train.global_batch) == (5000, 128)
-        assert (config.data.max_length, config.model.train) == (2048, "routers")
+        assert config.model.train == "routers"
         router = config.model.router.config
         top_k = config.model.backbone.backbone_class.published_blocks()[0].routing.top_k
         assert (router.k_low, router.k_high) == (1, top_k)

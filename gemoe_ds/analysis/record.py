@@ -43,6 +43,7 @@ class EvalRecord(ConfigModel):
     accuracy_micro: float = Field(ge=0, le=1)  # over questions
     # Questions that no accuracy counts: their answers are cut, or their sample is left out.
     num_not_asked_by_kind: dict[str, int] = {}
+    num_cut_answers: int = 0  # of these, the first
     left_out: tuple[dict[str, Any], ...] = ()  # samples: row, id, reason, needs
     mean_k: float = Field(ge=0)
     mean_k_per_layer: tuple[float, ...] = Field(min_length=1)

@@ -161,6 +161,7 @@ def _legend(results: Results) -> str:
         f"- *Mean k*: experts a token, over all MoE layers and tokens. *Activated M*: million "
         f"parameters that an average token uses, of {total} million.",
     ]
+    lines += _not_asked(results.rows[0])
     if any(group.method == f"{BASELINE}_tuned" for group in results.groups):
         lines.append(
             "- *Tuned*: the routers were trained further, with that k; the other rows with a fixed "
@@ -169,6 +170,19 @@ def _legend(results: Results) -> str:
     if any(len(group.rows) > 1 for group in results.groups):
         lines.append(f"- {PLUS_MINUS}: sample standard deviation over seeds.")
     return "\n".join(lines)
+
+
+def _not_asked(row: Row) -> list[str]:
+    if not row.num_not_asked:
+        return []
+    by_kind = sorted(row.num_not_asked_by_kind.items())
+    listed = ", ".join(f"{kind} {number:,}" for kind, number in by_kind)
+    return [
+        f"- {row.num_not_asked:,} further questions ({listed}) were not asked and count nowhere: "
+        f"`data.max_length` cuts {row.num_cut_answers:,} answers, and "
+        f"{row.num_not_asked - row.num_cut_answers:,} questions are of {len(row.left_out):,} "
+        "samples that cannot be used."
+    ]
 
 
 def _layers(group: Group, results: Results) -> str:

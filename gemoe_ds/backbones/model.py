@@ -265,6 +265,7 @@ class MoEModel(nn.Module):
         is_vision_BS: Tensor,
         images: dict[str, Tensor],
         targets_per_micro_batch: float | None = None,
+        auxiliary_weight: float = 1.0,
         rehearsed: dict[str, Rehearsal] | None = None,
         rehearse: bool = False,
     ) -> dict[str, Any]:
@@ -273,7 +274,8 @@ class MoEModel(nn.Module):
         `lm` is the sum of the token cross-entropies over `targets_per_micro_batch`, by default
         the number of targets here. The trainer gives the mean over all micro-batches of the step,
         on all ranks, so that every target of the global batch weighs the same. Auxiliary losses
-        are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value.
+        are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value. The trainer's
+        `auxiliary_weight` makes them means over the micro-batches of the step that have a token.
 
         With `rehearse` the result is that of the forwards which the routers want before, to be
         handed in as `rehearsed` with the same inputs.
@@ -292,7 +294,7 @@ class MoEModel(nn.Module):
         parts = {"lm": lm}
         loss = lm
         for name, term in self.ctx.mean_losses().items():
-            loss = loss + term.weight * term.value
+            loss = loss + auxiliary_weight * term.weight * term.value
             parts[name] = term.value.detach()
         parts["lm"] = lm.detach()
         return {"loss": loss, **parts}

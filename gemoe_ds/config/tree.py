@@ -156,6 +156,13 @@ class DataConfig(ConfigModel):
             )
         return {"max_bad_samples" if key == "max_broken" else key: v for key, v in tree.items()}
 
+    @field_validator("max_bad_samples", mode="before")
+    @classmethod
+    def _no_truth(cls, value: object) -> object:
+        if isinstance(value, bool) or (isinstance(value, str) and value.endswith("%")):
+            raise ConfigError(f"{value} is neither a number nor a share such as 0.01")
+        return value
+
     @field_validator("max_bad_samples")
     @classmethod
     def _number_or_share(cls, value: float) -> float:

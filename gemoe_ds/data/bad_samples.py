@@ -11,6 +11,7 @@ from pathlib import Path
 from gemoe_ds.errors import DataError, writing_to
 
 FILE = Path("bad_samples") / "list.jsonl"  # in the folder of a run
+REFUSED = FILE.with_name("refused.jsonl")  # of a run that did not begin because of them
 SHOWN = 10  # in the output; the file has all
 _NAMED = 3  # in an error
 
@@ -41,6 +42,7 @@ class BadSampleLog:
     def __init__(self, budget: float, num_samples: int, gather: Gather) -> None:
         self.budget, self.num_samples, self.gather = budget, num_samples, gather
         self._output: Path | None = None
+        self._file: Path | None = None  # the list, on all ranks
         self._found: dict[int, tuple[int, BadSample]] = {}  # row -> step and sample
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class BadSampleLog:
                         met.append((at, BadSample(**entry)))
             with writing_to(output):
                 (output / FILE).unlink()
-        met, *_ = self.gather(met)
+        met, self._file = self.gather((met, output and output / FILE))[0]
         self._found = {sample.row: (at, sample) for at, sample in met} | self._found
         self._output = output
         self._write(list(self._found.values()))
@@ -94,23 +96,20 @@ class BadSampleLog:
     def _write(self, found: list[tuple[int, BadSample]]) -> None:
         if self._output is None or not found:
             return
-        lines = [json.dumps({"step": step} | asdict(sample)) + "\n" for step, sample in found]
-        with writing_to(self._output):
-            path = self._output / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as out:
-                out.writelines(lines)
+        write_list(self._output, FILE, found, "a")
 
     def allows(self, number: int) -> bool:
         return number <= self.limit and number < self.num_samples
 
-    def check(self, number: int | None = None) -> None:
-        """DataError if there are too many: those listed, or so many of which some are listed."""
+    def check(self, number: int | None = None, file: Path | None = None) -> None:
+        """DataError if there are too many: those listed, or so many, which `file` lists."""
         number = len(self) if number is None else number
         if self.allows(number):
             return
         named = "; ".join(sample.reason for sample in self.samples[:_NAMED])
         more = f"; and {number - _NAMED:,} more" if number > _NAMED else ""
+        if file := file or self._file:
+            more += f"; the list is in {file}"
         if number >= self.num_samples:
             raise DataError(f"none of {self.num_samples:,} samples can be used: {named}{more}")
         share = f" ({self.limit:,} of {self.num_samples:,})" if 0 < self.budget < 1 else ""
@@ -119,6 +118,17 @@ class BadSampleLog:
             f"{some} cannot be used, more than data.max_bad_samples={self.budget:g}{share}; "
             f"raise it, or data.max_length, or mend the data: {named}{more}"
         )
+
+
+def write_list(
+    output: Path, file: Path, found: Iterable[tuple[int, BadSample]], mode: str = "w"
+) -> None:
+    """Steps and samples, a line each, into the folder of a run."""
+    lines = [json.dumps({"step": step} | asdict(sample)) + "\n" for step, sample in found]
+    with writing_to(output):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        with (output / file).open(mode, encoding="utf-8") as out:
+            out.writelines(lines)
 
 
 def listed(bad: list[BadSample], number: int | None = None) -> list[str]:

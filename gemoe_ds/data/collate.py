@@ -46,6 +46,11 @@ class Batch:
         return int((self.labels_BS[:, 1:] != IGNORE).sum())
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether there is anything but padding."""
+        return bool(self.is_valid_BS.any())
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What a model's forward takes, by name."""
         names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images")

@@ -29,7 +29,7 @@ from gemoe_ds.errors import GemoeError, SampleError
 
 SCHEMA = 1  # to be raised when `Collator` lays other sequences of the same template
 _AT_ONCE = 512  # samples that are tokenised together
-_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, MemoryError)
 _LOOKED_AT = 16  # samples by which kept lengths are checked
 
 
@@ -255,7 +255,7 @@ def _read(file: Path, samples: SampleFolder, collator: Collator) -> Lengths | No
                 return None
         found.cut(1)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, *_MALFORMED):
-        return None
+        return None  # a damaged shard, too: all ranks will meet it, and say it together
     return found
 
 

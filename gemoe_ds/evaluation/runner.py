@@ -27,6 +27,7 @@ class Scores:
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
+    cut_answers: int = 0  # of those
     bad: dict[int, BadSample] = field(default_factory=dict)  # by row
     entropy_LN: list[np.ndarray] = field(default_factory=list)
     k_LN: list[np.ndarray] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Scores:
             total.right.update(part.right)
             total.asked.update(part.asked)
             total.not_asked.update(part.not_asked)
+            total.cut_answers += part.cut_answers
             total.bad |= part.bad
             total.entropy_LN += part.entropy_LN
             total.k_LN += part.k_LN
@@ -91,7 +93,7 @@ def evaluate(
         counted = batch is not None
         current = batch if batch is not None else last
         if current is None:
-            raise ConfigError("a rank has no sample at all: use fewer ranks than samples")
+            raise ConfigError("a rank has no batch at all: use fewer ranks")
         last = current
         on_device = current.to(device)
         correct_BS = model.predictions(
@@ -126,7 +128,8 @@ def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: Sa
             answer_S = (turns_S == index) & label_S
             kind = turn.kind or UNNAMED
             if not answer_S.any():
-                scores.not_asked[kind] += 1  # cut off by max_length, or left out
+                scores.not_asked[kind] += 1
+                scores.cut_answers += row not in scores.bad
                 continue
             scores.asked[kind] += 1
             scores.right[kind] += bool(right_S[answer_S].all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -204,13 +203,16 @@ def _buckets(
 def _largest(samples: SampleFolder, collator: Collator, size: int, most_N: np.ndarray) -> Batch:
     """A micro-batch of the samples that have most."""
     largest: list[Encoded] = []
+    reason = ""
     for row in np.argsort(-most_N, kind="stable").tolist():
-        with suppress(SampleError):  # an image of which the header alone is whole
+        try:
             largest.append(collator.encode(row, samples[row]))
+        except SampleError as error:  # an image of which the header alone is whole
+            reason = reason or str(error)
         if len(largest) == size:
             break
     if not largest:
-        raise DataError(f"{samples.path}: none of {len(samples):,} samples can be used")
+        raise DataError(f"{samples.path}: none of {len(samples):,} samples can be used: {reason}")
     return collator.batch(largest)
 
 

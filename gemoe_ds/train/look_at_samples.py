@@ -10,7 +10,15 @@ import numpy as np
 
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
-from gemoe_ds.data.bad_samples import SHOWN, BadSample, BadSampleLog, alone, listed
+from gemoe_ds.data.bad_samples import (
+    REFUSED,
+    SHOWN,
+    BadSample,
+    BadSampleLog,
+    alone,
+    listed,
+    write_list,
+)
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.lengths import Lengths, file_name, keep, known_lengths
 from gemoe_ds.data.sample import SampleFolder
@@ -58,28 +66,36 @@ def look_at_samples(
     log = BadSampleLog(
         config.data.max_bad_samples, len(samples), gather_objects if world else alone
     )
-    leave_out_known(lengths, samples, collator, log)
+    leave_out_known(lengths, samples, collator, log, Path(config.output_dir) if may_write else None)
     return lengths, log
 
 
 def leave_out_known(
-    lengths: Lengths | None, samples: SampleFolder, collator: Collator, log: BadSampleLog
+    lengths: Lengths | None,
+    samples: SampleFolder,
+    collator: Collator,
+    log: BadSampleLog,
+    output: Path | None = None,
 ) -> None:
     """List in `log`, and tell, what cannot be used; DataError if it is too much. Collective.
 
-    The first rank has the lengths.
+    The first rank has the lengths. A list that is too long is left in `output`.
     """
     bad: list[BadSample] = []
     number = 0
     if lengths is not None:
         rows = np.flatnonzero(lengths.cut(collator.max_length).is_bad_N)
         number = len(rows)
-        some = rows if log.allows(number) else rows[:SHOWN]
+        allowed = log.allows(number)
+        some = rows if allowed or output else rows[:SHOWN]
         bad = lengths.bad_samples(samples, collator.max_length, some)
         for line in listed(bad, number):
             print(line, flush=True)
+        if output and not allowed:
+            write_list(output, REFUSED, ((0, sample) for sample in bad))
+            bad = bad[:SHOWN]
     log.record(bad)
-    log.check(log.gather(number)[0])
+    log.check(log.gather(number)[0], output and output / REFUSED)
 
 
 def report(lengths: Lengths, config: RunConfig) -> Iterator[str]:
@@ -100,10 +116,12 @@ def report(lengths: Lengths, config: RunConfig) -> Iterator[str]:
             "would hold them all"
         )
     if cut.is_bad_N.any():
-        broken = len(lengths.broken)
+        is_long_N = cut.is_bad_N.copy()
+        is_long_N[[*lengths.broken]] = False
+        longest = f" (the longest has {whole_N[is_long_N].max():,})" if is_long_N.any() else ""
         yield (
-            f"  left out: {cut.is_bad_N.sum() - broken:,} samples without a target in "
-            f"data.max_length={data.max_length}, {broken:,} that cannot be read; "
+            f"  left out: samples without a target in data.max_length={data.max_length}: "
+            f"{is_long_N.sum():,}{longest}; that cannot be read: {len(lengths.broken):,}; "
             f"data.max_bad_samples={data.max_bad_samples:g}"
         )
     length_N = np.random.default_rng(config.seed).permutation(cut.length_N)

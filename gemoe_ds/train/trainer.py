@@ -176,13 +176,14 @@ class Trainer:
 
         Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
-        averages over both.
+        averages over both. Auxiliary losses are averaged over those that have a token.
         """
         new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
         here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
+        here.append(sum(batch.has_tokens for batch in batches))
         agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
         sum_over_ranks(agreed)
-        targets, num_new, stops = agreed.tolist()
+        targets, num_new, stops, used = agreed.tolist()
         if stops:
             self._stop_after(step - 1)
         if num_new:
@@ -200,7 +201,8 @@ class Trainer:
         if targets == 0:
             self._pass_over(step)
             return 0
-        per_micro_batch = targets / (len(batches) * self.world.size)
+        micro_batches = len(batches) * self.world.size
+        per_micro_batch = targets / micro_batches
         tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
         rehearsed: list[dict[str, Rehearsal]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
@@ -214,12 +216,13 @@ class Trainer:
                 parts = self.engine(
                     **inputs,
                     targets_per_micro_batch=per_micro_batch,
+                    auxiliary_weight=batch.has_tokens * micro_batches / used,
                     rehearsed=rehearsed[index],
                 )
                 self.engine.backward(parts["loss"])
                 self.tallies.add(self.model.ctx)
                 if collect:
-                    self._collect(parts)
+                    self._collect(parts, batch.has_tokens)
                 HERE.enter(UPDATE)
                 groups = self.engine.optimizer.param_groups
                 self.rates = {title_of(group): group["lr"] for group in groups}
@@ -271,9 +274,11 @@ class Trainer:
             )
         return losses["loss/total"]
 
-    def _collect(self, parts: dict[str, Tensor]) -> None:
+    def _collect(self, parts: dict[str, Tensor], has_tokens: bool) -> None:
         for name, value in parts.items():
-            self.stats.add(f"loss/{name}" if name != "loss" else "loss/total", Stat(value))
+            counts = has_tokens or name in ("loss", "lm")  # all ranks add all names
+            name = f"loss/{name}" if name != "loss" else "loss/total"
+            self.stats.add(name, Stat(value * counts, count=float(counts)))
         self.stats.add_layers(self.model.ctx)
 
     def _report(self, step: int) -> dict[str, float | Tensor]:

@@ -123,3 +123,16 @@ def test_an_unknown_commit_is_named_as_such() -> None:
 def test_durations_read_well(seconds: float, expected: str) -> None:
     made = build_results([record("top_k", 8, {"fact": 0.8})], command="x", seconds=seconds)
     assert f"- Time: {expected} (of it evaluation 10 s)" in render_report(made)
+
+
+def test_what_was_not_asked_is_told(results: Results) -> None:
+    left_out = tuple({"row": row, "id": "s", "reason": "", "needs": None} for row in (3, 5))
+    more = {"num_not_asked_by_kind": {"count": 4, "a|b": 1000}, "num_cut_answers": 1001}
+    rows = tuple(row.model_copy(update=more | {"left_out": left_out}) for row in results.rows)
+    said = render_report(results.model_copy(update={"rows": rows}))
+    assert (
+        "\n- 1,004 further questions (a|b 1,000, count 4) were not asked and count nowhere: "
+        "`data.max_length` cuts 1,001 answers, and 3 questions are of 2 samples that cannot be "
+        "used.\n"
+    ) in said
+    assert "not asked" not in render_report(results)
