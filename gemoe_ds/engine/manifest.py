@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemoe_ds.backbones.stored import INDEX, open_stored
+from gemoe_ds.backbones.stored import INDEX, open_stored, refuse_dead_links
 from gemoe_ds.data.sample import fsync_path, sha256_of
 from gemoe_ds.errors import CheckpointError
 
@@ -87,6 +87,7 @@ def checksum_folder(folder: Path | None) -> str:
     """sha256 over the files of a model folder (names and contents); "none" without one."""
     if folder is None:
         return "none"
+    refuse_dead_links(folder)
     digest = hashlib.sha256()
     files = {p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()}
     if (folder / INDEX).is_file():  # whose files may be in folders below

@@ -246,3 +246,9 @@ def test_an_older_checkpoint_holds_a_path_where_the_checksum_is_now(output):
     ):
         with pytest.raises(CheckpointError, match="belongs to another run"):
             find("auto", output, other)
+
+
+def test_a_base_of_dead_links_is_no_other_base(tmp_path):
+    (tmp_path / "config.json").symlink_to("../../blobs/0")
+    with pytest.raises(CheckpointError, match="config.json is a link to ../../blobs/0"):
+        manifest.checksum_folder(tmp_path)
