@@ -8,7 +8,7 @@ from types import ModuleType
 
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.sample import SampleFolder
-from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.errors import DataError
 
 ENDLESS = 2**40  # samples
 
@@ -103,11 +103,6 @@ class EvalStream:
         self.collator = collator
         number = min(len(samples), limit or len(samples))
         blocks = [range(i, min(i + batch, number)) for i in range(0, number, batch)]
-        if len(blocks) < world:
-            raise ConfigError(
-                f"{number:,} samples in batches of {batch} are {len(blocks)} batches, too few for "
-                f"{world} ranks: use fewer ranks or a smaller --batch"
-            )
         self._mine: Sequence[range] = blocks[rank::world]
         self._length = -(-len(blocks) // world)
 

@@ -68,10 +68,16 @@ class Subject:
     def stream(
         self, samples: SampleFolder, *, limit: int | None = None, prompts: bool = False
     ) -> EvalStream:
+        number, batch = min(len(samples), limit or len(samples)), self.arguments.batch
+        if number <= batch * (self.world.size - 1):
+            raise ConfigError(
+                f"{samples.path}: {number:,} samples in batches of {batch} are too few for "
+                f"{self.world.size} ranks: use fewer ranks or a smaller --batch"
+            )
         return EvalStream(
             samples,
             self.collator,
-            batch=self.arguments.batch,
+            batch=batch,
             rank=self.world.rank,
             world=self.world.size,
             limit=limit,

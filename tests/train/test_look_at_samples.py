@@ -52,3 +52,9 @@ def test_lengths_beyond_the_model_s_context_are_refused(setting, tmp_path):
     config = make_config(setting, tmp_path, data__max_length=2049)
     with pytest.raises(ConfigError, match="=2049: the model knows positions up to 2048; set data"):
         shell_collator(config)
+
+
+@pytest.mark.parametrize("budget", [True, "1%", 1.5, -1, None, float("nan"), float("inf")])
+def test_a_budget_is_a_whole_number_or_a_share(budget, setting, tmp_path):
+    with pytest.raises(ConfigError, match=r"^data.max_bad_samples.*(number|share|equal to 0)"):
+        make_config(setting, tmp_path, data__max_bad_samples=budget)
