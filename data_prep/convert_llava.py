@@ -30,6 +30,7 @@ from gemoe_ds.console import Progress
 from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.data.sample import Sample, write_samples
 from gemoe_ds.errors import DataError, exit_on_error
+from gemoe_ds.parser import Parser
 
 Job = tuple[str, Any, Any]  # id, row, kinds of its questions
 Converted = tuple[list[Sample | Dropped], list[str]]  # in the order of the rows; notes on them
@@ -149,7 +150,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="LLaVA-format JSON")
     parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max-bad-fraction", type=float, default=0.2, help="more dropped rows than this: stop"
     )
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_or_exit(argv)
     for option in ("shard_size", "min_image_size", "workers"):
         if getattr(arguments, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from sklearn.datasets import load_digits
 from data_prep.llava_json import Question, write_splits
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import exit_on_error
+from gemoe_ds.parser import Parser
 
 
 def questions(digit: int, rng: random.Random) -> list[Question]:
@@ -39,11 +39,11 @@ def picture(pixels: np.ndarray, size: int) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_or_exit(argv)
     rng = random.Random(arguments.seed)
     data = load_digits()
     order = rng.sample(range(len(data.images)), len(data.images))

@@ -33,6 +33,7 @@ from data_prep.scenes import (
 )
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import DataError, exit_on_error
+from gemoe_ds.parser import Parser
 
 YES_NO = {True: "yes", False: "no"}
 
@@ -177,7 +178,7 @@ def items(arguments: argparse.Namespace) -> Iterator[Item]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions and knowledge")
     parser.add_argument("--train", type=int, default=24000, help="scenes")
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--names", type=int, default=2, help="knowledge questions a scene")
     parser.add_argument("--others", type=int, default=7, help="other questions a scene")
     parser.add_argument("--max-things", type=int, default=3, help="objects a scene, at most 3")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         if not 1 <= arguments.max_things <= 3:
             raise DataError(

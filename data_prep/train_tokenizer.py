@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from gemoe_ds.console import Progress
 from gemoe_ds.data.sample import open_samples, whole_folder
 from gemoe_ds.errors import DataError, exit_on_error
+from gemoe_ds.parser import Parser
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
 ROLES = ["USER:", "ASSISTANT:"]  # in every turn: one token each, with the space before it
@@ -61,13 +61,13 @@ def train(folders: list[Path], vocab_size: int, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="converted folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
         "--vocab-size", type=int, default=1024, help="tokens at most, beside the two of the roles"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         train(arguments.data, arguments.vocab_size, arguments.out)
 

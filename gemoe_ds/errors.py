@@ -83,7 +83,7 @@ def exit_on_error() -> Iterator[None]:
         rank = _number("RANK", *_OTHER_RANKS)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
         if rank:
-            time.sleep(_FIRST_RANK_SPEAKS_FIRST)
+            time.sleep(_patience(time.monotonic() - _BEGAN))
             message = f"(rank {rank}) {message}"
         if _number("WORLD_SIZE") > 1:
             # One write that begins with a newline: another rank's bar may stand in this line.
@@ -99,6 +99,12 @@ def _number(*names: str) -> int:
     return next((int(text) for text in found if re.fullmatch("[0-9]{1,18}", text)), 0)
 
 
+def _patience(age: float) -> float:
+    """How long a rank holds back in its `age`th second: as slow as its own start was, the first
+    rank's may be too, on a machine with much to do. Later on all find it at the same time."""
+    return max(_FIRST_RANK_SPEAKS_FIRST, 3 * age if age < _A_START else 0.0)
+
+
 def _leave(code: int) -> NoReturn:
     """At once: with other ranks gone, what Python does at its end may wait for them."""
     sys.stdout.flush()
@@ -106,5 +112,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+_BEGAN = time.monotonic()
 _FIRST_RANK_SPEAKS_FIRST = 9.0  # seconds
+_A_START = 60.0  # seconds, at most
 _OTHER_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # before RANK is set by them

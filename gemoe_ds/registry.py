@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from types import NoneType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from gemoe_ds.errors import ConfigError
 
 R = TypeVar("R", bound="Registered")
 
 
+_MOST = 2**53
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """int, float, bool, str and None in `Annotated[int, ...] | None`."""
+    inner = get_args(annotation)
+    return set().union(*map(_plain_types, inner)) if inner else {annotation} & _PLAIN
+
+
+_PLAIN = {int, float, bool, str, NoneType}
+
+
 class ConfigModel(BaseModel):
     """Base of every options class: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """A bool (`yes` is one in YAML) is no number, and none here needs more than 53 bits."""
+        kinds = _plain_types(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and kinds and bool not in kinds and kinds & {int, float}:
+            raise ConfigError(
+                f"{str(value).lower()} is no number (yes, no, on, off are words for "
+                "true and false in YAML); give a number" + ", or null" * (NoneType in kinds)
+            )
+        if isinstance(value, int) and abs(value) > _MOST:
+            raise ConfigError(f"{str(value)[:30]} is too large; {_MOST} is the most")
+        return value
 
 
 @dataclass(frozen=True)
@@ -66,9 +94,10 @@ class Registered:
         try:
             return cls._family[name]
         except KeyError:
-            known = ", ".join(cls.names())
+            known, near = ", ".join(cls.names()), difflib.get_close_matches(name, cls.names(), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"{cls.__name__.lower()} {name!r} is not known; known: {known}"
+                f"{cls.__name__.lower()} {name!r} is not known; known: {known}{hint}"
             ) from None
 
 

@@ -17,17 +17,18 @@ from gemoe_ds.analysis.record import read_record, write_text
 from gemoe_ds.analysis.report import render_report, terminal_table
 from gemoe_ds.analysis.results import Results, build_results, read_results
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, metavar="EVAL_DIR")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--results", type=Path, help="only render the report of this results.json")
     parser.add_argument("--tensorboard", type=Path, help="log the figures as images here, too")
     parser.add_argument("--command", help="what started the whole run (default: this command)")
     parser.add_argument("--seconds", type=float, help="what the whole run took (default: a sum)")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_or_exit(argv)
     if bool(flags.folders) == bool(flags.results):
         parser.error("give evaluation folders, or --results FILE")
     if flags.results and (flags.tensorboard or flags.command or flags.seconds is not None):

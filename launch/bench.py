@@ -22,6 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 import torch
 
+from gemoe_ds.errors import ConfigError, exit_on_error
+
+with exit_on_error():
+    pass  # refuses a DS_ACCELERATOR before deepspeed is imported
+
 from gemoe_ds.analysis.bench_report import write_report
 from gemoe_ds.analysis.cost_model import Layer, compare, fit, of_ours
 from gemoe_ds.analysis.projection import ASSUMPTIONS, project
@@ -29,7 +34,7 @@ from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.analysis.record import write_text
 from gemoe_ds.bench import links, suites
 from gemoe_ds.engine.distributed import distributed
-from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINKS = (links.Link(), links.Link(1000), links.Link(400), links.Link(400, delay_ms=5))
@@ -37,7 +42,7 @@ LINK_TOKENS = 1024
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     names = list(suites.SUITES)
     parser.add_argument(
         "--suites", nargs="+", choices=names, default=names, metavar="SUITE", help=", ".join(names)
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
-    flags = parser.parse_args(argv)
+    flags = parser.parse_or_exit(argv)
     with exit_on_error():
         if flags.rows:
             _ranks(flags)

@@ -7,7 +7,6 @@ A finished step is skipped when this runs again, an interrupted one goes on wher
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser
 from launch.demo import (
     DEMO,
     STATIC_FOLDERS,
@@ -148,14 +148,14 @@ def write_report(grid: Grid, out: Path, command: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="some rows of the grid (default: all)")
     parser.add_argument("--grid", type=Path, default=GRID)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="only write the report again")
-    arguments = parser.parse_args()
+    arguments = parser.parse_or_exit()
     os.chdir(Path(__file__).resolve().parent.parent)
     with exit_on_error():
         grid = Grid.read(arguments.grid, arguments.seeds, arguments.methods)

@@ -8,7 +8,6 @@ and a step whose command, recipe or input changed starts anew.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
+from gemoe_ds.parser import Parser
 from launch.steps import Progress, Step, run_steps
 
 DEMO = Path("runs/demo")
@@ -165,7 +165,7 @@ def train_step(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="one GeMoE row each (default: 0)"
     )
@@ -173,7 +173,7 @@ def main() -> int:
         "--report", type=Path, default=DEMO, help=f"folder of the report (default: {DEMO})"
     )
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_or_exit()
     os.chdir(Path(__file__).resolve().parent.parent)
     # Two gloo ranks on a CPU machine; one rank where there is a single GPU.
     steps = demo_steps(arguments.seeds, min(torch.cuda.device_count() or 2, 2), arguments.report)

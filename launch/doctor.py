@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from gemoe_ds.engine.launched import adopt_launcher, launched_world_size
 from gemoe_ds.errors import exit_on_error
 
 
 def main(argv: list[str]) -> None:
     with exit_on_error():
+        from gemoe_ds.engine.launched import adopt_launcher, launched_world_size
+
         adopt_launcher()
         from gemoe_ds.config import parse_cli, validate_run
         from gemoe_ds.train.run import check

@@ -47,7 +47,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> None:
     parser.add_argument(
         "--skip-done", action="store_true", help="leave out what --out holds already"
     )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         if (arguments.trained is None) == (arguments.k is None):
             raise ConfigError(

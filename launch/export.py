@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import CheckpointError, exit_on_error
+from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
     from gemoe_ds.backbones.model import ExpertShard
@@ -26,16 +27,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="of the run: its output_dir/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--trained", type=Path, required=True, help="the run's folder (newest checkpoint) or a step"
     )
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         _export(arguments)
 

@@ -9,7 +9,6 @@ of quality: what is measured is memory and time.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser
 
 SHARDS = 3
 RECIPE = "launch/recipes/full_size.yaml"
@@ -169,13 +169,13 @@ class FullSize:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--backbones", nargs="+", default=["olmoe"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/full_size.json"))
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
-    arguments = parser.parse_args()
+    arguments = parser.parse_or_exit()
     os.chdir(Path(__file__).resolve().parent.parent)
     from gemoe_ds.analysis.provenance import provenance
 

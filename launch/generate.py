@@ -41,7 +41,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--limit", type=int, help="the first so many samples only")
     parser.add_argument("--rounds", type=int, default=1, help="times each way is timed")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         if not (arguments.k or arguments.trained):
             raise ConfigError("give --trained RUN, or --k K ... (static), or both")

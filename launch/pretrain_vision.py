@@ -23,6 +23,7 @@ from gemoe_ds.console import Progress
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import SampleFolder, open_samples, whole_folder
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
+from gemoe_ds.parser import Parser
 
 
 def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,9 +44,7 @@ def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Te
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="of the backbone that will use the tower")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         config = load_config(arguments.recipe, arguments.overrides)
         backbone = config.model.backbone

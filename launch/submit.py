@@ -22,27 +22,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from gemoe_ds.cluster.job import LAUNCHERS, PORT, TEMPLATE, Job
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser, at_least_one
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 OPTIONS = ("time", "partition", "account", "qos", "job-name", "cpus-per-task", "constraint")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--nodes", type=int, help="hosts (default: 1, or as many as --hosts)")
-    parser.add_argument("--ranks-per-node", type=int, default=8, help="GPUs of a host (8)")
+    parser.add_argument(
+        "--nodes", type=at_least_one, help="hosts (default: 1, or as many as --hosts)"
+    )
+    parser.add_argument("--ranks-per-node", type=at_least_one, default=8, help="GPUs of a host (8)")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="srun", help="srun: SLURM")
     parser.add_argument("--hosts", nargs="+", default=[], help="without SLURM: first the master")
-    parser.add_argument("--master-port", type=int, default=PORT, help="without SLURM")
+    parser.add_argument("--master-port", type=_port, default=PORT, help="without SLURM")
     parser.add_argument("--no-gpus", action="store_true", help="ranks run on CPUs")
     for option in OPTIONS:
         parser.add_argument(f"--{option}", help="SLURM's")
     parser.add_argument("--dry-run", action="store_true", help="print all, start nothing")
     return parser.parse_intermixed_args(argv)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text:.20} is no port, a number from 1 to 65535")
+    return int(text)
 
 
 def main(argv: list[str]) -> None:

@@ -7,13 +7,13 @@ scripts as `make demo` with fewer scenes and two steps of pretraining: it learns
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
+from gemoe_ds.parser import Parser
 from launch.demo import RECIPES, python_step
 from launch.steps import Progress, Step, run_steps
 
@@ -65,9 +65,9 @@ def trial_steps(root: Path) -> list[Step]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=TRIAL, help=f"folder (default: {TRIAL})")
-    root = parser.parse_args().out
+    root = parser.parse_or_exit().out
     os.chdir(Path(__file__).resolve().parent.parent)
     steps = trial_steps(root)
     code = run_steps(steps, Progress(root / "steps", steps))

@@ -16,6 +16,7 @@ PACKAGE = "gemoe_ds"
 ROOMS = [
     "errors",
     "console",
+    "parser",
     "registry",
     "position",
     "moe",

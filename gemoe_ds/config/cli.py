@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from gemoe_ds.config.load import load_config
 from gemoe_ds.config.tree import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.parser import Parser, at_least_one
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,8 @@ def _without_bare_deepspeed(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists what is accepted")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        allow_abbrev=False,
+    parser = Parser(
         description="Train; `python`, `torchrun` and `deepspeed` start the same run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(_option_lines()),
@@ -88,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
         "--estimate",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="RANKS",
         help="print what memory a rank of so many GPUs would need, stop",
     )
@@ -98,12 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     # The deepspeed launcher adds it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks")
-    return int(text)
 
 
 def _option_lines() -> Iterator[str]:

@@ -143,6 +143,7 @@ def _with_present_names(name: str, options: dict[str, Any]) -> dict[str, Any]:
             ("cpu_offload", "offload_optimizer"),
             ("cpu_offload_param", "offload_param"),
         ):
+            zero = zero | ({old: True} if _is_true(zero.get(old)) else {})
             if zero.get(old) is True:
                 if zero.get(new) not in (None, AUTO):
                     raise ConfigError(f"{name}: {ZERO}.{old} is the former name of {new}; keep one")
@@ -151,6 +152,13 @@ def _with_present_names(name: str, options: dict[str, Any]) -> dict[str, Any]:
                 zero = {key: value for key, value in zero.items() if key != old}
         renamed[ZERO] = zero
     return renamed
+
+
+def _is_true(value: Any) -> bool:
+    try:
+        return value is not None and flag(value)
+    except ValueError:  # which the reader says
+        return False
 
 
 def _renamed(name: str, prefix: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -71,13 +72,28 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[Path]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = _parsed(path.read_text(encoding="utf-8-sig"), f"{path}: not valid YAML")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this recipe: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text in UTF-8; give a YAML file, saved so") from None
+    if tree is None:
+        raise ConfigError(f"{path}: is empty; launch/recipes/ has recipes to start from")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of options, got {tree!r:.40}")
+    return tree
+
+
+def _parsed(text: str, said: str) -> Any:
+    """The YAML; ConfigError for what is none, and for placeholders that nobody here fills in."""
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{said}: {_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{said}: nested too deep") from None
+    except ValueError as error:  # `!!int abc`, a number of thousands of digits
+        raise ConfigError(f"{said}: {str(error).partition(';')[0]}; write it plainly") from None
     return tree
 
 
@@ -100,14 +116,16 @@ def _with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     for override in overrides:
         dotted, equals, text = override.partition("=")
         keys = dotted.split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"override {override!r}: write it as key.path=value")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        if not equals or not all(keys) or any(key != key.strip() for key in keys):
             raise ConfigError(
-                f"override {override!r}: not a YAML value: {_one_line(error)}"
-            ) from None
+                f"override {override!r}: write it as key.path=value, without spaces around ="
+            )
+        if not text.strip():
+            raise ConfigError(
+                f"override {override!r}: has no value; write it after the = without a space, or "
+                f"{dotted}=null"
+            )
+        value = _parsed(text, f"override {override!r}: not a YAML value")
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}
@@ -123,6 +141,8 @@ def _explain(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:
         owner, valid = _options_at(keys[:-1], tree)
         near = difflib.get_close_matches(keys[-1], valid, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
+        if "." in keys[-1]:
+            hint = " (a dotted path is for the command line; nest the mappings in a recipe)"
         return f"{path}: no such option; {owner} has {', '.join(valid)}{hint}"
     if detail["type"] == "missing":
         return f"{path}: missing; set it in the recipe or as {path}=VALUE"
@@ -130,8 +150,38 @@ def _explain(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:
     if isinstance(cause, ConfigError):  # ours; one about several keys names them already
         names_keys = not path or str(cause).startswith(f"{path}.")
         return str(cause) if names_keys else f"{path}: {cause}"
-    message = detail["msg"].removeprefix("Input ").removeprefix("should ")
-    return f"{path}={detail['input']!r:.60}: should {message}"
+    return f"{path}={_shown(detail['input'])}: should {_expected(detail, keys, tree)}"
+
+
+def _expected(detail: ErrorDetails, keys: Sequence[str], tree: Mapping[str, Any]) -> str:
+    """What pydantic wants there, in a recipe's words."""
+    kind, said = detail["type"], detail["msg"].removeprefix("Input ").removeprefix("should ")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        owner, valid = _options_at(keys, tree)
+        return f"be a mapping of options; {owner} has {', '.join(valid)}"
+    words = {
+        "string_type": "be text; quote it if it looks like something else",
+        "tuple_type": "be a list, such as [0.9, 0.999]",
+        "too_long": f"be a list of {detail.get('ctx', {}).get('max_length')}",
+        "int_parsing": "be a whole number",
+        "int_type": "be a whole number",
+        "int_from_float": "be a whole number",
+        "int_parsing_size": "be a smaller number",
+        "float_parsing": "be a number",
+        "float_type": "be a number",
+        "bool_parsing": "be true or false",
+        "bool_type": "be true or false",
+    }
+    return words.get(kind, said)
+
+
+def _shown(value: Any) -> str:
+    """As a recipe has it: null, true, quoted text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # a mapping that holds itself
+        text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _options_at(keys: Sequence[str], tree: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -162,19 +212,43 @@ def _one_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without two of its traps: `1e-4` is a number, and a key stands only once."""
+    """YAML 1.1 without its traps: `1e-4` is a number, a date is text, `010` and `1:30` are
+    refused, a key is text and stands only once, and `${...}` or `$HOME` is not taken for text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
+            key = key_node.value
+            if not isinstance(key, str) or key_node.tag.rpartition(":")[2] not in ("str", "merge"):
+                what = repr(key) if isinstance(key, str) else "a list or mapping"
+                _refuse(key_node, f"a key is the name of an option, and {what} is none")
+            if key in seen:
+                _refuse(key_node, f"key {key!r} stands twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_plain_int(self, node: yaml.ScalarNode) -> int:
+        if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+            _refuse(node, f"{node.value} is another number in YAML; write a decimal one, or quote")
+        return self.construct_yaml_int(node)
 
+    def construct_literal(self, node: yaml.ScalarNode) -> str:
+        if re.search(r"\$[A-Za-z{]", node.value):
+            _refuse(node, f"{node.value} is not filled in here; write the value itself")
+        return self.construct_yaml_str(node)
+
+
+def _refuse(node: yaml.Node, problem: str) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_plain_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_literal)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

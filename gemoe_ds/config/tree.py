@@ -238,6 +238,13 @@ class RunConfig(ConfigModel):
     )
     _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
 
+    @field_validator("output_dir")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if not value.strip() or "\n" in value or "\0" in value:
+            raise ConfigError(f"{value!r} is no folder's name; give the folder of this run")
+        return os.path.expanduser(value)
+
     @model_validator(mode="after")
     def _one_batch_size(self) -> Self:
         if self.train.accumulation is not None and self.train.global_batch is not None:

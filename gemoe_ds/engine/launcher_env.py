@@ -9,7 +9,7 @@ An empty variable is none. Light: nothing of torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from gemoe_ds.engine.launches import Launch, Variables, launches_in
@@ -180,6 +180,20 @@ def first_host(name: str, nodes: str) -> str:
 def _port(found: Variables, by: Launch) -> int:
     job = found.number("SLURM_JOB_ID") if by.rank_name == "SLURM_PROCID" else None
     return PORT if job is None else _FIRST_PORT + job % _PORTS
+
+
+def settle_accelerator(env: MutableMapping[str, str]) -> None:
+    """DS_ACCELERATOR as DeepSpeed can read it when it is imported; an empty one is none."""
+    value = env.get("DS_ACCELERATOR", "").strip()
+    if value not in ("", "cpu", "cuda"):
+        raise ConfigError(
+            f"DS_ACCELERATOR={value}: should be cpu or cuda; unset it, and DeepSpeed takes what is "
+            "there"
+        )
+    if value:
+        env["DS_ACCELERATOR"] = value
+    else:
+        env.pop("DS_ACCELERATOR", None)
 
 
 def device_index(local_rank: int | None, count: int, env: Mapping[str, str]) -> int:

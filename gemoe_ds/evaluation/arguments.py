@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.parser import Parser, at_least_one
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Setting:
 
 def subject_parser(description: str | None) -> argparse.ArgumentParser:
     """A recipe, what was trained, the ways to route, the data."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or the config.yaml of a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--data", type=Path, required=True, help="converted samples")
@@ -49,9 +48,14 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
         help="samples on which budgets are met (default: data.validation, else data.train)",
     )
     parser.add_argument(
-        "--calibration-samples", type=int, default=512, help="how many of them (default: 512)"
+        "--calibration-samples",
+        type=at_least_one,
+        default=512,
+        help="how many of them (default: 512)",
     )
-    parser.add_argument("--batch", type=int, default=64, help="samples a rank and forward pass")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=64, help="samples a rank and forward pass"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -12,6 +12,7 @@ from gemoe_ds.engine.launcher_env import (
     first_host,
     read_start,
     refuse_hidden_gpus,
+    settle_accelerator,
 )
 from gemoe_ds.errors import ConfigError
 
@@ -367,3 +368,19 @@ def test_gpus_that_a_variable_hides() -> None:
     refuse_hidden_gpus({"CUDA_VISIBLE_DEVICES": "7", "DS_ACCELERATOR": "cpu"})
     with pytest.raises(ConfigError, match="^CUDA_VISIBLE_DEVICES=7 shows none of this host's GPUs"):
         refuse_hidden_gpus({"CUDA_VISIBLE_DEVICES": "7"})
+
+
+@pytest.mark.parametrize("value", ["gpu", "CPU", "auto", "0", "xpu"])
+def test_an_accelerator_that_deepspeed_cannot_import_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"DS_ACCELERATOR={value}: should be cpu or cuda"):
+        settle_accelerator({"DS_ACCELERATOR": value})
+
+
+CPU = {"DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.parametrize(("value", "left"), [("", {}), (" ", {}), ("cpu ", CPU)])
+def test_an_empty_accelerator_is_none(value: str, left: dict[str, str]) -> None:
+    env = {"DS_ACCELERATOR": value}
+    settle_accelerator(env)
+    assert env == left
