@@ -25,7 +25,7 @@ import torch
 from gemoe_ds.errors import ConfigError, exit_on_error
 
 with exit_on_error():
-    pass  # refuses a DS_ACCELERATOR before deepspeed is imported
+    import gemoe_ds.engine  # noqa: F401  refuses a DS_ACCELERATOR before deepspeed is imported
 
 from gemoe_ds.analysis.bench_report import write_report
 from gemoe_ds.analysis.cost_model import Layer, compare, fit, of_ours

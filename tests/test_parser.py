@@ -11,7 +11,7 @@ from gemoe_ds.parser import Parser, at_least_one
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--train.steps", "30"], "is written train.steps=30"),
+        (["--train.steps", "30"], "is written train.steps="),
         (["--train.steps=30"], "is written train.steps=30"),
         (["--rank", "3"], "did you mean --ranks?"),
         (["--deepspeed", "x"], "is written key.path=value"),

@@ -44,7 +44,7 @@ ONLY_IN = {
 }
 
 # analysis/ reads the files that runs leave behind, never models.
-FORBIDDEN = {("analysis", room) for room in ROOMS[3:] if room != "analysis"}
+FORBIDDEN = {("analysis", room) for room in ROOMS[4:] if room != "analysis"}
 
 SCRIPTS = ("launch", "data_prep")
 
