@@ -2,7 +2,7 @@
 
 Sums what autograd keeps of transformers' decoder layers with frozen weights, and of our MoE layer:
 see `_of_norm` and so on. Between the vision tower and the first router nothing is kept: nothing
-there trains (unless everything does, `train: all`).
+there trains (unless everything does, `train: all`). What images need is found in rehearsed.py.
 Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts a token.
 """
 
@@ -26,13 +26,14 @@ class StepShape:
 
     tokens: int
     targets: int
-    pixel_values: int  # numbers
     itemsize: int  # of activations: 2 in bfloat16
     k: float  # experts a token
     ep_size: int = 1
     train: str = "routers"
     recompute: bool = False
     on_gpu: bool = False
+    images_at_most: int = 0  # bytes, before the language model or, if the tower trains, behind it
+    images_kept: int = 0  # bytes, while the language model runs
 
     @property
     def is_cast(self) -> bool:
@@ -70,12 +71,14 @@ def activation_bytes(
     widest = max(_in_flight(block, shape) * shape.tokens + _casts(block, shape) for block in blocks)
     linear = [m for m in [*text.modules(), backbone.head(hf)] if isinstance(m, nn.Linear)]
     casts = sum(m.weight.numel() for m in linear) * shape.itemsize
-    return {
+    parts = {
         "weights cast for the products": casts if shape.train == "all" and shape.is_cast else 0,
         "activations": round(kept * shape.tokens),
         "loss or experts in flight": round(max(loss, widest)),
-        "images": _of_tower(hf, root, shape),
     }
+    # The tower has its widest moment while the language model holds nothing.
+    images = max(shape.images_kept, shape.images_at_most - sum(parts.values()))
+    return parts | {"images": images}
 
 
 def _of_layer(layer: nn.Module, shape: StepShape) -> float:
@@ -141,22 +144,6 @@ def at_once(block: BlockSpec, shape: StepShape) -> bool:
 def _ranks_met(shape: StepShape) -> float:
     """Ranks that a token's row goes to on average, if its experts were drawn evenly."""
     return shape.ep_size * (1 - (1 - 1 / shape.ep_size) ** shape.k)
-
-
-def _of_tower(hf: nn.Module, root: str, shape: StepShape) -> int:
-    """Pixels twice, and the widest moment of a layer of a frozen tower."""
-    text = {id(module) for module in hf.get_submodule(root).modules()}
-    others = [module for module in hf.modules() if id(module) not in text]
-    cuts = [m for m in others if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    if not cuts or not shape.pixel_values:
-        return 0
-    patch = cuts[0].weight[0].numel()
-    linear = [m for m in others if isinstance(m, nn.Linear)]
-    width = cuts[0].out_channels
-    inner = max(m.out_features for m in linear if m.in_features == width)
-    a_patch = (2 * inner + 4 * width) * shape.itemsize
-    pixels = shape.pixel_values * (WIDE + shape.itemsize)
-    return round(pixels + shape.pixel_values / patch * a_patch)
 
 
 def _norm_width(name: str, module: nn.Module, layer: nn.Module) -> int:

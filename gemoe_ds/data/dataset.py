@@ -24,6 +24,11 @@ def _import_grain() -> ModuleType:
     return grain
 
 
+def num_read_ahead(threads: int) -> int:
+    """Micro-batches that are made before their step, or being made."""
+    return 2 * threads
+
+
 class _Source:
     """A SampleFolder as grain wants it: row number -> encoded sample, padding for a bad one."""
 
@@ -70,7 +75,7 @@ class TrainStream:
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
         endless = order.repeat(ENDLESS // len(samples))
         blocks = endless.batch(micro_batch, batch_fn=collator.batch)[rank::world]
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        options = grain.ReadOptions(threads, num_read_ahead(threads))
         self._blocks = iter(blocks.to_iter_dataset(options))
         self._blocks.set_state({"next_index": start_step * accumulation})
         self.accumulation = accumulation

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
-from gemoe_ds.backbones.backbone import BlockSpec
+from gemoe_ds.backbones.backbone import Backbone, BlockSpec
+from gemoe_ds.backbones.rehearsed import tower_bytes
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Lengths
@@ -20,6 +21,7 @@ from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.look_at_samples import look_at_samples
 from gemoe_ds.train.phases import resident_memory
+from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, numbers
@@ -92,7 +94,6 @@ def estimate(
     shape = StepShape(
         tokens=longest.input_ids_BS.numel(),
         targets=int(np.sort(cut.targets_N)[-size:].sum()),
-        pixel_values=max(_num_pixel_values(batch) for batch in (longest, seen)),
         itemsize=dtype.itemsize,
         k=max(router.most_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
@@ -100,11 +101,17 @@ def estimate(
         recompute=config.model.recompute,
         on_gpu=device.type == "cuda",
     )
+    if seen.images:
+        shape = _with_images(shape, backbone, hf, blocks, seen, dtype)
     weights = _weights(config, hf, blocks, routers, dtype, num_ranks, shape.on_gpu)
     step = activation_bytes(backbone, hf, blocks, shape)
     parts = weights | step
     if not shape.on_gpu:
         parts = {"Python and its packages": process + _ENGINE} | parts
+        if seen.images:
+            parts["images read ahead"] = read_ahead(
+                config, samples, collator, seen, lengths.image_N, num_ranks
+            )
         if config.model.pack_experts and config.model.train == "routers" and shape.is_cast:
             # for the forward pass, and for the backward pass of all above the first router
             experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
@@ -121,6 +128,28 @@ def estimate(
         0 if shape.on_gpu else _common(config, hf, blocks, dtype),
         blocks[0].routing.d_model,
     )
+
+
+def _with_images(
+    shape: StepShape,
+    backbone: Backbone,
+    hf: nn.Module,
+    blocks: list[BlockSpec],
+    batch: Batch,
+    dtype: torch.dtype,
+) -> StepShape:
+    """Of the micro-batch with the largest images; a GPU holds the batch itself, too."""
+    most, kept = tower_bytes(
+        backbone,
+        hf,
+        hf.get_submodule(blocks[0].path.partition(".layers.")[0]),
+        batch.inputs,
+        dtype,
+        trains=shape.train == "all",
+        recompute=shape.recompute,
+    )
+    there = image_bytes(batch) if shape.on_gpu else 0
+    return replace(shape, images_at_most=most + there, images_kept=kept + there)
 
 
 def _common(config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], dtype: torch.dtype) -> int:
@@ -214,7 +243,3 @@ def _largest(samples: SampleFolder, collator: Collator, size: int, most_N: np.nd
     if not largest:
         raise DataError(f"{samples.path}: none of {len(samples):,} samples can be used: {reason}")
     return collator.batch(largest)
-
-
-def _num_pixel_values(batch: Batch) -> int:
-    return batch.images["pixels"].numel() if batch.images else 0

@@ -24,6 +24,7 @@ from gemoe_ds.engine.distributed import World, distributed, gather_objects
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.manifest import Found
+from gemoe_ds.engine.memory import give_back_freed_memory
 from gemoe_ds.engine.saver import Saver
 from gemoe_ds.errors import ConfigError, GemoeError, writing_to
 from gemoe_ds.train.as_published import as_published
@@ -73,6 +74,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         if dry_run and config.model.checkpoint:
             for line in as_published(model, config, samples, world):
                 say(world, line)
+            give_back_freed_memory()
 
         # Find out about a wrong checkpoint before anything is built or written.
         output = Path(config.output_dir)

@@ -51,7 +51,6 @@ def test_kept_activations_are_those_of_autograd(name, dtype, train, tmp_path):
     shape = StepShape(
         tokens=ROWS * LENGTH,
         targets=1,
-        pixel_values=0,
         itemsize=dtype.itemsize,
         k=blocks[0].routing.top_k,
         train=train,

@@ -26,7 +26,8 @@ class Pooling(nn.Module):
         windows = windows.transpose(2, 3).reshape(-1, 4, width)
         query = self._heads(self.wq(windows.mean(1, keepdim=True)))
         key, value = self._heads(self.wk(windows)), self._heads(self.wv(windows))
-        with torch.autocast(patches_NPV.device.type, enabled=False):  # in float32, as published
+        device = "cuda" if patches_NPV.is_cuda else "cpu"  # also for tensors without memory
+        with torch.autocast(device, enabled=False):  # in float32, as published
             pooled = nn.functional.scaled_dot_product_attention(
                 query.float(), key.float(), value.float()
             )

@@ -1,0 +1,55 @@
+"""How much host memory the images of micro-batches take that are read before their step."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+
+from gemoe_ds.config import RunConfig
+from gemoe_ds.data.collate import Batch, Collator
+from gemoe_ds.data.dataset import num_read_ahead
+from gemoe_ds.data.images import display_size
+from gemoe_ds.data.sample import Sample, SampleFolder
+
+_DECODED = 2 * 4  # bytes a pixel: as Pillow decodes it, and the copy that is laid
+
+
+def image_bytes(batch: Batch) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in batch.images.values())
+
+
+def read_ahead(
+    config: RunConfig,
+    samples: SampleFolder,
+    collator: Collator,
+    largest: Batch,
+    tokens_N: np.ndarray,
+    num_ranks: int,
+) -> int:
+    """The step's own micro-batches, those that wait behind it, of images as large as they are on
+    average, and what the reader threads need to make one each.
+
+    `largest`: the micro-batch of the largest images; `tokens_N`: of every sample's image.
+    """
+    threads, size = config.data.threads, image_bytes(largest)
+    largest_N = tokens_N[list(largest.rows)]
+    share = tokens_N.mean() / largest_N.mean() if largest_N.any() else 1.0
+    waiting = size * share * (num_read_ahead(threads) + config.accumulation(num_ranks) - 1)
+    row = largest.rows[0]
+    making = _making_of(samples[row], row, collator) + size * (1 - 1 / len(largest.rows))
+    return round(size + waiting + threads * making)
+
+
+def _making_of(sample: Sample, row: int, collator: Collator) -> int:
+    """Bytes that the arrays of one sample take at most while it is encoded."""
+    if sample.image is None:
+        return 0
+    tracemalloc.start()
+    try:
+        collator.encode(row, sample)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    width, height = display_size(sample.image)
+    return most + _DECODED * width * height
