@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -29,10 +29,11 @@ class _Reached(Exception):
 class _Counted(TorchDispatchMode):
     """Bytes that live on the meta device, now and at most. What meets them there goes there too."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        """`there`: weights and inputs, of which views are made; they are not counted."""
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -93,7 +94,7 @@ def tower_bytes(
         model.gradient_checkpointing_enable(again)  # type: ignore[operator]
     images = dict(inputs["images"])
     images["pixels"] = images["pixels"].to("meta")
-    counted = _Counted()
+    counted = _Counted([*model.parameters(), images["pixels"]])
     kept = 0
 
     def reached(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from gemoe_ds.moe.router import Router
 from tests.backbones.cases import CASES, write_case
 
 SEE = [name for name, case in CASES.items() if case.sees]
+SCRATCH = 2**15  # bytes of kernels for themselves, whatever the picture
 
 
 class Reached(Exception):
@@ -84,6 +85,5 @@ def test_bytes_are_those_that_the_tower_allocates(name, train, tmp_path):
     text = model.hf.get_submodule(path)
     text.embed_tokens.requires_grad_(False)
     real_most, real_kept, gradients = allocated(model, text, inputs, trains=trains)
-    print(name, train, most, kept, real_most, real_kept, gradients)
     assert kept == pytest.approx(real_kept, rel=0.1)
-    assert real_most - gradients <= most * 1.1 and most <= real_most * 1.1
+    assert real_most - gradients - SCRATCH <= most * 1.1 and most <= real_most * 1.1
