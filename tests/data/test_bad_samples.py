@@ -52,6 +52,7 @@ def test_a_run_that_goes_on_knows_the_list(tmp_path):
     """But for what lies behind its checkpoint, and what was too long, which may fit now."""
     log = BadSampleLog(10, 100, alone)
     log.record(bad(1, needs=300))
+    log.record(bad(60))  # at the start, which looks again
     log.keep_in(tmp_path, 0)
     for step in (2, 3, 4):
         log.record(bad(10 * step), step)

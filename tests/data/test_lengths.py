@@ -109,6 +109,14 @@ def test_cuts_are_those_of_encode(tmp_path, tokenizer):
                 assert cut.cut_answers_N[row] == encoded.cut_answers
 
 
+def test_answers_of_bad_samples_are_cut_too():
+    """The second turn of the first sample does not fit, nor the only one of the second."""
+    turns_T3 = np.array([[5, 1, 1], [3, 2, 1], [50, 1, 1]], dtype=np.int32)
+    cut = Lengths(np.array([0, 2]), turns_T3, np.zeros(2, np.int32), {}).cut(10)
+    assert cut.length_N.tolist() == [7, 1] and cut.targets_N.tolist() == [2, 0]
+    assert cut.cut_answers_N.tolist() == [1, 1] and cut.is_bad_N.tolist() == [False, True]
+
+
 def same(one, other):
     return one.broken == other.broken and all(
         np.array_equal(getattr(one, name), getattr(other, name))

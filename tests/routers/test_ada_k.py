@@ -158,3 +158,7 @@ def test_it_learns_what_is_rewarded():
 def test_without_a_choice_there_is_nothing_to_learn():
     with pytest.raises(ConfigError, match="k_low=2, k_high=2 leave the allocator no choice"):
         make_router("ada_k", {"k_low": 2, "k_high": 2}, SPEC)
+
+
+def test_the_warm_up_lasts_its_steps_whatever_the_updates():
+    assert make_router("ada_k", {"warm_steps": 3, "updates": 2}).warm_left == 6

@@ -113,6 +113,30 @@ def test_idle_experts_close_and_the_first_opens_for_the_unserved():
     assert 2 in router(x_TD, ctx).token_ids_A.tolist(), "now it has one"
 
 
+def test_of_two_closed_experts_the_first_opens_and_none_that_is_closed_is_the_best():
+    router, x_TD, ctx = made([[-9.0, -1.0, 5.0], [-9.0, -1.0, -2.0]], adapt="both", adapt_every=1)
+    with torch.no_grad():
+        router.threshold.value_E.fill_(0.25)
+    router(x_TD, ctx)
+    upkeep(router, ctx)
+    assert router.is_open_E.tolist() == [1, 0, 1]
+    assert router.threshold.value_E.tolist() == [0.0, 0.25, 0.25], "of the new one it starts anew"
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(3))
+    assert router.eval()(x_TD[1:], ctx_of(1)).tokens_per_expert_E.tolist() == [0, 0, 1]
+
+
+def test_padding_is_not_unserved():
+    router, x_TD, _ = made([[-1.0, -2.0, -3.0], [-5.0, -5.0, -5.0]], adapt="both")
+    ctx = make_context(torch.tensor([[True, False]]))
+    router(x_TD, ctx)
+    assert ctx.layers[0].tally["unserved_D"].tolist() == [-1.0, -2.0, -3.0]
+
+
+def ctx_of(tokens):
+    return make_context(torch.ones(1, tokens, dtype=torch.bool))
+
+
 def test_one_stays_open_though_nobody_chose_any():
     router, x_TD, ctx = made([[-1.0, -2.0, -3.0]], adapt="close", adapt_every=1)
     router(x_TD, ctx)

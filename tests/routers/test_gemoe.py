@@ -11,6 +11,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.routers.gemoe import GeMoERouter
+from tests.routers.cases import make_context, make_router
 
 SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=3, renormalise=False)
 
@@ -204,3 +205,16 @@ def test_statistics():
     assert stats["k_histogram_text"].total.tolist() == [0, 1, 0, 1]
     assert stats["mean_k"].total / stats["mean_k"].count == 2
     assert stats["tokens_per_expert"].total.sum() == 6
+
+
+def test_k_is_rounded_and_the_budget_counts_valid_tokens():
+    """A predictor without an opinion expects 2.5; of the second token, padding, it is sure of 4."""
+    spec = RoutingSpec(d_model=2, num_experts=4, top_k=4, renormalise=False)
+    router = make_router("gemoe", {"budget_k": 2.0, "k_shift": 0.2}, spec)
+    with torch.no_grad():
+        router.eap.weight.zero_()[3, 0] = 50.0
+    ctx = make_context(torch.tensor([[True, False]]))
+    logits_TE, x_TD = torch.zeros(2, 4), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    decision = router.select(logits_TE, x_TD, ctx)
+    assert decision.mask_TE.sum(1).tolist() == [3, 4]
+    assert router.losses(decision, logits_TE, ctx)["budget"].value.item() == pytest.approx(0.25)

@@ -75,3 +75,11 @@ def test_default_tail_is_half_as_many_again():
 def test_a_tail_with_fewer_experts_is_refused():
     with pytest.raises(ConfigError, match="k <= tail_k"):
         make_router("ltdr", {"tail_k": 1}, SPEC)
+
+
+def test_padding_is_no_vision():
+    """Its variance, the largest, would raise the mean above that of the second token."""
+    scores = torch.tensor([FLAT, [0.4, 0.2, 0.2, 0.2], PEAKED])
+    router = make_router("ltdr", {"tail_k": 4}, SPEC)
+    ctx = make_context(torch.tensor([[True, True, False]]), torch.ones(1, 3, dtype=torch.bool))
+    assert router.is_tail(scores, ctx).tolist() == [False, True, False]

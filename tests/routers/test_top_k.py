@@ -9,6 +9,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.routers.top_k import TopKRouter
+from tests.routers.cases import make_context, make_router
 
 
 def make(renormalise=False, **options):
@@ -52,3 +53,14 @@ def test_routing_is_float32_for_bfloat16_activations():
     assert router.gate.weight.dtype == torch.float32
     assert plan.weights_A.dtype == torch.float32
     assert ctx.layers[0].logits_TE.dtype == torch.float32
+
+
+@pytest.mark.parametrize("target, excess", [(0.0, 2.0), (1.5, 0.5), (3.0, 0.0)])
+def test_entropy_above_its_target_costs(target, excess):
+    """Equal scores of four experts: 2 bits."""
+    spec = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+    router = make_router("top_k", {"entropy_weight": 0.1, "entropy_target": target}, spec)
+    ctx, logits_TE = make_context(torch.ones(1, 3, dtype=torch.bool)), torch.zeros(3, 4)
+    decision = router.select(logits_TE, torch.zeros(3, 4), ctx)
+    found = router.losses(decision, logits_TE, ctx)["entropy"]
+    assert found.value.item() == pytest.approx(excess, abs=1e-5) and found.weight == 0.1

@@ -44,6 +44,12 @@ def test_each_option_that_differs_is_named_with_both_values(setting, tmp_path, c
     assert text.startswith("the recipe has changed since step 3:") and rows(text) == [row]
 
 
+def test_an_option_that_is_gone_is_named_too(setting, tmp_path):
+    config = make_config(setting, tmp_path)
+    found = found_of(config, tmp_path, recipe=described(config) | {"former": {"option": 3}})
+    assert rows(changes(found, config, 2)) == ["former.option 3 -> not set"]
+
+
 def test_nothing_changed_is_silent(setting, tmp_path):
     config = make_config(setting, tmp_path)
     again = make_config(setting, tmp_path / "moved", resume="auto")

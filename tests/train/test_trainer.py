@@ -13,6 +13,7 @@ from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.ledger import whole_lines
+from gemoe_ds.train.trainer import micro_batch_seed
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
@@ -167,8 +168,9 @@ def test_a_skipped_update_moves_no_rate(setting, updates):
         assert not math.isfinite(lines[skipped_in]["grad_norm"]), "not that of the step before"
 
 
-def train_by_a_clock(rank: int, config) -> None:
-    """Every step takes a second, the first one ten; a checkpoint takes a hundred."""
+def train_by_a_clock(rank: int, config) -> list[int]:
+    """Every step takes a second, the first one ten; a checkpoint takes a hundred. Returns the
+    random state of every forward pass."""
     from gemoe_ds.train import trainer
 
     class Clock:
@@ -178,9 +180,12 @@ def train_by_a_clock(rank: int, config) -> None:
             return self.now
 
     clock, train_step, save = Clock(), trainer.Trainer.train_step, trainer.Trainer._save
+    seeds: list[int] = []
 
     def timed_step(self, step, batches, *, collect):
         clock.now += 10 if step == 1 else 1
+        if step == 1:
+            self.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
         return train_step(self, step, batches, collect=collect)
 
     def timed_save(self, step):
@@ -189,6 +194,7 @@ def train_by_a_clock(rank: int, config) -> None:
 
     trainer.time, trainer.Trainer.train_step, trainer.Trainer._save = clock, timed_step, timed_save
     assert train_all(rank, [config]) is None
+    return seeds
 
 
 def test_throughput_is_that_of_training(setting):
@@ -196,7 +202,8 @@ def test_throughput_is_that_of_training(setting):
     config = config_of(
         setting, "clock", parallel__ep_size=1, train__steps=5, checkpoint__every=1, monitor__every=2
     )
-    run_ranks(train_by_a_clock, 1, config)
+    (seeds,) = run_ranks(train_by_a_clock, 1, config)
+    assert seeds == [micro_batch_seed(config.seed, block) for block in range(5 * 2)]
     _, encoded = encoded_samples(config, build_model(config, ExpertShard()))
     tokens = dict.fromkeys(range(1, 6), 0)
     for line in whole_lines(Path(config.output_dir) / "ledger/rank-00000.jsonl"):
