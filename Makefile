@@ -71,7 +71,7 @@ parity: setup
 resume: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.train.resuming
 
-# Faults planted in a copy, one at a time: do the tests nearest to them fail? (10 minutes)
+# Faults planted in a copy, one at a time: do the tests nearest to them fail? (about 15 minutes)
 mutants: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 

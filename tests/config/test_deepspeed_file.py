@@ -295,3 +295,17 @@ def test_two_files_on_a_command_line_are_refused(tmp_path: Path) -> None:
     recipe.write_text(MINIMAL)
     with pytest.raises(ConfigError, match="--deepspeed a and --deepspeed_config b name two files"):
         parse_cli([str(recipe), "--deepspeed", "a", "--deepspeed_config", "b"])
+
+
+def test_without_zero_the_recipe_s_optimizer_clips_and_nothing_is_offloaded(tmp_path: Path) -> None:
+    assert deepspeed_config(loaded(tmp_path, {ZERO: {"stage": 0}}), 2, 8)["gradient_clipping"] == 0
+    assert deepspeed_config(loaded(tmp_path, {ZERO: {"stage": 1}}), 2, 8)["gradient_clipping"] == 1
+    offload = {ZERO: {"stage": 0, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ConfigError, match="offload_optimizer needs stage 1, 2 or 3: with ZeRO 0"):
+        deepspeed_config(loaded(tmp_path, offload), 2, 8)
+
+
+def test_both_betas_must_agree(tmp_path: Path) -> None:
+    betas = {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}
+    with pytest.raises(ConfigError, match="optimizer.params.betas=.*0.95.*contradicts"):
+        deepspeed_config(loaded(tmp_path, betas), 2, 8)
