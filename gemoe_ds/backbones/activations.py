@@ -2,7 +2,7 @@
 
 Sums what autograd keeps of transformers' decoder layers with frozen weights, and of our MoE layer:
 see `_of_norm` and so on. Between the vision tower and the first router nothing is kept: nothing
-there trains (unless everything does, `train: all`). What images need is found in rehearsed.py.
+there trains (unless everything does, `train: all`). What images need is found in tower_memory.py.
 Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts a token.
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.backbones.backbone import Backbone, BlockSpec
-from gemoe_ds.backbones.rehearsed import tower_bytes
+from gemoe_ds.backbones.tower_memory import tower_bytes
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Lengths

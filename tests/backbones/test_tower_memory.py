@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gemoe_ds.backbones.backbone import Backbone
 from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.backbones.rehearsed import tower_bytes
+from gemoe_ds.backbones.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router
 from tests.backbones.cases import CASES, write_case
 
