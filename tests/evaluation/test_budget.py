@@ -72,6 +72,21 @@ def test_a_miss_is_no_success(how, other):
     assert meet_budget(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
 
 
+def test_the_nearest_of_all_passes_is_taken():
+    """Not the last: k is rounded, so that a later try may be worse."""
+    routers, _ = model()
+    mean_ks, tried = iter([3.03, *[5.0, 1.0] * 7]), []
+
+    def measure() -> float:
+        tried.append(routers[0].k_shift)
+        return next(mean_ks)
+
+    found = meet_budget(routers, 3.0, measure)
+    assert found.mean_k == pytest.approx(3.03) and found.passes == 15
+    assert {r.k_shift for r in routers} == {found.k_shift} == {tried[0]}
+    assert tried[-1] != tried[0]
+
+
 @pytest.mark.parametrize("how", ["shift", "scale"])
 def test_what_was_set_before_is_forgotten(how):
     """A recipe's numbers, or those of an earlier budget: the one that is found stands alone."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from gemoe_ds.evaluation.generate import Work, generate
+from gemoe_ds.evaluation.generate import Work, _chooser, generate
 from tests.backbones.test_past import loaded, samples  # noqa: F401  (a fixture)
 from tests.helpers import run_ranks
 from tests.tiny import make_model, write_base
@@ -58,6 +60,16 @@ def test_mean_k_is_that_of_the_tokens(tmp_path):
     assert written.prompts.tokens == 8 and written.prompts.mean_k_L == [3.0, 3.0]
     assert written.steps.tokens == 6 and written.steps.mean_k_L == [3.0, 3.0]
     assert [len(answer) for answer in written.token_ids] == [4, 4]
+    # prompts of 5 and 3: token i of each sees i; then 3 steps of each see one more every time
+    assert written.prompts.attended == (1 + 2 + 3 + 4 + 5) + (1 + 2 + 3)
+    assert written.steps.attended == (6 + 7 + 8) + (4 + 5 + 6)
+
+
+def test_a_low_temperature_sharpens():
+    """At 0.5 a lead of 1 counts as 2: the likelier of two tokens has 88 %, not 73 or 62."""
+    rows = fake_prompts(torch.zeros(4000, 1, dtype=torch.long), [1] * 4000)
+    chosen = _chooser(rows, temperature=0.5, seed=0)(torch.tensor([[0.0, 1.0]]).expand(4000, 2))
+    assert chosen.double().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
 
 
 def fake_prompts(ids_BS, lengths):
