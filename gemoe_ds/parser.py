@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from gemoe_ds.errors import ConfigError, exit_on_error
@@ -17,9 +18,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | options))
+        self._exits = False
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}{self._hint(message)}; --help lists what is accepted")
+        with exit_on_error() if self._exits else nullcontext():
+            raise ConfigError(f"{message}{self._hint(message)}; --help lists what is accepted")
 
     def _hint(self, message: str) -> str:
         """The way out for a flag that is none."""
@@ -37,9 +40,9 @@ class Parser(argparse.ArgumentParser):
         return " (an option of the recipe is written key.path=value)" if takes_options else ""
 
     def parse_or_exit(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """For scripts that parse before anything else."""
-        with exit_on_error():
-            return self.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+        """For scripts that parse before anything else; an `error` later on ends them too."""
+        self._exits = True
+        return self.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
 
 
 def at_least_one(text: str) -> int:

@@ -62,8 +62,6 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
 
 def settings(arguments: argparse.Namespace) -> list[Setting]:
     """The static ones, then the budgets; what was trained as it is where no budget is asked for."""
-    if min(arguments.batch, arguments.calibration_samples) < 1:
-        raise ConfigError("--batch and --calibration-samples are 1 at least")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: is a file; give a folder")
     static = [Setting(f"k_{k}", k=k) for k in arguments.k or []]

@@ -12,7 +12,7 @@ from launch.submit import main as submit
 @pytest.mark.parametrize(
     "given, words",
     [
-        (["--batch", "0"], "--batch and --calibration-samples are 1 at least"),
+        (["--batch", "0"], "argument --batch: 0 is not a number from 1 to"),
         (["--out", __file__], "is a file; give a folder"),
     ],
 )

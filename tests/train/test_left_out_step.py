@@ -58,7 +58,7 @@ def test_a_micro_batch_is_what_it_is_without_them(setting, rows):
         model.zero_grad()
         parts = model(**batch.inputs)
         parts["loss"].backward()
-        found.append(({n: float(v) for n, v in parts.items()}, gradients(model)))
+        found.append(({n: v.item() for n, v in parts.items()}, gradients(model)))
     (losses, grads), (wanted, wanted_grads) = found
     assert losses == pytest.approx(wanted, rel=1e-6) and losses["load_balance"] > 0
     for name, grad in wanted_grads.items():
