@@ -12,17 +12,7 @@ from gemoe_ds.config import RunConfig, load_config
 from gemoe_ds.config.paths import ROOT, Places
 from gemoe_ds.engine.checkpoint import run_identity
 from gemoe_ds.errors import ConfigError
-
-RECIPE = """
-output_dir: out
-model:
-  backbone: {name: tiny}
-  checkpoint: base
-  router: {name: gemoe, k_high: 4}
-data: {train: train, tokenizer: tokenizer}
-optim: {lr: 1e-3}
-train: {steps: 10, micro_batch: 2}
-"""
+from tests.test_config import MINIMAL
 
 
 @pytest.fixture
@@ -40,7 +30,7 @@ def recipe(tmp_path: Path) -> Path:
     folder = tmp_path / "recipes"
     for name in ("base", "train", "tokenizer", "tower", "held_out"):
         (folder / name).mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(MINIMAL)
     return folder / "recipe.yaml"
 
 
