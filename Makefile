@@ -26,20 +26,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
-	@$(BIN)/python launch/trial.py
+	@$(BIN)/python -m experiments.trial
 
 demo: setup
-	@$(BIN)/python launch/demo.py
+	@$(BIN)/python -m experiments.demo
 
 # The GeMoE row with three seeds, on the same pretrained model; the report goes to results/demo.
 demo-seeds: setup
-	@$(BIN)/python launch/demo.py --seeds 0 1 2 --report results/demo
+	@$(BIN)/python -m experiments.demo --seeds 0 1 2 --report results/demo
 
 # Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2
 # cores); and GeMoE trained for budgets of experts: results/budgets (half an hour more).
 compare: setup
-	@$(BIN)/python launch/compare.py
-	@$(BIN)/python launch/compare.py --grid launch/grids/budgets.yaml --out results/budgets
+	@$(BIN)/python -m experiments.compare
+	@$(BIN)/python -m experiments.compare --grid experiments/grids/budgets.yaml --out results/budgets
 
 test: check
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4
@@ -77,15 +77,15 @@ mutants: setup
 
 # The MoE layer against its peers on this machine: results/bench_cpu.json or bench_cuda.json.
 bench: setup
-	$(BIN)/python launch/bench.py
+	$(BIN)/python -m benchmarks
 
 # OLMoE-1B-7B at its true size on two ranks (14 GB of disk, 17 of memory): results/full_size.json.
 full-size: setup
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python launch/full_size.py
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m experiments.full_size
 
 # MolmoE-1B and DeepSeek-VL2-Tiny at theirs on a GPU, 20 steps: results/full_size_gpu.json.
 full-size-gpu: setup
-	$(BIN)/python launch/full_size.py --backbones molmoe deepseek_vl2 --ranks 1 --steps 20 --out results/full_size_gpu.json
+	$(BIN)/python -m experiments.full_size --backbones molmoe deepseek_vl2 --ranks 1 --steps 20 --out results/full_size_gpu.json
 
 check: setup
 	$(BIN)/ruff check

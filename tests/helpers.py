@@ -124,7 +124,11 @@ def _script(words: list[str], written: list[str], environment: dict[str, str]) -
     os.environ.update(environment)
     os.chdir(repository())
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def start_method() -> Any:

@@ -13,7 +13,7 @@ from tests.helpers import repository
 
 # Beside the contract: what looks at all routers, or at all files. Of each what is quick.
 ALSO = {
-    "tests/launch/test_compare.py": "test_compare and not list",
+    "tests/experiments/test_compare.py": "test_compare and not list",
     "tests/test_rooms.py": "test_rooms",
     "tests/test_config.py": "test_config and every_router",
 }
@@ -25,7 +25,7 @@ def test_the_two_files_are_all_it_takes(tmp_path):
     files = re.findall(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     (router, _), (test, _) = files
     assert len(files[0][1].splitlines()) <= 45, "one screen"
-    for folder in ("gemoe_ds", "launch", "data_prep", "ds_configs", "tests"):
+    for folder in ("gemoe_ds", "experiments", "launch", "data_prep", "ds_configs", "tests"):
         shutil.copytree(
             repository() / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 from tests.helpers import repository
 
@@ -30,23 +32,25 @@ ROOMS = [
     "train",
     "evaluation",
     "analysis",
-    "bench",
 ]
 
 # Libraries that are welcome in some rooms only. Scripts count as rooms by their folder's name.
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
-    "deepspeed": {"engine", "cluster", "bench"},  # bench runs their layers beside ours
-    "transformers": {"backbones", "data", "data_prep", "export", "bench"},
+    "deepspeed": {"engine", "cluster", "benchmarks"},  # whose layers run beside ours
+    "transformers": {"backbones", "data", "data_prep", "export", "benchmarks"},
     "datasets": {"data"},
     "grain": {"data"},
-    "matplotlib": {"analysis"},
+    "matplotlib": {"analysis", "benchmarks", "experiments"},
 }
 
 # analysis/ reads the files that runs leave behind, never models.
 FORBIDDEN = {("analysis", room) for room in ROOMS[4:] if room != "analysis"}
 
-SCRIPTS = ("launch", "data_prep")
+# What is no part of the product: measured with it, never imported by it, not in the wheel.
+EVIDENCE = ("benchmarks", "experiments")
+
+SCRIPTS = ("launch", "data_prep", *EVIDENCE)
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
@@ -93,6 +97,8 @@ def objection(room: str, name: str) -> str | None:
     top, _, rest = name.partition(".")
     if top in ONLY_IN and room not in ONLY_IN[top]:
         return f"{room} imports {top}, which belongs in {', '.join(sorted(ONLY_IN[top]))}"
+    if top in EVIDENCE and room not in EVIDENCE:
+        return f"{room} must not import {top}"
     target = rest.partition(".")[0]
     if top != PACKAGE or target not in ROOMS or room in SCRIPTS or room == "__init__":
         return None
@@ -116,6 +122,15 @@ def test_every_part_of_the_package_is_a_room() -> None:
     assert parts - {"__init__"} <= set(ROOMS)
 
 
+def test_the_wheel_holds_the_product_alone() -> None:
+    project = tomllib.loads((repository() / "pyproject.toml").read_text(encoding="utf-8"))
+    search = project["tool"]["setuptools"]["packages"]["find"]
+    found = {
+        name.partition(".")[0] for name in find_namespace_packages(str(repository()), **search)
+    }
+    assert found == {PACKAGE}
+
+
 @pytest.mark.parametrize(
     ("file", "source", "expected"),
     [
@@ -136,6 +151,8 @@ def test_every_part_of_the_package_is_a_room() -> None:
         ("gemoe_ds/analysis/a.py", "import gemoe_ds.moe", "analysis must not import moe"),
         ("gemoe_ds/new/a.py", "import gemoe_ds.moe", "new is no room yet"),
         ("launch/a.py", "import deepspeed", "launch imports deepspeed"),
+        ("gemoe_ds/analysis/a.py", "import benchmarks", "analysis must not import benchmarks"),
+        ("launch/a.py", "from experiments import demo", "launch must not import experiments"),
     ],
 )
 def test_the_checker_catches_a_planted_violation(
@@ -154,6 +171,7 @@ def test_the_checker_lets_the_allowed_pass(tmp_path: Path) -> None:
         "gemoe_ds/data/a.py": "from transformers import AutoTokenizer",
         "gemoe_ds/analysis/a.py": "from gemoe_ds.errors import DataError\nimport matplotlib.pyplot",
         "launch/a.py": "import gemoe_ds.train\nimport gemoe_ds.analysis",
+        "benchmarks/a.py": "import deepspeed\nimport gemoe_ds.train\nfrom benchmarks import b",
     }
     for file, source in allowed.items():
         path = tmp_path / file

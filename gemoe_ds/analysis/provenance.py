@@ -14,11 +14,17 @@ from typing import Any
 def provenance() -> dict[str, Any]:
     """command, commit, machine and date of this process, as `EvalRecord` wants them."""
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "machine": _machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _program() -> list[str]:
+    """What Python runs: a script, or a module with -m."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
 
 
 def _commit() -> str | None:

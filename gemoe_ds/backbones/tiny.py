@@ -55,7 +55,8 @@ class TinyBackbone(LlavaBackbone):
         vision_width: int = Field(64, ge=8)
         vision_layers: int = Field(2, ge=1)
         vision_checkpoint: Annotated[str | None, Reads()] = Field(
-            None, description="tower of launch/pretrain_vision.py for a fresh model; null: random"
+            None,
+            description="a pretrained CLIP vision tower for a fresh model; null: random",
         )
         max_position: int = Field(2048, ge=1)
 

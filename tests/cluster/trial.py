@@ -1,4 +1,4 @@
-"""The small job of launch/trial.py, in a folder of a test."""
+"""The small job of `make trial`, in a folder of a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE = "launch/recipes/trial.yaml"
 def write_trial(root: Path) -> Path:
     """Its data and its backbone."""
     done = subprocess.run(
-        [sys.executable, "launch/trial.py", "--out", str(root)],
+        [sys.executable, "-m", "experiments.trial", "--out", str(root)],
         cwd=repository(),
         env=os.environ | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,

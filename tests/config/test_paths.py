@@ -70,7 +70,7 @@ def test_what_a_recipe_extends_may_bring_paths_beside_itself(here: Path, recipe:
 
 
 def test_shipped_recipes_are_found_from_any_folder(here: Path) -> None:
-    config = load_config("launch/recipes/demo_gemoe.yaml")
+    config = load_config("launch/recipes/trial.yaml")
     assert config.deepspeed.startswith(str(ROOT))
 
 

@@ -10,7 +10,7 @@ from gemoe_ds.config import load_config
 from gemoe_ds.errors import ConfigError
 from tests.helpers import repository
 
-RECIPE = repository() / "launch/recipes/demo_gemoe.yaml"
+RECIPE = repository() / "launch/recipes/trial.yaml"
 
 
 @pytest.mark.parametrize(

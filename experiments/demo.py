@@ -1,0 +1,190 @@
+"""The main job in small, step by step: data, pretraining, GeMoE and its baselines, the report.
+
+Every step is one command that can be typed by hand; `--list` prints them all. A finished step is
+skipped when this runs again, an interrupted training step continues from its newest checkpoint,
+and a step whose command, recipe or input changed starts anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments import CHECKOUT, RECIPES
+from experiments.steps import Progress, Step, run_steps
+from gemoe_ds.parser import Parser
+
+DEMO = Path("runs/demo")
+STATIC_K = (8, 7, 6, 5, 4, 3, 2)
+TUNED_K = (8, 5)
+
+
+def backbone_steps(num_ranks: int) -> list[Step]:
+    """Data, and a pretrained backbone; the last step is `anneal`."""
+    steps = [
+        python_step(
+            "scenes",
+            f"data_prep/make_scenes.py --out {DEMO}/scenes --seed 0",
+            DEMO / "scenes",
+            seconds=15,
+        )
+    ]
+    for split in ("train", "validation", "test"):
+        scenes, data = DEMO / "scenes", DEMO / "data" / split
+        steps.append(
+            python_step(
+                f"convert_{split}",
+                f"data_prep/convert_llava.py --json {scenes}/{split}.json "
+                f"--kinds {scenes}/{split}_kinds.json --images {scenes}/images --out {data}",
+                data,
+                seconds=4,
+                needs=("scenes",),
+            )
+        )
+    steps.append(
+        python_step(
+            "tokenizer",
+            f"data_prep/train_tokenizer.py --data {DEMO}/data/train --out {DEMO}/tokenizer",
+            DEMO / "tokenizer",
+            seconds=5,
+            needs=("convert_train",),
+        )
+    )
+    vision = f"-m experiments.pretrain_vision {RECIPES}/demo_pretrain.yaml --out {DEMO}/vision"
+    steps.append(python_step("vision", vision, DEMO / "vision", seconds=35, needs=("tokenizer",)))
+    prepared = ("convert_validation", "convert_test", "vision")
+    steps.append(
+        train_step("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 370, needs=prepared)
+    )
+    steps.append(
+        train_step("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 105, needs=("pretrain",))
+    )
+    return steps
+
+
+def static_step(num_ranks: int) -> Step:
+    """The pretrained backbone as it is, with every static k."""
+    return evaluate_step(
+        "static",
+        f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}",
+        DEMO / "eval/static",
+        num_ranks,
+        needs=("anneal",),
+        seconds=25,
+    )
+
+
+STATIC_FOLDERS = [f"{DEMO}/eval/static/k_{k}" for k in STATIC_K]
+
+
+def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]:
+    """The whole demo. With one rank, twice the accumulation gives the same global batches."""
+    steps = backbone_steps(num_ranks)
+    tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
+    tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
+    for name, recipe, seed in tuned:
+        steps.append(
+            train_step(name, recipe, num_ranks, DEMO / name, 65, needs=("anneal",), seed=seed)
+        )
+    evaluations = [static_step(num_ranks)]
+    evaluations += [
+        evaluate_step(
+            name,
+            f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}",
+            DEMO / "eval" / name,
+            num_ranks,
+            needs=(name,),
+        )
+        for name, _, _ in tuned
+    ]
+    steps += evaluations
+    folders = [*STATIC_FOLDERS, *(f"{DEMO}/eval/{name}" for name, _, _ in tuned)]
+    made_by = "make demo" if report == DEMO else "make demo-seeds"
+    steps.append(
+        python_step(
+            "report",
+            f"launch/analyze.py {' '.join(folders)} --out {report} "
+            f"--tensorboard {DEMO}/figures_board --command '{made_by}'",
+            report / "report.md",
+            seconds=15,
+            needs=tuple(step.name for step in evaluations),
+        )
+    )
+    return steps
+
+
+def python_step(
+    name: str, arguments: str, output: Path, *, seconds: int, needs: tuple[str, ...] = ()
+) -> Step:
+    return Step(name, ("python", *shlex.split(arguments)), output, seconds, needs)
+
+
+def evaluate_step(
+    name: str,
+    arguments: str,
+    folder: Path,
+    num_ranks: int,
+    *,
+    needs: tuple[str, ...],
+    seconds: int = 15,
+) -> Step:
+    options = f"{arguments} --data {DEMO}/data/test --out {folder}"
+    command = ("deepspeed", "--num_gpus", str(num_ranks), "launch/evaluate.py")
+    return Step(
+        f"evaluate_{name}", (*command, *shlex.split(options)), folder, seconds=seconds, needs=needs
+    )
+
+
+def train_step(
+    name: str,
+    recipe: str,
+    num_ranks: int,
+    output: Path,
+    seconds: int,
+    *,
+    needs: tuple[str, ...],
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> Step:
+    path = RECIPES / f"{recipe}.yaml"
+    command = ["deepspeed", "--num_gpus", str(num_ranks), "launch/train.py", str(path)]
+    if seed or overrides:
+        command += [f"seed={seed}", f"output_dir={output}", *overrides]
+    if num_ranks == 1:
+        command += ["parallel.ep_size=1", "train.accumulation=2"]
+    command += ["--resume", "auto"]
+    return Step(name, tuple(command), output, seconds, needs, path, resumable=True)
+
+
+def main() -> int:
+    parser = Parser("python -m experiments.demo", description=__doc__)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="one GeMoE row each (default: 0)"
+    )
+    parser.add_argument(
+        "--report", type=Path, default=DEMO, help=f"folder of the report (default: {DEMO})"
+    )
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    arguments = parser.parse_or_exit()
+    os.chdir(CHECKOUT)
+    # Two gloo ranks on a CPU machine; one rank where there is a single GPU.
+    steps = demo_steps(arguments.seeds, min(torch.cuda.device_count() or 2, 2), arguments.report)
+    if arguments.list:
+        for step in steps:
+            print(shlex.join(step.command))
+        return 0
+    code = run_steps(steps, Progress(DEMO / "steps", steps))
+    if code == 0:
+        print(f"   report      {arguments.report}/report.md")
+        print(f"   figures     {arguments.report}/figures/")
+        print(f"   TensorBoard .venv/bin/tensorboard --logdir {DEMO}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Backbones at their true sizes on this machine: results/full_size.json, or full_size_gpu.json.
+
+For each: a checkpoint in its public layout with random weights, loaded on --ranks ranks with expert
+parallelism among them; GeMoE is trained for --steps steps, saved, resumed and trained for as many
+again; then answers are written at the backbone's own k and at GeMoE's. Random weights say nothing
+of quality: what is measured is memory and time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments import CHECKOUT, RECIPES
+from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.parser import Parser
+
+SHARDS = 3
+RECIPE = f"{RECIPES}/full_size.yaml"
+SAMPLES = 400
+
+
+def turns() -> Iterator[tuple[str, str]]:
+    """A few hundred short conversations about numbers."""
+    for n in range(SAMPLES):
+        yield f"What comes after {n} ?", f"After {n} comes {n + 1} ."
+
+
+def write_data(folder: Path, *, images: bool) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from gemoe_ds.data.sample import Sample, Turn, write_samples
+
+    def picture(number: int) -> bytes:
+        rng = np.random.default_rng(number)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stored = io.BytesIO()
+        Image.fromarray(pixels).resize((480, 360)).save(stored, "JPEG")
+        return stored.getvalue()
+
+    samples = (
+        Sample(f"n{i}", picture(i) if images else None, (Turn(*turn),))
+        for i, turn in enumerate(turns())
+    )
+    write_samples(samples, folder, source="experiments/full_size.py")
+
+
+def evict(folder: Path) -> None:
+    """Forget what the system has cached of a folder's files."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def dd_rate(folder: Path) -> float:
+    """Bytes a second of `dd` over the checkpoint's files, not cached."""
+    evict(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    began = time.perf_counter()
+    for file in files:
+        command = ["dd", f"if={file}", "of=/dev/null", "bs=16M", "status=none"]
+        subprocess.run(command, check=True)
+    return sum(file.stat().st_size for file in files) / (time.perf_counter() - began)
+
+
+def kept_bytes(folder: Path, ranks: int) -> int:
+    """What a rank keeps of the checkpoint: its share of the experts, everything else whole."""
+    from gemoe_ds.backbones.stored import open_stored
+
+    sizes = {key: tensor.num_bytes for key, tensor in open_stored(folder).items()}
+    experts = sum(size for key, size in sizes.items() if ".experts." in key)
+    return sum(sizes.values()) - experts + experts // ranks
+
+
+class FullSize:
+    """One backbone's folder, runs and figures."""
+
+    def __init__(self, name: str, ranks: int, steps: int) -> None:
+        self.name, self.ranks, self.steps = name, ranks, steps
+        self.root = Path("runs/full_size") / name
+        self.base, self.data = self.root / "checkpoint", self.root / "data"
+        if (self.root / "run").exists():
+            raise ConfigError(f"{self.root}/run exists; remove it to measure again")
+
+    def prepare(self) -> None:
+        from gemoe_ds.backbones.backbone import Backbone
+        from gemoe_ds.backbones.random_checkpoint import (
+            write_random_checkpoint,
+            write_stand_in_tokenizer,
+        )
+
+        backbone = Backbone.named(self.name)
+        if not (self.base / "config.json").is_file():
+            write_random_checkpoint(backbone, self.base, shards=SHARDS)
+        if not self.data.exists():
+            sees = backbone(backbone.Config()).image_layout(backbone.published()) is not None
+            write_data(self.data, images=sees)
+        words = {word for turn in turns() for text in turn for word in text.split()}
+        write_stand_in_tokenizer(backbone, words, self.root / "tokenizer")
+
+    def launched(self, script: str, *options: str) -> None:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={self.ranks}", f"launch/{script}", *options),
+        ]
+        print(f"-- {shlex.join(command)}", flush=True)
+        subprocess.run(command, check=True)
+
+    def train(self, steps: int, *more: str) -> list[dict[str, Any]]:
+        """Train to `steps`; the phases."""
+        paths = {"model.checkpoint": self.base, "data.train": self.data}
+        paths |= {"data.tokenizer": self.root / "tokenizer", "output_dir": self.root / "run"}
+        options = [f"{key}={path}" for key, path in paths.items()]
+        options += [f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
+        options += [f"train.steps={steps}", f"checkpoint.every={self.steps}", *more]
+        self.launched("train.py", RECIPE, *options)
+        phases: list[dict[str, Any]] = json.loads((self.root / "run/phases.json").read_text())
+        return phases
+
+    def generate(self, top_k: int) -> list[dict[str, Any]]:
+        run, out = self.root / "run", self.root / "answers"
+        options = ["--trained", str(run), "--k", str(top_k), "--data", str(self.data)]
+        options += ["--limit", "8", "--batch", "4", "--max-new-tokens", "16", "--rounds", "3"]
+        options += ["--out", str(out), f"parallel.ep_size={self.ranks}"]
+        self.launched("generate.py", str(run / "config.yaml"), *options)
+        costs: list[dict[str, Any]] = json.loads((out / "throughput.json").read_text())["costs"]
+        return costs
+
+    def measure(self) -> dict[str, Any]:
+        from gemoe_ds.backbones.backbone import Backbone
+
+        backbone = Backbone.named(self.name)
+        top_k = backbone.published_blocks()[0].routing.top_k
+        disk = dd_rate(self.base)
+        evict(self.base)
+        first = self.train(self.steps)
+        again = self.train(2 * self.steps, "resume=auto")
+        kept = kept_bytes(self.base, self.ranks)
+        total = sum(file.stat().st_size for file in self.base.glob("*.safetensors"))
+        loading = next(phase for phase in first if phase["name"] == "loading")
+        lines = (self.root / "run/metrics.jsonl").read_text().splitlines()
+        return {
+            "ranks": self.ranks,
+            "checkpoint_bytes": total,
+            "kept_bytes_per_rank": kept,
+            "loading_peak_over_kept": round(max(loading["host_bytes"]) / kept, 3),
+            "loading_node_over_checkpoint": round(sum(loading["share_bytes"]) / total, 3),
+            "dd_bytes_per_s": round(disk),
+            "read_bytes_per_s": round(total / loading["seconds"]),
+            "phases": first,
+            "phases_resumed": again,
+            "last_step": {k: v for k, v in json.loads(lines[-1]).items() if "/layer_" not in k},
+            "generation": self.generate(top_k),
+        }
+
+
+def main() -> int:
+    parser = Parser("python -m experiments.full_size", description=__doc__)
+    parser.add_argument("--backbones", nargs="+", default=["olmoe"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("results/full_size.json"))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
+    arguments = parser.parse_or_exit()
+    os.chdir(CHECKOUT)
+    from gemoe_ds.analysis.provenance import provenance
+
+    with exit_on_error():
+        measured = {}
+        for name in arguments.backbones:
+            one = FullSize(name, arguments.ranks, arguments.steps)
+            one.prepare()
+            measured[name] = one.measure()
+            if not arguments.keep:
+                shutil.rmtree(one.base)
+        report = {"backbones": measured} | provenance()
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"   report      {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

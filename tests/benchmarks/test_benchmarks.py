@@ -1,0 +1,97 @@
+"""`python -m benchmarks` from end to end on a small shape: rows, counters, page, trace."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import repository, run_python
+
+FAST = ["--shape", "demo", "--tokens", "96", "--rounds", "1"]
+
+
+def bench(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", *flags]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=repository(), env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "bench_cpu.json"
+    done = bench(
+        "--suites", "layer", "stages", "ep", "timeline", "--ep", "2", *FAST, "--out", str(out)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, json.loads(out.read_text()), done.stdout
+
+
+def test_every_row_was_checked_and_timed(results):
+    _, data, _ = results
+    layers = [row for row in data["rows"] if row["suite"] in ("layer", "ep")]
+    assert {row["mode"] for row in layers} == {"forward", "frozen", "trainable"}
+    peers = {"autoep", "autoep_grouped", "autoep_padded", "hf_eager", "hf_grouped"}
+    assert {row["layer"] for row in layers} == {*peers, "gemoe_ds", "dense product", "router alone"}
+    for row in layers:
+        assert row["ms"] > 0 and row["tokens"] == 96
+        if row["layer"] not in ("dense product", "router alone"):
+            assert 0 < max(row["errors"].values()) < 0.02
+    # 96 tokens each get a whole number of experts: the mean is as near as that allows
+    ours = sorted({round(r["mean_k"]) for r in layers if r["layer"] == "gemoe_ds"})
+    assert ours == list(range(1, 9))
+
+
+def test_sent_bytes_are_counted(results):
+    _, data, _ = results
+    ours = [r for r in data["rows"] if r["suite"] == "ep" and r["layer"] == "gemoe_ds"]
+    assert ours
+    for row in ours:
+        traffic = row["traffic"]
+        assert traffic["row_bytes"] == 2 * traffic["pairs"] * 64 * 2  # D = 64 in bf16
+        assert 0 < traffic["pairs"] <= 96
+        forwarded = traffic["row_bytes_if_every_assignment_travelled"]
+        assert forwarded >= traffic["row_bytes"] * (1.5 if row["mean_k"] > 3 else 1)
+
+
+def test_page_names_its_source_and_what_was_not_run(results):
+    out, data, printed = results
+    page = out.with_suffix(".md").read_text()
+    assert page in printed
+    assert data["command"].startswith("python -m benchmarks --suites layer stages ep")
+    assert data["command"] in page and data["machine"] in page
+    assert "Not run on a GPU" in page
+    assert {row["of"] for row in data["cost_model"]["compared"]} == {"fit"}
+
+
+def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
+    out, data, _ = results
+    (row,) = (row for row in data["rows"] if row["suite"] == "timeline")
+    shared = next(span for span in row["spans"] if span["name"] == "shared expert")
+    around = [
+        span
+        for span in row["spans"]
+        if span["name"] == "all_to_all"
+        and span["start"] <= shared["start"]
+        and span["end"] >= shared["end"]
+    ]
+    assert len(around) == 2, "the rows and their metadata"
+    with gzip.open(out.with_name("bench_cpu_trace.json.gz"), "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"shared expert", "all_to_all: start", "all_to_all: wait"} <= names
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(("--out", "nowhere.md"), "must end in .json"), (("--rounds", "0"), "are 1 at least")],
+)
+def test_bad_flags_cost_one_line(flags, words):
+    done = run_python("-m", "benchmarks", "--suites", "layer", *flags)
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,39 @@
+"""The demo's recipes read what the one before them wrote, and compare like with like."""
+
+from __future__ import annotations
+
+from gemoe_ds.config import load_config
+from tests.helpers import repository
+
+
+def test_the_demo_compares_like_with_like() -> None:
+    """The tuned baselines and GeMoE differ in the router and in nothing else."""
+    *recipes, pretrain, anneal = (
+        load_config(repository() / f"experiments/recipes/demo_{name}.yaml")
+        for name in ("gemoe", "top_8", "top_5", "pretrain", "anneal")
+    )
+    rest = []
+    for config in recipes:
+        options = config.model_dump()
+        options["model"].pop("router")
+        options.pop("output_dir")
+        rest.append(options)
+    assert rest[0] == rest[1] == rest[2]
+    assert {config.model.router.name for config in recipes} == {"gemoe", "top_k"}
+    assert len({config.output_dir for config in recipes}) == 3
+    assert anneal.model.checkpoint == f"{pretrain.output_dir}/hf"
+    assert rest[0]["model"]["checkpoint"] == f"{anneal.output_dir}/hf"
+    assert rest[0]["data"] == anneal.model_dump()["data"] == pretrain.model_dump()["data"]
+
+
+def test_what_a_launcher_is_tried_with_is_the_demo_s_own_run() -> None:
+    """Those recipes stand alone, beside the product's."""
+    for trial, demo in (("trial", "demo_gemoe"), ("trial_pretrain", "demo_pretrain")):
+        first = load_config(repository() / f"launch/recipes/{trial}.yaml").model_dump()
+        second = load_config(repository() / f"experiments/recipes/{demo}.yaml").model_dump()
+        for options in (first, second):
+            options["model"]["backbone"].pop("vision_checkpoint", None)
+            options["optim"].pop("warmup_steps")
+            options["model"].pop("checkpoint")
+        for section in ("model", "optim", "parallel", "deepspeed"):
+            assert first[section] == second[section], section
