@@ -6,7 +6,7 @@ so a run goes on with any other. The folder itself is manifest.py's, writing it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from gemoe_ds.errors import CheckpointError
 
 
 def run_identity(
-    config: RunConfig, world_size: int, data_fingerprint: str, checksums: dict[str, str]
+    config: RunConfig, world_size: int, data_fingerprint: str, checksums: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to continue this run, flat: name -> value.
 
     `checksums`: of "base checkpoint" and of what the backbone reads beside it, whose paths do not
-    count: they may be spelt in many ways.
+    count: they may be spelt in many ways. None: not read yet, and not compared.
     """
     model = config.model.model_dump(mode="json")
     model["backbone"] |= dict.fromkeys(key for key, *_ in inputs(config.model.backbone))

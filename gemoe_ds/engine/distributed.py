@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import deepspeed
 import torch
@@ -17,7 +18,10 @@ from gemoe_ds.engine.launched import adopt_launcher
 from gemoe_ds.engine.launcher_env import device_index, refuse_hidden_gpus
 from gemoe_ds.engine.meeting import meet
 from gemoe_ds.engine.memory import keep_freed_memory
+from gemoe_ds.errors import GemoeError
 from gemoe_ds.position import HERE
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,20 @@ def gather_objects(value: object) -> list:
     with waiting("all_gather_object"):
         torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def from_first(work: Callable[[], T], world: World) -> T:
+    """What `work` returns on the first rank, or its GemoeError, on every rank. Collective."""
+    found: T | GemoeError | None = None
+    if world.is_first:
+        try:
+            found = work()
+        except GemoeError as error:
+            found = error
+    found = gather_objects(found)[0]
+    if isinstance(found, GemoeError):
+        raise found
+    return cast(T, found)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
+_CONTENTS = {"data": "data.train", "base checkpoint": "model.checkpoint"}  # too, by their options
 # Work in progress and leftovers begin with a dot: no `step-*` is ever half of something.
 WRITING, REMOVING = ".writing-", ".removing-"
 
@@ -157,17 +158,37 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Found:
 
 
 def check_identity(found: Found, identity: dict[str, Any]) -> None:
-    """CheckpointError if the checkpoint belongs to another run."""
+    """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
     stored = _with_checksums(found.manifest["identity"], identity)
-    for key, value in identity.items():
-        if stored.get(key) != value:
-            way_out = "set resume=none and another output_dir to start anew"
-            if key == SAMPLES_PER_STEP:
-                way_out = f"set train.global_batch={stored.get(key)}, or {way_out.split(' ', 1)[1]}"
-            raise CheckpointError(
-                f"{found.folder} belongs to another run: its {key} is {stored.get(key)!r}, "
-                f"this run's is {value!r}; {way_out}"
-            )
+    differing = [
+        words
+        for key, value in identity.items()
+        if value is not None and stored.get(key) != value
+        for words in _difference(key, stored.get(key), value)
+    ]
+    if not differing:
+        return
+    way_out = "set it as it was" if len(differing) == 1 else "set them as they were"
+    if stored.get(SAMPLES_PER_STEP) != identity.get(SAMPLES_PER_STEP):
+        way_out = f"set train.global_batch={stored.get(SAMPLES_PER_STEP)}"
+    raise CheckpointError(
+        f"{found.folder} belongs to another run: {'; '.join(differing)}; {way_out}, or resume=none "
+        "and another output_dir to start anew"
+    )
+
+
+def _difference(key: str, old: Any, new: Any) -> Iterator[str]:
+    """What differs in one value of an identity, option by option."""
+    if key in _CONTENTS or key.startswith("model.backbone."):  # checksums, which tell nobody much
+        yield f"what is in its {_CONTENTS.get(key, key)} is not what this run's holds"
+        return
+    pairs = {key: (old, new)}
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = ["name"] if old.get("name") != new.get("name") else sorted(old.keys() | new.keys())
+        pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in names}
+    for option, (was, now) in pairs.items():
+        if was != now:
+            yield f"its {option} is {was!r}, this run's is {now!r}"
 
 
 def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine import checkpoint, manifest
 from gemoe_ds.engine.build import group_summary, initialize
-from gemoe_ds.engine.distributed import World, distributed, gather_objects
+from gemoe_ds.engine.distributed import World, distributed, from_first, gather_objects
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.manifest import Found
 from gemoe_ds.engine.memory import give_back_freed_memory
 from gemoe_ds.engine.saver import Saver
-from gemoe_ds.errors import ConfigError, GemoeError, writing_to
+from gemoe_ds.errors import ConfigError, writing_to
 from gemoe_ds.train.as_published import as_published
 from gemoe_ds.train.assemble import (
     build_collator,
@@ -57,9 +57,21 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         samples = open_samples(config.data.train)
+        # Another run's folder is refused before anything is measured, loaded or written.
+        output = Path(config.output_dir)
+        unread = dict.fromkeys(_model_folders(config))
+        identity = checkpoint.run_identity(config, world.size, samples.fingerprint, unread)
+        found = _checkpoint_to_resume(config, output, identity, world)
+        start_step = found.step if found else 0
+        if found and start_step >= config.train.steps:
+            say(world, f"already finished: {found.folder}")
+            return
         shard, memory, expected, bad_samples = look_around(
             config, samples, world, stop, may_write=not dry_run
         )
+        identity |= _checksums(config, world)
+        if found:
+            manifest.check_identity(found, identity)
         phases = Phases(world)
         if dry_run:
             _look_first(config, samples, world)
@@ -76,17 +88,6 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 say(world, line)
             give_back_freed_memory()
 
-        # Find out about a wrong checkpoint before anything is built or written.
-        output = Path(config.output_dir)
-        read = _checksums(config) if world.is_first else None  # one reader is enough
-        identity = checkpoint.run_identity(
-            config, world.size, samples.fingerprint, gather_objects(read)[0]
-        )
-        found = _checkpoint_to_resume(config, output, identity, world)
-        start_step = found.step if found else 0
-        if found and start_step >= config.train.steps:
-            say(world, f"already finished: {found.folder}")
-            return
         if found:
             checkpoint.put_trained(model, found.folder)
 
@@ -199,16 +200,9 @@ def look_around(
     trainable = config.model.train != "routers"
     shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
     memory = host_memory(world)
-    found: Estimate | GemoeError | None = None
-    if world.is_first:
-        try:
-            found = estimate(config, samples, world.size, world.device, lengths)
-        except GemoeError as error:
-            found = error  # all say it, so that no rank waits for another
-    expected, *_ = gather_objects(found)
-    if isinstance(expected, GemoeError):
-        raise expected
-    assert expected is not None
+    expected = from_first(
+        lambda: estimate(config, samples, world.size, world.device, lengths), world
+    )
     has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
     needed = expected.total - has - expected.common * (memory.num_ranks - 1) // memory.num_ranks
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
@@ -273,11 +267,17 @@ def say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-def _checksums(config: RunConfig) -> dict[str, str]:
-    """Of the model folders that a run starts from."""
+def _model_folders(config: RunConfig) -> dict[str, Path | None]:
+    """What a run starts from, by its name in `run_identity`."""
     base, towers = config.model.checkpoint, inputs(config.model.backbone, "model.backbone.")
-    found = {"base checkpoint": manifest.checksum_folder(Path(base) if base else None)}
-    return found | {key: manifest.checksum_folder(Path(path)) for key, path, _ in towers}
+    return {"base checkpoint": Path(base) if base else None} | {k: Path(p) for k, p, _ in towers}
+
+
+def _checksums(config: RunConfig, world: World) -> dict[str, str]:
+    """Of those folders. Collective."""
+    return from_first(
+        lambda: {k: manifest.checksum_folder(p) for k, p in _model_folders(config).items()}, world
+    )
 
 
 def _stream(

@@ -96,7 +96,10 @@ def test_metrics_have_every_loss_and_every_layer(runs):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model__router": {"name": "top_k"}}, "its model.router is"),
+        (
+            {"model__router": {"name": "top_k"}},
+            "its model.router.name is 'gemoe', this run's is 'top_k'; ",
+        ),
         ({"seed": 5}, "its seed is 0, this run's is 5"),
         ({"train__micro_batch": 1}, "train.micro_batch"),
         ({"train__accumulation": 4}, "samples per step is 8, this run's is 16; set train.global_b"),
