@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -63,6 +64,11 @@ def writing_to(folder: object) -> Iterator[None]:
             f"output_dir={folder} cannot be written to: {error.strerror or error}; its whole "
             "checkpoints stay; make room, or bring it back, and start the same command again"
         ) from error
+
+
+def as_written(value: object) -> str:
+    """An option's value as a recipe has it: null, true, plain text."""
+    return value if isinstance(value, str) else json.dumps(value, default=repr)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from gemoe_ds.position import HERE
 PACKAGES = ("gemoe-ds", "torch", "deepspeed", "transformers")
 FREE_DISK = 16 * 2**20  # bytes, beside checkpoints: metrics and so on
 _VISIBLE_SECONDS = 10.0  # for a shared file system to show a new file
+_NAMED = 3  # ranks beside the first that have the same fault
 _PROBE = 2**22  # bytes of the probes of bandwidth
 
 
@@ -97,32 +98,23 @@ def preflight(
 def faults(
     passports: list[Passport], output: Path, needed: int | None, on_disk: int, *, on_gpu: bool
 ) -> Iterator[str]:
-    """One line each; no fault, no line."""
-    first = passports[0]
+    """One line each, however many ranks have it; no fault, no line."""
+    said: dict[str, list[int]] = defaultdict(list)
+    on_host = Counter(p.host for p in passports)
     for rank, theirs in enumerate(passports):
-        for package, wanted in first.versions.items():
-            have = theirs.versions.get(package)
-            if have != wanted:
-                yield (
-                    f"{_who(rank, theirs)} has {package} {have}, rank 0 (host {first.host}) has "
-                    f"{wanted}; install the same on all hosts"
-                )
-        if theirs.cannot_write:
-            yield (
-                f"{_who(rank, theirs)} cannot write to output_dir={output}: {theirs.cannot_write}; "
-                "choose another folder, or have this one made writable"
+        for fault in _unfit(theirs, passports[0], output, on_disk):
+            said[fault].append(rank)
+        free = theirs.free_memory // (1 if on_gpu else on_host[theirs.host])
+        if needed is not None and needed > free:
+            fault = (
+                f"has {_gib(free)} of memory free, {_gib(needed)} more are estimated; lower "
+                "train.micro_batch, set model.recompute=true, or raise parallel.ep_size"
             )
-        elif not theirs.sees_output and not first.cannot_write:
-            yield (
-                f"{_who(rank, theirs)} does not see what rank 0 (host {first.host}) writes to "
-                f"output_dir={output}; put it on a file system that all hosts share"
-            )
-        if theirs.free_disk < on_disk:
-            yield (
-                f"{_who(rank, theirs)} has {_gib(theirs.free_disk)} free for output_dir={output}, "
-                f"and {_gib(on_disk)} may be written; free some, lower checkpoint.keep, or choose "
-                "another folder"
-            )
+            said[fault].append(rank)
+    for fault, ranks in said.items():
+        first, *more = [f"rank {rank} (host {passports[rank].host})" for rank in ranks]
+        others = ", ".join(more) if len(more) <= _NAMED else f"{len(more)} other ranks"
+        yield f"{first} {fault}" + (f" (the same on {others})" if more else "")
     holders: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, theirs in enumerate(passports):
         holders[theirs.host, theirs.device].append(rank)
@@ -132,16 +124,32 @@ def faults(
                 f"ranks {', '.join(map(str, ranks))} (host {host}) share the GPU {device}; start "
                 "one rank a GPU, and let each see its own (CUDA_VISIBLE_DEVICES)"
             )
-    if needed is not None:
-        on_host = Counter(p.host for p in passports)
-        for rank, theirs in enumerate(passports):
-            free = theirs.free_memory // (1 if on_gpu else on_host[theirs.host])
-            if needed > free:
-                yield (
-                    f"{_who(rank, theirs)} has {_gib(free)} of memory free, "
-                    f"{_gib(needed)} more are estimated; lower train.micro_batch, set "
-                    "model.recompute=true, or raise parallel.ep_size"
-                )
+
+
+def _unfit(theirs: Passport, first: Passport, output: Path, on_disk: int) -> Iterator[str]:
+    """What is wrong with one rank's host and disk."""
+    for package, wanted in first.versions.items():
+        have = theirs.versions.get(package)
+        if have != wanted:
+            yield (
+                f"has {package} {have}, rank 0 (host {first.host}) has {wanted}; install the same "
+                "on all hosts"
+            )
+    if theirs.cannot_write:
+        yield (
+            f"cannot write to output_dir={output}: {theirs.cannot_write}; choose another folder, "
+            "or have this one made writable"
+        )
+    elif not theirs.sees_output and not first.cannot_write:
+        yield (
+            f"does not see what rank 0 (host {first.host}) writes to output_dir={output}; put it "
+            "on a file system that all hosts share"
+        )
+    if theirs.free_disk < on_disk:
+        yield (
+            f"has {_gib(theirs.free_disk)} free for output_dir={output}, and {_gib(on_disk)} may "
+            "be written; free some, lower checkpoint.keep, or choose another folder"
+        )
 
 
 def remarks(passports: list[Passport], ep_size: int) -> Iterator[str]:
@@ -168,10 +176,6 @@ def remarks(passports: list[Passport], ep_size: int) -> Iterator[str]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _who(rank: int, passport: Passport) -> str:
-    return f"rank {rank} (host {passport.host})"
 
 
 def free_host_memory(root: Path = Path("/")) -> int:

@@ -312,5 +312,19 @@ class RunConfig(ConfigModel):
             is_path = key != "deepspeed" or not in_base64(text)
             if is_path and (not keys or key.startswith(keys)):
                 self._places.locate(key, text, reads)
-        if not keys and Path(self.output_dir).is_file():
-            raise ConfigError(f"output_dir={self.output_dir}: is a file; give a folder")
+        if not keys:
+            self._check_output()
+
+    def _check_output(self) -> None:
+        output = Path(self.output_dir).absolute()
+        try:
+            output.exists()
+        except OSError as error:  # a name that is too long, a folder that is not ours to enter
+            raise ConfigError(
+                f"output_dir={self.output_dir:.200}: {error.strerror}; give another folder"
+            ) from None
+        there = next(path for path in (output, *output.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            what = "a link to nothing" if not there.exists() else "a file"
+            said = f"output_dir={self.output_dir}: " + ("" if there == output else f"{there} ")
+            raise ConfigError(f"{said}is {what}; give a folder")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gemoe_ds.backbones.stored import INDEX, open_stored, refuse_dead_links
 from gemoe_ds.data.sample import fsync_path, sha256_of
-from gemoe_ds.errors import CheckpointError
+from gemoe_ds.errors import CheckpointError, as_written
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -188,7 +188,7 @@ def _difference(key: str, old: Any, new: Any) -> Iterator[str]:
         pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in names}
     for option, (was, now) in pairs.items():
         if was != now:
-            yield f"its {option} is {was!r}, this run's is {now!r}"
+            yield f"its {option} is {as_written(was)}, this run's is {as_written(now)}"
 
 
 def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:

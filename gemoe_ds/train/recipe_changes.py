@@ -10,6 +10,7 @@ import yaml
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.engine.manifest import Found
+from gemoe_ds.errors import as_written
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
 _WHERE = ("resume", "output_dir")  # not what is trained
@@ -35,7 +36,8 @@ def changes(found: Found, config: RunConfig, num_ranks: int) -> str:
     keys = [k for k in (*new, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
     if not keys:
         return ""
-    rows = [f"  {k:<28} {old.get(k, _MISSING)} -> {new.get(k, _MISSING)}" for k in keys]
+    pairs = [(k, *(as_written(side.get(k, _MISSING)) for side in (old, new))) for k in keys]
+    rows = [f"  {key:<28} {was} -> {now}" for key, was, now in pairs]
     return "\n".join([f"the recipe has changed since step {found.step}:", *rows])
 
 

@@ -119,11 +119,12 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             say(world, expected.against(peak))
             return
 
-        monitor = _prepare(config, output, start_step) if world.is_first else None
-        bad_samples.keep_in(output if world.is_first else None, start_step)
-        bad_samples.check()
-        gather_objects(None)  # the ledger's files stay as they are from here on
-        ledger = Ledger(output, world.rank) if config.monitor.ledger else None
+        with writing_to(output):
+            monitor = _prepare(config, output, start_step) if world.is_first else None
+            bad_samples.keep_in(output if world.is_first else None, start_step)
+            bad_samples.check()
+            gather_objects(None)  # the ledger's files stay as they are from here on
+            ledger = Ledger(output, world.rank) if config.monitor.ledger else None
         saver = Saver(
             engine,
             model,

@@ -51,6 +51,15 @@ def test_a_fault_names_rank_host_value_and_way_out(changes, words):
     assert line.startswith("rank 1 (host b) ") and words in line and "; " in line
 
 
+def test_a_fault_of_many_ranks_is_said_once():
+    full = [replace(FIT, device=f"GPU-{n}", cannot_write="No space left") for n in range(8)]
+    (line,) = found(*full[:2])
+    assert line.startswith("rank 0 (host a) cannot write") and line.count("cannot write") == 1
+    assert line.endswith(" (the same on rank 1 (host a))")
+    (line,) = found(*full)
+    assert line.endswith(" (the same on 7 other ranks)")
+
+
 def test_two_ranks_on_one_gpu():
     (line,) = found(FIT, FIT)
     assert line.startswith("ranks 0, 1 (host a) share the GPU GPU-1; ")
@@ -58,7 +67,8 @@ def test_two_ranks_on_one_gpu():
 
 
 def test_cpu_ranks_share_their_host_s_memory():
-    assert len(found(FIT, FIT, needed=50 * 2**30, on_gpu=False)) == 2
+    (line,) = found(FIT, FIT, needed=50 * 2**30, on_gpu=False)
+    assert line.startswith("rank 0 (host a) has 40.00 GiB of memory free, 50.00 GiB more")
     assert found(FIT, replace(FIT, host="b"), needed=50 * 2**30, on_gpu=False) == []
 
 

@@ -132,6 +132,32 @@ def test_what_is_nowhere_is_said_with_the_places(
     config.check_paths("optim.")  # not of these keys
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "output_dir=file: is a file; give a folder"),
+        ("file/run", "output_dir=file/run: {h}/file is a file; give a folder"),
+        ("link", "output_dir=link: is a link to nothing; give a folder"),
+        ("link/run", "output_dir=link/run: {h}/link is a link to nothing; give a folder"),
+        ("x" * 300, "File name too long; give another folder"),
+        ("new/run", ""),
+        (".", ""),
+    ],
+)
+def test_an_output_folder_that_cannot_be(
+    here: Path, recipe: Path, output: str, message: str
+) -> None:
+    (here / "file").touch()
+    (here / "link").symlink_to("/gone/away")
+    config = load_config(recipe, [f"output_dir={output}"])
+    if not message:
+        config.check_paths()
+        return
+    with pytest.raises(ConfigError) as error:
+        config.check_paths()
+    assert message.format(h=here) in str(error.value)
+
+
 def test_links_stay_as_they_are(here: Path) -> None:
     (here / "step-20").mkdir()
     (here / "latest").symlink_to("step-20")

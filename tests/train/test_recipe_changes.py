@@ -32,7 +32,7 @@ def rows(text: str) -> list[str]:
     [
         ({"optim__lr": 0.02}, "optim.lr 0.01 -> 0.02"),
         ({"optim__betas": (0.9, 0.95)}, "optim.betas [0.9, 0.999] -> [0.9, 0.95]"),
-        ({"optim__clip_norm": None}, "optim.clip_norm 1.0 -> None"),
+        ({"optim__clip_norm": None}, "optim.clip_norm 1.0 -> null"),
         ({"optim__schedule": "constant"}, "optim.schedule cosine -> constant"),
         ({"train__steps": 9}, "train.steps 6 -> 9"),
         ({"data__max_length": 64}, "data.max_length 2048 -> 64"),
