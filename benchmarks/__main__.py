@@ -25,8 +25,8 @@ from benchmarks.processes import between_hosts, on_ranks
 from benchmarks.projection import cost_section
 from benchmarks.report import write_report
 from gemoe_ds.analysis.provenance import provenance
-from gemoe_ds.analysis.record import write_text
 from gemoe_ds.engine.distributed import distributed
+from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
 
 LINKS = (links.Link(), links.Link(1000), links.Link(400), links.Link(400, delay_ms=5))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from benchmarks.figures import draw_cost, draw_layers
 from benchmarks.rows import EXCHANGE, LABELS, MODES, OURS, PARTS, Row, grouped
-from gemoe_ds.analysis.record import write_text
 from gemoe_ds.analysis.tables import markdown
 from gemoe_ds.errors import DataError
+from gemoe_ds.files import write_text
 
 
 def write_report(results: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gemoe_ds.data.sample import whole_folder
+from gemoe_ds.files import whole_folder
 
 Item = tuple[str, Image.Image, "list[Question]"]
 

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.console import Progress
-from gemoe_ds.data.sample import open_samples, whole_folder
+from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import DataError, exit_on_error
+from gemoe_ds.files import whole_folder
 from gemoe_ds.parser import Parser
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]

@@ -28,6 +28,7 @@ from experiments.demo import (
 )
 from experiments.steps import Progress, Step, run_steps
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
 
 GRID = Path("experiments/grids/demo.yaml")
@@ -123,7 +124,7 @@ def write_report(grid: Grid, out: Path, command: str) -> None:
     from experiments.comparison import compare, read_curve
     from experiments.comparison_figures import write_comparison_figures
     from experiments.comparison_report import render_comparison, verdicts
-    from gemoe_ds.analysis.record import read_record, write_text
+    from gemoe_ds.analysis.record import read_record
 
     records = [read_record(Path(folder))[0] for folder in STATIC_FOLDERS]
     curves = []

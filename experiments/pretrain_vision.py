@@ -18,8 +18,9 @@ from gemoe_ds.backbones.quiet import without_bars
 from gemoe_ds.config import load_config
 from gemoe_ds.console import Progress
 from gemoe_ds.data.images import decode_image
-from gemoe_ds.data.sample import SampleFolder, open_samples, whole_folder
+from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
+from gemoe_ds.files import whole_folder
 from gemoe_ds.parser import Parser
 
 

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from gemoe_ds.config.load import read_recipe
+from gemoe_ds.files import write_text
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,9 @@ class Progress:
 
     def _write(self, step: Step, state: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{step.name}.json"
-        fresh = path.with_suffix(".tmp")
         record = {"state": state, "fingerprint": self.fingerprints[step.name]}
-        fresh.write_text(json.dumps(record | {"command": shlex.join(step.command)}))
-        os.replace(fresh, path)
+        text = json.dumps(record | {"command": shlex.join(step.command)})
+        write_text(self.folder / f"{step.name}.json", text)
 
 
 def run_steps(steps: Sequence[Step], progress: Progress) -> int:

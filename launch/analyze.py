@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from gemoe_ds.analysis.record import read_record, write_text
+from gemoe_ds.analysis.record import read_record
 from gemoe_ds.analysis.report import render_report, terminal_table
 from gemoe_ds.analysis.results import Results, build_results, read_results
 from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
 
 

@@ -44,7 +44,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.engine import manifest
     from gemoe_ds.engine.checkpoint import put_trained
     from gemoe_ds.engine.pieces import stacked
-    from gemoe_ds.export.folder import check_new, export
+    from gemoe_ds.export.folder import export
+    from gemoe_ds.files import check_new
     from gemoe_ds.train.assemble import build_model
 
     check_new(arguments.out)

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from gemoe_ds.errors import DataError
+from gemoe_ds.files import write_text
 from gemoe_ds.registry import ConfigModel
 
 M = TypeVar("M", bound=ConfigModel)
@@ -207,13 +208,6 @@ def write_record(folder: Path, record: EvalRecord, tokens: TokenSample) -> None:
         np.savez_compressed(file, **vars(tokens))
     os.replace(partial, folder / TOKENS)
     write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that no reader sees half of it."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_record(folder: Path) -> tuple[EvalRecord, TokenSample]:

@@ -13,12 +13,8 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ import pyarrow.parquet as pq
 
 from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.errors import DataError
+from gemoe_ds.files import sha256_of, whole_folder
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -56,59 +53,6 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
-
-    It vanishes too on Ctrl-C and on SIGTERM. After SIGKILL or a power cut `<out>.tmp-<pid>` is
-    left; nothing reads it. Raises DataError if `out` exists or cannot be written.
-    """
-    if out.exists():
-        raise DataError(f"{out} exists already; remove it or choose another folder")
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        with _termination_raises():
-            temporary.mkdir(parents=True)
-            yield temporary
-            for path in [*temporary.iterdir(), temporary]:
-                fsync_path(path)
-            os.replace(temporary, out)
-            fsync_path(out.parent)
-    except OSError as error:
-        raise DataError(f"{out}: cannot write it: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield  # signals belong to someone else
-        return
-
-    def unwind(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def fsync_path(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_samples(
     samples: Iterable[Sample | Dropped],
     out: Path,
@@ -120,9 +64,9 @@ def write_samples(
 ) -> dict[str, Any]:
     """Write a folder of samples and return its manifest; reads `samples` once, a group at a time.
 
-    Raises DataError, and leaves nothing behind, if `out` exists, if no sample is left, or if more
-    than `max_bad_fraction` of the rows were dropped. `notes`, counted while the samples are read,
-    go into the manifest.
+    Raises ConfigError if `out` exists, and DataError, leaving nothing behind, if no sample is left
+    or more than `max_bad_fraction` of the rows were dropped. `notes`, counted while the samples
+    are read, go into the manifest.
     """
     with whole_folder(out) as folder:
         dropped = DropList()
@@ -259,9 +203,3 @@ def open_samples(
         return SampleFolder(path, manifest, cache_bytes)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: a shard cannot be read ({error}); convert again") from error
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemoe_ds.backbones.stored import INDEX, open_stored, refuse_dead_links
-from gemoe_ds.data.sample import fsync_path, sha256_of
 from gemoe_ds.errors import CheckpointError, as_written
+from gemoe_ds.files import commit_folder, fsync_path, sha256_of, write_text
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -254,15 +254,9 @@ def commit(temporary: Path, final: Path, keep: int) -> None:
     read back and found whole: whatever happens, one valid checkpoint stays.
     """
     root = final.parent
-    for path in [*temporary.iterdir(), temporary]:
-        fsync_path(path)
-    os.replace(temporary, final)
-    fsync_path(root)
+    commit_folder(temporary, final)
     verify(final)
-    pointer = root / f".{LATEST}"
-    pointer.write_text(final.name, encoding="utf-8")
-    fsync_path(pointer)
-    os.replace(pointer, root / LATEST)
+    write_text(root / LATEST, final.name)
     fsync_path(root)
     for old in candidates(root.parent)[keep:]:
         _remove(old)

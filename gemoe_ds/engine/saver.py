@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.data.sample import fsync_path
 from gemoe_ds.engine import manifest
 from gemoe_ds.engine.distributed import World, gather_objects
 from gemoe_ds.engine.manifest import ADAM, WEIGHTS
 from gemoe_ds.engine.pieces import by_parameter
 from gemoe_ds.engine.zero import MOMENTS, Engine, full_moment, full_value
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.files import fsync_path, write_text
 
 SHARD_BYTES = 2**30  # of replicated weights that one rank writes before it is the next one's turn
 VISIBLE_SECONDS = 120.0  # for a shared file system to show what another rank has written
@@ -156,7 +156,7 @@ def write_part(
             save_file(tensors, temporary / name)
             fsync_path(temporary / name)
             entries |= manifest.describe(tensors, name)
-    _write_json(temporary / _note(rank), entries)
+    write_text(temporary / _note(rank), json.dumps(entries, indent=1))
 
 
 def commit_parts(
@@ -189,7 +189,8 @@ def commit_parts(
     for note in notes:
         tensors |= json.loads(note.read_text(encoding="utf-8"))
         note.unlink()
-    _write_json(temporary / manifest.MANIFEST, header | {"tensors": tensors})
+    content = header | {"tensors": tensors}
+    write_text(temporary / manifest.MANIFEST, json.dumps(content, indent=1))
     manifest.commit(temporary, final, keep)
 
 
@@ -259,10 +260,3 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _note(rank: int) -> str:
     return f".rank-{rank:05d}.json"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    hidden = path.with_name(f"{path.name}.tmp")
-    hidden.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    fsync_path(hidden)
-    hidden.rename(path)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,9 @@ from gemoe_ds.backbones.companions import TOKENIZER, companions, write_index
 from gemoe_ds.backbones.images import ImageLayout, SquareImages
 from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.backbones.stored import INDEX, open_stored
-from gemoe_ds.data.sample import fsync_path
-from gemoe_ds.errors import ConfigError, GemoeError, OutputError
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import can_carry, write_sources
+from gemoe_ds.files import whole_folder
 
 
 def export(
@@ -39,7 +35,7 @@ def export(
 
     `model` has its routers trained (`put_trained`). Raises ConfigError if `out` exists.
     """
-    with _whole(out) as folder:
+    with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
         trains = model.trainable()  # what does not stays as the base stores it
         weights = model.stock_tensors({n: t for n, t in trained.items() if n in trains})
         model.backbone.save_trained(model.hf, weights, base, folder)
@@ -56,36 +52,6 @@ def export(
         _extend_config(folder / "config.json", router, model)
         _write_json(folder / "provenance.json", provenance)
         (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end, or vanishes if anything fails before."""
-    check_new(out)
-    temporary = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            fsync_path(path)
-        temporary.rename(out)
-        fsync_path(out.parent)
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
-        if isinstance(error, GemoeError):
-            raise
-        raise OutputError(f"--out {out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new(out: Path) -> None:
-    """ConfigError unless the folder can be made; asked before anything is loaded."""
-    if os.path.lexists(out):
-        raise ConfigError(f"--out {out} exists; choose a new folder or remove it")
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out}: {above} is no folder that you may write to")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.analysis.record import write_text
 from gemoe_ds.analysis.results import Results, build_results, read_results
 from gemoe_ds.errors import DataError
+from gemoe_ds.files import write_text
 from tests.analysis.evaluations import demo_evaluations, record
 
 TOP_8 = record("top_k", 8, {"count": 0.9, "fact": 0.7})

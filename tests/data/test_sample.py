@@ -14,7 +14,6 @@ from gemoe_ds.data.sample import (
     Sample,
     Turn,
     open_samples,
-    whole_folder,
     write_samples,
 )
 from gemoe_ds.errors import DataError
@@ -91,14 +90,6 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         write_samples(broken(), tmp_path / "out", source="test", shard_size=20)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write it: .*Not a directory"):
-        write_samples(samples(1), tmp_path / "file" / "out", source="test")
-    with pytest.raises(DataError, match="exists already"), whole_folder(tmp_path / "file"):
-        pass
 
 
 @pytest.mark.parametrize(

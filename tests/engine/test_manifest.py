@@ -189,7 +189,7 @@ def check_after_a_crash(output: Path, before: int, after: int) -> int:
     save(output, after + 1, keep=1)
     assert [p.name for p in candidates(output)] == [f"step-{after + 1:06d}"]
     leftovers = {p.name for p in (output / "checkpoints").iterdir()}
-    assert leftovers <= {"latest", ".latest", f"step-{after + 1:06d}"}
+    assert leftovers <= {"latest", ".latest.tmp", f"step-{after + 1:06d}"}
     return found_step
 
 

@@ -283,7 +283,7 @@ def test_a_run_that_trained_everything_is_exported_too(setting, tmp_path):
 def test_mistakes_cost_one_line_and_leave_nothing(setting, run, exported, tmp_path, mistake):
     out, trained, extra, words = tmp_path / "out", run, [], ""
     if mistake == "exists":
-        out, words = exported, "exists; choose a new folder"
+        out, words = exported, "exists already; choose a new folder"
     elif mistake == "no checkpoint":
         trained, words = tmp_path, "no checkpoint there"
     else:

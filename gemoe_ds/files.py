@@ -1,0 +1,99 @@
+"""Files and folders that are whole or absent: written under another name, flushed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gemoe_ds.errors import ConfigError, GemoeError, OutputError
+
+
+def check_new(out: Path) -> None:
+    """Raise ConfigError unless the folder `out` can be made; asked before any work is done."""
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists already; choose a new folder or remove it")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: {above} is no folder that you may write to")
+
+
+@contextmanager
+def whole_folder(
+    out: Path, disk_errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[Path]:
+    """A temporary folder that becomes `out` if the block succeeds and vanishes if it does not.
+
+    It vanishes too on Ctrl-C and on SIGTERM. After SIGKILL or a power cut `<out>.tmp-<pid>` is
+    left; nothing reads it. Raises ConfigError if `out` exists, and OutputError for what the disk
+    refuses: the `disk_errors` of the libraries that write.
+    """
+    check_new(out)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        with _termination_raises():
+            temporary.mkdir(parents=True)
+            yield temporary
+            commit_folder(temporary, out)
+    except disk_errors as error:
+        if isinstance(error, GemoeError):
+            raise
+        raise OutputError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Rename a filled folder once all of it is on disk: a crash leaves nothing or the whole."""
+    for path in [*temporary.iterdir(), temporary]:
+        fsync_path(path)
+    os.replace(temporary, final)
+    fsync_path(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: neither a reader nor a crash sees half of it."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    fsync_path(partial)
+    os.replace(partial, path)
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield  # signals belong to someone else
+        return
+
+    def unwind(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
