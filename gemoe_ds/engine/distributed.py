@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from gemoe_ds.engine.launched import adopt_launcher
 from gemoe_ds.engine.launcher_env import device_index, refuse_hidden_gpus
 from gemoe_ds.engine.meeting import meet
-from gemoe_ds.engine.memory import keep_freed_memory
+from gemoe_ds.engine.memory import bound_kernel_caches, keep_freed_memory
 from gemoe_ds.errors import GemoeError
 from gemoe_ds.position import HERE
 
@@ -56,6 +56,7 @@ def distributed() -> Iterator[World]:
         if Path("/dev/nvidiactl").exists():
             refuse_hidden_gpus(os.environ)
         keep_freed_memory()
+        bound_kernel_caches()
         device = torch.device("cpu")
     else:
         index = device_index(start.local_rank, accelerator.device_count(), os.environ)

@@ -1,11 +1,13 @@
-"""Host memory that a training step frees stays with the process."""
+"""Host memory: what a training step frees stays with the process, what oneDNN keeps is bounded."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+MOST_KERNELS = 256  # more than ragged products have lengths in use: see moe/ffn_by_expert.py
 
 
 def keep_freed_memory() -> bool:
@@ -20,6 +22,17 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def bound_kernel_caches() -> None:
+    """Before the first product: keep so many kernels, unless the user's environment says how many.
+
+    oneDNN makes a kernel of 0.6 to 3 MB for every shape of a bfloat16 product, and keeps 1,024 of
+    them; PyTorch keeps as many again. Experts meet new numbers of rows in every step, so that a
+    process would grow by gigabytes. PyTorch's cache must have a place (0 ends in a fault).
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MOST_KERNELS))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
 def give_back_freed_memory() -> None:

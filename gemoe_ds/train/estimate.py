@@ -16,6 +16,7 @@ from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.engine.memory import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
@@ -33,6 +34,11 @@ _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, numbers
 _ENGINE = 75 * 2**20
 _HELD = {"routers": 0.65, "experts": 0.65, "all": 0.35}
 _HELD_ONE_BY_ONE = 0.15  # if experts are multiplied one after the other, in buffers used again
+
+# Of oneDNN: bytes of a kernel, and for every row and column of its weight; and the numbers of rows
+# in use where experts are multiplied one after the other, in rounded numbers.
+_KERNEL, _KERNEL_FOR_ONE = 450_000, 700
+_LENGTHS = 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Estimate:
     def against(self, measured: int) -> str:
         return (
             f"memory of the fullest rank: {measured / 2**30:.2f} GiB; {self.total / 2**30:.2f} "
-            "were estimated, for the longest samples"
+            "were estimated, for the longest samples; both are of loading and a training step"
         )
 
 
@@ -116,6 +122,8 @@ def estimate(
             # for the forward pass, and for the backward pass of all above the first router
             experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
             parts["packed experts"] = sum(experts) // shape.ep_size * shape.itemsize
+        if shape.is_cast:
+            parts["kernels that oneDNN keeps"] = _kernels(blocks, shape)
         if config.zero_stage:
             parts["left behind by DeepSpeed"] = weights["weights that train"]
         stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
@@ -197,6 +205,15 @@ def _weights(
             config, num_ranks, blocks[0].routing.d_model, trained, on_gpu
         ),
     }
+
+
+def _kernels(blocks: list[BlockSpec], shape: StepShape) -> int:
+    """Of the four products of every expert, whose numbers of rows differ."""
+    counts = sum(block.routing.num_experts for block in blocks) // shape.ep_size
+    if not at_once(blocks[0], shape):
+        counts = min(counts, _LENGTHS)
+    size = _KERNEL + _KERNEL_FOR_ONE * (blocks[0].routing.d_model + blocks[0].down_EDF.shape[-1])
+    return min(4 * counts, MOST_KERNELS) * size
 
 
 def _checkpoint(

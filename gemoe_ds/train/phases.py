@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +40,14 @@ def peak_host_memory() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Peaks count from here on, where the system can do that; on Linux it can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS: proc(5)
 
 
 def peak_share() -> int:
@@ -82,6 +90,11 @@ class Phases:
         self.done.append(Phase(name, max(seconds), *map(list, memory)))
         if self.world.is_first:
             print(self.line(self.done[-1]), flush=True)
+
+    def peak(self, on_gpu: bool, *, without: str) -> int:
+        """Bytes of the fullest rank in all phases but one, behind which the peak was forgotten."""
+        counted = (phase for phase in self.done if phase.name != without)
+        return max(max(p.device_bytes if on_gpu else p.host_bytes) for p in counted)
 
     @staticmethod
     def line(phase: Phase) -> str:

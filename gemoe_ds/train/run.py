@@ -40,12 +40,13 @@ from gemoe_ds.train.first_contact import first_contact
 from gemoe_ds.train.ledger import Ledger, forget_after
 from gemoe_ds.train.look_at_samples import look_at_samples
 from gemoe_ds.train.monitor import Monitor
-from gemoe_ds.train.phases import Phases, resident_memory
+from gemoe_ds.train.phases import Phases, forget_peak, resident_memory
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
 from gemoe_ds.train.sample_log import first_sample
 from gemoe_ds.train.trainer import Trainer
 
 BEFORE = "before the first step; resume=auto goes on"
+_LOOK = "unmodified model"
 HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face model
 
 
@@ -84,9 +85,11 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
         )
         if dry_run and config.model.checkpoint:
-            for line in as_published(model, config, samples, world):
-                say(world, line)
+            with phases(_LOOK):
+                for line in as_published(model, config, samples, world):
+                    say(world, line)
             give_back_freed_memory()
+            forget_peak(world.device)  # a run does not look at it
 
         if found:
             checkpoint.put_trained(model, found.folder)
@@ -114,9 +117,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 f"dry run: one step of {tokens} tokens on this rank is fine, loss {loss:.4g}; "
                 "nothing written",
             )
-            last = phases.done[-1]
-            peak = max(last.device_bytes if expected.on_gpu else last.host_bytes)
-            say(world, expected.against(peak))
+            say(world, expected.against(phases.peak(expected.on_gpu, without=_LOOK)))
             return
 
         with writing_to(output):
