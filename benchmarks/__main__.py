@@ -25,7 +25,7 @@ from benchmarks.processes import between_hosts, on_ranks
 from benchmarks.projection import cost_section
 from benchmarks.report import write_report
 from gemoe_ds.analysis.provenance import provenance
-from gemoe_ds.engine.distributed import distributed
+from gemoe_ds.engine.world import distributed
 from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
 

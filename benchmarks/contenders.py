@@ -13,7 +13,7 @@ from benchmarks import peers
 from benchmarks.oracle import check
 from benchmarks.problem import Ours, Problem
 from benchmarks.rows import PARTS
-from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.world import World
 
 DENSE, ROUTER = PARTS
 PAPER_K = 5.1  # mean k at which the headline figure is quoted, of 8
@@ -110,7 +110,7 @@ def peer_contenders(problem: Problem, names: list[str], mode: str, world: World)
         router = Ours(problem, mean_k, local=slice(0, 1))  # routes; its experts are not used
         module = peers.build(name, problem, router, mode == "trainable", world)
         num_assignments = int(router.routing(problem.x_TD)[0].sum())
-        errors = check(name, module, problem, router, renormalise=name in peers.RENORMALISES)
+        errors = check(name, module, problem, router, norm_topk_prob=name in peers.RENORMALISES)
         run = runner(module, problem, mode)
         found.append(Contender(name, mean_k, run, num_assignments, errors))
     return found

@@ -24,8 +24,8 @@ from benchmarks.problem import Ours, Problem
 from benchmarks.rows import OURS
 from benchmarks.shapes import Shape
 from benchmarks.timing import Timing, measure, paired, peak_memory
-from gemoe_ds.engine.distributed import World
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.world import World
 
 
 def layer_group(

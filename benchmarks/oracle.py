@@ -45,20 +45,20 @@ def plain_moe(x_sD: Tensor, mask_sE: Tensor, weights_sE: Tensor, problem: Proble
 
 
 def check(
-    name: str, layer: nn.Module, problem: Problem, router: Ours, *, renormalise: bool = False
+    name: str, layer: nn.Module, problem: Problem, router: Ours, *, norm_topk_prob: bool = False
 ) -> dict[str, float]:
     """The relative errors of a layer that should route as `router` does; raises if one is too big.
 
     Forward, input gradient, and, if the layer is one of ours whose experts train on one rank, the
     gradients of some experts. Auxiliary losses are left out here: they have tests of their own.
-    With `renormalise` the chosen scores are divided by their sum.
+    With `norm_topk_prob` the chosen scores are divided by their sum.
     """
     ids = sampled_tokens(problem.x_TD.shape[0]).to(problem.x_TD.device)
     x_sD = problem.x_TD[ids].float().requires_grad_()
     router.ctx.begin(torch.ones(1, len(ids), dtype=torch.bool, device=ids.device), ids[None] < 0)
     decision, _ = router.layer.router.decide(x_sD, router.ctx)
     weights_sE = decision.weights_TE * decision.mask_TE
-    if renormalise:
+    if norm_topk_prob:
         weights_sE = weights_sE / weights_sE.sum(1, keepdim=True)
     y_sD = plain_moe(x_sD, decision.mask_TE, weights_sE, problem)
     (grad_sD,) = torch.autograd.grad(y_sD, x_sD, problem.grad_TD[ids].float())

@@ -18,7 +18,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from benchmarks.problem import Ours, Problem
-from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.world import World
 
 RENORMALISES = {"classic_moe"}  # divides the chosen scores by their sum: other mathematics
 

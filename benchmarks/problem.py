@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import Shape
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router, RoutingSpec
 from gemoe_ds.routers.gemoe import GeMoERouter
@@ -78,7 +78,7 @@ class Problem:
     def router(self, mean_k: float) -> Router:
         """GeMoE's with this mean k; the static one for the smallest and the largest k."""
         shape = self.shape
-        spec = RoutingSpec(shape.d_model, shape.num_experts, shape.top_k, renormalise=False)
+        spec = RoutingSpec(shape.d_model, shape.num_experts, shape.top_k, norm_topk_prob=False)
         router: Router
         if mean_k in (1, shape.top_k):
             router = TopKRouter(TopKRouter.Config(k=int(mean_k)), spec)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.problem import Ours, Problem
 from gemoe_ds.moe.plan import RoutingPlan
 
-_OPS = {  # stage -> the operations of torch that it consists of, in ffn_by_expert.forward
+_OPS = {  # stage -> the operations of torch that it consists of, in by_expert.forward
     "gather": ("aten::index_select",),
     "products": ("aten::mm", "mkldnn::_linear_pointwise"),
     "activation": ("aten::silu", "aten::mul_"),
@@ -63,7 +63,7 @@ def minimal_bytes(problem: Problem, plan: RoutingPlan) -> dict[str, int]:
 
 
 def moved_bytes(problem: Problem, plan: RoutingPlan) -> dict[str, int]:
-    """What ffn_by_expert's operations read and write, one after the other."""
+    """What by_expert's operations read and write, one after the other."""
     a, n, d, f, size = _sizes(problem, plan)
     wide = 4 if size == 2 else size
     return minimal_bytes(problem, plan) | {

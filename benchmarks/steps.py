@@ -21,11 +21,11 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from benchmarks import CHECKOUT
 from benchmarks.shapes import Shape
 from benchmarks.timing import Timing, measure, paired
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.backbones.tiny import TinyBackbone
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.engine.build import initialize
-from gemoe_ds.engine.distributed import World, sum_over_ranks
+from gemoe_ds.engine.world import World, sum_over_ranks
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.monitor import Monitor, StatSum
 
@@ -149,9 +149,9 @@ def _config(router: str) -> Any:
                 "dtype": "bfloat16",
                 "checkpoint": "unused",
             },
-            "data": {"train": "unused", "tokenizer": "unused"},
+            "data": {"train_path": "unused", "tokenizer": "unused"},
             "optim": {"lr": 1e-4},
-            "train": {"steps": 100, "micro_batch": 1},
+            "train": {"steps": 100, "micro_batch_size": 1},
             "deepspeed": str(CHECKOUT / "ds_configs/zero0.json"),
         }
     )

@@ -25,7 +25,7 @@ from benchmarks.stages import stage_rows
 from benchmarks.steps import steps_suite
 from benchmarks.timeline import trace
 from benchmarks.timing import free_memory, measure
-from gemoe_ds.engine.distributed import World
+from gemoe_ds.engine.world import World
 
 MODES = ("forward", "frozen", "trainable")
 SWEEP = [1, 2, 3, 4, PAPER_K, 6, 7, 8]

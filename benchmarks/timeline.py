@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.problem import Ours, Problem
-from gemoe_ds.engine.distributed import World
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.world import World
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 
 

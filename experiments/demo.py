@@ -156,7 +156,7 @@ def train_step(
     if seed or overrides:
         command += [f"seed={seed}", f"output_dir={output}", *overrides]
     if num_ranks == 1:
-        command += ["parallel.ep_size=1", "train.accumulation=2"]
+        command += ["parallel.ep_size=1", "train.gradient_accumulation_steps=2"]
     command += ["--resume", "auto"]
     return Step(name, tuple(command), output, seconds, needs, path, resumable=True)
 

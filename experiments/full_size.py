@@ -77,7 +77,7 @@ def dd_rate(folder: Path) -> float:
 
 def kept_bytes(folder: Path, ranks: int) -> int:
     """What a rank keeps of the checkpoint: its share of the experts, everything else whole."""
-    from gemoe_ds.backbones.stored import open_stored
+    from gemoe_ds.hf_io.safetensors_reader import open_stored
 
     sizes = {key: tensor.num_bytes for key, tensor in open_stored(folder).items()}
     experts = sum(size for key, size in sizes.items() if ".experts." in key)
@@ -95,8 +95,8 @@ class FullSize:
             raise ConfigError(f"{self.root}/run exists; remove it to measure again")
 
     def prepare(self) -> None:
-        from gemoe_ds.backbones.backbone import Backbone
-        from gemoe_ds.backbones.random_checkpoint import (
+        from gemoe_ds.models.backbone import Backbone
+        from gemoe_ds.models.random_checkpoint import (
             write_random_checkpoint,
             write_stand_in_tokenizer,
         )
@@ -120,7 +120,7 @@ class FullSize:
 
     def train(self, steps: int, *more: str) -> list[dict[str, Any]]:
         """Train to `steps`; the phases."""
-        paths = {"model.checkpoint": self.base, "data.train": self.data}
+        paths = {"model.checkpoint": self.base, "data.train_path": self.data}
         paths |= {"data.tokenizer": self.root / "tokenizer", "output_dir": self.root / "run"}
         options = [f"{key}={path}" for key, path in paths.items()]
         options += [f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
@@ -139,7 +139,7 @@ class FullSize:
         return costs
 
     def measure(self) -> dict[str, Any]:
-        from gemoe_ds.backbones.backbone import Backbone
+        from gemoe_ds.models.backbone import Backbone
 
         backbone = Backbone.named(self.name)
         top_k = backbone.published_blocks()[0].routing.top_k

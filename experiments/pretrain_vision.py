@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from gemoe_ds.backbones.images import stretched
-from gemoe_ds.backbones.quiet import without_bars
 from gemoe_ds.config import load_config
 from gemoe_ds.console import Progress
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
 from gemoe_ds.files import whole_folder
+from gemoe_ds.hf_io.quiet import without_bars
+from gemoe_ds.models.images import stretched
 from gemoe_ds.parser import Parser
 
 
@@ -60,10 +60,10 @@ def main(argv: list[str]) -> None:
         backbone = config.model.backbone
         if not hasattr(backbone.backbone_class, "vision_config"):
             raise ConfigError(f"backbone {backbone.name!r} brings a pretrained vision tower")
-        from gemoe_ds.backbones.vision import train_tower
+        from gemoe_ds.models.tiny.vision import train_tower
 
         vision = backbone.backbone_class(backbone.config).vision_config()
-        samples = open_samples(config.data.train)
+        samples = open_samples(config.data.train_path)
         pixels, words = caption_words(samples, arguments.kind, vision.image_size)
         print(f"{len(pixels)} captions, {words.shape[1]} words")
         tower = train_tower(

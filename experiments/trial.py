@@ -21,7 +21,7 @@ PRETRAIN = "launch/recipes/trial_pretrain.yaml"
 
 def trial_steps(root: Path) -> list[Step]:
     scenes = root / "scenes"
-    places = f"data.train={root}/data/train data.tokenizer={root}/tokenizer"
+    places = f"data.train_path={root}/data/train data.tokenizer={root}/tokenizer"
     steps = [
         python_step(
             "scenes",

@@ -19,7 +19,7 @@ from gemoe_ds.errors import exit_on_error
 
 def main(argv: list[str]) -> None:
     with exit_on_error():
-        from gemoe_ds.engine.launched import adopt_launcher, launched_world_size
+        from gemoe_ds.engine.adopt_launcher import adopt_launcher, launched_world_size
 
         adopt_launcher()
         from gemoe_ds.config import parse_cli, validate_run

@@ -25,19 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import ConfigError, exit_on_error
-from gemoe_ds.evaluation.arguments import Setting, settings, subject_parser
+from gemoe_ds.evaluation.arguments import RoutingMode, modes, session_parser
 
 if TYPE_CHECKING:
     from gemoe_ds.analysis.record import EvalRecord, TokenSample
-    from gemoe_ds.backbones.model import MoEModel
-    from gemoe_ds.evaluation.runner import Scores
-    from gemoe_ds.evaluation.subject import Subject
+    from gemoe_ds.evaluation.score import Scores
+    from gemoe_ds.evaluation.session import EvalSession
+    from gemoe_ds.models.moe_model import MoEModel
 
 Arguments = argparse.Namespace
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> None:
-    parser = subject_parser(__doc__)
+    parser = session_parser(__doc__)
     parser.add_argument("--name", help="method in the record (default: the router's name)")
     parser.add_argument(
         "--flips",
@@ -66,66 +66,71 @@ def main(argv: list[str], stop: StopRequest | None = None) -> None:
 
 def _evaluate(arguments: Arguments, stop: StopRequest | None) -> None:
     from gemoe_ds.analysis.record import RECORD
-    from gemoe_ds.cluster.watch import watched
+    from gemoe_ds.cluster.watchdog import watched
     from gemoe_ds.data.sample import open_samples
-    from gemoe_ds.engine.distributed import distributed, gather_objects
-    from gemoe_ds.evaluation.subject import Subject, subject_config
+    from gemoe_ds.engine.world import distributed, gather_objects
+    from gemoe_ds.evaluation.session import EvalSession, session_config
 
-    config = subject_config(arguments)
+    config = session_config(arguments)
     samples = open_samples(arguments.data)
-    asked = settings(arguments)
+    asked = modes(arguments)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        subject = Subject(arguments, config, world, stop)
-        for setting in asked:
-            out = arguments.out / (setting.folder if len(asked) > 1 or setting.mean_k else "")
+        session = EvalSession(arguments, config, world, stop)
+        for mode in asked:
+            out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
             if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
-                subject.say(f"done before: {out}")
+                session.say(f"done before: {out}")
                 continue
-            subject.put(setting)
+            session.set_routing(mode)
             name = config.model.router.name
-            k = subject.model.moe_layers[0].router.static_k
-            subject.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
+            k = session.model.moe_layers[0].router.static_k
+            session.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
-            scores = subject.scored(samples)
+            scores = session.scored(samples)
             if world.is_first:
                 seconds = time.perf_counter() - began
-                _write(subject, setting, out, scores, k, seconds)
+                _write(session, mode, out, scores, k, seconds)
         if arguments.flips:
-            subject.say("evaluating in float32, for the k that differ")
-            in_float32 = subject_config(arguments, "model.dtype=float32")
-            exact = Subject(arguments, in_float32, world, stop).scored(samples)
+            session.say("evaluating in float32, for the k that differ")
+            in_float32 = session_config(arguments, "model.dtype=float32")
+            exact = EvalSession(arguments, in_float32, world, stop).scored(samples)
             if world.is_first:
                 _write_flips(arguments.out, config.model.dtype, scores, exact)
 
 
 def _write(
-    subject: Subject, setting: Setting, out: Path, scores: Scores, k: int | None, seconds: float
+    session: EvalSession,
+    mode: RoutingMode,
+    out: Path,
+    scores: Scores,
+    k: int | None,
+    seconds: float,
 ) -> None:
     from gemoe_ds.analysis.record import write_record
     from gemoe_ds.train.monitor import seconds_in
 
-    arguments, name = subject.arguments, subject.config.model.router.name
+    arguments, name = session.arguments, session.config.model.router.name
     tuned = arguments.trained and name == "top_k"
     record, tokens = _record(
-        subject.model,
+        session.model,
         scores,
         method=arguments.name or (f"{name}_tuned" if tuned else name),
         k=k,
-        budget_k=setting.mean_k,
-        seed=subject.config.seed,
+        budget_k=mode.mean_k,
+        seed=session.config.seed,
         seconds=seconds,
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
-        checkpoint=str(subject.checkpoint or subject.config.model.checkpoint),
+        checkpoint=str(session.checkpoint or session.config.model.checkpoint),
     )
     write_record(out, record, tokens)
-    subject.say(
+    session.say(
         f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
         f"({record.seconds:.1f} s)"
     )
     if record.num_not_asked:
-        subject.say(
+        session.say(
             f"{out}: {scores.asked.total():,} questions were asked; {record.num_not_asked:,} were "
-            f"not: data.max_length={subject.config.data.max_length} cuts the answers of "
+            f"not: data.max_length={session.config.data.max_length} cuts the answers of "
             f"{record.num_cut_answers:,}, and {len(scores.bad):,} samples are left out"
         )
 

@@ -22,8 +22,8 @@ from gemoe_ds.errors import CheckpointError, exit_on_error
 from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
-    from gemoe_ds.backbones.model import ExpertShard
     from gemoe_ds.config import RunConfig
+    from gemoe_ds.models.moe_model import ExpertShard
 
 
 def main(argv: list[str]) -> None:
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from gemoe_ds.checkpoint import manifest
+    from gemoe_ds.checkpoint.shards import stacked
+    from gemoe_ds.checkpoint.state import load_trained_weights
     from gemoe_ds.config import load_config
-    from gemoe_ds.engine import manifest
-    from gemoe_ds.engine.checkpoint import put_trained
-    from gemoe_ds.engine.pieces import stacked
     from gemoe_ds.export.folder import export
     from gemoe_ds.files import check_new
     from gemoe_ds.train.assemble import build_model
@@ -63,7 +63,7 @@ def _export(arguments: argparse.Namespace) -> None:
             f"{actual}; give the base of that run"
         )
     model = build_model(config, _fewest_experts(config))
-    put_trained(model, step)
+    load_trained_weights(model, step)
     export(
         model,
         stacked(found.tensors(manifest.WEIGHTS)),
@@ -84,7 +84,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _fewest_experts(config: RunConfig) -> ExpertShard:
     """The folder is written from the base's files: of the experts the model needs no more."""
-    from gemoe_ds.backbones.model import ExpertShard
+    from gemoe_ds.models.moe_model import ExpertShard
     from gemoe_ds.train.assemble import named_backbone
 
     backbone = named_backbone(config)

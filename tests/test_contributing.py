@@ -15,7 +15,7 @@ from tests.helpers import repository
 ALSO = {
     "tests/experiments/test_compare.py": "test_compare and not list",
     "tests/test_rooms.py": "test_rooms",
-    "tests/test_config.py": "test_config and every_router",
+    "tests/config/test_load.py": "test_config and every_router",
 }
 
 

@@ -76,14 +76,18 @@ def test_refused_rows_are_refused_with_these_words(values, verdict, tmp_path):
                     "backbone": {"name": "tiny"},
                     "checkpoint": "unused",
                     "router": {"name": "gemoe"},
-                    "train": EXPERTS[experts],
+                    "trainable": EXPERTS[experts],
                     "dtype": dtype,
-                    "recompute": recompute == "on",
+                    "activation_checkpointing": recompute == "on",
                 },
-                "data": {"train": "unused", "tokenizer": "unused"},
+                "data": {"train_path": "unused", "tokenizer": "unused"},
                 "optim": {"lr": 1e-3},
                 "parallel": {"ep_size": int(ep_size)},
-                "train": {"steps": 1, "micro_batch": 1, "accumulation": int(accumulation)},
+                "train": {
+                    "steps": 1,
+                    "micro_batch_size": 1,
+                    "gradient_accumulation_steps": int(accumulation),
+                },
                 "deepspeed": str(file),
             }
         )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
-from gemoe_ds.backbones.images import SquareImages
-from gemoe_ds.backbones.molmoe.images import MolmoeImages
 from gemoe_ds.config import deepspeed_config, load_config
-from tests.backbones.test_qwen3_vl_images import PUBLIC, layout
+from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.models.images import SquareImages
+from gemoe_ds.models.molmoe.images import MolmoeImages
 from tests.helpers import repository
+from tests.models.test_qwen3_vl_images import PUBLIC, layout
 
 FOLDERS = ("launch/recipes", "experiments/recipes")
 RECIPES = sorted(path for name in FOLDERS for path in (repository() / name).glob("*.yaml"))
@@ -66,14 +66,14 @@ def test_every_backbone_has_the_paper_s_recipe_for_one_node_and_for_four() -> No
             "cosine",
             0.0,
         )
-        assert (config.train.steps, config.train.global_batch) == (5000, 128)
-        assert config.model.train == "routers"
+        assert (config.train.steps, config.train.global_batch_size) == (5000, 128)
+        assert config.model.trainable == "routers"
         router = config.model.router.config
         top_k = config.model.backbone.backbone_class.published_blocks()[0].routing.top_k
         assert (router.k_low, router.k_high) == (1, top_k)
         assert (router.balance_weight, router.monotonic_weight) == (0.001, 1.0)
         options = config.model_dump()
-        options["train"].pop("micro_batch")
+        options["train"].pop("micro_batch_size")
         by_backbone.setdefault(config.model.backbone.name, []).append(options)
     assert set(by_backbone) == {"olmoe", "molmoe", "deepseek_vl2", "qwen3_vl_moe"}
     assert all(one == four for one, four in by_backbone.values())

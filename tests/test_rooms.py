@@ -21,14 +21,16 @@ ROOMS = [
     "console",
     "parser",
     "registry",
-    "position",
+    "progress",
     "moe",
     "routers",
-    "backbones",
+    "hf_io",
+    "models",
     "data",
     "config",
     "export",
     "engine",
+    "checkpoint",
     "cluster",
     "train",
     "evaluation",
@@ -39,7 +41,7 @@ ROOMS = [
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
     "deepspeed": {"engine", "cluster", "benchmarks"},  # whose layers run beside ours
-    "transformers": {"backbones", "data", "data_prep", "export", "benchmarks"},
+    "transformers": {"hf_io", "models", "data", "data_prep", "export", "benchmarks"},
     "datasets": {"data"},
     "grain": {"data"},
     "matplotlib": {"analysis", "benchmarks", "experiments"},

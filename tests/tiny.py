@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.backbones.tiny import TinyBackbone
+from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
 
 WORDS = ["<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", *"abcdefghijklmnopqrst"]

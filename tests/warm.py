@@ -10,7 +10,7 @@ from PIL import Image
 
 import gemoe_ds.train.run  # noqa: F401
 import tests.train.resuming  # noqa: F401
-from gemoe_ds.data.dataset import _import_grain
+from gemoe_ds.data.stream import _import_grain
 
 _import_grain()
 Image.preinit()

@@ -1,6 +1,6 @@
 """What would end a run hours later is found before its first step, on every rank.
 
-Each rank fills in a `Passport`; all are compared. A fault is one line: rank, host, value, way out.
+Each rank fills in a `RankReport`; all are compared. A fault is one line: rank, host, value, way out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import deepspeed.comm as dist
 import psutil
 import torch
 
-from gemoe_ds.engine.distributed import World, gather_objects, waiting
+from gemoe_ds.engine.world import World, gather_objects, waiting
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.position import HERE
+from gemoe_ds.progress import PROGRESS
 
 PACKAGES = ("gemoe-ds", "torch", "deepspeed", "transformers")
 FREE_DISK = 16 * 2**20  # bytes, beside checkpoints: metrics and so on
@@ -35,7 +35,7 @@ _PROBE = 2**22  # bytes of the probes of bandwidth
 
 
 @dataclass(frozen=True)
-class Passport:
+class RankReport:
     """What a rank says of itself."""
 
     host: str
@@ -47,7 +47,7 @@ class Passport:
     free_memory: int  # of its device; on a CPU its host's
 
     @classmethod
-    def of(cls, world: World, output: Path) -> Passport:
+    def of(cls, world: World, output: Path) -> RankReport:
         existing = _existing(output)
         cannot_write, sees_output = _exchange_files(world, existing)
         if world.device.type == "cuda":
@@ -82,41 +82,41 @@ def preflight(
     `groups`: process groups beside that of all ranks, by name, to be warmed up too. `on_disk`:
     bytes of the checkpoints that will be kept.
     """
-    HERE.enter("preflight")
-    passports = gather_objects(Passport.of(world, output))
+    PROGRESS.enter("preflight")
+    reports = gather_objects(RankReport.of(world, output))
     on_gpu = world.device.type == "cuda"
-    found = list(faults(passports, output, needed, on_disk + FREE_DISK, on_gpu=on_gpu))
+    found = list(errors(reports, output, needed, on_disk + FREE_DISK, on_gpu=on_gpu))
     if found:
         raise ConfigError("; ".join(found))
-    lines = list(remarks(passports, ep_size))
+    lines = list(warnings(reports, ep_size))
     if world.size > 1:
         every: dict[str, Any] = {"of this run": None} | dict(groups or {})
         lines += [_bandwidth(world, name, group) for name, group in every.items()]
     return lines
 
 
-def faults(
-    passports: list[Passport], output: Path, needed: int | None, on_disk: int, *, on_gpu: bool
+def errors(
+    reports: list[RankReport], output: Path, needed: int | None, on_disk: int, *, on_gpu: bool
 ) -> Iterator[str]:
     """One line each, however many ranks have it; no fault, no line."""
     said: dict[str, list[int]] = defaultdict(list)
-    on_host = Counter(p.host for p in passports)
-    for rank, theirs in enumerate(passports):
-        for fault in _unfit(theirs, passports[0], output, on_disk):
+    on_host = Counter(p.host for p in reports)
+    for rank, theirs in enumerate(reports):
+        for fault in _unfit(theirs, reports[0], output, on_disk):
             said[fault].append(rank)
         free = theirs.free_memory // (1 if on_gpu else on_host[theirs.host])
         if needed is not None and needed > free:
             fault = (
                 f"has {_gib(free)} of memory free, {_gib(needed)} more are estimated; lower "
-                "train.micro_batch, set model.recompute=true, or raise parallel.ep_size"
+                "train.micro_batch_size, set model.activation_checkpointing=true, or raise parallel.ep_size"
             )
             said[fault].append(rank)
     for fault, ranks in said.items():
-        first, *more = [f"rank {rank} (host {passports[rank].host})" for rank in ranks]
+        first, *more = [f"rank {rank} (host {reports[rank].host})" for rank in ranks]
         others = ", ".join(more) if len(more) <= _NAMED else f"{len(more)} other ranks"
         yield f"{first} {fault}" + (f" (the same on {others})" if more else "")
     holders: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for rank, theirs in enumerate(passports):
+    for rank, theirs in enumerate(reports):
         holders[theirs.host, theirs.device].append(rank)
     for (host, device), ranks in holders.items():
         if on_gpu and len(ranks) > 1:
@@ -126,7 +126,7 @@ def faults(
             )
 
 
-def _unfit(theirs: Passport, first: Passport, output: Path, on_disk: int) -> Iterator[str]:
+def _unfit(theirs: RankReport, first: RankReport, output: Path, on_disk: int) -> Iterator[str]:
     """What is wrong with one rank's host and disk."""
     for package, wanted in first.versions.items():
         have = theirs.versions.get(package)
@@ -152,15 +152,15 @@ def _unfit(theirs: Passport, first: Passport, output: Path, on_disk: int) -> Ite
         )
 
 
-def remarks(passports: list[Passport], ep_size: int) -> Iterator[str]:
+def warnings(reports: list[RankReport], ep_size: int) -> Iterator[str]:
     """What is slow, not wrong."""
-    hosts = list(dict.fromkeys(p.host for p in passports))
-    yield f"preflight: {len(passports)} ranks on {len(hosts)} hosts are fit"
-    smallest = min(Counter(p.host for p in passports).values())
+    hosts = list(dict.fromkeys(p.host for p in reports))
+    yield f"preflight: {len(reports)} ranks on {len(hosts)} hosts are fit"
+    smallest = min(Counter(p.host for p in reports).values())
     across = [
         first
-        for first in range(0, len(passports), ep_size)
-        if len({p.host for p in passports[first : first + ep_size]}) > 1
+        for first in range(0, len(reports), ep_size)
+        if len({p.host for p in reports[first : first + ep_size]}) > 1
     ]
     if across and ep_size <= smallest:
         yield (

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemoe_ds.config.deepspeed_file import AUTO, FROM_HIDDEN_SIZE, ZERO, DeepSpeedFile
 from gemoe_ds.config.deepspeed_sections import check_optimizer, check_scheduler, must_agree
-from gemoe_ds.config.tree import RunConfig
+from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, elements
@@ -74,16 +74,16 @@ def summary(config: RunConfig, world_size: int, hidden_size: int) -> str:
 
 def _from_recipe(config: RunConfig, world_size: int | None) -> dict[str, tuple[str, int | float]]:
     """What the recipe sets of DeepSpeed's keys, and where it does; batches for so many ranks."""
-    clipping = {"gradient_clipping": ("optim.clip_norm", config.optim.clip_norm or 0.0)}
+    clipping = {"gradient_clipping": ("optim.max_grad_norm", config.optim.max_grad_norm or 0.0)}
     if world_size is None:
         return clipping
-    train, accumulation = config.train, config.accumulation(world_size)
+    train, accumulation = config.train, config.accumulation_steps(world_size)
     return {
-        "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
-        "gradient_accumulation_steps": ("train.accumulation", accumulation),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": ("train.gradient_accumulation_steps", accumulation),
         "train_batch_size": (
-            "train.micro_batch * train.accumulation * ranks",
-            train.micro_batch * accumulation * world_size,
+            "train.micro_batch_size * train.gradient_accumulation_steps * ranks",
+            train.micro_batch_size * accumulation * world_size,
         ),
         **clipping,
     }
@@ -110,12 +110,16 @@ def _check_precision(config: RunConfig, file: DeepSpeedFile) -> None:
 
 def _check_sharded_experts(config: RunConfig, file: DeepSpeedFile) -> None:
     """ZeRO 1 and 2 reduce gradients of experts rightly in one of their ways only."""
-    if config.model.train == "routers" or config.parallel.ep_size == 1 or file.stage not in (1, 2):
+    if (
+        config.model.trainable == "routers"
+        or config.parallel.ep_size == 1
+        or file.stage not in (1, 2)
+    ):
         return
     for key in ("contiguous_gradients", "reduce_scatter"):
         if file.zero.get(key) is False:
             raise ConfigError(
-                f"{file.name}: {ZERO}.{key}=false: with model.train={config.model.train} and "
+                f"{file.name}: {ZERO}.{key}=false: with model.trainable={config.model.trainable} and "
                 f"parallel.ep_size={config.parallel.ep_size} DeepSpeed would reduce the gradients "
                 "of experts over the wrong ranks; remove it"
             )

@@ -253,7 +253,7 @@ _section(
     "ignored",
     """partition_activations number_checkpoints contiguous_memory_optimization
     synchronize_checkpoint_boundary profile cpu_checkpointing""",
-    "only models that call deepspeed.checkpointing follow it; model.recompute=true of the recipe "
+    "only models that call deepspeed.checkpointing follow it; model.activation_checkpointing=true of the recipe "
     "recomputes activations",
 )
 _section(
@@ -289,7 +289,7 @@ _add(
     "",
     "refused",
     "sequence_parallel_size:size=1 data_parallel_size:size",
-    "every rank reads samples of its own; remove it, and lower train.micro_batch or "
+    "every rank reads samples of its own; remove it, and lower train.micro_batch_size or "
     "data.max_length for memory",
 )
 _add(
@@ -308,7 +308,7 @@ _add(
     "",
     "refused",
     "managed_gradient_accumulation:flag=true",
-    "DeepSpeed counts the micro-batches (train.accumulation of the recipe); remove it",
+    "DeepSpeed counts the micro-batches (train.gradient_accumulation_steps of the recipe); remove it",
 )
 _add("", "ignored", "dataloader_drop_last:flag", "data_prep's samples have a loader of their own")
 _section(
@@ -378,7 +378,7 @@ for _name, _way_out in {
     "sparse_gradients": "gradients of embeddings are dense",
     "sparse_attention": "attention is the backbone's own",
     "eigenvalue": "it belonged to quantize_training",
-    "elasticity": "train.global_batch of the recipe holds for any number of ranks, and "
+    "elasticity": "train.global_batch_size of the recipe holds for any number of ranks, and "
     "resume=auto goes on with another one",
     "graph_harvesting": "steps are launched one by one",
     "curriculum_learning": "samples are drawn uniformly",

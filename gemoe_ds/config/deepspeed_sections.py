@@ -11,7 +11,7 @@ from typing import Any
 
 from gemoe_ds.config.deepspeed_file import AUTO, DeepSpeedFile
 from gemoe_ds.config.deepspeed_values import is_number
-from gemoe_ds.config.tree import RunConfig
+from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 
 # DeepSpeed's schedulers by what they come to; the others have nothing like them here
@@ -41,7 +41,7 @@ def check_optimizer(config: RunConfig, file: DeepSpeedFile) -> list[str]:
         "betas": ("optim.betas", list(optim.betas)),
         "eps": ("optim.eps", optim.eps),
         "weight_decay": ("optim.weight_decay", optim.weight_decay),
-        "max_grad_norm": ("optim.clip_norm", optim.clip_norm or 0.0),
+        "max_grad_norm": ("optim.max_grad_norm", optim.max_grad_norm or 0.0),
         "adam_w_mode": ("AdamW", True),
         "bias_correction": ("AdamW", True),
         "amsgrad": ("AdamW", False),

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gemoe_ds.config.paths import Places
-from gemoe_ds.config.tree import Choice, RunConfig
+from gemoe_ds.config.schema import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
 
 _SHOWN_ERRORS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemoe_ds.config.deepspeed import check_deepspeed
-from gemoe_ds.config.tree import RunConfig
+from gemoe_ds.config.schema import RunConfig
 
 
 def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = True) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemoe_ds.backbones.chat import ChatTemplate
-from gemoe_ds.backbones.images import ImageLayout, LaidImage
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.conversation import ConversationTokenizer, Tokenizer, TurnTokens
 from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import SampleError
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.images import ImageLayout, ProcessedImage
 
 IGNORE = -100
 
@@ -81,7 +81,7 @@ class Encoded:
     turn: list[int] = field(default_factory=list)
     is_vision: list[bool] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
-    image: LaidImage | None = None
+    image: ProcessedImage | None = None
     cut_answers: int = 0  # that are not there in whole
     bad: BadSample | None = None  # why it is left out: it is padding from end to end
 
@@ -92,7 +92,7 @@ class Encoded:
         self.is_vision += [False] * len(ids)
         self.feature += [-1] * len(ids)
 
-    def add_question(self, parts: list[list[int]], image: LaidImage | None) -> None:
+    def add_question(self, parts: list[list[int]], image: ProcessedImage | None) -> None:
         """What stands before the image, the image, and what stands behind it."""
         self.add(parts[0])
         if image:
@@ -100,7 +100,7 @@ class Encoded:
         for part in parts[1:]:
             self.add(part)
 
-    def _add_image(self, image: LaidImage) -> None:
+    def _add_image(self, image: ProcessedImage) -> None:
         self.image, start = image, len(self.input_ids)
         self.add(image.input_ids)
         self.is_vision[start:] = [True] * len(image.input_ids)
@@ -129,7 +129,7 @@ class Collator:
         self.layout = layout
         self.conversations = ConversationTokenizer(tokenizer, chat)
         self.max_length = max_length
-        self._blank = layout.blank() if layout else None
+        self._dummy = layout.dummy() if layout else None
 
     def encode(self, row: int, sample: Sample) -> Encoded:
         encoded = Encoded(row, sample.id, cut_answers=len(sample.turns))
@@ -194,7 +194,7 @@ class Collator:
         """Tokens that end an answer."""
         return self.conversations.end_ids
 
-    def _lay(self, sample: Sample) -> LaidImage | None:
+    def _lay(self, sample: Sample) -> ProcessedImage | None:
         return None if sample.image is None else self.layout_for(sample)(decode_image(sample))
 
     def layout_for(self, sample: Sample) -> ImageLayout:
@@ -229,10 +229,10 @@ class Collator:
         )
 
     def _images(self, encoded: Sequence[Encoded], feature_BS: Tensor) -> dict[str, Tensor]:
-        """The batch's images joined, or a blank one that no position asks for."""
-        if self._blank is None:
+        """The batch's images joined, or a dummy one that no position asks for."""
+        if self._dummy is None:
             return {}
-        images = [e.image for e in encoded if e.image is not None] or [self._blank]
+        images = [e.image for e in encoded if e.image is not None] or [self._dummy]
         first = 0
         for sequence, e in zip(feature_BS, encoded, strict=True):
             if e.image is not None:

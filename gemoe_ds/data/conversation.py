@@ -9,8 +9,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-from gemoe_ds.backbones.chat import END, IMAGE, TEXT, ChatTemplate
 from gemoe_ds.data.sample import Sample
+from gemoe_ds.models.chat import END, IMAGE, TEXT, ChatTemplate
 
 
 class Tokenizer(Protocol):

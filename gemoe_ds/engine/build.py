@@ -11,9 +11,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from gemoe_ds.backbones.model import MoEModel
 from gemoe_ds.config import OptimConfig, RunConfig, deepspeed_config
-from gemoe_ds.engine.distributed import World
 from gemoe_ds.engine.gemm import choose_grouped_gemm
 from gemoe_ds.engine.groups import (
     expert_group_name,
@@ -21,7 +19,9 @@ from gemoe_ds.engine.groups import (
     mark_trainable_experts,
 )
 from gemoe_ds.engine.optimizer import GlobalNormAdamW
+from gemoe_ds.engine.world import World
 from gemoe_ds.engine.zero import Engine, create_moments, full_shape, full_value, is_held
+from gemoe_ds.models.moe_model import MoEModel
 
 # Names that torch has given up and DeepSpeed calls in every step; nothing that a user can change.
 _OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
@@ -39,7 +39,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     groups = parameter_groups(model, config.optim)
     options = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     if config.zero_stage == 0:
-        optimizer = GlobalNormAdamW(groups, clip_norm=config.optim.clip_norm, **options)
+        optimizer = GlobalNormAdamW(groups, max_grad_norm=config.optim.max_grad_norm, **options)
         if model.sharded_parameters():
             optimizer.expert_group = expert_parallel_group(model.shard.num_ranks)
     else:

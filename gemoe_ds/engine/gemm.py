@@ -9,8 +9,8 @@ import torch
 from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
 from torch import Tensor
 
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.moe.grouped_gemm import TORCH, GroupedGemm
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
 
 
 class TritonGroupedGemm(GroupedGemm):

@@ -15,12 +15,12 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.engine.distributed import World, waiting
+from gemoe_ds.engine.world import World, waiting
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.moe.all_to_all import AsyncWork
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
-from gemoe_ds.moe.exchange import Work
-from gemoe_ds.position import HERE
+from gemoe_ds.progress import PROGRESS
 
 
 def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> ExpertShard:
@@ -42,21 +42,25 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
 
     def all_to_all(
         output: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> Work:
-        HERE.wait_for("all_to_all")
-        work: Work = dist.all_to_all_single(
+    ) -> AsyncWork:
+        PROGRESS.wait_for("all_to_all")
+        work: AsyncWork = dist.all_to_all_single(
             output, rows, output_splits, input_splits, group=group, async_op=True
         )
         return work
 
-    def from_first(tensor: Tensor) -> Tensor:
+    def broadcast_from_first(tensor: Tensor) -> Tensor:
         copy = tensor.clone()
         with waiting("broadcast"):
             dist.broadcast(copy, world.rank - rank, group=group)
         return copy
 
     return ExpertShard(
-        rank, ep_size, lambda: AllToAllDispatcher(all_to_all, rank, ep_size), groups, from_first
+        rank,
+        ep_size,
+        lambda: AllToAllDispatcher(all_to_all, rank, ep_size),
+        groups,
+        broadcast_from_first,
     )
 
 

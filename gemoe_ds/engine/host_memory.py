@@ -23,17 +23,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemoe_ds.backbones.keys import Shape
-from gemoe_ds.backbones.memory import ALONE, Memory
-from gemoe_ds.engine.distributed import World, gather_objects
+from gemoe_ds.engine.world import World, gather_objects
+from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.hf_io.key_rules import Shape
 
 _FILES_AT_ONCE = 64  # open in a process, of 1024 as a rule
 
 
-def host_memory(world: World) -> Memory:
+def host_memory(world: World) -> WeightAllocator:
     """That of this rank's host, or its own where ranks cannot reach each other's. Collective."""
     if world.size == 1:
-        return ALONE
+        return LOCAL
     hosts = gather_objects(_this_host())
     memory = HostMemory([r for r, host in enumerate(hosts) if host == hosts[world.rank]], world)
     try:
@@ -45,7 +45,7 @@ def host_memory(world: World) -> Memory:
     return memory if all(answers[r] for r in memory.ranks) else HostMemory([world.rank], world)
 
 
-class HostMemory(Memory):
+class HostMemory(WeightAllocator):
     """Common to these ranks. All ranks of the world make the same calls, whatever their host."""
 
     def __init__(self, ranks: list[int], world: World) -> None:
@@ -86,7 +86,7 @@ class HostMemory(Memory):
             raise OSError(f"memory common to ranks {self.ranks}: {problem}") from problem
         return tensors
 
-    def together(self, problem: str | None) -> str | None:
+    def first_error(self, problem: str | None) -> str | None:
         return next(filter(None, gather_objects(problem)), None)
 
 

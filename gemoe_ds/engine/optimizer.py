@@ -18,9 +18,9 @@ class GlobalNormAdamW(torch.optim.AdamW):
     reads from its own wrappers after a step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float | None, **kwargs: Any):
+    def __init__(self, groups: list[dict[str, Any]], *, max_grad_norm: float | None, **kwargs: Any):
         super().__init__(groups, **kwargs)
-        self.clip_norm = clip_norm
+        self.max_grad_norm = max_grad_norm
         self.expert_group: Any = None  # process group over which expert parameters are sharded
         self.overflow = False
         self._global_grad_norm = 0.0
@@ -37,8 +37,8 @@ class GlobalNormAdamW(torch.optim.AdamW):
         self.overflow = not torch.isfinite(squares).item()
         if self.overflow:
             return
-        if self.clip_norm is not None and self._global_grad_norm > self.clip_norm:
-            scale = self.clip_norm / (self._global_grad_norm + 1e-6)
+        if self.max_grad_norm is not None and self._global_grad_norm > self.max_grad_norm:
+            scale = self.max_grad_norm / (self._global_grad_norm + 1e-6)
             torch._foreach_mul_([p.grad for p in params], scale)
         super().step()
 

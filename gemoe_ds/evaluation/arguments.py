@@ -11,7 +11,7 @@ from gemoe_ds.parser import Parser, at_least_one
 
 
 @dataclass(frozen=True)
-class Setting:
+class RoutingMode:
     """One way to route, and the folder of what is found with it, in --out."""
 
     folder: str = ""
@@ -24,7 +24,7 @@ class Setting:
         return "as trained" if self.mean_k is None else f"mean k {self.mean_k:g}"
 
 
-def subject_parser(description: str | None) -> argparse.ArgumentParser:
+def session_parser(description: str | None) -> argparse.ArgumentParser:
     """A recipe, what was trained, the ways to route, the data."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or the config.yaml of a run")
@@ -45,7 +45,7 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate",
         type=Path,
-        help="samples on which budgets are met (default: data.validation, else data.train)",
+        help="samples on which budgets are met (default: data.validation_path, else data.train_path)",
     )
     parser.add_argument(
         "--calibration-samples",
@@ -60,13 +60,13 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def settings(arguments: argparse.Namespace) -> list[Setting]:
+def modes(arguments: argparse.Namespace) -> list[RoutingMode]:
     """The static ones, then the budgets; what was trained as it is where no budget is asked for."""
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: is a file; give a folder")
-    static = [Setting(f"k_{k}", k=k) for k in arguments.k or []]
+    static = [RoutingMode(f"k_{k}", k=k) for k in arguments.k or []]
     if arguments.mean_k and not arguments.trained:
         raise ConfigError("--mean-k goes with --trained RUN")
-    budgets = [Setting(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k or []]
-    trained = budgets or ([Setting("trained")] if arguments.trained else [])
+    budgets = [RoutingMode(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k or []]
+    trained = budgets or ([RoutingMode("trained")] if arguments.trained else [])
     return static + trained

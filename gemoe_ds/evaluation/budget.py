@@ -27,7 +27,7 @@ class Budget:
     passes: int  # over the calibration samples
 
 
-def meet_budget(
+def fit_budget_to(
     routers: list[Router],
     target: float,
     measure: Callable[[], float],

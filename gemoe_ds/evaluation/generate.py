@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.backbones.past import Past
 from gemoe_ds.data.collate import Batch
+from gemoe_ds.models.kv_cache import DecodeState
+from gemoe_ds.models.moe_model import MoEModel
 
 
 @dataclass
-class Work:
+class GenerationStats:
     """What was done for a number of tokens, all of them through the model once."""
 
     tokens: int = 0
@@ -27,7 +27,7 @@ class Work:
     attended: int = 0  # tokens that they attended to, themselves included
     experts_L: np.ndarray | int = 0  # visits of real experts, layer by layer
 
-    def count(self, model: MoEModel, past: Past) -> None:
+    def count(self, model: MoEModel, past: DecodeState) -> None:
         """Count what the forward has done that `model` has just finished."""
         ctx = model.ctx
         valid_T, known_BP = ctx.is_valid_T, past.is_valid_BP
@@ -39,8 +39,8 @@ class Work:
         self.attended += int(seen_T[valid_T].sum())
         self.experts_L = self.experts_L + np.array(k_L)
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
+    def __add__(self, other: GenerationStats) -> GenerationStats:
+        return GenerationStats(
             self.tokens + other.tokens,
             self.seconds + other.seconds,
             self.attended + other.attended,
@@ -63,8 +63,12 @@ class Written:
     """Answers of a batch, each with the token that ended it, if one did."""
 
     token_ids: list[list[int]]
-    prompts: Work = field(default_factory=Work)  # reading them, images included
-    steps: Work = field(default_factory=Work)  # one token of every unfinished sequence at a time
+    prompts: GenerationStats = field(
+        default_factory=GenerationStats
+    )  # reading them, images included
+    steps: GenerationStats = field(
+        default_factory=GenerationStats
+    )  # one token of every unfinished sequence at a time
 
 
 def alone(here: bool) -> bool:
@@ -111,7 +115,7 @@ def _generate(
     choose: Callable[[Tensor], Tensor],
     any_rank: Callable[[bool], bool],
 ) -> Written:
-    past = Past()
+    past = DecodeState()
     written = Written([[] for _ in prompts.ids])
     ids_BS, valid_BS, vision_BS = prompts.input_ids_BS, prompts.is_valid_BS, prompts.is_vision_BS
     images, work = prompts.images, written.prompts

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from gemoe_ds.backbones.flops import flops_per_token
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.evaluation.generate import Work
+from gemoe_ds.evaluation.generate import GenerationStats
+from gemoe_ds.models.cost.flops import flops_per_token
+from gemoe_ds.models.moe_model import MoEModel
 
 
 @dataclass(frozen=True)
 class Cost:
     """One way to route. Rates are medians over the timed rounds, all ranks together."""
 
-    setting: str
+    mode: str
     samples: int
     prompt_tokens: int
     written_tokens: int
@@ -38,10 +38,10 @@ class Cost:
     @classmethod
     def of(
         cls,
-        setting: str,
+        mode: str,
         model: MoEModel,
-        prompts: Work,
-        steps: Work,
+        prompts: GenerationStats,
+        steps: GenerationStats,
         samples: int,
         rounds: list[tuple[float, float]],
         memory_bytes: int,
@@ -58,7 +58,7 @@ class Cost:
         by_round = [(before + after) / samples for before, after in rounds]
         decoding = median(after for _, after in rounds)
         return cls(
-            setting,
+            mode,
             samples,
             prompts.tokens,
             written,
@@ -92,7 +92,7 @@ def as_markdown(costs: list[Cost]) -> str:
     ]
     for cost in costs:
         cells = [
-            cost.setting,
+            cost.mode,
             f"{cost.mean_k_prompts:.2f}, {cost.mean_k_written:.2f}",
             f"{cost.parameters / 1e9:.4g} B",
             f"{cost.activated_parameters / 1e9:.4g} B",

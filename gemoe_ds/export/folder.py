@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemoe_ds.backbones.companions import TOKENIZER, companions, write_index
-from gemoe_ds.backbones.images import ImageLayout, SquareImages
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.backbones.stored import INDEX, open_stored
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import can_carry, write_sources
 from gemoe_ds.files import whole_folder
+from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
+from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
+from gemoe_ds.models.images import ImageLayout, SquareImages
+from gemoe_ds.models.moe_model import MoEModel
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """`trained` (by name, experts stacked) over `base`, with routers and model code, in `out`.
 
-    `model` has its routers trained (`put_trained`). Raises ConfigError if `out` exists.
+    `model` has its routers trained (`load_trained_weights`). Raises ConfigError if `out` exists.
     """
     with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
         trains = model.trainable()  # what does not stays as the base stores it

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration as Stock
 from transformers.utils.hub import cached_file
 
 from gemoe_ds.moe.context import TokenContext
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Router, RoutingSpec
 
 ROUTERS = "routers.safetensors"  # every router's parameters, float32

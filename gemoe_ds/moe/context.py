@@ -39,26 +39,26 @@ class Stat:
 class LayerRecord:
     """The slot of one layer, OVERWRITTEN by every forward; see `TokenContext.writing`.
 
-    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `keep` is
+    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `cache` is
     what a router hands to one of its later steps, to a later layer or to a later pass.
     """
 
     losses: dict[str, LossTerm] = field(default_factory=dict)
     stats: dict[str, Stat] = field(default_factory=dict)
-    tally: dict[str, Tensor] = field(default_factory=dict)
-    keep: dict[str, Tensor] = field(default_factory=dict)
+    step_counts: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)
     logits_TE: Tensor | None = None
     entropy_T: Tensor | None = None
     k_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """One forward without gradient before the one that trains; see `Router.rehearsals`."""
+class Rollout:
+    """One forward without gradient before the one that trains; see `Router.rollouts`."""
 
     log_p_T: Tensor  # log-probability of the token after each, where it is a target; else 0
     is_scored_T: Tensor  # bool: where it is
-    keep: list[dict[str, Tensor]]  # of every layer's record
+    cache: list[dict[str, Tensor]]  # of every layer's record
 
 
 # What a layer's second run, in the backward pass, must find as its first run did.
@@ -68,8 +68,8 @@ _OF_A_PASS = (
     "is_vision_T",
     "sequence_T",
     "layers",
-    "rehearsal",
-    "rehearsed",
+    "rollout",
+    "rolled_out",
 )
 
 
@@ -93,8 +93,8 @@ class TokenContext:
         self._with_gradient: dict[str, Any] = {}  # the last forward that was
         self.collect = False  # fill `LayerRecord.stats`
         self.trace = False  # keep `entropy_T` and `k_T`
-        self.rehearsal: str | None = None  # the pass that is under way, if it does not train
-        self.rehearsed: dict[str, Rehearsal] = {}  # the passes before the one that trains
+        self.rollout: str | None = None  # the pass that is under way, if it does not train
+        self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains
 
     def begin(self, is_valid_BS: Tensor, is_vision_BS: Tensor) -> None:
         """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S])."""

@@ -1,6 +1,6 @@
 """Rows to their experts and back: in one process, or to the ranks that hold the experts.
 
-A layer talks to its dispatcher twice: `announce` as soon as the choice of experts is made, so that
+A layer talks to its dispatcher twice: `dispatch_preprocess` as soon as the choice of experts is made, so that
 the counts travel while the router works out its losses, then the call itself.
 
 Shapes: T tokens here, D model, R ranks, E experts in all, L = E / R experts here; P (token, rank)
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemoe_ds.moe.exchange import AllToAll, Exchange, Trip, Work
+from gemoe_ds.moe.all_to_all import AllToAll, AsyncWork, TokenExchange, UnevenAllToAll
+from gemoe_ds.moe.gather_scatter import gather_rows, scatter_add_rows
 from gemoe_ds.moe.plan import RoutingPlan
-from gemoe_ds.moe.rows import gather_rows, sum_rows
 
 ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `Experts`
 SharedFn = Callable[[Tensor], Tensor | None]  # x_TD -> y_TD; None: nothing to add
@@ -29,7 +29,7 @@ class Dispatcher(ABC):
     """Applies the experts to the tokens that chose them and combines what comes back."""
 
     @abstractmethod
-    def announce(self, mask_TE: Tensor) -> Any:
+    def dispatch_preprocess(self, mask_TE: Tensor) -> Any:
         """Start what only needs to know who goes where; the result goes into the call."""
 
     @abstractmethod
@@ -37,7 +37,7 @@ class Dispatcher(ABC):
         self,
         x_TD: Tensor,
         weights_TE: Tensor,
-        announced: Any,
+        preprocessed: Any,
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
@@ -47,18 +47,18 @@ class Dispatcher(ABC):
 class LocalDispatcher(Dispatcher):
     """All experts live here; nothing travels."""
 
-    def announce(self, mask_TE: Tensor) -> Tensor:
+    def dispatch_preprocess(self, mask_TE: Tensor) -> Tensor:
         return mask_TE
 
     def __call__(
         self,
         x_TD: Tensor,
         weights_TE: Tensor,
-        announced: Tensor,
+        preprocessed: Tensor,
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        y_TD = experts(x_TD, RoutingPlan.from_mask(announced, weights_TE))
+        y_TD = experts(x_TD, RoutingPlan.from_mask(preprocessed, weights_TE))
         shared_TD = None if shared is None else shared(x_TD)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
@@ -73,14 +73,14 @@ class Traffic:
 
 
 @dataclass
-class _Announced:
+class _Preprocessed:
     """The counts under way, and what was worked out for them."""
 
     mask_TE: Tensor
     sends_RT: Tensor  # bool: the token goes to that rank
     counts: Tensor  # int64 [R, 1 + L]: rows, then assignments to each expert there
     received: Tensor  # the same from each rank, once `work` is done
-    work: Work
+    work: AsyncWork
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -100,7 +100,7 @@ class AllToAllDispatcher(Dispatcher):
         self.num_ranks = num_ranks
         self.traffic = Traffic()
 
-    def announce(self, mask_TE: Tensor) -> _Announced:
+    def dispatch_preprocess(self, mask_TE: Tensor) -> _Preprocessed:
         num_tokens, num_experts = mask_TE.shape
         mask_TRL = mask_TE.view(num_tokens, self.num_ranks, num_experts // self.num_ranks)
         sends_RT = mask_TRL.any(2).t().contiguous()
@@ -108,44 +108,50 @@ class AllToAllDispatcher(Dispatcher):
         received = torch.empty_like(counts)
         ones = [1] * self.num_ranks
         work = self.all_to_all(received, counts, ones, ones)
-        return _Announced(mask_TE, sends_RT, counts, received, work)
+        return _Preprocessed(mask_TE, sends_RT, counts, received, work)
 
     def __call__(
         self,
         x_TD: Tensor,
         weights_TE: Tensor,
-        announced: _Announced,
+        preprocessed: _Preprocessed,
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        counts, received, sends_RT = announced.counts, announced.received, announced.sends_RT
-        announced.work.wait()
+        counts, received, sends_RT = (
+            preprocessed.counts,
+            preprocessed.received,
+            preprocessed.sends_RT,
+        )
+        preprocessed.work.wait()
         sent_rows, sent_assignments, got_rows, got_assignments = torch.stack(
             [counts[:, 0], counts[:, 1:].sum(1), received[:, 0], received[:, 1:].sum(1)]
         ).tolist()  # the one wait of the host
         # 1. The pairs, rank-major, and for every assignment the place of its row in its block.
         num_assignments = sum(sent_assignments)
-        plan = RoutingPlan.from_mask(announced.mask_TE, weights_TE, num_assignments)
+        plan = RoutingPlan.from_mask(preprocessed.mask_TE, weights_TE, num_assignments)
         token_ids_P = torch.nonzero_static(sends_RT, size=sum(sent_rows))[:, 1]
         rank_ids_A = torch.arange(self.num_ranks, device=x_TD.device).repeat_interleave(
             counts[:, 1:].sum(1), output_size=num_assignments
         )
-        places_A = (sends_RT.cumsum(1) - 1)[rank_ids_A, plan.token_ids_A]
+        row_offsets_A = (sends_RT.cumsum(1) - 1)[rank_ids_A, plan.token_ids_A]
         # 2. Rows, places and weights travel; experts follow from the counts.
-        trip = Trip(
-            Exchange(self.all_to_all, sent_rows, got_rows),
-            Exchange(self.all_to_all, sent_assignments, got_assignments),
+        exchange = TokenExchange(
+            UnevenAllToAll(self.all_to_all, sent_rows, got_rows),
+            UnevenAllToAll(self.all_to_all, sent_assignments, got_assignments),
         )
-        departed = trip.depart(gather_rows(x_TD, token_ids_P), plan.weights_A, places_A)
+        dispatched = exchange.dispatch_start(
+            gather_rows(x_TD, token_ids_P), plan.weights_A, row_offsets_A
+        )
         shared_TD = None if shared is None else shared(x_TD)
-        rows_QD, weights_B, places_B = trip.arrive(departed)
-        # 3. One partial sum a pair, back home in the rows' dtype, summed there in float32.
+        rows_QD, weights_B, row_offsets_B = exchange.dispatch_finish(dispatched)
+        # 3. One partial sum a pair, back combine in the rows' dtype, summed there in float32.
         partial_QD = experts(
-            rows_QD, _plan_of_received(received, places_B, weights_B, sum(got_rows))
+            rows_QD, _plan_of_received(received, row_offsets_B, weights_B, sum(got_rows))
         )
-        partial_PD = trip.home(partial_QD)
+        partial_PD = exchange.combine(partial_QD)
         self._count(sent_rows, sent_assignments, x_TD, counts, plan.weights_A)
-        home_TD = sum_rows(partial_PD, token_ids_P, x_TD.shape[0])
+        home_TD = scatter_add_rows(partial_PD, token_ids_P, x_TD.shape[0])
         return home_TD if shared_TD is None else home_TD + shared_TD
 
     def _count(
@@ -167,7 +173,7 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def _plan_of_received(
-    received: Tensor, places_B: Tensor, weights_B: Tensor, num_rows: int
+    received: Tensor, row_offsets_B: Tensor, weights_B: Tensor, num_rows: int
 ) -> RoutingPlan:
     """From source-major, expert-major within a source, to expert-major.
 
@@ -176,11 +182,13 @@ def _plan_of_received(
     """
     rows_R, counts_RL = received[:, 0], received[:, 1:]
     num_ranks, num_local = counts_RL.shape
-    num_assignments = places_B.numel()
+    num_assignments = row_offsets_B.numel()
     first_R = rows_R.cumsum(0) - rows_R
-    row_ids_B = places_B + first_R.repeat_interleave(counts_RL.sum(1), output_size=num_assignments)
+    row_ids_B = row_offsets_B + first_R.repeat_interleave(
+        counts_RL.sum(1), output_size=num_assignments
+    )
     expert_ids_B = (
-        torch.arange(num_local, device=places_B.device)
+        torch.arange(num_local, device=row_offsets_B.device)
         .repeat(num_ranks)
         .repeat_interleave(counts_RL.reshape(-1), output_size=num_assignments)
     )

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Router
-from gemoe_ds.position import HERE
+from gemoe_ds.progress import PROGRESS
 
 
 class MoELayer(nn.Module):
@@ -35,7 +35,7 @@ class MoELayer(nn.Module):
         self.shared = shared
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        HERE.enter_layer(self.router.spec.slot)
+        PROGRESS.enter_layer(self.router.spec.slot)
         with self.ctx.writing(self.router.spec.slot, x_BSD.shape[:-1].numel()):
             return self._forward(x_BSD)
 
@@ -47,7 +47,7 @@ class MoELayer(nn.Module):
         decision, logits_TE = router.decide(x_TD, self.ctx)
         mask_TE, _ = router.split(decision.mask_TE)
         weights_TE, _ = router.split(decision.weights_TE)
-        announced = self.dispatcher.announce(mask_TE)
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE)
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):
@@ -64,5 +64,5 @@ class MoELayer(nn.Module):
                 return shared_TD if free_TD is None else free_TD
             return free_TD + shared_TD
 
-        y_TD = self.dispatcher(x_TD, weights_TE, announced, self.experts, beside)
+        y_TD = self.dispatcher(x_TD, weights_TE, preprocessed, self.experts, beside)
         return y_TD.view(x_BSD.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemoe_ds.moe import onednn
+from gemoe_ds.moe.experts import onednn
 
 _ROWS_AT_A_TIME = 512  # on a CPU: 4 MB in float32 at D = 2048
 
@@ -21,7 +21,7 @@ class RouterLinear(nn.Linear):
     """A bias-free linear map in at least float32, whatever the activation dtype.
 
     A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md). Call
-    the module, or `joined`, and leave its weight alone: ZeRO 3 gathers it for a call of the module.
+    the module, or `fused_linear`, and leave its weight alone: ZeRO 3 gathers it for a call of the module.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -32,7 +32,7 @@ class RouterLinear(nn.Linear):
         return logits_TM
 
 
-def joined(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
+def fused_linear(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
     """`linear(x_TD)` of each, as one product: x is read once, and once more in the backward pass.
 
     A weight that ZeRO 3 holds in parts (it has a `ds_id`) is whole only in its module's own call.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
-from gemoe_ds.moe.experts import Experts
-from gemoe_ds.moe.free_experts import FreeExpert, FreeExperts
-from gemoe_ds.moe.linear import RouterLinear, joined
+from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.experts.zero_computation import ZeroComputationExperts, ZeroComputationKind
+from gemoe_ds.moe.linear import RouterLinear, fused_linear
 from gemoe_ds.moe.plan import RoutingPlan
-from gemoe_ds.moe.upkeep import Read, Upkeep
+from gemoe_ds.moe.step_context import Read, StepContext
 from gemoe_ds.registry import ConfigModel, Registered
 
 
@@ -30,7 +30,7 @@ class RoutingSpec:
     d_model: int
     num_experts: int
     top_k: int  # the backbone's own k
-    renormalise: bool  # divide the chosen scores by their sum (norm_topk_prob)
+    norm_topk_prob: bool  # divide the chosen scores by their sum (norm_topk_prob)
     slot: int = 0  # which of the model's MoE layers, counted from the first
 
 
@@ -61,13 +61,13 @@ class Router(Registered, nn.Module):
     static_k: int | None = None  # the k of every token, for methods in which it is constant
 
     def __init__(
-        self, config: ConfigModel, spec: RoutingSpec, free: Sequence[FreeExpert] = ()
+        self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()
     ) -> None:
         super().__init__()
         self.config = config
         self.spec = spec
         self.gate = RouterLinear(spec.d_model, spec.num_experts)
-        self.free = FreeExperts(free, spec.d_model) if free else None
+        self.free = ZeroComputationExperts(free, spec.d_model) if free else None
         self.free_gate = RouterLinear(spec.d_model, len(free)) if free else None
 
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
@@ -75,7 +75,7 @@ class Router(Registered, nn.Module):
         if self.free_gate is None:
             logits_TE: Tensor = self.gate(x_TD)
             return logits_TE
-        return torch.cat(joined(x_TD, self.gate, self.free_gate), dim=1)
+        return torch.cat(fused_linear(x_TD, self.gate, self.free_gate), dim=1)
 
     @abstractmethod
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
@@ -87,23 +87,23 @@ class Router(Registered, nn.Module):
         """The auxiliary losses of this layer by name; padding must not enter them."""
         return {}
 
-    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+    def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
         """What `after_step` wants to know of all tokens of a step, to be summed."""
         return {}
 
-    def before_steps(self, experts: Experts, value_of: Read, from_first: Read) -> None:
+    def before_steps(self, experts: Experts, read_param: Read, broadcast_from_first: Read) -> None:
         """Once, before the first step of a run or of its continuation; on all ranks.
 
-        The functions are those of `Upkeep`.
+        The functions are those of `StepContext`.
         """
 
-    def after_step(self, upkeep: Upkeep) -> None:
+    def after_step(self, step_context: StepContext) -> None:
         """Upkeep after an optimizer step: controllers, thresholds, opening and closing experts."""
 
-    def rehearsals(self) -> tuple[str, ...]:
+    def rollouts(self) -> tuple[str, ...]:
         """Forwards without gradient that each forward with gradient needs before it, by name.
 
-        During one `ctx.rehearsal` is its name; what it put into `record.keep` is in `ctx.rehearsed`
+        During one `ctx.rollout` is its name; what it put into `record.cache` is in `ctx.rolled_out`
         afterwards.
         """
         return ()
@@ -134,7 +134,7 @@ class Router(Registered, nn.Module):
                 record.losses = self.losses(decision, logits_TE, ctx)
             with torch.no_grad():
                 if self.training:
-                    record.tally = self.tally(decision, ctx)
+                    record.step_counts = self.step_counts(decision, ctx)
                 if not (ctx.collect or ctx.trace):
                     return
                 entropy_T = losses.entropy_bits(decision.scores_TE)
@@ -167,7 +167,7 @@ class Router(Registered, nn.Module):
 
     def free_output(self, x_TD: Tensor, decision: Decision) -> Tensor | None:
         """What the chosen free experts add, y_TD; None where none can add anything."""
-        if self.free is None or self.free.are_silent:
+        if self.free is None or self.free.all_zero:
             return None
         _, mask_TM = self.split(decision.mask_TE)
         _, weights_TM = self.split(decision.weights_TE)
@@ -180,7 +180,7 @@ class Router(Registered, nn.Module):
         return self.spec.num_experts
 
     @property
-    def most_mean_k(self) -> float:
+    def peak_mean_k(self) -> float:
         """The largest mean k of a micro-batch for which memory must be there.
 
         Methods that bound no token's k say what they start at, and may learn to exceed it.

@@ -20,12 +20,12 @@ from pydantic import Field
 from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.context import LossTerm, Rehearsal, TokenContext
+from gemoe_ds.moe.context import LossTerm, Rollout, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import renormalised
+from gemoe_ds.routers.top_k import topk_weights
 
 SAMPLED, DEFAULT = "sampled", "default"
 
@@ -57,7 +57,7 @@ class AdaKRouter(Router):
         credit: Literal["sequence", "token"] = Field(
             "sequence", description="token: only tokens that have a target get a reward"
         )
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum (paper: sum)"
         )
 
@@ -82,7 +82,7 @@ class AdaKRouter(Router):
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
         self.register_buffer("warm_left", torch.tensor(float(config.warm_steps * config.updates)))
 
-    def rehearsals(self) -> tuple[str, ...]:
+    def rollouts(self) -> tuple[str, ...]:
         return () if self.warm_left > 0 else (SAMPLED, DEFAULT)
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> AdaKDecision:
@@ -91,21 +91,21 @@ class AdaKRouter(Router):
         k_T = self._choose(log_p_TK, ctx)
         ranks_TE = scores_TE.argsort(stable=True, dim=-1, descending=True).argsort(-1)
         mask_TE = ranks_TE < k_T[:, None]
-        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return AdaKDecision(scores_TE, mask_TE, weights_TE, log_p_TK)
 
     def _choose(self, log_p_TK: Tensor, ctx: TokenContext) -> Tensor:
         """k of every token: sampled, replayed, the default, or the most likely one; int64 [T]."""
         default_T = torch.full_like(log_p_TK[:, 0], self.spec.top_k, dtype=torch.int64)
-        if ctx.rehearsal == SAMPLED:
+        if ctx.rollout == SAMPLED:
             choice_T = torch.multinomial(log_p_TK.exp(), 1).squeeze(1)
             log_p_T = log_p_TK.gather(1, choice_T[:, None]).squeeze(1)
-            self.record_of(ctx).keep |= {"choice_T": choice_T, "log_p_T": log_p_T}
+            self.record_of(ctx).cache |= {"choice_T": choice_T, "log_p_T": log_p_T}
             return choice_T + self.k_low
-        if SAMPLED in ctx.rehearsed:
-            replayed_T = ctx.rehearsed[SAMPLED].keep[self.spec.slot]["choice_T"]
+        if SAMPLED in ctx.rolled_out:
+            replayed_T = ctx.rolled_out[SAMPLED].cache[self.spec.slot]["choice_T"]
             return replayed_T + self.k_low
-        if ctx.rehearsal == DEFAULT or self.training:
+        if ctx.rollout == DEFAULT or self.training:
             return default_T
         return log_p_TK.argmax(1) + self.k_low
 
@@ -116,12 +116,12 @@ class AdaKRouter(Router):
         valid_T = ctx.is_valid_T
         count = valid_T.sum().clamp_min(1)
         log_p_TK = decision.log_p_TK
-        if SAMPLED not in ctx.rehearsed:
+        if SAMPLED not in ctx.rolled_out:
             wanted_T = self._warm_k(decision.scores_TE, valid_T) - self.k_low
             nll_T = torch.nn.functional.nll_loss(log_p_TK, wanted_T, reduction="none")
             return {"warm": LossTerm((nll_T * valid_T).sum() / count, 1.0)}
-        sampled, default = ctx.rehearsed[SAMPLED], ctx.rehearsed[DEFAULT]
-        old = sampled.keep[self.spec.slot]
+        sampled, default = ctx.rolled_out[SAMPLED], ctx.rolled_out[DEFAULT]
+        old = sampled.cache[self.spec.slot]
         advantage_T = self._advantage(sampled, default, ctx)
         log_p_T = log_p_TK.gather(1, old["choice_T"][:, None]).squeeze(1)
         ratio_T = (log_p_T - old["log_p_T"]).exp()
@@ -134,7 +134,7 @@ class AdaKRouter(Router):
             "expected_k": LossTerm((expected_T * valid_T).sum() / count, self.config.regulariser),
         }
 
-    def _advantage(self, sampled: Rehearsal, default: Rehearsal, ctx: TokenContext) -> Tensor:
+    def _advantage(self, sampled: Rollout, default: Rollout, ctx: TokenContext) -> Tensor:
         """gamma^(L-l) (R(sampled k) - R(default k)), [T]; 0 for what gets no reward."""
         gain_T = sampled.log_p_T - default.log_p_T
         scored_T = sampled.is_scored_T
@@ -168,7 +168,7 @@ class AdaKRouter(Router):
             low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
         return k_of((low + high) / 2)
 
-    def after_step(self, upkeep: Upkeep) -> None:
+    def after_step(self, step_context: StepContext) -> None:
         self.warm_left.sub_(1).clamp_(min=0)  # once an update, of which a step has several
 
     @property
@@ -176,6 +176,6 @@ class AdaKRouter(Router):
         return self.k_high
 
     @property
-    def most_mean_k(self) -> float:
+    def peak_mean_k(self) -> float:
         """The default k, or that of an allocator that prefers none."""
         return max(self.spec.top_k, (self.k_low + self.k_high) / 2)

@@ -4,7 +4,7 @@ Zeng et al. (Findings of EMNLP 2024). From the paper: the softmax over true and 
 balance loss that averages over the nulls, its annealing, weights over the chosen true experts.
 Against the code: its Mixtral version averages over the wrong dimension, which does nothing; the
 formula of the paper is implemented. Our reading, for frozen native backbones: 4 nulls and the
-backbone's k as in GeMoE's comparison, and weights on the backbone's own scale (`renormalise`).
+backbone's k as in GeMoE's comparison, and weights on the backbone's own scale (`norm_topk_prob`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
 
@@ -35,7 +35,7 @@ class AdaMoERouter(Router):
         )
         balance_weight: float = Field(0.02, ge=0, description="coefficient of the balance loss")
         balance_weight_end: float = Field(1e-4, ge=0, description="the same in the second half")
-        renormalise: Literal["backbone", "none", "sum", "all"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum", "all"] = Field(
             "backbone",
             description="sum: over the chosen true experts (paper); all: over all chosen; none: "
             "softmax over the true experts; backbone: sum or none, as it does",
@@ -67,9 +67,9 @@ class AdaMoERouter(Router):
         return Decision(scores_TN, mask_TN, self._weights(scores_TN, mask_TN))
 
     def _weights(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
-        how = self.config.renormalise
+        how = self.config.norm_topk_prob
         if how == "backbone":
-            how = "sum" if self.spec.renormalise else "none"
+            how = "sum" if self.spec.norm_topk_prob else "none"
         if how == "all":
             return scores_TN / (scores_TN * mask_TN).sum(1, keepdim=True)
         true_TE, chosen_TE = self.split(scores_TN)[0], self.split(mask_TN)[0]
@@ -89,8 +89,8 @@ class AdaMoERouter(Router):
         balance = scores_TN.shape[1] * (share_N.to(mean_score_N.dtype) * mean_score_N).sum()
         return {"load_balance": LossTerm(self.balance * balance, 1.0)}
 
-    def after_step(self, upkeep: Upkeep) -> None:
-        if upkeep.progress >= 0.5:
+    def after_step(self, step_context: StepContext) -> None:
+        if step_context.progress >= 0.5:
             self.balance.fill_(self.config.balance_weight_end)
 
     @property

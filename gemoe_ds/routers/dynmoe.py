@@ -22,7 +22,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
 
@@ -71,22 +71,22 @@ class DynMoERouter(Router):
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
         """The gate's plain logits, for weights and entropy; similarities are kept beside them."""
         logits_TE, cos_TE, diversity, simplicity = self.gate(x_TD, self.is_open_E)
-        keep = self.record_of(ctx).keep
-        keep["cos_TE"], keep["diversity"], keep["simplicity"] = cos_TE, diversity, simplicity
+        cache = self.record_of(ctx).cache
+        cache["cos_TE"], cache["diversity"], cache["simplicity"] = cos_TE, diversity, simplicity
         plain_TE: Tensor = logits_TE
         return plain_TE
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         t, is_open_E = self.config.temperature, self.is_open_E > 0
-        keep = self.record_of(ctx).keep
-        cos_TE = keep["cos_TE"]
+        cache = self.record_of(ctx).cache
+        cos_TE = cache["cos_TE"]
         margin_TE = (t * cos_TE).sigmoid() - (t * self.threshold(cos_TE)).sigmoid()
         mask_TE = (margin_TE > 0) & is_open_E
         # sign(relu(margin)), whose derivative is taken to be that of relu
         passed_TE = 1 + margin_TE - margin_TE.detach()
         if self.training:
             unserved_T = ~mask_TE.any(1) & ctx.is_valid_T
-            keep["unserved_D"] = (x_TD * unserved_T[:, None]).float().sum(0).detach()
+            cache["unserved_D"] = (x_TD * unserved_T[:, None]).float().sum(0).detach()
         else:
             best_T1 = cos_TE.masked_fill(~is_open_E, -2.0).argmax(1, keepdim=True)
             mask_TE = mask_TE.scatter(
@@ -100,21 +100,21 @@ class DynMoERouter(Router):
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
-        keep = self.record_of(ctx).keep
+        cache = self.record_of(ctx).cache
         return {
-            "diversity": LossTerm(keep["diversity"], self.config.diversity_weight),
-            "simplicity": LossTerm(keep["simplicity"], self.config.simplicity_weight),
+            "diversity": LossTerm(cache["diversity"], self.config.diversity_weight),
+            "simplicity": LossTerm(cache["simplicity"], self.config.simplicity_weight),
         }
 
-    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
-        keep = self.record_of(ctx).keep
+    def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        cache = self.record_of(ctx).cache
         counts = {"tokens": ctx.is_valid_T.sum(), "chosen_E": decision.mask_TE.sum(0)}
         if self.config.adapt == "both":
-            counts["unserved_D"] = keep["unserved_D"]
+            counts["unserved_D"] = cache["unserved_D"]
         if not self.is_calibrated:
             assert not isinstance(self.start_k, str)
             share = self.start_k / self.spec.num_experts
-            cos_TE = keep["cos_TE"][ctx.is_valid_T]
+            cos_TE = cache["cos_TE"][ctx.is_valid_T]
             if cos_TE.shape[0]:
                 quantile_E = cos_TE.sort(0).values[int((1 - share) * (cos_TE.shape[0] - 1))]
                 counts["quantile_E"] = quantile_E * counts["tokens"]
@@ -122,38 +122,39 @@ class DynMoERouter(Router):
                 counts["quantile_E"] = cos_TE.new_zeros(self.spec.num_experts)
         return counts
 
-    def after_step(self, upkeep: Upkeep) -> None:
+    def after_step(self, step_context: StepContext) -> None:
         if not self.is_calibrated:
-            upkeep.assign_(
-                self.threshold.value_E, upkeep.layer["quantile_E"] / upkeep.layer["tokens"]
+            step_context.assign_(
+                self.threshold.value_E,
+                step_context.layer["quantile_E"] / step_context.layer["tokens"],
             )
             self.is_calibrated.fill_(1.0)
         if self.config.adapt == "no":
             return
-        self.chosen_E += upkeep.layer["chosen_E"].float()
+        self.chosen_E += step_context.layer["chosen_E"].float()
         if self.config.adapt == "both":
-            self.unserved_D += upkeep.layer["unserved_D"].float()
-        if upkeep.step % self.config.adapt_every == 0:
-            self._adapt(upkeep)
+            self.unserved_D += step_context.layer["unserved_D"].float()
+        if step_context.step % self.config.adapt_every == 0:
+            self._adapt(step_context)
 
     @property
-    def most_mean_k(self) -> float:
+    def peak_mean_k(self) -> float:
         half = self.spec.num_experts / 2  # of the first step, at G = 0
         return half if isinstance(self.start_k, str) else max(half, self.start_k)
 
-    def _adapt(self, upkeep: Upkeep) -> None:
+    def _adapt(self, step_context: StepContext) -> None:
         """Close what nobody chose; open the first closed one for what nobody served."""
         before_E = self.is_open_E.clone()
         self.is_open_E *= self.chosen_E > 0
         closed = (self.is_open_E == 0).nonzero().flatten().tolist()
         if self.config.adapt == "both" and closed and self.unserved_D.any():
             expert = closed[0]
-            rows_ED = upkeep.value_of(self.gate.weight).clone()
+            rows_ED = step_context.read_param(self.gate.weight).clone()
             rows_ED[expert] = nn.functional.normalize(self.unserved_D, dim=0)
-            upkeep.assign_(self.gate.weight, rows_ED)
-            value_E = upkeep.value_of(self.threshold.value_E).clone()
+            step_context.assign_(self.gate.weight, rows_ED)
+            value_E = step_context.read_param(self.threshold.value_E).clone()
             value_E[expert] = 0.0
-            upkeep.assign_(self.threshold.value_E, value_E)
+            step_context.assign_(self.threshold.value_E, value_E)
             self.is_open_E[expert] = 1.0
         if not self.is_open_E.any():  # nothing was chosen at all: that says nothing of any expert
             self.is_open_E.copy_(before_E)

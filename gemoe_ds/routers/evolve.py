@@ -6,7 +6,7 @@ update): theta_n += (1 - beta) * (the update of theta_1), beta drawn anew every 
 its own for each expert. So every expert ends between where they all started and theta_1.
 
 Every token goes to expert 0, as if the model were dense: use it on an upcycled backbone with
-`model.train: experts`, then train a router on the exported result. Over ranks that share experts
+`model.trainable: experts`, then train a router on the exported result. Over ranks that share experts
 the one with expert 0 has all the work, so that EP size 1 is the faster one where memory allows it.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import TokenContext
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.upkeep import Read, Upkeep
+from gemoe_ds.moe.step_context import Read, StepContext
 from gemoe_ds.registry import ConfigModel
 
 
@@ -55,22 +55,22 @@ class EvolveRouter(Router):
         mask_TE[:, 0] = True
         return Decision(logits_TE.softmax(-1), mask_TE, torch.ones_like(logits_TE))
 
-    def before_steps(self, experts: Experts, value_of: Read, from_first: Read) -> None:
+    def before_steps(self, experts: Experts, read_param: Read, broadcast_from_first: Read) -> None:
         if not any(p.requires_grad for p in experts.parameters()):
-            raise ConfigError("router 'evolve' trains an expert: set model.train=experts")
+            raise ConfigError("router 'evolve' trains an expert: set model.trainable=experts")
         for name, parameter in experts.named_parameters():
-            self._before[name] = from_first(value_of(parameter)[0]).clone()
+            self._before[name] = broadcast_from_first(read_param(parameter)[0]).clone()
 
-    def after_step(self, upkeep: Upkeep) -> None:
-        for name, parameter in upkeep.experts.named_parameters():
-            value_E = upkeep.value_of(parameter).clone()
-            trained = upkeep.from_first(value_E[0]).clone()
+    def after_step(self, step_context: StepContext) -> None:
+        for name, parameter in step_context.experts.named_parameters():
+            value_E = step_context.read_param(parameter).clone()
+            trained = step_context.broadcast_from_first(value_E[0]).clone()
             update = trained - self._before[name]
-            for row, expert in enumerate(upkeep.expert_ids):
+            for row, expert in enumerate(step_context.expert_ids):
                 if expert > 0:
-                    value_E[row] += (1 - self.beta(upkeep.step, expert)) * update
+                    value_E[row] += (1 - self.beta(step_context.step, expert)) * update
             self._before[name] = trained
-            upkeep.assign_(parameter, value_E)
+            step_context.assign_(parameter, value_E)
 
     def beta(self, step: int, expert: int) -> float:
         """Uniform in the expert's range; follows from its arguments, so that all ranks agree."""

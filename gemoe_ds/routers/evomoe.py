@@ -22,7 +22,7 @@ from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import renormalised
+from gemoe_ds.routers.top_k import topk_weights
 
 
 class EvoMoERouter(Router):
@@ -39,7 +39,7 @@ class EvoMoERouter(Router):
             "trained", description="the pretrained gate beneath; none: the hypernetwork alone"
         )
         balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum"
         )
 
@@ -71,7 +71,7 @@ class EvoMoERouter(Router):
         scores_TE = logits_TE.softmax(-1)
         chosen_TK = scores_TE.topk(self.top, dim=-1).indices
         mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
-        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)
 
     def losses(

@@ -17,11 +17,11 @@ from torch import Tensor
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
-from gemoe_ds.moe.linear import RouterLinear, joined
+from gemoe_ds.moe.linear import RouterLinear, fused_linear
 from gemoe_ds.moe.monotonic import monotonic_loss
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import renormalised
+from gemoe_ds.routers.top_k import topk_weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class GeMoERouter(Router):
         soft_mask_temperature: float = Field(
             1.0, gt=0, description="width of the soft mask, experts"
         )
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum (A12)"
         )
         budget_k: float | None = Field(
@@ -114,12 +114,12 @@ class GeMoERouter(Router):
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
         if self.config.detach_x:
             return super().score(x_TD, ctx)
-        logits_TE, self.record_of(ctx).keep["k_logits"] = joined(x_TD, self.gate, self.eap)
+        logits_TE, self.record_of(ctx).cache["k_logits"] = fused_linear(x_TD, self.gate, self.eap)
         return logits_TE
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> GeMoEDecision:
         scores_TE = logits_TE.softmax(-1)
-        k_logits_TK = self.record_of(ctx).keep.pop("k_logits", None)
+        k_logits_TK = self.record_of(ctx).cache.pop("k_logits", None)
         k_soft_T = self.predict_k(x_TD) if k_logits_TK is None else self._expected_k(k_logits_TK)
         k_T = k_soft_T.detach() * self.k_scale + self.k_shift
         k_T = k_T.round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
@@ -127,7 +127,7 @@ class GeMoERouter(Router):
         rank_K = torch.arange(self.k_high, device=k_T.device)
         mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
         mask_TE.scatter_(1, top_TK, rank_K < k_T[:, None])
-        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         if self.config.ce_to_k == "soft_mask":
             weights_TE = self._with_soft_mask(weights_TE, top_TK, rank_K, k_soft_T)
         return GeMoEDecision(scores_TE, mask_TE, weights_TE, k_soft_T)
@@ -167,9 +167,9 @@ class GeMoERouter(Router):
         }
         if config.budget_k is not None:
             mean_k = (decision.k_soft_T * valid_T).sum() / valid_T.sum().clamp_min(1)
-            self.record_of(ctx).keep["mean_k"] = mean_k
+            self.record_of(ctx).cache["mean_k"] = mean_k
             if self.spec.slot == len(ctx.layers) - 1:  # all layers share one budget
-                mean_k = torch.stack([record.keep["mean_k"] for record in ctx.layers]).mean()
+                mean_k = torch.stack([record.cache["mean_k"] for record in ctx.layers]).mean()
                 budget = (mean_k - config.budget_k).square()
                 terms["budget"] = LossTerm(budget, config.budget_weight)
         return terms

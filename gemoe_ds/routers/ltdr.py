@@ -21,7 +21,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import renormalised
+from gemoe_ds.routers.top_k import topk_weights
 
 
 class LTDRRouter(Router):
@@ -41,7 +41,7 @@ class LTDRRouter(Router):
         balance_over: Literal["language", "all"] = Field(
             "language", description="all: the paper's ablation"
         )
-        renormalise: Literal["backbone", "none", "sum", "softmax_p"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum", "softmax_p"] = Field(
             "backbone", description="weights of the chosen experts (Eq. 12)"
         )
 
@@ -65,11 +65,11 @@ class LTDRRouter(Router):
         top_TK = scores_TE.topk(self.tail_k, dim=-1).indices
         rank_K = torch.arange(self.tail_k, device=top_TK.device)
         mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, top_TK, rank_K < k_T1)
-        how = self.config.renormalise
+        how = self.config.norm_topk_prob
         if how == "softmax_p":
             weights_TE = scores_TE.masked_fill(~mask_TE, -torch.inf).softmax(-1)
         else:
-            weights_TE = renormalised(scores_TE, mask_TE, how, self.spec)
+            weights_TE = topk_weights(scores_TE, mask_TE, how, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)
 
     def is_tail(self, scores_TE: Tensor, ctx: TokenContext) -> Tensor:

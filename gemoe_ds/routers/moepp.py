@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
-from gemoe_ds.moe.free_experts import FreeExpert
+from gemoe_ds.moe.experts.zero_computation import ZeroComputationKind
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
@@ -45,14 +45,14 @@ class MoEPlusPlusRouter(Router):
         free_rows: Literal["mean", "copies"] = Field(
             "mean", description="rows of free experts start at the mean of the gate's, or at some"
         )
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="none: raw scores (Eq. 1); sum: divide by those but zero's"
         )
 
     config: Config
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
-        counts: dict[FreeExpert, int] = {
+        counts: dict[ZeroComputationKind, int] = {
             "zero": config.zero,
             "copy": config.copies,
             "constant": config.constant,
@@ -99,8 +99,8 @@ class MoEPlusPlusRouter(Router):
         scores_TN = logits_TE.softmax(-1)
         chosen_TK = scores_TN.topk(self.k, dim=-1).indices
         mask_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)
-        how = self.config.renormalise
-        if how == "none" or (how == "backbone" and not self.spec.renormalise):
+        how = self.config.norm_topk_prob
+        if how == "none" or (how == "backbone" and not self.spec.norm_topk_prob):
             return Decision(scores_TN, mask_TN, scores_TN)
         is_zero_N = torch.zeros(self.num_columns, dtype=torch.bool, device=scores_TN.device)
         is_zero_N[self.spec.num_experts :][: self.config.zero] = True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
 
@@ -93,17 +93,17 @@ class ReMoERouter(Router):
         sparsity = (share_E.to(mean_E.dtype) * mean_E).sum()
         return {"sparsity": LossTerm(self.coefficient * sparsity, 1.0)}
 
-    def tally(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+    def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
         return {"active": decision.mask_TE.sum(), "tokens": ctx.is_valid_T.sum()}
 
-    def after_step(self, upkeep: Upkeep) -> None:
+    def after_step(self, step_context: StepContext) -> None:
         """lambda goes up where more are active than should be, in the mean over all layers."""
-        mean_k = upkeep.model["active"] / upkeep.model["tokens"].clamp_min(1)
+        mean_k = step_context.model["active"] / step_context.model["tokens"].clamp_min(1)
         factor = self.config.factor if mean_k > self.target_k else 1 / self.config.factor
         self.coefficient.mul_(factor).clamp_(*self.config.coefficient_range)
 
     @property
-    def most_mean_k(self) -> float:
+    def peak_mean_k(self) -> float:
         """Half of the logits are above 0, and at most so many scores above their mean."""
         return max(self.target_k, self.spec.num_experts / 2)
 

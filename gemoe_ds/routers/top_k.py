@@ -28,7 +28,7 @@ class TopKRouter(Router):
         k: int | None = Field(
             None, ge=1, description="experts a token; default: the backbone's own"
         )
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum"
         )
         balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
@@ -53,7 +53,7 @@ class TopKRouter(Router):
         scores_TE = logits_TE.softmax(-1)
         chosen_TK = scores_TE.topk(self.k, dim=-1).indices
         mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
-        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)
 
     def losses(
@@ -73,8 +73,8 @@ class TopKRouter(Router):
         return self.k
 
 
-def renormalised(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
+def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
     """The combine weights: raw scores, or divided by the sum of the chosen ones."""
-    if how == "sum" or (how == "backbone" and spec.renormalise):
+    if how == "sum" or (how == "backbone" and spec.norm_topk_prob):
         return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
     return scores_TE

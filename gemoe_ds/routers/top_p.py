@@ -21,7 +21,7 @@ from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import renormalised
+from gemoe_ds.routers.top_k import topk_weights
 
 
 class TopPRouter(Router):
@@ -43,7 +43,7 @@ class TopPRouter(Router):
         entropy_weight: float = Field(
             1e-4, ge=0, description="coefficient of L_d, the mean entropy of the scores in nats"
         )
-        renormalise: Literal["backbone", "none", "sum"] = Field(
+        norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone", description="divide the chosen scores by their sum (paper: none)"
         )
 
@@ -69,7 +69,7 @@ class TopPRouter(Router):
         is_in_TE[:, 0] = True
         is_in_TE[:, self.most :] = False
         mask_TE = torch.zeros_like(is_in_TE).scatter(1, order_TE, is_in_TE)
-        weights_TE = renormalised(scores_TE, mask_TE, self.config.renormalise, self.spec)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         if self.threshold is not None:
             soft_TE = ((threshold - before_TE.detach()) / self.config.temperature).sigmoid()
             factor_TE = 1 + soft_TE - soft_TE.detach()
@@ -93,7 +93,7 @@ class TopPRouter(Router):
         return self.most
 
     @property
-    def most_mean_k(self) -> float:
+    def peak_mean_k(self) -> float:
         """If all scores are equal; of a learned threshold, where it starts."""
         return min(self.most, int(self.config.threshold * self.spec.num_experts) + 1)
 

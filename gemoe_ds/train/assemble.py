@@ -7,21 +7,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.images import ImageLayout
-from gemoe_ds.backbones.memory import ALONE, Memory
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.images import ImageLayout
+from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
 
 
 def build_model(
     config: RunConfig,
     shard: ExpertShard,
-    memory: Memory = ALONE,
+    memory: WeightAllocator = LOCAL,
     *,
     show_progress: bool = False,
 ) -> MoEModel:
@@ -39,10 +39,10 @@ def build_model(
         Path(config.model.checkpoint) if config.model.checkpoint else None,
         Path(config.data.tokenizer),
         (Router.named(router.name), router.config),
-        train=config.model.train,
+        train=config.model.trainable,
         dtype=getattr(torch, config.model.dtype),
         shard=shard,
-        recompute=config.model.recompute,
+        recompute=config.model.activation_checkpointing,
         pack_experts=config.model.pack_experts,
         memory=memory,
         show_progress=show_progress,
@@ -65,7 +65,7 @@ def collator_of(config: RunConfig, backbone: Backbone, hf: nn.Module) -> Collato
     return _collator(config, backbone, backbone.image_layout(hf), backbone.context_length(hf))
 
 
-def shell_collator(config: RunConfig) -> Collator:
+def meta_collator(config: RunConfig) -> Collator:
     """The same where nothing is loaded: from headers."""
     backbone, base = named_backbone(config), config.model.checkpoint
     hf = backbone.load(Path(base) if base else None, Path(config.data.tokenizer))

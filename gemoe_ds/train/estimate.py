@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from gemoe_ds.backbones.activations import StepShape, activation_bytes, at_once
-from gemoe_ds.backbones.backbone import Backbone, BlockSpec
-from gemoe_ds.backbones.tower_memory import tower_bytes
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.engine.memory import MOST_KERNELS
+from gemoe_ds.engine.malloc import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
+from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_once
+from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
-from gemoe_ds.train.look_at_samples import look_at_samples
-from gemoe_ds.train.phases import resident_memory
+from gemoe_ds.train.checks.samples import check_samples
+from gemoe_ds.train.profiling import resident_memory
 from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
@@ -70,7 +70,7 @@ class Estimate:
 
 def print_estimate(config: RunConfig, num_ranks: int) -> None:
     """For so many GPUs, on a machine that may have none."""
-    samples = open_samples(config.data.train)
+    samples = open_samples(config.data.train_path)
     print(estimate(config, samples, num_ranks, torch.device("cuda")))
 
 
@@ -91,9 +91,9 @@ def estimate(
     process = resident_memory()  # before images are looked at
     collator = collator_of(config, backbone, hf)
     if lengths is None:
-        lengths, _ = look_at_samples(config, samples, collator)
+        lengths, _ = check_samples(config, samples, collator)
         assert lengths is not None
-    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch
+    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch_size
     longest = _largest(samples, collator, size, cut.length_N)
     seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
     dtype = getattr(torch, config.model.dtype)
@@ -101,10 +101,10 @@ def estimate(
         tokens=longest.input_ids_BS.numel(),
         targets=int(np.sort(cut.targets_N)[-size:].sum()),
         itemsize=dtype.itemsize,
-        k=max(router.most_mean_k for router in routers),
+        k=max(router.peak_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
-        train=config.model.train,
-        recompute=config.model.recompute,
+        train=config.model.trainable,
+        recompute=config.model.activation_checkpointing,
         on_gpu=device.type == "cuda",
     )
     if seen.images:
@@ -118,7 +118,7 @@ def estimate(
             parts["images read ahead"] = read_ahead(
                 config, samples, collator, seen, lengths.image_N, num_ranks
             )
-        if config.model.pack_experts and config.model.train == "routers" and shape.is_cast:
+        if config.model.pack_experts and config.model.trainable == "routers" and shape.is_cast:
             # for the forward pass, and for the backward pass of all above the first router
             experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
             parts["packed experts"] = sum(experts) // shape.ep_size * shape.itemsize
@@ -127,7 +127,7 @@ def estimate(
         if config.zero_stage:
             parts["left behind by DeepSpeed"] = weights["weights that train"]
         stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
-        held = _HELD[config.model.train] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
+        held = _HELD[config.model.trainable] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
         parts["free, but held by the C library"] = round(held * sum(stored.values()))
     return Estimate(
         parts,
@@ -162,7 +162,7 @@ def _with_images(
 
 def _common(config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], dtype: torch.dtype) -> int:
     """What stays in the memory of a host for all its ranks: see engine/host_memory.py."""
-    if config.model.train == "all" or config.zero_stage == 3:
+    if config.model.trainable == "all" or config.zero_stage == 3:
         return 0
     ours = {id(p) for b in blocks for p in (b.gate_ED, b.gate_up_EGD, b.down_EDF)}
     rest = (p for p in hf.parameters() if p.is_meta and id(p) not in ours)
@@ -186,13 +186,13 @@ def _weights(
     of_routers = [p for router in routers for p in router.parameters()]
     trained = sum(p.numel() for p in of_routers if p.requires_grad)
     frozen = rest * dtype.itemsize + (experts * dtype.itemsize)
-    if config.model.train != "routers":
+    if config.model.trainable != "routers":
         trained, frozen = trained + experts, rest * dtype.itemsize
-    if config.model.train == "all":
+    if config.model.trainable == "all":
         trained, frozen = trained + rest, 0
-    sharers = num_ranks // (ep_size if config.model.train != "routers" else 1)
+    sharers = num_ranks // (ep_size if config.model.trainable != "routers" else 1)
     parts = num_ranks if stage == 3 else 1
-    if config.model.train == "routers" and stage == 3:  # frozen experts are never partitioned
+    if config.model.trainable == "routers" and stage == 3:  # frozen experts are never partitioned
         frozen = rest * dtype.itemsize // parts + experts * dtype.itemsize
     states = 2 * MOMENT + (MASTER if stage else 0)
     return {
@@ -221,9 +221,9 @@ def _checkpoint(
 ) -> int:
     """What trains and the routers, with moments (frozen router tensors have none, and are few)."""
     trained = sum(p.numel() for r in routers for p in r.parameters())
-    if config.model.train == "experts":
+    if config.model.trainable == "experts":
         trained += sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks)
-    elif config.model.train == "all":
+    elif config.model.trainable == "all":
         trained += sum(p.numel() for p in hf.parameters())
     return trained * (WEIGHT + 2 * MOMENT)
 

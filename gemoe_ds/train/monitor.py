@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.moe.context import Stat, TokenContext
-from gemoe_ds.train.ledger import whole_lines
+from gemoe_ds.train.sample_log import whole_lines
 
 METRICS = "metrics.jsonl"
 

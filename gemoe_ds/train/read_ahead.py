@@ -8,9 +8,9 @@ import numpy as np
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch, Collator
-from gemoe_ds.data.dataset import num_read_ahead
 from gemoe_ds.data.images import display_size
 from gemoe_ds.data.sample import Sample, SampleFolder
+from gemoe_ds.data.stream import num_read_ahead
 
 _DECODED = 2 * 4  # bytes a pixel: as Pillow decodes it, and the copy that is laid
 
@@ -32,13 +32,15 @@ def read_ahead(
 
     `largest`: the micro-batch of the largest images; `tokens_N`: of every sample's image.
     """
-    threads, size = config.data.threads, image_bytes(largest)
+    num_workers, size = config.data.num_workers, image_bytes(largest)
     largest_N = tokens_N[list(largest.rows)]
     share = tokens_N.mean() / largest_N.mean() if largest_N.any() else 1.0
-    waiting = size * share * (num_read_ahead(threads) + config.accumulation(num_ranks) - 1)
+    waiting = (
+        size * share * (num_read_ahead(num_workers) + config.accumulation_steps(num_ranks) - 1)
+    )
     row = largest.rows[0]
     making = _making_of(samples[row], row, collator) + size * (1 - 1 / len(largest.rows))
-    return round(size + waiting + threads * making)
+    return round(size + waiting + num_workers * making)
 
 
 def _making_of(sample: Sample, row: int, collator: Collator) -> int:

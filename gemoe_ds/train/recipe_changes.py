@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.config import RunConfig
-from gemoe_ds.engine.manifest import Found
 from gemoe_ds.errors import as_written
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
@@ -24,7 +24,7 @@ def described(config: RunConfig) -> dict[str, Any]:
     return recipe | {_DEEPSPEED: config.deepspeed_file.options}
 
 
-def changes(found: Found, config: RunConfig, num_ranks: int) -> str:
+def changes(found: Checkpoint, config: RunConfig, num_ranks: int) -> str:
     """A line for each option that differs from those of the checkpoint; "" if none does."""
     recipe, new = _recipe_of(found), described(config)
     if not recipe:  # nothing is known of it
@@ -54,7 +54,7 @@ def keep_recipes(output: Path, config: RunConfig, start_step: int) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _recipe_of(found: Found) -> dict[str, Any]:
+def _recipe_of(found: Checkpoint) -> dict[str, Any]:
     """As the checkpoint has it; for one of an older version, the file beside its folder."""
     recipe = found.manifest.get("recipe")
     if recipe is None:

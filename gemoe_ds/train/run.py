@@ -6,43 +6,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gemoe_ds.backbones.memory import Memory
-from gemoe_ds.backbones.model import ExpertShard, MoEModel
+from gemoe_ds.checkpoint import manifest, state
+from gemoe_ds.checkpoint.manifest import Checkpoint
+from gemoe_ds.checkpoint.writer import Saver
 from gemoe_ds.cluster.preflight import preflight
+from gemoe_ds.cluster.signals import stop_together
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.cluster.together import stop_together
-from gemoe_ds.cluster.watch import watched
+from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.config.paths import inputs
 from gemoe_ds.data.bad_samples import BadSampleLog
-from gemoe_ds.data.dataset import TrainStream
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.engine import checkpoint, manifest
+from gemoe_ds.data.stream import TrainStream
 from gemoe_ds.engine.build import group_summary, initialize
-from gemoe_ds.engine.distributed import World, distributed, from_first, gather_objects
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
-from gemoe_ds.engine.manifest import Found
-from gemoe_ds.engine.memory import give_back_freed_memory
-from gemoe_ds.engine.saver import Saver
+from gemoe_ds.engine.malloc import give_back_freed_memory
+from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, writing_to
-from gemoe_ds.train.as_published import as_published
+from gemoe_ds.hf_io.allocator import WeightAllocator
+from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.train.assemble import (
     build_collator,
     build_model,
     collator_of,
+    meta_collator,
     named_backbone,
-    shell_collator,
 )
+from gemoe_ds.train.checks.base_loss_check import base_loss_check
+from gemoe_ds.train.checks.checkpoint_report import checkpoint_report
+from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.estimate import Estimate, estimate
-from gemoe_ds.train.first_contact import first_contact
-from gemoe_ds.train.ledger import Ledger, forget_after
-from gemoe_ds.train.look_at_samples import look_at_samples
+from gemoe_ds.train.first_sample import first_sample
 from gemoe_ds.train.monitor import Monitor
-from gemoe_ds.train.phases import Phases, forget_peak, resident_memory
+from gemoe_ds.train.profiling import PhaseTimer, forget_peak, resident_memory
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
-from gemoe_ds.train.sample_log import first_sample
+from gemoe_ds.train.sample_log import SampleLog, forget_after
 from gemoe_ds.train.trainer import Trainer
 
 BEFORE = "before the first step; resume=auto goes on"
@@ -57,27 +57,27 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
     """
     stop = stop or StopRequest()
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        samples = open_samples(config.data.train)
+        samples = open_samples(config.data.train_path)
         # Another run's folder is refused before anything is measured, loaded or written.
         output = Path(config.output_dir)
         unread = dict.fromkeys(_model_folders(config))
-        identity = checkpoint.run_identity(config, world.size, samples.fingerprint, unread)
+        identity = state.run_identity(config, world.size, samples.fingerprint, unread)
         found = _checkpoint_to_resume(config, output, identity, world)
         start_step = found.step if found else 0
         if found and start_step >= config.train.steps:
             say(world, f"already finished: {found.folder}")
             return
-        shard, memory, expected, bad_samples = look_around(
+        shard, memory, expected, bad_samples = check_run(
             config, samples, world, stop, may_write=not dry_run
         )
         identity |= _checksums(config, world)
         if found:
             manifest.check_identity(found, identity)
-        phases = Phases(world)
+        timer = PhaseTimer(world)
         if dry_run:
             _look_first(config, samples, world)
             say(world, str(expected))
-        with phases("loading"):
+        with timer("loading"):
             model = build_model(config, shard, memory, show_progress=world.is_first)
         stop_together(stop, world, BEFORE)
         say(
@@ -86,18 +86,18 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
         )
         if dry_run and config.model.checkpoint:
             with phases(_LOOK):
-                for line in as_published(model, config, samples, world):
+                for line in base_loss_check(model, config, samples, world):
                     say(world, line)
             give_back_freed_memory()
             forget_peak(world.device)  # a run does not look at it
 
         if found:
-            checkpoint.put_trained(model, found.folder)
+            state.load_trained_weights(model, found.folder)
 
-        with phases("engine"):
+        with timer("engine"):
             engine = initialize(model, config, world)
             if found:
-                checkpoint.restore(engine, model, found)
+                state.load_optimizer_state(engine, model, found)
         stop_together(stop, world, BEFORE)
         say(world, group_summary(model, config.optim))
         if found:
@@ -109,7 +109,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             trainer = Trainer(
                 config, model, engine, stream, world, None, None, stop=stop, bad_samples=bad_samples
             )
-            with phases("one step"):
+            with timer("one step"):
                 tokens = trainer.first_step(start_step + 1)
             loss = trainer.refuse_bad_losses()
             say(
@@ -124,8 +124,8 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             monitor = _prepare(config, output, start_step) if world.is_first else None
             bad_samples.keep_in(output if world.is_first else None, start_step)
             bad_samples.check()
-            gather_objects(None)  # the ledger's files stay as they are from here on
-            ledger = Ledger(output, world.rank) if config.monitor.ledger else None
+            gather_objects(None)  # the sample log's files stay as they are from here on
+            sample_log = SampleLog(output, world.rank) if config.monitor.sample_log else None
         saver = Saver(
             engine,
             model,
@@ -144,7 +144,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             },
         )
         try:
-            with phases("training"):
+            with timer("training"):
                 Trainer(
                     config,
                     model,
@@ -156,24 +156,24 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                     start_step=start_step,
                     updates=found.updates if found else 0,
                     empty_steps=found.empty_steps if found else 0,
-                    ledger=ledger,
+                    sample_log=sample_log,
                     stop=stop,
                     bad_samples=bad_samples,
                 ).run()
         except BaseException:
             saver.finish_alone()
             with suppress(OSError):  # of which a full disk has been said already
-                _close(monitor, ledger)
+                _close(monitor, sample_log)
             raise
-        with phases("last save"):
+        with timer("last save"):
             last = saver.wait()
         assert last is not None, "the trainer saves its last step"
         with writing_to(output):
-            _close(monitor, ledger)
+            _close(monitor, sample_log)
             if world.is_first:
-                phases.write(output)
+                timer.write(output)
         say(world, f"saved {last}")
-        if config.model.train == "all":
+        if config.model.trainable == "all":
             base = Path(config.model.checkpoint) if config.model.checkpoint else None
             _save_pretrained(model, last, base, world, output / HF_FOLDER)
 
@@ -181,28 +181,28 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
 def check(config: RunConfig) -> None:
     """What a run checks before it loads anything, and nothing else."""
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        look_around(config, open_samples(config.data.train), world, StopRequest())
+        check_run(config, open_samples(config.data.train_path), world, StopRequest())
 
 
-def look_around(
+def check_run(
     config: RunConfig,
     samples: SampleFolder,
     world: World,
     stop: StopRequest,
     *,
     may_write: bool = False,
-) -> tuple[ExpertShard, Memory, Estimate, BadSampleLog]:
+) -> tuple[ExpertShard, WeightAllocator, Estimate, BadSampleLog]:
     """Refuse data, hosts and ranks that are not fit for this run; else what this rank's experts
     are, where its other weights are kept, how much memory it is thought to need, and the samples
     that are left out. `may_write`: into the run's folder. Collective."""
-    lengths, bad_samples = look_at_samples(
-        config, samples, shell_collator(config), world, stop, may_write=may_write
+    lengths, bad_samples = check_samples(
+        config, samples, meta_collator(config), world, stop, may_write=may_write
     )
     stop_together(stop, world, BEFORE)
-    trainable = config.model.train != "routers"
+    trainable = config.model.trainable != "routers"
     shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
     memory = host_memory(world)
-    expected = from_first(
+    expected = broadcast_from_first(
         lambda: estimate(config, samples, world.size, world.device, lengths), world
     )
     has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
@@ -220,9 +220,9 @@ def look_around(
 
 def _checkpoint_to_resume(
     config: RunConfig, output: Path, identity: dict[str, Any], world: World
-) -> Found | None:
+) -> Checkpoint | None:
     """The verified checkpoint that `config.resume` means; None to start anew. Collective."""
-    found, skipped = checkpoint.find_together(config.resume, output, identity, world)
+    found, skipped = state.find_together(config.resume, output, identity, world)
     for reason in skipped:
         say(world, f"skipped: {reason}")
     if found is None and gather_objects(bool(manifest.candidates(output)))[0]:
@@ -244,7 +244,7 @@ def _prepare(config: RunConfig, output: Path, start_step: int) -> Monitor:
     return Monitor(output, start_step, config.monitor.tensorboard)
 
 
-def _close(*files: Monitor | Ledger | None) -> None:
+def _close(*files: Monitor | SampleLog | None) -> None:
     for file in files:
         if file:
             file.close()
@@ -257,7 +257,7 @@ def _look_first(config: RunConfig, samples: SampleFolder, world: World) -> None:
     hf = backbone.load(checkpoint_path or None, Path(config.data.tokenizer))
     collator = collator_of(config, backbone, hf)
     if world.is_first:
-        for line in first_contact(backbone, hf, checkpoint_path or None, collator):
+        for line in checkpoint_report(backbone, hf, checkpoint_path or None, collator):
             print(line, flush=True)
         for line in first_sample(collator, samples):
             print(line, flush=True)
@@ -277,7 +277,7 @@ def _model_folders(config: RunConfig) -> dict[str, Path | None]:
 
 def _checksums(config: RunConfig, world: World) -> dict[str, str]:
     """Of those folders. Collective."""
-    return from_first(
+    return broadcast_from_first(
         lambda: {k: manifest.checksum_folder(p) for k, p in _model_folders(config).items()}, world
     )
 
@@ -293,11 +293,11 @@ def _stream(
         samples,
         build_collator(config, model),
         seed=config.seed,
-        micro_batch=config.train.micro_batch,
-        accumulation=config.accumulation(world.size),
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.accumulation_steps(world.size),
         rank=world.rank,
         world=world.size,
-        threads=config.data.threads,
+        num_workers=config.data.num_workers,
         start_step=start_step,
     )
 
@@ -308,6 +308,6 @@ def _save_pretrained(
     """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were; in the layout
     of `base`, where there is one."""
     if world.is_first:
-        state = model.stock_tensors(checkpoint.load_trained(checkpoint_dir))
-        model.backbone.save_trained(model.hf, state, base, folder)
+        tensors = model.stock_tensors(state.load_trained(checkpoint_dir))
+        model.backbone.save_trained(model.hf, tensors, base, folder)
         say(world, f"saved {folder} as a Hugging Face model")

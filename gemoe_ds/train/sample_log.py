@@ -1,69 +1,53 @@
-"""A sample as the model sees it, for people: every special token, images folded, targets apart."""
+"""Which samples every step saw: one file a rank, and their union in the order of the run.
+
+A run that was interrupted, and went on with another number of ranks, has the sample log of the
+uninterrupted one.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
-from gemoe_ds.data.collate import IGNORE, Collator, Encoded
-from gemoe_ds.data.sample import Sample
-from gemoe_ds.errors import SampleError
-
-_TRIED = 10  # samples, for one that can be shown
-_WIDTH = 400  # characters of a stretch, of which more are left out in the middle
+FOLDER = "sample_log"
 
 
-def first_sample(collator: Collator, samples: Sequence[Sample]) -> Iterator[str]:
-    """The lines that show the first sample that is not left out."""
-    for row in range(min(len(samples), _TRIED)):
-        try:
-            encoded = collator.encode(row, samples[row])
-        except SampleError as error:
-            yield f"left out: {error}"
-            continue
-        targets = sum(label != IGNORE for label in encoded.labels)
-        yield (
-            f"sample {encoded.id}, the first one, as the model sees it: "
-            f"{len(encoded.input_ids):,} tokens, {sum(encoded.is_vision):,} of them of an image; "
-            f"{targets:,} are targets"
-        )
-        for is_target, text in stretches(encoded, collator):
-            yield f"  {'target' if is_target else 'input '} | {_short(text)}"
-        return
+class SampleLog:
+    """Writes `sample_log/rank-00000.jsonl`: step, number of the micro-batch in the run, sample ids."""
+
+    def __init__(self, output: Path, rank: int) -> None:
+        folder = output / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"rank-{rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def write(self, step: int, block: int, ids: Sequence[str]) -> None:
+        line = {"step": step, "micro_batch": block, "ids": list(ids)}
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def stretches(encoded: Encoded, collator: Collator) -> Iterator[tuple[bool, str]]:
-    """Text that is a target and text that is not, in turn; line ends are spelled."""
-    tokens = zip(encoded.input_ids, encoded.labels, encoded.is_vision, strict=True)
-    for is_target, stretch in groupby(tokens, lambda token: token[1] != IGNORE):
-        text = ""
-        for is_vision, group in groupby(stretch, lambda token: token[2]):
-            ids = [token[0] for token in group]
-            text += _image(ids, collator) if is_vision else _spelled(ids, collator.tokenizer)
-        yield is_target, text
+def forget_after(output: Path, step: int) -> None:
+    """Drop what a lost stretch of the run has written after `step`."""
+    for path in (output / FOLDER).glob("rank-*.jsonl"):
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
-def _image(ids: list[int], collator: Collator) -> str:
-    """<im_start> x 2 <im_patch> x 288 ...: what an image consists of, as it first appears."""
-    tokenizer: Any = collator.tokenizer
-    if getattr(collator.layout, "token", None) is None:
-        return f"<image> x {len(ids)}"
-    return " ".join(
-        tokenizer.convert_ids_to_tokens(token) + (f" x {times}" if times > 1 else "")
-        for token, times in Counter(ids).items()
-    )
+def read_sample_log(output: Path) -> dict[int, list[str]]:
+    """Step -> ids of its samples, in the order of the run's one endless shuffled list."""
+    blocks: dict[int, dict[int, list[str]]] = {}
+    for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
+        for line in map(json.loads, whole_lines(path)):
+            blocks.setdefault(line["step"], {})[line["micro_batch"]] = line["ids"]
+    return {
+        step: [i for _, ids in sorted(of_step.items()) for i in ids]
+        for step, of_step in sorted(blocks.items())
+    }
 
 
-def _spelled(ids: list[int], tokenizer: Any) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-
-
-def _short(text: str) -> str:
-    left_out = len(text) - _WIDTH
-    half = _WIDTH // 2
-    if left_out < 50:
-        return text
-    return f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
+def whole_lines(path: Path) -> list[str]:
+    """All lines but a last one that a crash has cut."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]

@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemoe_ds.backbones.model import MoEModel
+from gemoe_ds.checkpoint.writer import Saver
+from gemoe_ds.cluster.signals import who_asked
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.cluster.together import who_asked
 from gemoe_ds.config import RunConfig
 from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, BadSampleLog, listed
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
-from gemoe_ds.engine.distributed import World, gather_objects, sum_over_ranks
-from gemoe_ds.engine.saver import Saver
+from gemoe_ds.engine.world import World, gather_objects, sum_over_ranks
 from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError, Stopped, writing_to
-from gemoe_ds.moe.context import Rehearsal, Stat
-from gemoe_ds.moe.upkeep import Upkeep
-from gemoe_ds.position import COMPUTE, DATA, HERE, UPDATE
-from gemoe_ds.train.ledger import Ledger
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.context import Rollout, Stat
+from gemoe_ds.moe.step_context import StepContext
+from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
 from gemoe_ds.train.monitor import Monitor, StatSum
-from gemoe_ds.train.tallies import Tallies
+from gemoe_ds.train.sample_log import SampleLog
+from gemoe_ds.train.step_counts import StepCounts
 
 
 class Trainer:
@@ -54,7 +54,7 @@ class Trainer:
         start_step: int = 0,
         updates: int = 0,
         empty_steps: int = 0,
-        ledger: Ledger | None = None,
+        sample_log: SampleLog | None = None,
         stop: StopRequest | None = None,
         bad_samples: BadSampleLog | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class Trainer:
         self.updates_per_batch = model.updates_per_batch
         self.empty_steps = empty_steps
         self.skipped = (start_step - empty_steps) * self.updates_per_batch - updates
-        self.ledger = ledger
+        self.sample_log = sample_log
         self.stop = stop or StopRequest()
         if bad_samples is None:
             bad_samples = BadSampleLog(config.data.max_bad_samples, 2**63, gather_objects)
@@ -80,9 +80,9 @@ class Trainer:
         self.timed: list[tuple[int, float]] = []  # tokens and seconds of each step since a report
         self.rates: dict[str, float] = {}  # of every group, as the last update found them
         self.stats = StatSum()
-        self.tallies = Tallies(len(model.moe_layers))
+        self.step_counts = StepCounts(len(model.moe_layers))
         for layer in model.moe_layers:
-            layer.router.before_steps(layer.experts, full_value, model.shard.from_first)
+            layer.router.before_steps(layer.experts, full_value, model.shard.broadcast_from_first)
 
     def run(self) -> None:
         config, total = self.config, self.config.train.steps
@@ -98,7 +98,7 @@ class Trainer:
         for step in range(self.start_step + 1, total + 1):
             due = step % config.monitor.every == 0 or step == total
             began = time.perf_counter()
-            HERE.enter(DATA, step)
+            PROGRESS.enter(DATA, step)
             batches = next(self.steps)
             tokens = self.train_step(step, batches, collect=due)
             self.timed.append((tokens, time.perf_counter() - began))
@@ -122,7 +122,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         assert self.saver is not None
-        HERE.enter("saving")
+        PROGRESS.enter("saving")
         self.saver.save(step, self.updates, self.empty_steps)
         self.saved = step
 
@@ -131,7 +131,7 @@ class Trainer:
         if self.saver:
             if step > self.saved:
                 self._save(step)
-            HERE.enter("saving")
+            PROGRESS.enter("saving")
             self.saver.wait()
 
     def _stop_after(self, step: int) -> NoReturn:
@@ -146,28 +146,28 @@ class Trainer:
         raise DataError(
             f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, and "
             f"train.max_skipped_steps={self.config.train.max_skipped_steps}; look at the samples "
-            "of that step (monitor.ledger=true) or lower optim.lr"
+            "of that step (monitor.sample_log=true) or lower optim.lr"
         )
 
     def _after_update(self, step: int) -> None:
         """Count it, and let the routers do their upkeep; all ranks must come here."""
-        layers, model = self.tallies.reduced(sum_over_ranks)
+        layers, model = self.step_counts.reduced(sum_over_ranks)
         if not self.engine.was_step_applied():
             self.skipped += 1
             return
         self.updates += 1
         for layer, sums in zip(self.model.moe_layers, layers, strict=True):
             layer.router.after_step(
-                Upkeep(
+                StepContext(
                     step=step,
                     total_steps=self.config.train.steps,
                     layer=sums,
                     model=model,
                     assign_=assign_,
-                    value_of=full_value,
+                    read_param=full_value,
                     experts=layer.experts,
                     first_expert=self.model.shard.local(layer.router.spec.num_experts).start,
-                    from_first=self.model.shard.from_first,
+                    broadcast_from_first=self.model.shard.broadcast_from_first,
                 )
             )
 
@@ -188,47 +188,47 @@ class Trainer:
             self._stop_after(step - 1)
         if num_new:
             self._leave_out(new, step)
-        HERE.enter(COMPUTE, step)
+        PROGRESS.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
             block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
             seeds.append(micro_batch_seed(self.config.seed, block))
             self.stats.add("data/cut_answers", Stat(torch.tensor(batch.cut_answers), "sum"))
             self.stats.add("data/left_out", Stat(torch.tensor(len(batch.bad)), "sum"))
-            if self.ledger:
+            if self.sample_log:
                 with writing_to(self.config.output_dir):
-                    self.ledger.write(step, block, batch.ids)
+                    self.sample_log.write(step, block, batch.ids)
         if targets == 0:
             self._pass_over(step)
             return 0
         micro_batches = len(batches) * self.world.size
         per_micro_batch = targets / micro_batches
         tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
-        rehearsed: list[dict[str, Rehearsal]] = [{} for _ in batches]
+        rolled_out: list[dict[str, Rollout]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
             for index, batch in enumerate(batches):
                 inputs = batch.to(self.world.device).inputs
                 torch.manual_seed(seeds[index])
-                if update == 0 and self.model.rehearsals:
+                if update == 0 and self.model.rollouts:
                     with torch.no_grad():
-                        rehearsed[index] = self.engine(**inputs, rehearse=True)
+                        rolled_out[index] = self.engine(**inputs, roll_out=True)
                 self.model.ctx.collect = collect
                 parts = self.engine(
                     **inputs,
                     targets_per_micro_batch=per_micro_batch,
                     auxiliary_weight=batch.has_tokens * micro_batches / used,
-                    rehearsed=rehearsed[index],
+                    rolled_out=rolled_out[index],
                 )
                 self.engine.backward(parts["loss"])
-                self.tallies.add(self.model.ctx)
+                self.step_counts.add(self.model.ctx)
                 if collect:
                     self._collect(parts, batch.has_tokens)
-                HERE.enter(UPDATE)
+                PROGRESS.enter(UPDATE)
                 groups = self.engine.optimizer.param_groups
                 self.rates = {title_of(group): group["lr"] for group in groups}
                 self.engine.step()  # which sets the next update's rates
                 self.model.ctx.collect = False
-                HERE.enter(COMPUTE)
+                PROGRESS.enter(COMPUTE)
             self._after_update(step)
         return tokens
 

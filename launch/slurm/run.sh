@@ -11,7 +11,7 @@ run() {
     # outlives them to read their code.
     trap : TERM USR1
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-    # a rank's end ends the others by itself, and with the same code (gemoe_ds/cluster/watch.py);
+    # a rank's end ends the others by itself, and with the same code (gemoe_ds/cluster/watchdog.py);
     # srun, which reports the highest, ends whatever is left after a minute
     srun --wait=60 --kill-on-bad-exit=0 "${GEMOE_SRUN[@]}" "$GEMOE_PYTHON" "$@"
     local code=$? restarts="${SLURM_RESTART_COUNT:-0}"

@@ -20,11 +20,11 @@ def errors(name: str, world) -> dict[str, float]:
     problem = Problem.make(SHAPE, 40, torch.float32, world.device, world.rank)
     router = Ours(problem, MEAN_K if "padded" in name else SHAPE.top_k)
     layer = peers.build(name, problem, router, False, world)
-    return check(name, layer, problem, router, renormalise=name in peers.RENORMALISES)
+    return check(name, layer, problem, router, norm_topk_prob=name in peers.RENORMALISES)
 
 
 def on_rank(rank: int, names: list[str]) -> None:
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     with distributed() as world:
         for name in names:

@@ -25,16 +25,16 @@ from tqdm import tqdm
 
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.errors import REQUEUE
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_stopping import write_recipe
+from tests.cluster.test_signals import write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 
 RESULTS = repository() / "results/faults.json"
-WATCH, STOP = "tests/cluster/test_watch.py", "tests/cluster/test_stopping.py"
+WATCH, STOP = "tests/cluster/test_watchdog.py", "tests/cluster/test_signals.py"
 DISK, TORCHRUN = "tests/cluster/test_disk.py", "tests/cluster/test_torchrun.py"
-RESUME, MANIFEST = "tests/train/test_resume.py", "tests/engine/test_manifest.py"
+RESUME, MANIFEST = "tests/train/test_resume.py", "tests/checkpoint/test_manifest.py"
 
 
 @dataclass
@@ -187,7 +187,7 @@ def random_signals(cuts: int, seed: int = 0) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         setting = write_setting(root)
-        steps = {"train": {"steps": 20 * cuts, "micro_batch": 1, "global_batch": 2}}
+        steps = {"train": {"steps": 20 * cuts, "micro_batch_size": 1, "global_batch_size": 2}}
         every = {"checkpoint": {"every": 7, "keep": 2}}
         recipe, whole = write_recipe(setting, root / "whole", **steps)
         with ranks(root / "logs", recipe, 2) as running:
@@ -205,7 +205,7 @@ def random_signals(cuts: int, seed: int = 0) -> dict:
         with ranks(root / "logs-last", recipe, 2) as running:
             assert running.codes(600) == [0, 0], running.log(0)
         losses = [{line["step"]: line["loss/lm"] for line in metrics(o)} for o in (whole, output)]
-        same = losses[0] == losses[1] and read_ledger(whole) == read_ledger(output)
+        same = losses[0] == losses[1] and read_sample_log(whole) == read_sample_log(output)
     return {"cuts": cuts, "seed": seed, "exit codes": seen, "as uncut": same}
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.engine.manifest import newest, step_of
+from gemoe_ds.checkpoint.manifest import newest, step_of
 from gemoe_ds.errors import MISTAKE
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_stopping import write_recipe
+from tests.cluster.test_signals import write_recipe
 from tests.train.resuming import write_setting
 
 pytestmark = [
@@ -47,7 +47,7 @@ def fill(place: Path) -> None:
 
 def slow(steps: int = 100_000) -> dict:
     """Steps that go on while the disk is harmed."""
-    return {"train": {"steps": steps, "micro_batch": 1, "global_batch": 2}}
+    return {"train": {"steps": steps, "micro_batch_size": 1, "global_batch_size": 2}}
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
@@ -74,7 +74,7 @@ def test_all_stop_on_a_full_disk_and_go_on_when_there_is_room(
             assert running.codes() == [0, 0], running.log(0)[-3000:]
             assert f"step-{kept:06d}" in running.log(0)
         steps = [line["step"] for line in metrics(output)]
-        assert steps == list(range(1, kept + 21)) and list(read_ledger(output)) == steps
+        assert steps == list(range(1, kept + 21)) and list(read_sample_log(output)) == steps
 
 
 def test_a_read_only_disk_is_named_before_anything_is_loaded(setting, tmp_path):

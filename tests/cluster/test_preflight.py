@@ -10,22 +10,22 @@ import pytest
 
 from gemoe_ds.cluster.preflight import (
     FREE_DISK,
-    Passport,
-    faults,
+    RankReport,
+    errors,
     free_host_memory,
     preflight,
-    remarks,
+    warnings,
 )
-from gemoe_ds.engine.distributed import distributed
+from gemoe_ds.engine.world import distributed
 from gemoe_ds.errors import ConfigError
 from tests.helpers import run_ranks
 
-FIT = Passport("a", "GPU-1", {"torch": "2.13.0"}, "", True, 2 * FREE_DISK, 80 * 2**30)
+FIT = RankReport("a", "GPU-1", {"torch": "2.13.0"}, "", True, 2 * FREE_DISK, 80 * 2**30)
 OUTPUT = Path("runs/x")
 
 
-def found(*passports: Passport, needed: int | None = None, on_gpu: bool = True) -> list[str]:
-    return list(faults(list(passports), OUTPUT, needed, FREE_DISK, on_gpu=on_gpu))
+def found(*reports: RankReport, needed: int | None = None, on_gpu: bool = True) -> list[str]:
+    return list(errors(list(reports), OUTPUT, needed, FREE_DISK, on_gpu=on_gpu))
 
 
 def test_fit_ranks_have_no_fault():
@@ -77,7 +77,7 @@ def test_cpu_ranks_share_their_host_s_memory():
     [("aabb", 2, None), ("abab", 2, "ranks 0 to 1 are on several hosts"), ("aabb", 4, "exceeds")],
 )
 def test_expert_groups_that_cross_hosts(hosts, ep_size, words):
-    lines = list(remarks([replace(FIT, host=h) for h in hosts], ep_size))
+    lines = list(warnings([replace(FIT, host=h) for h in hosts], ep_size))
     assert lines[0] == "preflight: 4 ranks on 2 hosts are fit"
     assert lines[1:] == [] if words is None else words in lines[1]
 

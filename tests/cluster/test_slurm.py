@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics
 from tests.cluster.slurm import slurm, why_not
 from tests.cluster.trial import RECIPE, options, write_trial
@@ -98,7 +98,7 @@ def uncut(trial, cluster):
     cluster.wait_for_state(job, "COMPLETED", 300)
     assert "preflight: 2 ranks on 1 hosts are fit" in log_of(job)
     next(repository().glob(f"*-{job}.log")).unlink()
-    return losses(output), read_ledger(output)
+    return losses(output), read_sample_log(output)
 
 
 @pytest.mark.parametrize("how", ["warned", "preempted", "a rank is lost", "a node is lost"])
@@ -133,7 +133,7 @@ def test_a_job_that_is_cut_goes_on_as_if_it_was_not(
     else:
         assert "error: rank 1 (host " in said, said[-3000:]
     assert losses(output) == uncut[0]
-    assert read_ledger(output) == uncut[1]
+    assert read_sample_log(output) == uncut[1]
 
 
 def test_a_mistake_is_not_requeued(trial, cluster, tmp_path, forget_logs):

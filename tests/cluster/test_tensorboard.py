@@ -21,7 +21,7 @@ from gemoe_ds.errors import REQUEUE
 from launch.analyze import main as analyze
 from tests.analysis.evaluations import evaluation
 from tests.cluster.launches import ranks
-from tests.cluster.test_stopping import STEPS, write_recipe
+from tests.cluster.test_signals import STEPS, write_recipe
 from tests.helpers import free_port
 from tests.train.resuming import write_setting
 

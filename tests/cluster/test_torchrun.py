@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import harmed, metrics, ranks
-from tests.cluster.test_stopping import write_recipe
+from tests.cluster.test_signals import write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 
@@ -40,4 +40,4 @@ def test_restarted(tmp_path, victim, record_property):
     assert done.returncode == 0, done.stderr[-3000:]
     assert os.path.exists(marker) and "step-000008" in done.stdout, done.stdout[-3000:]
     first, second = ({x["step"]: x["loss/lm"] for x in metrics(o)} for o in (output, cut))
-    assert first == second and read_ledger(output) == read_ledger(cut)
+    assert first == second and read_sample_log(output) == read_sample_log(cut)

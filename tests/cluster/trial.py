@@ -28,7 +28,7 @@ def write_trial(root: Path) -> Path:
 def options(root: Path, output: Path, *more: str) -> list[str]:
     """Where it is, and what else differs from the recipe."""
     return [
-        f"data.train={root}/data/train",
+        f"data.train_path={root}/data/train",
         f"data.tokenizer={root}/tokenizer",
         f"model.checkpoint={root}/pretrain/hf",
         f"output_dir={output}",

@@ -19,7 +19,7 @@ from gemoe_ds.config import (
 )
 from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.errors import ConfigError
-from tests.test_config import MINIMAL
+from tests.config.test_load import MINIMAL
 
 ZERO = "zero_optimization"
 
@@ -138,7 +138,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(
     [
         ({"amp": {"enabled": True}}, "amp: DeepSpeed has removed it"),
         ({"sparse_gradients": True}, "sparse_gradients=true: DeepSpeed has removed it"),
-        ({"elasticity": {"max_train_batch_size": 8}}, "train.global_batch"),
+        ({"elasticity": {"max_train_batch_size": 8}}, "train.global_batch_size"),
         ({ZERO: {"stage": 3, "mics_shard_size": 8}}, "mics_shard_size=8"),
         ({ZERO: {"stage": 3, "zero_hpz_partition_size": 8}}, "ZeRO++ is not proven"),
         ({"tensor_parallel": {"autotp_size": 2}}, "set parallel.ep_size"),
@@ -251,7 +251,7 @@ def test_an_optimizer_agrees_in_deepspeed_s_own_terms(tmp_path: Path) -> None:
 
 def test_sharded_experts_need_the_way_that_deepspeed_reduces_rightly(tmp_path: Path) -> None:
     content = {ZERO: {"stage": 1, "contiguous_gradients": False}}
-    trains = ["model.train=experts", "parallel.ep_size=2"]
+    trains = ["model.trainable=experts", "parallel.ep_size=2"]
     assert "over the wrong ranks" in refusal(tmp_path, content, *trains)
     assert ignored(tmp_path, content, "parallel.ep_size=2") == []
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemoe_ds.checkpoint.state import run_identity
 from gemoe_ds.config import RunConfig, load_config
 from gemoe_ds.config.paths import ROOT, Places
-from gemoe_ds.engine.checkpoint import run_identity
 from gemoe_ds.errors import ConfigError
-from tests.test_config import MINIMAL
+from tests.config.test_load import MINIMAL
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_working_directory_comes_first_then_the_recipe_s_folder(
 ) -> None:
     (here / "train").mkdir()
     config = load_config(recipe)
-    assert config.data.train == str(here / "train")
+    assert config.data.train_path == str(here / "train")
     assert config.data.tokenizer == str(recipe.parent / "tokenizer")
     assert config.model.checkpoint == str(recipe.parent / "base")
     assert config.deepspeed == str(ROOT / "ds_configs/zero2.json")
@@ -50,11 +50,11 @@ def test_the_working_directory_comes_first_then_the_recipe_s_folder(
 def test_options_of_a_backbone_and_overrides_are_looked_for_alike(here: Path, recipe: Path) -> None:
     config = load_config(
         recipe,
-        ["model.backbone.vision_checkpoint=tower", "data.validation=held_out", "resume=base"],
+        ["model.backbone.vision_checkpoint=tower", "data.validation_path=held_out", "resume=base"],
     )
     found = config.model.backbone.flat(only_set=True)["vision_checkpoint"]
     assert found == str(recipe.parent / "tower")
-    assert config.data.validation == str(recipe.parent / "held_out")
+    assert config.data.validation_path == str(recipe.parent / "held_out")
     assert config.resume == str(recipe.parent / "base")
     (here / "auto").mkdir()
     assert load_config(recipe, ["resume=auto"]).resume == "auto"
@@ -65,7 +65,7 @@ def test_what_a_recipe_extends_may_bring_paths_beside_itself(here: Path, recipe:
     (top.parent / "train").mkdir(parents=True)
     top.write_text(f"extends: {os.path.relpath(recipe, top.parent)}\n")
     config = load_config("deeper/top.yaml")
-    assert config.data.train == str(top.parent / "train")
+    assert config.data.train_path == str(top.parent / "train")
     assert config.data.tokenizer == str(recipe.parent / "tokenizer")
 
 
@@ -98,11 +98,15 @@ def test_a_run_s_identity_does_not_depend_on_how_a_path_is_spelt(
     def identity(config: RunConfig) -> dict:
         return run_identity(config, 1, "data", {"base checkpoint": "none"})
 
-    plain = load_config(recipe, ["model.checkpoint=null", "model.train=all"])
+    plain = load_config(recipe, ["model.checkpoint=null", "model.trainable=all"])
     text = spelt.format(p=recipe.parent)
     towered = load_config(
         recipe,
-        ["model.checkpoint=null", "model.train=all", f"model.backbone.vision_checkpoint={text}"],
+        [
+            "model.checkpoint=null",
+            "model.trainable=all",
+            f"model.backbone.vision_checkpoint={text}",
+        ],
     )
     found = towered.model.backbone.flat()["vision_checkpoint"]
     assert found == str(recipe.parent / "tower")
@@ -112,13 +116,16 @@ def test_a_run_s_identity_does_not_depend_on_how_a_path_is_spelt(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train=gone", "data.train=gone: no such file or folder (looked in {h}, {r}, {root})"),
+        (
+            "data.train_path=gone",
+            "data.train_path=gone: no such file or folder (looked in {h}, {r}, {root})",
+        ),
         ("deepspeed=zero2.jsn", "deepspeed=zero2.jsn: no such file or folder (looked in {h}"),
-        ("data.train=/gone/away", "data.train=/gone/away: no such file or folder"),
+        ("data.train_path=/gone/away", "data.train_path=/gone/away: no such file or folder"),
         ("resume=gone", "resume=gone: no such file or folder (looked in {h}"),
-        ("data.train=''", "data.train=: is empty; give a path"),
-        ("data.train=~nobody/x", "data.train=~nobody/x: no such file or folder"),
-        ("data.train=" + "x" * 300, ": no such file or folder"),
+        ("data.train_path=''", "data.train_path=: is empty; give a path"),
+        ("data.train_path=~nobody/x", "data.train_path=~nobody/x: no such file or folder"),
+        ("data.train_path=" + "x" * 300, ": no such file or folder"),
         ("model.backbone.vision_checkpoint=gone", "model.backbone.vision_checkpoint=gone: no such"),
     ],
 )

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from data_prep.train_tokenizer import train
-from gemoe_ds.backbones.chat import ChatTemplate
-from gemoe_ds.backbones.images import SquareImages
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.errors import ConfigError, DataError, SampleError
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.images import SquareImages
+from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.tiny import WORDS, write_tokenizer
 
 
@@ -68,7 +68,7 @@ def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer)
     assert two.images["pixels"].shape == (2, 3, 4, 4)
     assert two.images["feature_BS"][:, 1:3].tolist() == [[0, 1], [2, 3]]
     alone = collator.batch([collator.encode(0, samples[0])])
-    assert alone.images["pixels"].shape == (1, 3, 4, 4), "a blank one for the vision tower"
+    assert alone.images["pixels"].shape == (1, 3, 4, 4), "a dummy one for the vision tower"
     assert (alone.images["feature_BS"] == -1).all()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gemoe_ds.backbones.chat import ChatTemplate
 from gemoe_ds.data.conversation import ConversationTokenizer, _Text
+from gemoe_ds.models.chat import ChatTemplate
 
 
 class Merging:

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 import gemoe_ds.data.lengths as module
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.chat import ChatTemplate
-from gemoe_ds.backbones.deepseek_vl2.images import DeepseekVl2Images
-from gemoe_ds.backbones.images import SquareImages
-from gemoe_ds.backbones.moe_llava.images import PaddedSquare
-from gemoe_ds.backbones.molmoe.images import MolmoeImages
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import IGNORE, Collator
 from gemoe_ds.data.lengths import Lengths, fingerprint, known_lengths, measured
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
-from tests.backbones.test_qwen3_vl_images import layout as qwen3_vl_images
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.models.images import SquareImages
+from gemoe_ds.models.moe_llava.images import PaddedSquare
+from gemoe_ds.models.molmoe.images import MolmoeImages
+from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.models.test_qwen3_vl_images import layout as qwen3_vl_images
 from tests.tiny import write_tokenizer
 
 LAYOUTS = {

@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemoe_ds.backbones.chat import ChatTemplate
-from gemoe_ds.backbones.images import SquareImages
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.dataset import EvalStream, TrainStream
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.data.stream import EvalStream, TrainStream
 from gemoe_ds.errors import DataError
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.images import SquareImages
+from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.tiny import write_tokenizer
 
 NUM = 23
@@ -36,27 +36,27 @@ def setting(tmp_path_factory):
     return open_samples(root / "data"), collator
 
 
-def ledger(setting, steps, *, world=1, rank=0, accumulation=1, start=0, batch=3, seed=7):
+def sample_log(setting, steps, *, world=1, rank=0, accumulation=1, start=0, batch=3, seed=7):
     samples, collator = setting
     stream = TrainStream(
         samples,
         collator,
         seed=seed,
-        micro_batch=batch,
+        micro_batch_size=batch,
         accumulation=accumulation,
         rank=rank,
         world=world,
-        threads=2,
+        num_workers=2,
         start_step=start,
     )
     return [[b.ids for b in batches] for batches in itertools.islice(stream, steps)]
 
 
 def test_splits_of_one_global_batch_see_the_same_micro_batches(setting):
-    alone = ledger(setting, 20, accumulation=4)
+    alone = sample_log(setting, 20, accumulation=4)
     for world, accumulation in ((2, 2), (4, 1)):
         ranks = [
-            ledger(setting, 20, world=world, rank=r, accumulation=accumulation)
+            sample_log(setting, 20, world=world, rank=r, accumulation=accumulation)
             for r in range(world)
         ]
         for step in range(20):
@@ -65,23 +65,23 @@ def test_splits_of_one_global_batch_see_the_same_micro_batches(setting):
 
 
 def test_every_pass_holds_every_sample_once_in_another_order(setting):
-    ids = [i for step in ledger(setting, NUM * 2, batch=1) for block in step for i in block]
+    ids = [i for step in sample_log(setting, NUM * 2, batch=1) for block in step for i in block]
     first, second = ids[:NUM], ids[NUM:]
     assert sorted(first) == sorted(second) == sorted(f"s{i}" for i in range(NUM))
     assert first != second
-    assert first != [i for s in ledger(setting, NUM, batch=1, seed=8) for b in s for i in b]
+    assert first != [i for s in sample_log(setting, NUM, batch=1, seed=8) for b in s for i in b]
 
 
 @pytest.mark.parametrize("start", [0, 1, 9, 30])
 def test_resumed_stream_continues_the_uninterrupted_one(setting, start):
     options = {"world": 2, "rank": 1, "accumulation": 2}
-    whole = ledger(setting, 34, **options)
-    assert ledger(setting, 4, start=start, **options) == whole[start : start + 4]
+    whole = sample_log(setting, 34, **options)
+    assert sample_log(setting, 4, start=start, **options) == whole[start : start + 4]
 
 
 def test_resume_takes_no_longer_far_into_the_run(setting):
     began = time.perf_counter()
-    ledger(setting, 1, start=10_000_000)
+    sample_log(setting, 1, start=10_000_000)
     assert time.perf_counter() - began < 2
 
 
@@ -98,14 +98,14 @@ def test_evaluation_sees_every_sample_once_and_all_ranks_iterate_equally(setting
 
 
 def test_too_few_samples_for_a_micro_batch(setting):
-    with pytest.raises(DataError, match="23 samples do not fill train.micro_batch=24"):
-        ledger(setting, 1, batch=24)
+    with pytest.raises(DataError, match="23 samples do not fill train.micro_batch_size=24"):
+        sample_log(setting, 1, batch=24)
 
 
 def test_two_ranks_see_what_one_with_twice_the_accumulation_sees(setting):
     """The whole batches, not only their ids."""
     samples, collator = setting
-    options = {"seed": 3, "micro_batch": 4, "threads": 2, "start_step": 5}
+    options = {"seed": 3, "micro_batch_size": 4, "num_workers": 2, "start_step": 5}
     alone = next(TrainStream(samples, collator, rank=0, world=1, accumulation=2, **options))
     for rank in range(2):
         (batch,) = next(
@@ -119,7 +119,14 @@ def test_two_ranks_see_what_one_with_twice_the_accumulation_sees(setting):
 def test_rows_find_their_samples(setting):
     samples, collator = setting
     stream = TrainStream(
-        samples, collator, seed=0, micro_batch=5, accumulation=1, rank=0, world=1, threads=1
+        samples,
+        collator,
+        seed=0,
+        micro_batch_size=5,
+        accumulation=1,
+        rank=0,
+        world=1,
+        num_workers=1,
     )
     evaluation = EvalStream(samples, collator, batch=5, rank=0, world=1)
     for batch in [*next(stream), *(b for b in evaluation if b is not None)]:
@@ -133,7 +140,7 @@ def test_bad_samples_are_left_out_and_the_others_keep_their_places(setting, tmp_
     harmed = (replace(good[row], **spoiled.get(row, {})) for row in range(len(good)))
     write_samples(harmed, tmp_path / "data", source="test")
     samples, met = open_samples(tmp_path / "data"), {}
-    common = dict(seed=0, micro_batch=2, accumulation=1, rank=0, world=1, threads=2)
+    common = dict(seed=0, micro_batch_size=2, accumulation=1, rank=0, world=1, num_workers=2)
     whole = TrainStream(good, collator, **common)
     stream = TrainStream(samples, collator, **common)
     for _ in range(len(good)):  # two passes
@@ -160,7 +167,7 @@ def test_bad_samples_are_left_out_and_the_others_keep_their_places(setting, tmp_
 def test_grain_does_not_talk_about_jax():
     """Its import warns on stderr; nothing here would use what is missing."""
     said = subprocess.run(
-        [sys.executable, "-c", "from gemoe_ds.data.dataset import _import_grain as i; i()"],
+        [sys.executable, "-c", "from gemoe_ds.data.stream import _import_grain as i; i()"],
         capture_output=True,
         text=True,
         check=True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from data_prep.train_tokenizer import ROLES, SPECIAL, main
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -112,14 +112,18 @@ def run_config(base, case: Case):
                 "backbone": {"name": "tiny"},
                 "checkpoint": str(base[0]),
                 "router": {"name": case.router, **options},
-                "train": case.train,
+                "trainable": case.train,
                 "dtype": case.dtype,
-                "recompute": case.recompute,
+                "activation_checkpointing": case.recompute,
             },
-            "data": {"train": "unused", "tokenizer": str(base[1])},
-            "optim": {"lr": LR, "eps": EPS, "schedule": "constant", "clip_norm": case.clip},
+            "data": {"train_path": "unused", "tokenizer": str(base[1])},
+            "optim": {"lr": LR, "eps": EPS, "schedule": "constant", "max_grad_norm": case.clip},
             "parallel": {"ep_size": case.ep_size},
-            "train": {"steps": STEPS, "micro_batch": 1, "accumulation": case.accumulation},
+            "train": {
+                "steps": STEPS,
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": case.accumulation,
+            },
             "deepspeed": str(case.deepspeed),
         }
     )
@@ -131,9 +135,9 @@ def build(base, config, shard=None):
         config.model.router.name,
         config.model.router.config.model_dump(),
         shard,
-        train=config.model.train,
+        train=config.model.trainable,
         dtype=getattr(torch, config.model.dtype),
-        recompute=config.model.recompute,
+        recompute=config.model.activation_checkpointing,
     )
     model.ctx.trace = True  # keeps k_T, for `chosen`
     return model.train()
@@ -203,7 +207,7 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
     import deepspeed
 
     from gemoe_ds.engine.build import MovedCheck, initialize
-    from gemoe_ds.engine.distributed import gather_objects
+    from gemoe_ds.engine.world import gather_objects
     from gemoe_ds.engine.zero import full_gradient, full_value
 
     config, model = build_on_rank(base, case, world)
@@ -261,7 +265,7 @@ def largest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_cases(rank: int, base, cases: list[Case], expected: dict) -> list[dict[str, float]]:
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     with distributed() as world:
         return [

@@ -111,7 +111,7 @@ def batches_of(rank: int) -> list[dict]:
 
 def record(rank: int, base, cases: list[Case]) -> list[list[tuple]]:
     from gemoe_ds.engine.build import initialize
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     sequences = []
     with distributed() as world:

@@ -47,7 +47,7 @@ FILES = {  # as LLaMA-Factory, axolotl, LLaVA and MoE-LLaVA have them
 
 def weights_by_file(rank: int, folder) -> dict[str, dict[str, torch.Tensor]]:
     from gemoe_ds.engine.build import initialize
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
     from gemoe_ds.engine.zero import full_value
 
     base, found = write_base(folder / str(rank)), {}
@@ -75,12 +75,12 @@ def run_config(base, file):
                 "backbone": {"name": "tiny"},
                 "checkpoint": str(base[0]),
                 "router": {"name": "gemoe"},
-                "train": "all",
+                "trainable": "all",
                 "dtype": "float32",
             },
-            "data": {"train": "unused", "tokenizer": str(base[1])},
+            "data": {"train_path": "unused", "tokenizer": str(base[1])},
             "optim": {"lr": 1e-2, "eps": 1e-3, "schedule": "constant"},
-            "train": {"steps": 2, "micro_batch": 2},
+            "train": {"steps": 2, "micro_batch_size": 2},
             "deepspeed": str(file),
         }
     )

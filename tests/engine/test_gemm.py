@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemoe_ds.engine.gemm import TritonGroupedGemm, grouped_gemm
-from gemoe_ds.moe.grouped_gemm import TORCH, GroupedGemm
+from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
 
 
 class Loop(GroupedGemm):

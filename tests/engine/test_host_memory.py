@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gemoe_ds.backbones.described import shell
-from gemoe_ds.backbones.keys import KeyMap
-from gemoe_ds.backbones.memory import ALONE
-from gemoe_ds.backbones.stored import StoredTensor
-from gemoe_ds.backbones.weights import Weights, materialise
 from gemoe_ds.engine import host_memory as module
-from gemoe_ds.engine.distributed import distributed, gather_objects
+from gemoe_ds.engine.world import distributed, gather_objects
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.train.phases import peak_share
+from gemoe_ds.hf_io.allocator import LOCAL
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.hf_io.key_rules import KeyMap
+from gemoe_ds.hf_io.loader import Weights, materialise
+from gemoe_ds.hf_io.safetensors_reader import StoredTensor
+from gemoe_ds.train.profiling import peak_share
 from tests.helpers import run_ranks
 
 MB = 2**20
@@ -108,7 +108,7 @@ def test_it_is_there_once_and_goes_with_its_last_tensor():
 
 def test_a_process_alone_allocates_as_ever():
     ((_, size, _),) = run_ranks(written, 1, "one host")
-    assert size == 1 and ALONE.together("a problem") == "a problem"
+    assert size == 1 and LOCAL.first_error("a problem") == "a problem"
 
 
 class Model(nn.Module):
@@ -137,7 +137,7 @@ def loaded(rank: int, folder: str) -> tuple[dict, int, str]:
         memory = module.host_memory(world)
         answer = ""
         for name in ("good", "bad"):
-            model = shell(Model, None)
+            model = meta_model(Model, None)
             for key, parameter in model.named_parameters():
                 parameter.requires_grad_(key == "trains")
             weights = Weights(Path(folder) / name, KeyMap(()), model)

@@ -79,9 +79,9 @@ def losses_pile_up_under_recomputation() -> None:
 
 
 def a_key_is_left_as_it_was_initialised() -> None:
-    from gemoe_ds.engine import manifest
+    from gemoe_ds.checkpoint import manifest
 
-    whole = manifest.Found.tensors
+    whole = manifest.Checkpoint.tensors
 
     def all_but_one(self, kind, keys=None):
         tensors = list(whole(self, kind, keys))
@@ -93,7 +93,7 @@ def a_key_is_left_as_it_was_initialised() -> None:
         return result
 
     all_but_one.done = False
-    manifest.Found.tensors = once
+    manifest.Checkpoint.tensors = once
 
 
 def with_fault(rank: int, plant, function, *args):
@@ -136,7 +136,7 @@ def test_parity_sees_it(base, plant, case, kinds):
 
 
 def test_a_key_that_is_not_loaded_stops_the_resume(tmp_path):
-    """Sees it: engine/checkpoint.py restore, held by tests/train/test_resume.py."""
+    """Sees it: checkpoint/state.py load_optimizer_state, held by tests/train/test_resume.py."""
     setting, setup = write_setting(tmp_path), Setup(1, 1, 2)
     whole = setup_config(setting, tmp_path / f"whole-routers-{setup}", setup, "routers")
     run_ranks(train_all, 1, [whole])

@@ -39,7 +39,7 @@ def with_known_gradient(model) -> None:
 def known_gradients(rank: int, base, cases: list[Case], sizes: list[int]) -> list[float]:
     """The largest deviation from the closed form in every case."""
     from gemoe_ds.engine.build import initialize
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
     from gemoe_ds.engine.zero import full_gradient
 
     worst = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemoe_ds.config.tree import OptimConfig
+from gemoe_ds.config.schema import OptimConfig
 from gemoe_ds.engine.build import schedule
 
 

@@ -52,7 +52,7 @@ def harms(model, case: Case):
 
 def probe(rank: int, base, cases: list[Case]) -> list[list[str]]:
     from gemoe_ds.engine.build import initialize
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
     from gemoe_ds.engine.zero import MOMENTS, full_moment, full_value
 
     done = []

@@ -1,7 +1,7 @@
 """Why checkpoints are our own: what DeepSpeed's universal checkpoint loses under ZeRO 3.
 
 Two groups with other learning rates are saved, converted and loaded by DeepSpeed alone. If a test
-here fails, DeepSpeed has been mended, and docs/checkpoints.md and engine/saver.py may be thought
+here fails, DeepSpeed has been mended, and docs/checkpoints.md and engine/writer.py may be thought
 over again.
 """
 
@@ -33,7 +33,7 @@ def engine_of(stage: int, universal: bool):
 
 
 def train_and_save(rank: int, folder: str, stage: int) -> None:
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     with distributed():
         engine = engine_of(stage, universal=False)
@@ -45,7 +45,7 @@ def train_and_save(rank: int, folder: str, stage: int) -> None:
 
 def load(rank: int, folder: str) -> tuple[list[float], int, int]:
     """Rates after loading; how many Adam states there are, and how many `step` tensors."""
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     with distributed():
         engine = engine_of(3, universal=True)

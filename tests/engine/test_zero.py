@@ -24,7 +24,7 @@ CASES = [
 
 def probe(rank: int, base, cases: list[Case]) -> None:
     from gemoe_ds.engine.build import MovedCheck, check_optimizer_holds, initialize
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
     from gemoe_ds.engine.zero import MOMENTS, assign_, full_moment, full_value, set_moments
 
     batches = micro_batches(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.evaluation.arguments import settings, subject_parser
+from gemoe_ds.evaluation.arguments import modes, session_parser
 from launch.submit import main as submit
 
 
@@ -19,7 +19,7 @@ from launch.submit import main as submit
 def test_one_line_before_anything_is_loaded(given, words):
     argv = ["recipe.yaml", "--data", "d", "--out", "o", "--k", "4", *given]
     with pytest.raises(ConfigError, match=words):
-        settings(subject_parser(None).parse_intermixed_args(argv))
+        modes(session_parser(None).parse_intermixed_args(argv))
 
 
 @pytest.mark.parametrize("given", ["--nodes=0", "--ranks-per-node=0", "--master-port=99999"])

@@ -8,7 +8,7 @@ import pytest
 
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
 from gemoe_ds.errors import DataError
-from tests.evaluation.test_runner import scored, setting  # noqa: F401
+from tests.evaluation.test_score import scored, setting  # noqa: F401
 
 
 @pytest.fixture

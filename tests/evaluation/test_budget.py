@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.evaluation.budget import TOLERANCE, meet_budget
+from gemoe_ds.evaluation.budget import TOLERANCE, fit_budget_to
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
 
 TOKENS = 4000
-SPEC = RoutingSpec(d_model=16, num_experts=64, top_k=8, renormalise=False)
+SPEC = RoutingSpec(d_model=16, num_experts=64, top_k=8, norm_topk_prob=False)
 
 
 def model(layers=3, **options):
@@ -34,7 +34,7 @@ def model(layers=3, **options):
 @pytest.mark.parametrize("target", [1.5, 3.0, 4.0, 6.2, 7.5])
 def test_target_is_met(target, how):
     routers, k_LT = model()
-    found = meet_budget(routers, target, lambda: k_LT().double().mean().item(), how)
+    found = fit_budget_to(routers, target, lambda: k_LT().double().mean().item(), how)
     assert k_LT().double().mean().item() == pytest.approx(target, rel=TOLERANCE)
     assert found.mean_k == pytest.approx(target, rel=TOLERANCE) and found.passes <= 12
     assert {r.k_shift for r in routers} == {found.k_shift}
@@ -45,7 +45,7 @@ def test_target_is_met(target, how):
 def test_tokens_and_layers_keep_their_order():
     routers, k_LT = model()
     before = k_LT()
-    meet_budget(routers, 3.0, lambda: k_LT().double().mean().item())
+    fit_budget_to(routers, 3.0, lambda: k_LT().double().mean().item())
     after = k_LT()
     assert (after <= before).all()
     for first, second in zip(before, after, strict=True):
@@ -58,7 +58,7 @@ def test_tokens_and_layers_keep_their_order():
 def test_out_of_reach(target):
     routers, k_LT = model()
     with pytest.raises(ConfigError, match="k goes from 1 to 8"):
-        meet_budget(routers, target, lambda: k_LT().double().mean().item())
+        fit_budget_to(routers, target, lambda: k_LT().double().mean().item())
 
 
 @pytest.mark.parametrize("how, other", [("shift", "try --rescale"), ("scale", "no --rescale")])
@@ -68,8 +68,8 @@ def test_a_miss_is_no_success(how, other):
     for router in routers:
         torch.nn.init.zeros_(router.eap.weight)
     with pytest.raises(ConfigError, match=rf"--mean-k 4.4 is not met: [45] is .*{other}"):
-        meet_budget(routers, 4.4, lambda: k_LT().double().mean().item(), how)
-    assert meet_budget(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
+        fit_budget_to(routers, 4.4, lambda: k_LT().double().mean().item(), how)
+    assert fit_budget_to(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
 
 
 def test_the_nearest_of_all_passes_is_taken():
@@ -81,7 +81,7 @@ def test_the_nearest_of_all_passes_is_taken():
         tried.append(routers[0].k_shift)
         return next(mean_ks)
 
-    found = meet_budget(routers, 3.0, measure)
+    found = fit_budget_to(routers, 3.0, measure)
     assert found.mean_k == pytest.approx(3.03) and found.passes == 15
     assert {r.k_shift for r in routers} == {found.k_shift} == {tried[0]}
     assert tried[-1] != tried[0]
@@ -91,17 +91,17 @@ def test_the_nearest_of_all_passes_is_taken():
 def test_what_was_set_before_is_forgotten(how):
     """A recipe's numbers, or those of an earlier budget: the one that is found stands alone."""
     fresh, k_LT = model()
-    expected = meet_budget(fresh, 3.0, lambda: k_LT().double().mean().item(), how)
+    expected = fit_budget_to(fresh, 3.0, lambda: k_LT().double().mean().item(), how)
     routers, _ = model(k_scale=2.0, k_shift=-1.5)
     for router, other in zip(routers, fresh, strict=True):
         router.load_state_dict(other.state_dict())
     fresh[:] = routers  # k_LT's own list
-    assert meet_budget(routers, 3.0, lambda: k_LT().double().mean().item(), how) == expected
+    assert fit_budget_to(routers, 3.0, lambda: k_LT().double().mean().item(), how) == expected
 
 
 def test_other_routers_have_nothing_to_move():
     with pytest.raises(ConfigError, match="'top_k' predicts no k"):
-        meet_budget([make_router("top_k", {})], 3.0, lambda: 4.0)
+        fit_budget_to([make_router("top_k", {})], 3.0, lambda: 4.0)
 
 
 @pytest.mark.parametrize("monotonic_weight", [0.1, 0.0])

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from gemoe_ds.evaluation.generate import Work, _chooser, generate
-from tests.backbones.test_past import loaded, samples  # noqa: F401  (a fixture)
+from gemoe_ds.evaluation.generate import GenerationStats, _chooser, generate
 from tests.helpers import run_ranks
+from tests.models.test_kv_cache import loaded, samples  # noqa: F401  (a fixture)
 from tests.tiny import make_model, write_base
 
 
@@ -107,8 +107,8 @@ def test_sampling_draws_from_the_model(tmp_path):
 
 def write_on_two(rank, base):
     """The ranks share experts; the first has two prompts and writes long, the second ends soon."""
-    from gemoe_ds.engine.distributed import any_over_ranks, distributed
     from gemoe_ds.engine.groups import expert_shard
+    from gemoe_ds.engine.world import any_over_ranks, distributed
 
     ids = torch.randint(6, 20, (3, 5), generator=torch.Generator().manual_seed(0))
     mine = fake_prompts(ids[:2], [5, 4]) if rank == 0 else fake_prompts(ids[2:], [5])
@@ -149,4 +149,4 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_answers_that_end_at_once_cost_no_step():
-    assert Work().mean_k_L == [0.0]
+    assert GenerationStats().mean_k_L == [0.0]

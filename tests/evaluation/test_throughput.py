@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gemoe_ds.backbones.flops import flops_per_token
-from gemoe_ds.evaluation.generate import Work
+from gemoe_ds.evaluation.generate import GenerationStats
 from gemoe_ds.evaluation.throughput import Cost, as_markdown
+from gemoe_ds.models.cost.flops import flops_per_token
 from tests.tiny import SHAPE, make_model, write_base
 
 
 def test_a_cost_by_hand(tmp_path):
     """Two samples of 20 tokens together, which 5 steps continue, in three rounds."""
     model = make_model(write_base(tmp_path))
-    prompts = Work(20, 9.0, 105, np.array([40, 80]))
-    steps = Work(5, 9.0, 60, np.array([5, 20]))
+    prompts = GenerationStats(20, 9.0, 105, np.array([40, 80]))
+    steps = GenerationStats(5, 9.0, 60, np.array([5, 20]))
     rounds = [(2.0, 1.0), (4.0, 8.0), (8.0, 2.0)]
     cost = Cost.of("one", model, prompts, steps, 2, rounds, 10**9)
     assert (cost.samples, cost.prompt_tokens, cost.written_tokens) == (2, 20, 5 + 2)
@@ -30,7 +30,7 @@ def test_a_cost_by_hand(tmp_path):
         (cost.gflops_per_written_token, [1.0, 4.0], 12.0),
     ):
         assert found == pytest.approx(sum(flops_per_token(model, mean_k, context).values()) / 1e9)
-    twice = Cost.of("two", model, prompts, Work(), 2, [(20.0, 0.0)], 2 * 10**9)
+    twice = Cost.of("two", model, prompts, GenerationStats(), 2, [(20.0, 0.0)], 2 * 10**9)
     assert twice.written_tokens_per_s == twice.gflops_per_written_token == 0
     *_, first, second = as_markdown([cost, twice]).splitlines()
     assert first.endswith("| 5 | 1.000 |") and second.endswith("| 10 | 2.000 |")

@@ -8,7 +8,7 @@ import yaml
 
 from data_prep import convert_llava, make_scenes
 from experiments.pretrain_vision import caption_words, main
-from gemoe_ds.backbones.tiny import TinyBackbone
+from gemoe_ds.models.tiny.backbone import TinyBackbone
 from tests.tiny import write_tokenizer
 
 
@@ -25,11 +25,11 @@ def setting(tmp_path_factory):
         "model": {
             "backbone": {"name": "tiny", "image_size": 32, "vision_width": 32},
             "router": {"name": "top_k"},
-            "train": "all",
+            "trainable": "all",
         },
-        "data": {"train": str(root / "data"), "tokenizer": str(write_tokenizer(root / "tok"))},
+        "data": {"train_path": str(root / "data"), "tokenizer": str(write_tokenizer(root / "tok"))},
         "optim": {"lr": 1e-3},
-        "train": {"steps": 1, "micro_batch": 1},
+        "train": {"steps": 1, "micro_batch_size": 1},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root

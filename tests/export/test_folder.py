@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import gemoe_ds.export.folder as module
-from gemoe_ds.backbones.stored import open_stored
 from gemoe_ds.errors import OutputError
 from gemoe_ds.export.folder import export
-from tests.backbones.cases import CASES, write_case
-from tests.backbones.small import make_model
+from gemoe_ds.hf_io.safetensors_reader import open_stored
+from tests.models.cases import CASES, write_case
+from tests.models.small import make_model
 
 INDEX = "model.safetensors.index.json"
 

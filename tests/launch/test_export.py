@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from gemoe_ds.backbones.model import ExpertShard
+from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.config.load import load_config
-from gemoe_ds.engine.checkpoint import put_trained
-from gemoe_ds.engine.manifest import newest
+from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks
 from tests.tiny import random_batch
@@ -54,7 +54,7 @@ def exported(setting, run):
 def trained_model(run, *overrides):
     config = load_config(run / "config.yaml", list(overrides))
     model = build_model(config, ExpertShard())
-    put_trained(model, newest(run))
+    load_trained_weights(model, newest(run))
     return model.eval()
 
 
@@ -271,7 +271,7 @@ def test_a_base_in_bfloat16_and_in_shards_keeps_dtype_and_bits(setting, run, tmp
 
 def test_a_run_that_trained_everything_is_exported_too(setting, tmp_path):
     output = tmp_path / "run"
-    config = make_config(setting, output, model__train="all", parallel__ep_size=1)
+    config = make_config(setting, output, model__trainable="all", parallel__ep_size=1)
     assert run_ranks(train_all, 1, [config]) == [None]
     done = export(output / "config.yaml", "--trained", output, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]

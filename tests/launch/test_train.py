@@ -49,7 +49,7 @@ def refused(capfd, *arguments) -> str:
     [
         ("model.router.treshold=1", "model.router.treshold: no such option; gemoe has"),
         ("optim.learning_rate=1", "optim.learning_rate: no such option; optim has lr"),
-        ("data.train=/nowhere", "data.train=/nowhere: no such file or folder"),
+        ("data.train_path=/nowhere", "data.train_path=/nowhere: no such file or folder"),
         ("model.checkpoint=/nowhere", "model.checkpoint=/nowhere: no such"),
         ("parallel.ep_size=2", "parallel.ep_size=2 does not divide the 1 ranks"),
         ("model.router.name=gemo", "known: ada_k, adamoe, dynmoe, evolve"),
@@ -92,7 +92,7 @@ def test_alone_deepspeed_and_torchrun_start_the_same_run(recipe, tmp_path):
     """One rank with twice the accumulation, and two ranks (EP 2) under both launchers."""
     losses = {}
     for name, launcher, changes in (
-        ("alone", [sys.executable], ["train.accumulation=4"]),
+        ("alone", [sys.executable], ["train.gradient_accumulation_steps=4"]),
         ("deepspeed", deepspeed(), ["parallel.ep_size=2"]),
         ("torchrun", torchrun(), ["parallel.ep_size=2"]),
     ):
@@ -143,7 +143,7 @@ def test_two_ranks_refuse_together_without_a_hang(setting, recipe, tmp_path, har
 def odd_experts(setting, folder, num_experts):
     import torch
 
-    from gemoe_ds.backbones.tiny import TinyBackbone
+    from gemoe_ds.models.tiny.backbone import TinyBackbone
     from tests.tiny import SHAPE
 
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import LocalDispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from tests.routers.cases import SPEC, at_slot, make_router
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemoe_ds.moe import ffn, ffn_by_expert, ffn_grouped
 from gemoe_ds.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts import by_expert, ffn, grouped
+from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.experts.weights import PackedExpertWeights
 from gemoe_ds.moe.plan import RoutingPlan
-from gemoe_ds.moe.products import PackedProducts
 from tests.helpers import gloo, run_ranks
 from tests.moe.oracle import dense_moe, ragged_problem
 
@@ -32,16 +32,16 @@ def _grads(loss, leaves):
 
 
 def dispatch(dispatcher: Dispatcher, x, mask, weights, experts, shared=None):
-    return dispatcher(x, weights, dispatcher.announce(mask), experts, shared)
+    return dispatcher(x, weights, dispatcher.dispatch_preprocess(mask), experts, shared)
 
 
-@pytest.mark.parametrize("path", [ffn_by_expert, ffn_grouped])
+@pytest.mark.parametrize("path", [by_expert, grouped])
 @pytest.mark.parametrize("trainable", [True, False])
 @settings(max_examples=40, deadline=None)
 @given(**RAGGED)
 def test_local_equals_dense(path, trainable, seed, tokens, experts, density):
     # the grouped product takes no float64
-    dtype = torch.float64 if path is ffn_by_expert else torch.float32
+    dtype = torch.float64 if path is by_expert else torch.float32
     problem = ragged_problem(seed, tokens, experts, density)
     x, mask, weights, gate_up, down = (
         p if p.dtype == torch.bool else p.detach().to(dtype).requires_grad_() for p in problem
@@ -77,7 +77,7 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
 
 
 @pytest.mark.parametrize(
-    ("path", "pack"), [(ffn_by_expert, False), (ffn_by_expert, True), (ffn_grouped, False)]
+    ("path", "pack"), [(by_expert, False), (by_expert, True), (grouped, False)]
 )
 def test_bfloat16_is_near_float32(path, pack):
     x, mask, weights, gate_up, down = ragged_problem(3, 40, 8, 0.4, d=16, f=24)
@@ -95,7 +95,7 @@ def test_bfloat16_is_near_float32(path, pack):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-@patch.object(ffn, "path_for", lambda *_: ffn_by_expert)
+@patch.object(ffn, "path_for", lambda *_: by_expert)
 def test_packed_weights_follow_the_module():
     """Packed copies are of no use once the weights are others, or have another dtype."""
     x, mask, weights, gate_up, down = ragged_problem(5, 20, 4, 0.5, d=16)
@@ -103,7 +103,7 @@ def test_packed_weights_follow_the_module():
     plan = RoutingPlan.from_mask(mask, weights32)
     experts = Experts(gate_up.detach().bfloat16(), down.detach().bfloat16(), trainable=False)
     first = experts(x16, plan)
-    assert isinstance(experts._packed, PackedProducts), "or this CPU has no bfloat16"
+    assert isinstance(experts._packed, PackedExpertWeights), "or this CPU has no bfloat16"
     experts.gate_up_EGD = -experts.gate_up_EGD  # silu(-gate) * -up: something else
     second = experts(x16, plan)
     plain = Experts(experts.gate_up_EGD, experts.down_EDF, trainable=False, pack=False)
@@ -131,12 +131,12 @@ def test_autocast_multiplies_in_its_dtype():
 @pytest.mark.parametrize(
     ("device", "dtype", "d_model", "width", "path"),
     [
-        ("cpu", torch.bfloat16, 2048, 1024, ffn_by_expert),
-        ("cpu", torch.bfloat16, 64, 16, ffn_grouped),
-        ("cpu", torch.float64, 64, 16, ffn_by_expert),
-        ("cuda", torch.bfloat16, 2048, 1024, ffn_grouped),
-        ("cuda", torch.float32, 2048, 1024, ffn_by_expert),
-        ("cuda", torch.bfloat16, 12, 16, ffn_by_expert),
+        ("cpu", torch.bfloat16, 2048, 1024, by_expert),
+        ("cpu", torch.bfloat16, 64, 16, grouped),
+        ("cpu", torch.float64, 64, 16, by_expert),
+        ("cuda", torch.bfloat16, 2048, 1024, grouped),
+        ("cuda", torch.float32, 2048, 1024, by_expert),
+        ("cuda", torch.bfloat16, 12, 16, by_expert),
     ],
 )
 def test_path_suits_the_device(device, dtype, d_model, width, path):

@@ -18,16 +18,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemoe_ds.backbones.backbone import Backbone
-from gemoe_ds.backbones.model import MoEModel
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.engine.distributed import distributed
 from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.world import distributed
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
-from tests.backbones.cases import CASES, write_case
 from tests.helpers import run_ranks
+from tests.models.cases import CASES, write_case
 from tests.routers.cases import TRAIN
 from tests.tiny import make_model, random_batch, write_base
 from tests.train.resuming import write_data
@@ -66,9 +66,9 @@ def alive_after_steps(model: MoEModel, batch: dict, steps: int) -> list[int]:
     gc.disable()
     with Census() as census:
         for _ in range(steps):
-            rehearsed = model(**batch, rehearse=True) if model.rehearsals else None
-            model(**batch, rehearsed=rehearsed)["loss"].backward()
-            del rehearsed
+            rolled_out = model(**batch, roll_out=True) if model.rollouts else None
+            model(**batch, rolled_out=rolled_out)["loss"].backward()
+            del rolled_out
             model.zero_grad()
             counts.append(census.settled(counts[-1]) if counts else census.alive())
     gc.enable()

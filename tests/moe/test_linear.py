@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemoe_ds.moe import onednn
-from gemoe_ds.moe.linear import RouterLinear, joined
+from gemoe_ds.moe.experts import onednn
+from gemoe_ds.moe.linear import RouterLinear, fused_linear
 
 
 @pytest.mark.parametrize("rows", [0, 1, 256, 700])
@@ -43,7 +43,7 @@ def test_joined_is_each_of_them(dtype, is_partitioned):
     inputs = [x, *(layer.weight for layer in layers)]
     probes = [torch.randn(700, layer.out_features) for layer in layers]
     both = []
-    for outputs in (joined(x, *layers), [layer(x) for layer in layers]):
+    for outputs in (fused_linear(x, *layers), [layer(x) for layer in layers]):
         total = sum((y * probe).sum() for y, probe in zip(outputs, probes, strict=True))
         both.append([*outputs, *torch.autograd.grad(total, inputs)])
     rough = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -62,7 +62,7 @@ def test_what_is_not_used_or_does_not_train_has_no_gradient(used, frozen):
     x = torch.randn(70, 40, requires_grad=True)
     inputs = [x, *(layer.weight for layer in layers if layer.weight.requires_grad)]
     both = []
-    for outputs in (joined(x, *layers), [x @ layer.weight.t() for layer in layers]):
+    for outputs in (fused_linear(x, *layers), [x @ layer.weight.t() for layer in layers]):
         total = x.sum() + sum((outputs[n] ** 2).sum() for n in used)
         both.append(torch.autograd.grad(total, inputs, allow_unused=True))
     for have, want in zip(*both, strict=True):

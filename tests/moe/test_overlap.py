@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemoe_ds.moe import ffn, ffn_grouped
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts import ffn, grouped
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.routers.gemoe import GeMoERouter
@@ -146,7 +146,7 @@ def waits_of(dispatcher) -> tuple[list[str], int]:
         return tolist(tensor)
 
     with (
-        patch.object(ffn, "path_for", lambda *_: ffn_grouped),
+        patch.object(ffn, "path_for", lambda *_: grouped),
         patch.object(torch.Tensor, "tolist", counted),
         HostWaits() as waits,
     ):

@@ -20,9 +20,12 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "soft_mask": {"ce_to_k": "soft_mask", "k_low": 0},
     },
     "top_p": {"layer": {"learn": "layer"}, "token": {"learn": "token", "max_k": 3}},
-    "adamoe": {"sum": {"renormalise": "sum", "k": 6}, "all": {"renormalise": "all", "nulls": 9}},
+    "adamoe": {
+        "sum": {"norm_topk_prob": "sum", "k": 6},
+        "all": {"norm_topk_prob": "all", "nulls": 9},
+    },
     "moepp": {
-        "sum": {"renormalise": "sum", "free_rows": "copies"},
+        "sum": {"norm_topk_prob": "sum", "free_rows": "copies"},
         "no_residual": {"gating_residual": False},
     },
     "remoe": {"logits": {"activation": "logits", "target_k": 2.0}},
@@ -34,7 +37,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "default": {"warm_steps": 2, "k_high": 6},
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
     },
-    "ltdr": {"paper": {"renormalise": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},
+    "ltdr": {"paper": {"norm_topk_prob": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},
     "evolve": {"two_ranges": {"beta": ((0.0, 0.0), (0.5, 0.9))}},
     "evomoe": {"paper": {"k": 1, "gate": "none"}, "frozen": {"gate": "frozen"}},
 }
@@ -56,7 +59,7 @@ def case_id(case: tuple[str, dict]) -> str:
     return "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())])
 
 
-SPEC = RoutingSpec(d_model=16, num_experts=8, top_k=4, renormalise=False)
+SPEC = RoutingSpec(d_model=16, num_experts=8, top_k=4, norm_topk_prob=False)
 
 
 def make_router(name: str, options: dict, spec: RoutingSpec = SPEC, seed: int = 0) -> Router:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.context import Rehearsal
+from gemoe_ds.moe.context import Rollout
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
 TOKENS = 6
 
 
@@ -26,31 +26,31 @@ def made(**options):
     )
 
 
-def rehearse(router, x_TD, ctx, reward_T, is_scored_T):
+def roll_out(router, x_TD, ctx, reward_T, is_scored_T):
     """Both passes with the given gain of the sampled k over the default."""
     kept = {}
-    for name in router.rehearsals():
-        ctx.rehearsal = name
+    for name in router.rollouts():
+        ctx.rollout = name
         with torch.no_grad():
             router(x_TD, ctx)
-        kept[name] = dict(ctx.layers[0].keep)
-        ctx.layers[0].keep.clear()
-    ctx.rehearsal = None
+        kept[name] = dict(ctx.layers[0].cache)
+        ctx.layers[0].cache.clear()
+    ctx.rollout = None
     zeros = torch.zeros_like(reward_T)
-    ctx.rehearsed = {
-        "sampled": Rehearsal(reward_T, is_scored_T, [kept["sampled"]]),
-        "default": Rehearsal(zeros, is_scored_T, [kept["default"]]),
+    ctx.rolled_out = {
+        "sampled": Rollout(reward_T, is_scored_T, [kept["sampled"]]),
+        "default": Rollout(zeros, is_scored_T, [kept["default"]]),
     }
     return kept["sampled"]
 
 
 def test_sampled_k_is_replayed_and_the_default_is_the_backbone_s():
     router, x_TD, ctx = made()
-    ctx.rehearsal = "default"
+    ctx.rollout = "default"
     assert router(x_TD, ctx).token_ids_A.bincount().tolist() == [2] * TOKENS
-    ctx.rehearsal = None
+    ctx.rollout = None
     everywhere = torch.ones(TOKENS, dtype=torch.bool)
-    sampled = rehearse(router, x_TD, ctx, torch.ones(TOKENS), everywhere)
+    sampled = roll_out(router, x_TD, ctx, torch.ones(TOKENS), everywhere)
     plan = router(x_TD, ctx)
     assert plan.token_ids_A.bincount().tolist() == (sampled["choice_T"] + 1).tolist()
 
@@ -58,7 +58,7 @@ def test_sampled_k_is_replayed_and_the_default_is_the_backbone_s():
 def test_without_advantage_only_the_regulariser_has_a_gradient():
     router, x_TD, ctx = made()
     everywhere = torch.ones(TOKENS, dtype=torch.bool)
-    rehearse(router, x_TD, ctx, torch.zeros(TOKENS), everywhere)
+    roll_out(router, x_TD, ctx, torch.zeros(TOKENS), everywhere)
     router(x_TD, ctx)
     terms = ctx.layers[0].losses
     (policy,) = torch.autograd.grad(
@@ -73,7 +73,7 @@ def test_ppo_by_hand():
     router, x_TD, ctx = made(gamma=0.5)
     reward = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, 0.0])
     scored = torch.tensor([True, True, False, True, False, False])
-    old = rehearse(router, x_TD, ctx, reward, scored)
+    old = roll_out(router, x_TD, ctx, reward, scored)
     with torch.no_grad():
         router.allocator.weight.add_(torch.randn_like(router.allocator.weight) * 0.5)
     router(x_TD, ctx)
@@ -95,14 +95,14 @@ def test_lower_layers_have_a_discount(slot, discount):
     router = make_router("ada_k", options, replace(SPEC, slot=slot)).train()
     ctx = make_context(torch.ones(2, TOKENS // 2, dtype=torch.bool), layers=3)
     x_TD, kept = torch.randn(TOKENS, 4), {}
-    for name in router.rehearsals():
-        ctx.rehearsal = name
+    for name in router.rollouts():
+        ctx.rollout = name
         with torch.no_grad():
             router(x_TD, ctx)
-        kept[name] = [dict(record.keep) for record in ctx.layers]
-    ctx.rehearsal, scored_T = None, torch.ones(TOKENS, dtype=torch.bool)
+        kept[name] = [dict(record.cache) for record in ctx.layers]
+    ctx.rollout, scored_T = None, torch.ones(TOKENS, dtype=torch.bool)
     gains = {"sampled": torch.ones(TOKENS), "default": torch.zeros(TOKENS)}
-    ctx.rehearsed = {n: Rehearsal(gain, scored_T, kept[n]) for n, gain in gains.items()}
+    ctx.rolled_out = {n: Rollout(gain, scored_T, kept[n]) for n, gain in gains.items()}
     router(x_TD, ctx)
     value = ctx.layers[slot].losses["policy"].value.item()
     assert value == pytest.approx(-discount)
@@ -110,7 +110,7 @@ def test_lower_layers_have_a_discount(slot, discount):
 
 def test_warm_start_gives_the_mass_that_holds_the_default_k():
     router, x_TD, ctx = made(warm_steps=1)
-    assert router.rehearsals() == ()
+    assert router.rollouts() == ()
     plan = router(x_TD, ctx)
     assert plan.token_ids_A.bincount().tolist() == [2] * TOKENS
     scores = (x_TD @ router.gate.weight.t()).softmax(-1)
@@ -120,7 +120,7 @@ def test_warm_start_gives_the_mass_that_holds_the_default_k():
     expected = -log_p.gather(1, wanted[:, None] - 1).mean()
     torch.testing.assert_close(ctx.layers[0].losses["warm"].value, expected)
     router.warm_left.zero_()
-    assert router.rehearsals() == ("sampled", "default")
+    assert router.rollouts() == ("sampled", "default")
 
 
 def test_at_inference_the_most_likely_k():
@@ -141,16 +141,16 @@ def test_it_learns_what_is_rewarded():
     everywhere = torch.ones(64, dtype=torch.bool)
     optimizer = torch.optim.AdamW(router.allocator.parameters(), lr=0.05, weight_decay=0)
     for _ in range(60):
-        kept = rehearse(router, x_TD, ctx, torch.zeros(64), everywhere)
+        kept = roll_out(router, x_TD, ctx, torch.zeros(64), everywhere)
         k = kept["choice_T"] + 1
         reward = torch.where(kind == 0, 2.0 - k, k - 3.0)
-        ctx.rehearsed["sampled"] = Rehearsal(reward, everywhere, [kept])
+        ctx.rolled_out["sampled"] = Rollout(reward, everywhere, [kept])
         for _ in range(2):
             router(x_TD, ctx)
             optimizer.zero_grad()
             ctx.layers[0].losses["policy"].value.backward()
             optimizer.step()
-    ctx.rehearsed = {}
+    ctx.rolled_out = {}
     k = router.eval()(x_TD, ctx).token_ids_A.bincount(minlength=64)
     assert k[kind == 0].float().mean() < 1.2 and k[kind == 1].float().mean() > 3.8
 

@@ -9,10 +9,10 @@ import torch
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
 
 
 def routed(probabilities, **options):
@@ -46,7 +46,7 @@ def test_nulls_leave_fewer_true_experts():
     ],
 )
 def test_weights(how, expected):
-    router, _, decision = routed(TOKENS, renormalise=how)
+    router, _, decision = routed(TOKENS, norm_topk_prob=how)
     weights_TE, mask_TE = router.split(decision.weights_TE)[0], router.split(decision.mask_TE)[0]
     torch.testing.assert_close(weights_TE[mask_TE], torch.tensor(expected))
 
@@ -76,7 +76,7 @@ def test_null_rows_start_as_copies_of_true_ones():
 def test_coefficient_falls_at_half_time():
     router = make_router("adamoe", {}, SPEC)
     for step, expected in ((4, 0.02), (5, 1e-4)):
-        router.after_step(Upkeep(step, 10, {}, {}, None, None, None))
+        router.after_step(StepContext(step, 10, {}, {}, None, None, None))
         assert math.isclose(router.balance.item(), expected, rel_tol=1e-6)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemoe_ds.backbones.model import ExpertShard
-from gemoe_ds.engine.checkpoint import load_trained
+from gemoe_ds.checkpoint.state import load_trained
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.moe.dispatch import LocalDispatcher
-from gemoe_ds.moe.experts import Experts
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
@@ -83,7 +83,12 @@ def test_padding_changes_nothing(case):
         values = [t.value for t in record.losses.values()]
         total = y_TD.square().sum() + sum(t.value * t.weight for t in record.losses.values())
         total.backward()
-        found = [y_TD, *values, *record.tally.values(), *(s.total for s in record.stats.values())]
+        found = [
+            y_TD,
+            *values,
+            *record.step_counts.values(),
+            *(s.total for s in record.stats.values()),
+        ]
         found += [p.grad for p in [*layer.parameters(), x_TD] if p.grad is not None]
         expected = expected or found
         for first, second in zip(expected, found, strict=True):
@@ -99,15 +104,17 @@ def test_memory_is_asked_for_as_much_as_is_used(case):
     for mode in (True, False):
         plan = router.train(mode)(x_TD, ctx)
         mean_k = plan.token_ids_A.numel() / int(ctx.is_valid_T.sum())
-        assert mean_k <= 1.1 * router.most_mean_k <= 1.1 * router.max_k
+        assert mean_k <= 1.1 * router.peak_mean_k <= 1.1 * router.max_k
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize("name", Router.names())
-def test_a_backbone_whose_k_is_one(name, renormalise):
+def test_a_backbone_whose_k_is_one(name, norm_topk_prob):
     """Every group of the optimizer has a gradient; or the router says at once that it cannot."""
     try:
-        router = make_router(name, {}, replace(SPEC, top_k=1, renormalise=renormalise)).train()
+        router = make_router(
+            name, {}, replace(SPEC, top_k=1, norm_topk_prob=norm_topk_prob)
+        ).train()
     except ConfigError as error:
         assert "model.router" in str(error) and "own k is 1" in str(error)
         return
@@ -144,8 +151,8 @@ def loss_and_grads(model, seed=3, **kwargs):
     batch = random_batch(seed, batch=3)
     model.train()
     torch.manual_seed(0)
-    rehearsed = model(**batch, rehearse=True) if model.rehearsals else None
-    loss = model(**batch, rehearsed=rehearsed)["loss"]
+    rolled_out = model(**batch, roll_out=True) if model.rollouts else None
+    loss = model(**batch, rolled_out=rolled_out)["loss"]
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.trainable().items()}
 
@@ -182,9 +189,9 @@ def runs_of(name: str, options: dict, setting, root) -> dict[str, object]:
             setting,
             root / f"{case_id((name, options))}-{output}",
             model__router={"name": name, **options},
-            model__train=TRAIN.get(name, "routers"),
+            model__trainable=TRAIN.get(name, "routers"),
             optim={"lr": 1e-2, "eps": 1e-3, "warmup_steps": 1},
-            train={"steps": 6, "micro_batch": 1, "global_batch": 4},
+            train={"steps": 6, "micro_batch_size": 1, "global_batch_size": 4},
             parallel__ep_size=ep_size,
             deepspeed=str(repository() / f"ds_configs/zero{zero}.json"),
             **changes,
@@ -268,9 +275,9 @@ def test_two_hundred_steps(name, tmp_path):
         setting,
         tmp_path / "run",
         model__router={"name": name},
-        model__train=TRAIN.get(name, "routers"),
+        model__trainable=TRAIN.get(name, "routers"),
         parallel__ep_size=2,
-        train={"steps": 200, "micro_batch": 2},
+        train={"steps": 200, "micro_batch_size": 2},
         checkpoint={"every": 0, "keep": 1},
         deepspeed=str(repository() / "ds_configs/zero2.json"),
     )

@@ -9,10 +9,10 @@ import torch
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=3, num_experts=3, top_k=1, renormalise=False)
+SPEC = RoutingSpec(d_model=3, num_experts=3, top_k=1, norm_topk_prob=False)
 PAPER = {"start_k": "half"}
 
 
@@ -30,8 +30,8 @@ def assign_(parameter, value):
 
 
 def upkeep(router, ctx, step=1):
-    layer = {n: t.double() for n, t in ctx.layers[0].tally.items()}
-    router.after_step(Upkeep(step, 10, layer, layer, assign_, lambda p: p.detach(), None))
+    layer = {n: t.double() for n, t in ctx.layers[0].step_counts.items()}
+    router.after_step(StepContext(step, 10, layer, layer, assign_, lambda p: p.detach(), None))
 
 
 def test_experts_with_a_positive_similarity_share_the_token():
@@ -130,7 +130,7 @@ def test_padding_is_not_unserved():
     router, x_TD, _ = made([[-1.0, -2.0, -3.0], [-5.0, -5.0, -5.0]], adapt="both")
     ctx = make_context(torch.tensor([[True, False]]))
     router(x_TD, ctx)
-    assert ctx.layers[0].tally["unserved_D"].tolist() == [-1.0, -2.0, -3.0]
+    assert ctx.layers[0].step_counts["unserved_D"].tolist() == [-1.0, -2.0, -3.0]
 
 
 def ctx_of(tokens):

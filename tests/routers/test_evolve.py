@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.experts import Experts
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.step_context import StepContext
 from tests.routers.cases import SPEC, make_context, make_router
 
 
@@ -30,7 +30,7 @@ def step(router, experts, number):
     with torch.no_grad():
         experts.gate_up_EGD[0] += number
         experts.down_EDF[0] -= number
-    router.after_step(Upkeep(number, 10, {}, {}, assign_, lambda p: p.detach(), experts))
+    router.after_step(StepContext(number, 10, {}, {}, assign_, lambda p: p.detach(), experts))
 
 
 def test_every_token_goes_to_the_one_that_trains():
@@ -65,7 +65,7 @@ def test_beta_zero_copies_and_one_stands_still():
 def test_wrong_settings_are_refused():
     router, _ = made()
     frozen = Experts(torch.randn(8, 8, 16), torch.randn(8, 16, 4), trainable=False)
-    with pytest.raises(ConfigError, match="model.train=experts"):
+    with pytest.raises(ConfigError, match="model.trainable=experts"):
         router.before_steps(frozen, lambda p: p, lambda t: t)
     with pytest.raises(ConfigError, match=r"\[0.9, 0.2\] is not a range"):
         make_router("evolve", {"beta": ((0.9, 0.2),)}, SPEC)

@@ -13,7 +13,7 @@ from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.routers.gemoe import GeMoERouter
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=3, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=3, norm_topk_prob=False)
 
 
 def make(tokens=3, spec=SPEC, **options):
@@ -164,7 +164,7 @@ def test_k_low_zero_allows_tokens_without_experts():
 
 def test_renormalise_switch():
     x = torch.randn(3, 4)
-    router, ctx = make(renormalise="sum")
+    router, ctx = make(norm_topk_prob="sum")
     plan = router(x, ctx)
     sums = torch.zeros(3).index_add(0, plan.token_ids_A, plan.weights_A.detach())
     torch.testing.assert_close(sums, torch.ones(3))
@@ -209,7 +209,7 @@ def test_statistics():
 
 def test_k_is_rounded_and_the_budget_counts_valid_tokens():
     """A predictor without an opinion expects 2.5; of the second token, padding, it is sure of 4."""
-    spec = RoutingSpec(d_model=2, num_experts=4, top_k=4, renormalise=False)
+    spec = RoutingSpec(d_model=2, num_experts=4, top_k=4, norm_topk_prob=False)
     router = make_router("gemoe", {"budget_k": 2.0, "k_shift": 0.2}, spec)
     with torch.no_grad():
         router.eap.weight.zero_()[3, 0] = 50.0

@@ -12,7 +12,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
 FLAT, PEAKED = [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]
 
 
@@ -64,7 +64,7 @@ def test_weights_as_printed_and_as_meant():
         ("sum", p[:2] / 0.7),
         ("backbone", p[:2]),
     ):
-        _, _, decision = routed([[p.tolist()]], [[0]], renormalise=how)
+        _, _, decision = routed([[p.tolist()]], [[0]], norm_topk_prob=how)
         torch.testing.assert_close(decision.weights_TE[0, :2], expected)
 
 

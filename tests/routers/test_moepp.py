@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.free_experts import FreeExperts
+from gemoe_ds.moe.experts.zero_computation import ZeroComputationExperts
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import at_slot, make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=3, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=3, top_k=2, norm_topk_prob=False)
 ONE_EACH = {"zero": 1, "copies": 1, "constant": 1}
 
 
@@ -28,7 +28,7 @@ ZERO_AND_COPY = [[0.1, 0.05, 0.05, 0.3, 0.4, 0.1]]
 
 
 def test_zero_and_copy_renormalised_give_the_input_back():
-    router, _, x_TD, decision = routed(ZERO_AND_COPY, renormalise="sum")
+    router, _, x_TD, decision = routed(ZERO_AND_COPY, norm_topk_prob="sum")
     torch.testing.assert_close(router.free_output(x_TD, decision), x_TD)
     assert router.plan(decision).token_ids_A.numel() == 0
 
@@ -41,7 +41,7 @@ def test_raw_scores_weigh_the_copy():
 @pytest.mark.parametrize("seed", range(3))
 def test_free_experts_equal_their_definition(seed):
     torch.manual_seed(seed)
-    free = FreeExperts(["zero", "copy", "constant", "copy", "constant"], 6).double()
+    free = ZeroComputationExperts(["zero", "copy", "constant", "copy", "constant"], 6).double()
     x_TD = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weights_TM = torch.rand(7, 5, dtype=torch.float64, requires_grad=True)
     mask_TM = torch.rand(7, 5) < 0.5

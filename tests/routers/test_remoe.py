@@ -10,10 +10,10 @@ import torch
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.router import RoutingSpec
-from gemoe_ds.moe.upkeep import Upkeep
+from gemoe_ds.moe.step_context import StepContext
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
 
 
 def routed(logits, **options):
@@ -51,13 +51,13 @@ def test_controller_looks_at_all_layers(active, factor):
     router = make_router("remoe", {}, SPEC)  # target: mean k = 2
     model = {"active": torch.tensor(float(active)), "tokens": torch.tensor(10.0)}
     before = router.coefficient.item()
-    router.after_step(Upkeep(1, 10, {"active": torch.tensor(99.0)}, model, None, None, None))
+    router.after_step(StepContext(1, 10, {"active": torch.tensor(99.0)}, model, None, None, None))
     assert math.isclose(router.coefficient.item(), before * factor, rel_tol=1e-6)
 
 
 def run_loop(start_theta, steps, *, task=0.1, **options):
     """Mean k of every step, of a router that gets both losses; the task wants every expert."""
-    spec = RoutingSpec(d_model=16, num_experts=8, top_k=3, renormalise=False)
+    spec = RoutingSpec(d_model=16, num_experts=8, top_k=3, norm_topk_prob=False)
     router = make_router("remoe", {"coefficient": 0.01, "factor": 1.02} | options, spec).train()
     with torch.no_grad():
         router.shift.log_theta.fill_(math.log(start_theta))
@@ -73,8 +73,8 @@ def run_loop(start_theta, steps, *, task=0.1, **options):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        sums = {n: t.double() for n, t in ctx.layers[0].tally.items()}
-        router.after_step(Upkeep(step, steps, sums, sums, None, None, None))
+        sums = {n: t.double() for n, t in ctx.layers[0].step_counts.items()}
+        router.after_step(StepContext(step, steps, sums, sums, None, None, None))
     return means, router
 
 
@@ -103,7 +103,7 @@ def test_the_coefficient_is_never_lost(mean_k, other, bound):
     def steps(number, k):
         model = {"active": torch.tensor(10 * k), "tokens": torch.tensor(10.0)}
         for _ in range(number):
-            router.after_step(Upkeep(1, 10, model, model, None, None, None))
+            router.after_step(StepContext(1, 10, model, model, None, None, None))
         return router.coefficient.item()
 
     assert steps(5000, mean_k) == pytest.approx(bound)

@@ -12,9 +12,9 @@ from gemoe_ds.routers.top_k import TopKRouter
 from tests.routers.cases import make_context, make_router
 
 
-def make(renormalise=False, **options):
+def make(norm_topk_prob=False, **options):
     torch.manual_seed(0)
-    spec = RoutingSpec(d_model=6, num_experts=5, top_k=2, renormalise=renormalise)
+    spec = RoutingSpec(d_model=6, num_experts=5, top_k=2, norm_topk_prob=norm_topk_prob)
     router = TopKRouter(TopKRouter.Config(**options), spec)
     ctx = TokenContext(1)
     ctx.begin(torch.ones(1, 7, dtype=torch.bool), torch.zeros(1, 7, dtype=torch.bool))
@@ -34,7 +34,7 @@ def test_every_token_gets_its_k_best_with_raw_scores(k, expected):
 
 
 def test_renormalises_where_the_backbone_does():
-    router, ctx = make(renormalise=True)
+    router, ctx = make(norm_topk_prob=True)
     plan = router(torch.randn(7, 6), ctx)
     got = torch.zeros(7).index_add(0, plan.token_ids_A, plan.weights_A.detach())
     torch.testing.assert_close(got, torch.ones(7))
@@ -58,7 +58,7 @@ def test_routing_is_float32_for_bfloat16_activations():
 @pytest.mark.parametrize("target, excess", [(0.0, 2.0), (1.5, 0.5), (3.0, 0.0)])
 def test_entropy_above_its_target_costs(target, excess):
     """Equal scores of four experts: 2 bits."""
-    spec = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+    spec = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
     router = make_router("top_k", {"entropy_weight": 0.1, "entropy_target": target}, spec)
     ctx, logits_TE = make_context(torch.ones(1, 3, dtype=torch.bool)), torch.zeros(3, 4)
     decision = router.select(logits_TE, torch.zeros(3, 4), ctx)

@@ -10,7 +10,7 @@ import torch
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
 
-SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, renormalise=False)
+SPEC = RoutingSpec(d_model=4, num_experts=4, top_k=2, norm_topk_prob=False)
 
 
 def routed(probabilities, **options):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gemoe_ds.data.dataset import EvalStream
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.evaluation.runner import Scores, evaluate
+from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.evaluation.score import Scores, evaluate
 from tests.train.resuming import one_group
 
 BATCH = 3  # samples
@@ -54,13 +54,13 @@ def train_and_reload(rank: int, configs: list, others: Sequence = ()) -> list[Re
 
 
 def _train_and_reload(module, config, models: list) -> Reloaded:
-    from gemoe_ds.engine.checkpoint import put_trained
+    from gemoe_ds.checkpoint.manifest import newest
+    from gemoe_ds.checkpoint.state import load_trained_weights
     from gemoe_ds.engine.groups import expert_shard
-    from gemoe_ds.engine.manifest import newest
 
     module.train(config)
     with module.distributed() as world:
-        trainable = config.model.train != "routers"
+        trainable = config.model.trainable != "routers"
         shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
         trained = _score(models.pop(), config, world)
         fresh = module.build_model(config, shard)
@@ -68,7 +68,7 @@ def _train_and_reload(module, config, models: list) -> Reloaded:
         other = config.model_copy(update={"seed": config.seed + 1})
         reloaded = module.build_model(other, shard)
         models.clear()
-        put_trained(reloaded, newest(Path(config.output_dir)))
+        load_trained_weights(reloaded, newest(Path(config.output_dir)))
         before, after = fresh.trainable(), reloaded.trainable()
         return Reloaded(
             trained,
@@ -80,10 +80,10 @@ def _train_and_reload(module, config, models: list) -> Reloaded:
 
 
 def _score(model, config, world) -> Scores:
-    from gemoe_ds.engine.distributed import gather_objects
+    from gemoe_ds.engine.world import gather_objects
     from gemoe_ds.train.assemble import build_collator
 
-    samples = open_samples(config.data.train)
+    samples = open_samples(config.data.train_path)
     stream = EvalStream(
         samples, build_collator(config, model), batch=BATCH, rank=world.rank, world=world.size
     )

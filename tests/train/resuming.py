@@ -80,10 +80,10 @@ def make_config(setting: dict[str, Path], output: Path, **changes: object):
             "router": {"name": "gemoe"},
             "dtype": "float32",
         },
-        "data": {"train": str(setting["data"]), "tokenizer": str(setting["tokenizer"])},
+        "data": {"train_path": str(setting["data"]), "tokenizer": str(setting["tokenizer"])},
         "optim": {"lr": 1e-2, "warmup_steps": 2},
         "parallel": {"ep_size": 2},
-        "train": {"steps": 6, "micro_batch": 2, "accumulation": 2},
+        "train": {"steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
         "checkpoint": {"every": CUT, "keep": 50},
         "monitor": {"every": 1, "tensorboard": False},
         "deepspeed": str(repository() / "ds_configs/zero2.json"),
@@ -101,14 +101,14 @@ def setup_config(setting, output: Path, setup: Setup, train: str, **changes: obj
     return make_config(
         setting,
         output,
-        model__train=train,
+        model__trainable=train,
         # An eps that keeps Adam from turning the rounding of a gradient into a step of full size,
         # and a rate at which 20 steps of a whole model do not blow rounding up.
         optim__eps=1e-3,
         optim__lr=1e-2 if train == "routers" else 2e-3,
         optim__predictor_lr=2e-2,
         parallel__ep_size=setup.ep_size,
-        train={"steps": CUT + NEXT, "micro_batch": 1, "global_batch": 4},
+        train={"steps": CUT + NEXT, "micro_batch_size": 1, "global_batch_size": 4},
         monitor__ledger=True,
         deepspeed=str(repository() / f"ds_configs/zero{setup.zero}.json"),
         **changes,
@@ -118,7 +118,7 @@ def setup_config(setting, output: Path, setup: Setup, train: str, **changes: obj
 @contextmanager
 def one_group(module) -> Iterator[None]:
     """`train` of several runs in a row inside one process group: starting one takes seconds."""
-    from gemoe_ds.engine.distributed import distributed
+    from gemoe_ds.engine.world import distributed
 
     original = module.distributed
     with distributed() as world:
@@ -163,7 +163,7 @@ def cut_run(setting, source: Setup, target: Setup, train: str) -> tuple[Path, ob
     output = setting["root"] / f"{train}-{source}-to-{target}"
     step = f"checkpoints/step-{CUT:06d}"
     shutil.copytree(whole / step, output / step)
-    shutil.copytree(whole / "ledger", output / "ledger")
+    shutil.copytree(whole / "sample_log", output / "sample_log")
     shutil.copy(whole / "metrics.jsonl", output)
     return output, setup_config(setting, output, target, train, resume="auto")
 

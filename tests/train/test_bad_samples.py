@@ -10,7 +10,7 @@ import pytest
 
 from gemoe_ds.data.bad_samples import FILE
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
@@ -36,7 +36,7 @@ def setting(tmp_path_factory):
 def config_of(setting, output, ranks, **changes):
     defaults = {
         "parallel__ep_size": min(ranks, 2),
-        "train": {"steps": 8, "micro_batch": 1, "global_batch": 4},
+        "train": {"steps": 8, "micro_batch_size": 1, "global_batch_size": 4},
         "data__max_length": LONGEST,
         "monitor__ledger": True,
     }
@@ -57,7 +57,7 @@ def test_any_ranks_leave_out_the_same_and_go_on_with_any_budget(setting, tmp_pat
     }
     assert said[1] == [None] and len({*said[4]}) == 1
     assert said[4][0].startswith("4 samples cannot be used, more than data.max_bad_samples=3;")
-    for file in ("checkpoints/step-000003", "ledger", FILE.parent):
+    for file in ("checkpoints/step-000003", "sample_log", FILE.parent):
         shutil.copytree(outputs[1] / file, outputs[2] / file)
     shutil.copy(outputs[1] / "metrics.jsonl", outputs[2])
     budget = {"data__max_bad_samples": 0.25, "data__max_length": LONGEST - 1, "resume": "auto"}
@@ -66,8 +66,8 @@ def test_any_ranks_leave_out_the_same_and_go_on_with_any_budget(setting, tmp_pat
     whole = losses_of_steps(outputs[1])
     assert [step for step in range(1, 9) if step not in whole] == [*EMPTY]
     for output in outputs.values():
-        assert read_ledger(output) == read_ledger(outputs[1])
-        assert read_ledger(output)[2] == EMPTY[2]
+        assert read_sample_log(output) == read_sample_log(outputs[1])
+        assert read_sample_log(output)[2] == EMPTY[2]
         assert losses_of_steps(output) == pytest.approx(whole, rel=1e-5)
         listed = [json.loads(line) for line in (output / FILE).read_text().splitlines()]
         assert {entry["row"] for entry in listed} == {*BROKEN, *LONG} and len(listed) == 4

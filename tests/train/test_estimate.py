@@ -30,12 +30,12 @@ def setting(tmp_path_factory):
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype):
-    from gemoe_ds.backbones.model import ExpertShard
+    from gemoe_ds.models.moe_model import ExpertShard
 
     config = make_config(
-        setting, tmp_path, model__train=train, model__dtype=dtype, parallel__ep_size=ep_size
+        setting, tmp_path, model__trainable=train, model__dtype=dtype, parallel__ep_size=ep_size
     )
-    parts = estimate(config, open_samples(config.data.train), 4, torch.device("cpu")).parts
+    parts = estimate(config, open_samples(config.data.train_path), 4, torch.device("cpu")).parts
     model = build_model(config, ExpertShard(0, ep_size))
     trained = sum(p.numel() * 4 for p in model.trainable().values())
     experts = [b for layer in model.moe_layers for b in layer.experts.buffers()]
@@ -48,11 +48,11 @@ def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_a_host_has_once(setting, tmp_path, train, stage):
     """All that neither trains nor is an expert nor a router's; ZeRO 3 divides it instead."""
-    from gemoe_ds.backbones.model import ExpertShard
+    from gemoe_ds.models.moe_model import ExpertShard
 
     path = str(repository() / f"ds_configs/zero{stage}.json")
-    config = make_config(setting, tmp_path, model__train=train, deepspeed=path)
-    samples = open_samples(config.data.train)
+    config = make_config(setting, tmp_path, model__trainable=train, deepspeed=path)
+    samples = open_samples(config.data.train_path)
     model = build_model(config, ExpertShard(0, config.parallel.ep_size))
     routers = {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
     frozen = (p for p in model.parameters() if not p.requires_grad and id(p) not in routers)
@@ -69,7 +69,7 @@ def test_zero_divides_what_it_divides(setting, tmp_path):
         config = make_config(
             setting,
             tmp_path,
-            model__train="all",
+            model__trainable="all",
             parallel__ep_size=1,
             deepspeed=str(repository() / f"ds_configs/zero{stage}.json"),
         )
@@ -100,7 +100,7 @@ def test_activations_are_those_of_the_most_experts_that_a_method_takes(
 
     def activations(router):
         config = make_config(setting, tmp_path, model__router=router, parallel__ep_size=1)
-        samples = open_samples(config.data.train)
+        samples = open_samples(config.data.train_path)
         return estimate(config, samples, 1, torch.device("cpu")).parts["activations"]
 
     below, above = (activations({"name": "top_k", "k": n}) for n in (int(k), math.ceil(k)))
@@ -142,7 +142,7 @@ def test_images_are_decoded_of_the_longest_and_the_largest_only(setting, tmp_pat
     config = make_config(setting, tmp_path, parallel__ep_size=1)
     samples = open_samples(setting["data"])
     parts = estimate(config, samples, 1, torch.device("cpu")).parts
-    size = config.train.micro_batch
+    size = config.train.micro_batch_size
     again = 1  # to see what making it takes
     assert len(held) == 2 * size + again < len(samples) and most <= size + again
     assert taken == [0] and parts["Python and its packages"] == 7 + module._ENGINE

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemoe_ds.backbones.tokenizer import load_tokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Turn, open_samples
+from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.helpers import run_ranks
 from tests.tiny import make_model
 from tests.train.resuming import make_config, write_setting
@@ -72,8 +72,8 @@ def gradients(model):
 def step_on_rank(rank, setting, config, *steps):
     """Loss and other figures after each step of micro-batches of [rank 0, rank 1], and Adam's."""
     from gemoe_ds.engine.build import initialize
-    from gemoe_ds.engine.distributed import distributed
     from gemoe_ds.engine.groups import expert_shard
+    from gemoe_ds.engine.world import distributed
     from gemoe_ds.engine.zero import full_moment, full_value
     from gemoe_ds.train.trainer import Trainer
 
@@ -100,8 +100,8 @@ def step_on_rank(rank, setting, config, *steps):
 
 def config_of(setting, router):
     options = {"name": router} | ROUTERS[router]
-    plain = {"lr": 1e-2, "clip_norm": None, "betas": (0.5, 0.9), "schedule": "constant"}
-    batch = {"steps": 9, "micro_batch": 1, "accumulation": 2}
+    plain = {"lr": 1e-2, "max_grad_norm": None, "betas": (0.5, 0.9), "schedule": "constant"}
+    batch = {"steps": 9, "micro_batch_size": 1, "gradient_accumulation_steps": 2}
     return make_config(setting, setting["root"], model__router=options, optim=plain, train=batch)
 
 

@@ -6,8 +6,8 @@ import mmap
 
 import torch
 
-from gemoe_ds.engine.distributed import World
-from gemoe_ds.train.phases import Phase, Phases, forget_peak, peak_host_memory
+from gemoe_ds.engine.world import World
+from gemoe_ds.train.profiling import Phase, PhaseTimer, forget_peak, peak_host_memory
 
 SIZE = 300 << 20
 
@@ -22,7 +22,7 @@ def fill() -> None:
 def test_a_phase_that_a_run_has_not_is_not_in_its_peak():
     cpu = torch.device("cpu")
     forget_peak(cpu)  # of the tests before
-    phases = Phases(World(0, 1, cpu))
+    phases = PhaseTimer(World(0, 1, cpu))
 
     def end(name: str) -> int:
         phases.done.append(Phase(name, 0.0, [1, peak_host_memory()], [0, 0], [0, 0]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.engine.manifest import Found
+from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
 from tests.helpers import repository, run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
@@ -18,9 +18,9 @@ def setting(tmp_path_factory):
     return write_setting(tmp_path_factory.mktemp("changes"))
 
 
-def found_of(config, folder: Path, **manifest: object) -> Found:
+def found_of(config, folder: Path, **manifest: object) -> Checkpoint:
     written = {"recipe": described(config), "written by": {"ranks": 2}} | manifest
-    return Found(folder, 3, 3, json.loads(json.dumps(written)))
+    return Checkpoint(folder, 3, 3, json.loads(json.dumps(written)))
 
 
 def rows(text: str) -> list[str]:
@@ -32,7 +32,7 @@ def rows(text: str) -> list[str]:
     [
         ({"optim__lr": 0.02}, "optim.lr 0.01 -> 0.02"),
         ({"optim__betas": (0.9, 0.95)}, "optim.betas [0.9, 0.999] -> [0.9, 0.95]"),
-        ({"optim__clip_norm": None}, "optim.clip_norm 1.0 -> null"),
+        ({"optim__max_grad_norm": None}, "optim.max_grad_norm 1.0 -> null"),
         ({"optim__schedule": "constant"}, "optim.schedule cosine -> constant"),
         ({"train__steps": 9}, "train.steps 6 -> 9"),
         ({"data__max_length": 64}, "data.max_length 2048 -> 64"),
@@ -54,7 +54,7 @@ def test_nothing_changed_is_silent(setting, tmp_path):
     config = make_config(setting, tmp_path)
     again = make_config(setting, tmp_path / "moved", resume="auto")
     assert changes(found_of(config, tmp_path), again, 2) == ""
-    assert changes(Found(tmp_path / "checkpoints/step-1", 1, 1, {}), again, 2) == "", "unknown"
+    assert changes(Checkpoint(tmp_path / "checkpoints/step-1", 1, 1, {}), again, 2) == "", "unknown"
 
 
 def test_ranks_and_what_is_in_the_deepspeed_file(setting, tmp_path):
@@ -73,7 +73,7 @@ def test_ranks_and_what_is_in_the_deepspeed_file(setting, tmp_path):
 def test_a_checkpoint_of_an_older_version_has_its_recipe_beside_it(setting, tmp_path):
     config = make_config(setting, tmp_path)
     (tmp_path / "config.yaml").write_text(config.dump_yaml())
-    found = Found(tmp_path / "checkpoints/step-000003", 3, 3, {})
+    found = Checkpoint(tmp_path / "checkpoints/step-000003", 3, 3, {})
     assert changes(found, config, 2) == ""
     text = changes(found, make_config(setting, tmp_path, optim__lr=1.0), 2)
     assert rows(text) == ["optim.lr 0.01 -> 1.0"]

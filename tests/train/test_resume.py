@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
+from gemoe_ds.checkpoint.manifest import checksum_folder, find
+from gemoe_ds.checkpoint.state import load_trained, run_identity
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.engine.checkpoint import load_trained, run_identity
-from gemoe_ds.engine.manifest import checksum_folder, find
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.train.ledger import read_ledger
+from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks
 from tests.train.resuming import (
     BOUND,
@@ -101,8 +101,11 @@ def test_metrics_have_every_loss_and_every_layer(runs):
             "router.name is gemoe, this run's is top_k; ",
         ),
         ({"seed": 5}, "its seed is 0, this run's is 5"),
-        ({"train__micro_batch": 1}, "train.micro_batch"),
-        ({"train__accumulation": 4}, "samples per step is 8, this run's is 16; set train.global_b"),
+        ({"train__micro_batch_size": 1}, "train.micro_batch_size"),
+        (
+            {"train__gradient_accumulation_steps": 4},
+            "samples per step is 8, this run's is 16; set train.global_b",
+        ),
     ],
 )
 def test_foreign_checkpoints_are_refused(setting, runs, change, words):
@@ -148,15 +151,15 @@ def test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
             for folder in (output / "checkpoints").glob("step-*"):
                 if folder.name > lost.name:
                     shutil.rmtree(folder)
-    assert read_ledger(output) == read_ledger(whole)
-    assert all(len(set(ids)) == 4 for ids in read_ledger(whole).values())
+    assert read_sample_log(output) == read_sample_log(whole)
+    assert all(len(set(ids)) == 4 for ids in read_sample_log(whole).values())
 
 
 def full_disk_on_rank_1(rank: int, config) -> str | None:
     """Its second checkpoint does not fit."""
-    from gemoe_ds.engine import saver
+    from gemoe_ds.checkpoint import writer
 
-    write, calls = saver.save_file, []
+    write, calls = writer.save_file, []
 
     def limited(tensors, path):
         calls.append(path)
@@ -164,7 +167,7 @@ def full_disk_on_rank_1(rank: int, config) -> str | None:
             raise OSError(28, "No space left on device", str(path))
         write(tensors, path)
 
-    saver.save_file = limited
+    writer.save_file = limited
     return train_all(rank, [config])
 
 
@@ -186,11 +189,11 @@ def broken_after_a_save(rank: int, config) -> str | None:
     """Writing takes long, and the step after it fails."""
     import time
 
-    from gemoe_ds.engine import saver
+    from gemoe_ds.checkpoint import writer
     from gemoe_ds.errors import DataError
     from gemoe_ds.train.trainer import Trainer
 
-    write, train_step = saver.save_file, Trainer.train_step
+    write, train_step = writer.save_file, Trainer.train_step
 
     def slow(tensors, path):
         time.sleep(1.5)
@@ -201,7 +204,7 @@ def broken_after_a_save(rank: int, config) -> str | None:
             raise DataError("an image is broken")
         return train_step(self, step, batches, collect=collect)
 
-    saver.save_file, Trainer.train_step = slow, breaking
+    writer.save_file, Trainer.train_step = slow, breaking
     return train_all(rank, [config])
 
 

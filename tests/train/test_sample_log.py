@@ -1,77 +1,19 @@
-"""What a dry run shows of the first sample."""
+"""The sample log of several ranks is one list in the order of the run."""
 
 from __future__ import annotations
 
-import pytest
-
-from gemoe_ds.data.sample import Sample, Turn
-from gemoe_ds.train.sample_log import first_sample
-from tests.backbones.test_chats import make, picture
-
-TURNS = (Turn("What is it?", "A dog.\n"), Turn("Where?", "At home."))
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
+from gemoe_ds.train.sample_log import FOLDER, SampleLog, forget_after, read_sample_log
 
 
-@pytest.mark.parametrize(
-    "name, lines",
-    [
-        (
-            "deepseek_vl2",
-            [
-                "1,051 tokens, 1,023 of them of an image; 9 are targets",
-                "  input  | <｜begin▁of▁sentence｜><|User|>: <image> x 1023\\nWhat is it?\\n\\n"
-                "<|Assistant|>:",
-                "  target | A dog.<｜end▁of▁sentence｜>",
-                "  input  | <|User|>: Where?\\n\\n<|Assistant|>:",
-                "  target | At home.<｜end▁of▁sentence｜>",
-            ],
-        ),
-        (
-            "molmoe",
-            [
-                "<|endoftext|><im_start> x 2 <im_patch> x 704 <im_col> x 32 <im_end> x 2 User: "
-                "What is it? Assistant:",
-                "  target |  A dog.\\n<|endoftext|>",
-            ],
-        ),
-        (
-            "qwen3_vl_moe",
-            [
-                "<|im_start|>user\\n<|vision_start|> <|image_pad|> x 300 <|vision_end|>What is it?",
-                "  target | A dog.\\n<|im_end|>\\n",
-            ],
-        ),
-        (
-            "moe_llava_qwen",
-            [
-                f"  input  | {SYSTEM} USER: <image> x 576\\nWhat is it? ASSISTANT:",
-                "  target |  A dog.\\n<|endoftext|>",
-                "  input  | USER: Where? ASSISTANT:",
-            ],
-        ),
-    ],
-)
-def test_the_first_sample(name, lines, tmp_path):
-    shown = "\n".join(first_sample(make(name, tmp_path), [Sample("s", picture(640, 480), TURNS)]))
-    assert shown.startswith("sample s, the first one, as the model sees it: ")
-    place = 0
-    for line in lines:
-        place = shown.index(line, place) + len(line)
-
-
-def test_one_that_can_be_shown(tmp_path):
-    """A broken one is named, the next is shown; of a long text the middle is left out."""
-    long = Turn("a" * 3000, "b")
-    samples = [Sample("bad", b"...", TURNS), Sample("t", None, (long,)), Sample("u", None, TURNS)]
-    left_out, head, asked, answer = first_sample(make("molmoe", tmp_path), samples)
-    assert left_out.startswith("left out: sample bad: its image cannot be")
-    assert head.startswith("sample t") and answer == "  target |  b<|endoftext|>"
-    assert len(asked) < 500 and " characters ...] a" in asked and asked.endswith("a Assistant:")
-
-
-def test_no_sample_that_can_be_shown(tmp_path):
-    lines = list(first_sample(make("molmoe", tmp_path), [Sample("bad", b"...", TURNS)] * 200))
-    assert len(lines) == 10 and all(line.startswith("left out") for line in lines)
+def test_ranks_are_put_in_order_and_a_lost_stretch_is_dropped(tmp_path):
+    ranks = [SampleLog(tmp_path, rank) for rank in range(2)]
+    for step in (1, 2, 3):
+        for block in (1, 0):  # within a step: a rank that took over from another
+            ranks[block].write(step, 2 * step + 1 - block, [f"{step}{block}"])
+    for sample_log in ranks:
+        sample_log.close()
+    assert read_sample_log(tmp_path) == {step: [f"{step}1", f"{step}0"] for step in (1, 2, 3)}
+    with (tmp_path / FOLDER / "rank-00000.jsonl").open("a") as file:
+        file.write('{"step": 2, "micro')  # cut by a crash
+    forget_after(tmp_path, 2)
+    assert read_sample_log(tmp_path) == {1: ["11", "10"], 2: ["21", "20"]}

@@ -1,4 +1,4 @@
-"""`model.train=all` leaves a whole Hugging Face model, though a router's gate may be frozen."""
+"""`model.trainable=all` leaves a whole Hugging Face model, though a router's gate may be frozen."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemoe_ds.backbones.model import ExpertShard
+from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.config.load import config_from_dict
-from gemoe_ds.engine.checkpoint import put_trained
-from gemoe_ds.engine.manifest import newest
+from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from gemoe_ds.train.run import HF_FOLDER
 from tests.helpers import repository, run_ranks
@@ -34,8 +34,8 @@ def runs(tmp_path_factory):
             setting,
             root / name,
             model__router=router,
-            model__train="all",
-            train={"steps": 2, "micro_batch": 1},
+            model__trainable="all",
+            train={"steps": 2, "micro_batch_size": 1},
             parallel__ep_size=2,
             deepspeed=str(repository() / f"ds_configs/zero{zero}.json"),
         )
@@ -51,7 +51,7 @@ def test_the_folder_is_the_run_s_model(runs, name):
     output = Path(config.output_dir)
     model = build_model(config, ExpertShard())
     before = weights_of(model)
-    put_trained(model, newest(output))
+    load_trained_weights(model, newest(output))
     ours = weights_of(model)
     tree = config.model_dump(mode="json")
     tree["model"] |= {"checkpoint": str(output / HF_FOLDER), "router": {"name": "top_k"}}

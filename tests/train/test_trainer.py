@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemoe_ds.backbones.model import ExpertShard
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
-from gemoe_ds.train.ledger import whole_lines
+from gemoe_ds.train.sample_log import whole_lines
 from gemoe_ds.train.trainer import micro_batch_seed
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
@@ -29,7 +29,7 @@ def setting(tmp_path_factory):
 def config_of(setting, name: str, **changes: object):
     options = {
         "optim": {"lr": LR, "predictor_lr": PREDICTOR_LR},
-        "train": {"steps": 4, "micro_batch": 2, "accumulation": 2},
+        "train": {"steps": 4, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
         "model__router": {"name": "gemoe", "k_low": 0, "k_high": 6},
         "monitor__ledger": True,
     }
@@ -50,13 +50,13 @@ def report(setting):
 
 def micro_batches(config) -> list[list[str]]:
     """Ids of the samples of the first step, as the ranks' ledgers have them."""
-    folder = Path(config.output_dir) / "ledger"
+    folder = Path(config.output_dir) / "sample_log"
     lines = [json.loads(x) for path in sorted(folder.iterdir()) for x in whole_lines(path)]
     return [line["ids"] for line in lines if line["step"] == 1]
 
 
 def encoded_samples(config, model):
-    samples, collator = open_samples(config.data.train), build_collator(config, model)
+    samples, collator = open_samples(config.data.train_path), build_collator(config, model)
     rows = [samples[row] for row in range(len(samples))]
     return collator, {s.id: collator.encode(row, s) for row, s in enumerate(rows)}
 
@@ -206,7 +206,7 @@ def test_throughput_is_that_of_training(setting):
     assert seeds == [micro_batch_seed(config.seed, block) for block in range(5 * 2)]
     _, encoded = encoded_samples(config, build_model(config, ExpertShard()))
     tokens = dict.fromkeys(range(1, 6), 0)
-    for line in whole_lines(Path(config.output_dir) / "ledger/rank-00000.jsonl"):
+    for line in whole_lines(Path(config.output_dir) / "sample_log/rank-00000.jsonl"):
         entry = json.loads(line)
         tokens[entry["step"]] += sum(len(encoded[i].input_ids) for i in entry["ids"])
     lines = metrics(config)

@@ -1,3 +1,0 @@
-"""DeepSeek-VL2-Tiny."""
-
-import gemoe_ds.backbones.deepseek_vl2.backbone  # noqa: F401  (registers it)

@@ -1,3 +1,0 @@
-"""Qwen3-VL-30B-A3B."""
-
-import gemoe_ds.backbones.qwen3_vl.backbone  # noqa: F401  (registers it)

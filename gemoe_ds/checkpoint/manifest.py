@@ -1,0 +1,303 @@
+"""The folder of a checkpoint on disk: find it, verify it, read tensors from it. Files only.
+
+    checkpoints/step-000200/
+      weights-00000.safetensors   what trains, float32: all that inference needs
+      adam-00000.safetensors      exp_avg/KEY and exp_avg_sq/KEY
+      manifest.json               step, identity of the run, and of every tensor its file, shape,
+                                  dtype and sha256
+    checkpoints/latest            the name of the newest one, moved last
+
+Every rank that owns tensors writes its own two files. Frozen weights are never stored; the
+identity holds the checksum of the base checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemoe_ds.errors import CheckpointError, as_written
+from gemoe_ds.files import commit_folder, fsync_path, sha256_of, write_text
+from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored, refuse_dead_links
+
+SCHEMA = 2
+MANIFEST = "manifest.json"
+LATEST = "latest"
+WEIGHTS, ADAM = "weights", "adam"
+SAMPLES_PER_STEP = "samples per step"  # of the identity
+_CONTENTS = {
+    "data": "data.train_path",
+    "base checkpoint": "model.checkpoint",
+}  # too, by their options
+# Work in progress and leftovers begin with a dot: no `step-*` is ever half of something.
+WRITING, REMOVING = ".writing-", ".removing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has passed verification. `updates`: those that were not skipped."""
+
+    folder: Path
+    step: int
+    updates: int
+    manifest: dict[str, Any]
+    empty_steps: int = 0  # of which no sample could be used
+
+    def tensors(self, kind: str, keys: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `WEIGHTS` or `ADAM`, all or some, on the CPU, file by file."""
+        by_file: dict[str, list[str]] = {}
+        for key, entry in self.manifest["tensors"].items():
+            if entry["file"].startswith(kind) and (keys is None or key in keys):
+                by_file.setdefault(entry["file"], []).append(key)
+        for name, some in sorted(by_file.items()):
+            with _opened(self.folder / name) as file:
+                for key in some:
+                    yield key, file.get_tensor(key)
+
+    def keys(self, kind: str) -> set[str]:
+        return {k for k, e in self.manifest["tensors"].items() if e["file"].startswith(kind)}
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the bytes of a contiguous CPU tensor."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+
+
+def describe(tensors: dict[str, Tensor], file: str) -> dict[str, dict[str, Any]]:
+    """The manifest entries of the tensors of one file."""
+    return {
+        key: {
+            "file": file,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": sha256(tensor),
+        }
+        for key, tensor in tensors.items()
+    }
+
+
+def checksum_folder(folder: Path | None) -> str:
+    """sha256 over the files of a model folder (names and contents); "none" without one."""
+    if folder is None:
+        return "none"
+    refuse_dead_links(folder)
+    digest = hashlib.sha256()
+    files = {p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()}
+    if (folder / INDEX).is_file():  # whose files may be in folders below
+        files |= {tensor.file for tensor in open_stored(folder).values()}
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def candidates(output: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, whole or not."""
+    return sorted((output / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a folder's name; -1 for a name that is none of ours."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def read(folder: Path) -> Checkpoint:
+    """The manifest of a checkpoint; CheckpointError if it is missing or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST} there; give a folder such as OUTPUT/checkpoints/step-000200"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+        if schema != SCHEMA:
+            raise CheckpointError(
+                f"{folder}: schema {schema}, this version reads {SCHEMA}; resume it with the "
+                "version that wrote it"
+            )
+        step, updates, tensors = manifest["step"], manifest["updates"], manifest["tensors"]
+        dict(manifest["identity"])
+        for entry in tensors.values():
+            entry["file"], entry["shape"], entry["dtype"], entry["sha256"]
+        empty = int(manifest.get("empty_steps", 0))
+        return Checkpoint(folder, int(step), int(updates), manifest, empty)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} is damaged ({error!r}); use another"
+        ) from error
+
+
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Check every tensor's shape, dtype and bytes; CheckpointError names the first that is wrong.
+
+    With `share` = (rank, ranks) only this rank's part of the files is read.
+    """
+    found = read(folder)
+    files = sorted({entry["file"] for entry in found.manifest["tensors"].values()})
+    for name in files[share[0] :: share[1]]:
+        expected = {k: e for k, e in found.manifest["tensors"].items() if e["file"] == name}
+        with _opened(folder / name) as file:
+            if set(file.keys()) != set(expected):
+                raise CheckpointError(f"{folder}: {name} holds other tensors than {MANIFEST} says")
+            for key, entry in expected.items():
+                if describe({key: file.get_tensor(key)}, name)[key] != entry:
+                    raise CheckpointError(
+                        f"{folder}: {name} is damaged (checksum of {key}); use another checkpoint"
+                    )
+    return found
+
+
+def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
+    """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
+    stored = _with_checksums(found.manifest["identity"], identity)
+    differing = [
+        words
+        for key, value in identity.items()
+        if value is not None and stored.get(key) != value
+        for words in _difference(key, stored.get(key), value)
+    ]
+    if not differing:
+        return
+    way_out = "set it as it was" if len(differing) == 1 else "set them as they were"
+    if stored.get(SAMPLES_PER_STEP) != identity.get(SAMPLES_PER_STEP):
+        way_out = f"set train.global_batch_size={stored.get(SAMPLES_PER_STEP)}"
+    raise CheckpointError(
+        f"{found.folder} belongs to another run: {'; '.join(differing)}; {way_out}, or resume=none "
+        "and another output_dir to start anew"
+    )
+
+
+def _difference(key: str, old: Any, new: Any) -> Iterator[str]:
+    """What differs in one value of an identity, option by option."""
+    if key in _CONTENTS or key.startswith("model.backbone."):  # checksums, which tell nobody much
+        yield f"what is in its {_CONTENTS.get(key, key)} is not what this run's holds"
+        return
+    pairs = {key: (old, new)}
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = ["name"] if old.get("name") != new.get("name") else sorted(old.keys() | new.keys())
+        pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in names}
+    for option, (was, now) in pairs.items():
+        if was != now:
+            yield f"its {option} is {as_written(was)}, this run's is {as_written(now)}"
+
+
+def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """An older checkpoint holds the path of what its backbone reads, where the checksum is now.
+    A path can be spelt in many ways, so it is not compared."""
+    backbone = stored.get("model.backbone")
+    added = identity.keys() - stored.keys()
+    older = {key: name for key in added if (name := key.removeprefix("model.backbone.")) != key}
+    if not isinstance(backbone, dict) or not all(backbone.get(n) for n in older.values()):
+        return stored
+    paths = {"model.backbone": backbone | dict.fromkeys(older.values())}
+    return stored | {key: identity[key] for key in older} | paths
+
+
+def find(
+    resume: str,
+    output: Path,
+    identity: dict[str, Any],
+    check: Callable[[Path], Checkpoint] = verify,
+    folders: list[Path] | None = None,
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that `resume` means ("none", "auto" or a folder), and why others were skipped.
+
+    "auto" takes the newest one that is whole, and None where there is none at all. A named one
+    that is damaged, or one of another run, is a CheckpointError. `folders`: those that "auto" may
+    choose from, by default the run's `candidates`.
+    """
+    if resume == "none":
+        return None, []
+    if resume != "auto":
+        found = check(Path(resume))
+        check_identity(found, identity)
+        return found, []
+    skipped: list[str] = []
+    for folder in candidates(output) if folders is None else folders:
+        try:
+            found = check(folder)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        check_identity(found, identity)
+        return found, skipped
+    if skipped:
+        raise CheckpointError(
+            f"{output}: none of {len(skipped)} checkpoints is whole; the newest: {skipped[0]}"
+        )
+    return None, []
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder; CheckpointError if there is none."""
+    found, _ = find("auto", run, {})
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint there; give the output_dir of a training run")
+    return found.folder
+
+
+def commit(temporary: Path, final: Path, keep: int) -> None:
+    """Make a filled folder the newest checkpoint, then delete what is too old.
+
+    Renamed after everything in it is on disk, so that a crash at any point leaves either nothing
+    or a whole checkpoint; `latest` moves after that. Older ones go only once the new one has been
+    read back and found whole: whatever happens, one valid checkpoint stays.
+    """
+    root = final.parent
+    commit_folder(temporary, final)
+    verify(final)
+    write_text(root / LATEST, final.name)
+    fsync_path(root)
+    for old in candidates(root.parent)[keep:]:
+        _remove(old)
+
+
+def clean(output: Path) -> None:
+    """Delete what interrupted saves have left."""
+    for pattern in (WRITING, REMOVING):
+        for leftover in (output / "checkpoints").glob(f"{pattern}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(output: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`: the run goes on from there, and they are of another."""
+    moved = []
+    for folder in candidates(output):
+        if step_of(folder) > step:
+            target = folder.with_name(f"aside-{folder.name}")
+            if target.exists():
+                _remove(target)
+            os.replace(folder, target)
+            moved.append(target)
+    return moved
+
+
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f"{REMOVING}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)  # at once: no `step-*` is ever half deleted
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; use another checkpoint")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is damaged ({error}); use another checkpoint"
+        ) from error

@@ -1,0 +1,142 @@
+"""Checkpoints of a run: who it is, its weights before and its optimizer after the engine is built.
+
+Nothing in a checkpoint depends on the number of ranks, the expert-parallel size or the ZeRO stage,
+so a run goes on with any other. The folder itself is manifest.py's, writing it saver.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemoe_ds.checkpoint import manifest
+from gemoe_ds.checkpoint.manifest import ADAM, SAMPLES_PER_STEP, WEIGHTS, Checkpoint
+from gemoe_ds.checkpoint.shards import StateShard, all_keys, by_parameter, stacked
+from gemoe_ds.config import RunConfig
+from gemoe_ds.config.paths import inputs
+from gemoe_ds.engine.world import World, gather_objects
+from gemoe_ds.engine.zero import MOMENTS, Engine, full_value, set_moments
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.models.moe_model import MoEModel
+
+
+def run_identity(
+    config: RunConfig, world_size: int, data_fingerprint: str, checksums: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to continue this run, flat: name -> value.
+
+    `checksums`: of "base checkpoint" and of what the backbone reads beside it, whose paths do not
+    count: they may be spelt in many ways. None: not read yet, and not compared.
+    """
+    model = config.model.model_dump(mode="json")
+    model["backbone"] |= dict.fromkeys(key for key, *_ in inputs(config.model.backbone))
+    identity = {f"model.{key}": model[key] for key in ("backbone", "router", "train", "dtype")}
+    identity |= checksums
+    identity["data"] = data_fingerprint
+    identity["seed"] = config.seed
+    # The auxiliary losses are means over micro-batches, so these are part of what is optimised.
+    identity["train.micro_batch_size"] = config.train.micro_batch_size
+    identity[SAMPLES_PER_STEP] = (
+        config.train.micro_batch_size * config.accumulation_steps(world_size) * world_size
+    )
+    return identity
+
+
+def find_together(
+    resume: str, output: Path, identity: dict[str, Any], world: World
+) -> tuple[Checkpoint | None, list[str]]:
+    """`manifest.find` with the files to verify divided among the ranks. Collective.
+
+    All ranks get the same answer, or the same CheckpointError.
+    """
+    first = manifest.candidates(output) if world.is_first else []
+    folders = gather_objects(first)[0]
+
+    def check(folder: Path) -> Checkpoint:
+        try:
+            found, failure = manifest.verify(folder, (world.rank, world.size)), None
+        except CheckpointError as error:
+            found, failure = None, str(error)
+        failures = [f for f in gather_objects(failure) if f]
+        if failures:
+            raise CheckpointError(failures[0])
+        assert found is not None
+        return found
+
+    return manifest.find(resume, output, identity, check, folders)
+
+
+def load_trained(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, float32 on the CPU, by name; experts stacked."""
+    return stacked(manifest.read(folder).tensors(WEIGHTS))
+
+
+@torch.no_grad()
+def load_trained_weights(model: MoEModel, folder: Path) -> None:
+    """Load the trained parameters into a converted model that is not in an engine yet."""
+    found = manifest.read(folder)
+    _check_keys(model, found)
+    wanted: dict[str, Tensor] = dict(model.router_state())
+    wanted |= {p.key: p.of(p.parameter) for _, some in by_parameter(model) for p in some}
+    for key, tensor in found.tensors(WEIGHTS, set(wanted)):
+        into = wanted[key]
+        if into.shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder} does not fit this model: {key} is {tuple(tensor.shape)} there, "
+                f"{tuple(into.shape)} here"
+            )
+        into.copy_(tensor)
+
+
+def load_optimizer_state(engine: Engine, model: MoEModel, found: Checkpoint) -> None:
+    """Adam's moments, its count of updates and the schedule; the weights are there already.
+
+    Checks by value that the engine has kept the weights that `load_trained_weights` loaded. Collective.
+    """
+    wanted = {p.key: p for _, some in by_parameter(model) for p in some}
+    stored = dict(found.tensors(WEIGHTS, set(wanted)))
+    for parameter, some in by_parameter(model):
+        value = full_value(parameter).cpu()
+        for piece in some:
+            if not torch.equal(piece.of(value), stored[piece.key]):
+                raise CheckpointError(f"{found.folder}: the engine holds another {piece.key}")
+    keys = {f"{moment}/{key}" for moment in MOMENTS for key in wanted}
+    missing = sorted(keys - found.keys(ADAM))
+    if missing:
+        raise CheckpointError(f"{found.folder}: no {missing[0]} there; use another checkpoint")
+    set_moments(engine, _moments(model, dict(found.tensors(ADAM, keys))), found.updates)
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch = found.updates
+    for group, base, factor in zip(
+        engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(found.updates)
+    engine.global_steps = found.step * model.updates_per_batch
+    engine.skipped_steps = engine.global_steps - found.updates
+
+
+def _moments(
+    model: MoEModel, stored: dict[str, Tensor]
+) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    for parameter, some in by_parameter(model):
+        for moment in MOMENTS:
+            yield parameter, moment, _joined([stored[f"{moment}/{p.key}"] for p in some], some)
+
+
+def _joined(tensors: list[Tensor], some: list[StateShard]) -> Tensor:
+    return tensors[0] if some[0].index is None else torch.stack(tensors)
+
+
+def _check_keys(model: MoEModel, found: Checkpoint) -> None:
+    expected, stored = all_keys(model) | set(model.router_state()), found.keys(WEIGHTS)
+    if expected != stored:
+        key = min(expected ^ stored)
+        where = "is not in it" if key in expected else "is not in this model"
+        raise CheckpointError(
+            f"{found.folder} does not fit this model: {len(expected ^ stored)} tensors differ; "
+            f"{key} {where}"
+        )

@@ -1,0 +1,339 @@
+"""The options of a run as pydantic models; every default of the project's own knobs stands here.
+
+Router and backbone options live with their classes, as the nested `Config`; `model.router` and
+`model.backbone` name a registered class and hold that class's options beside the name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    Field,
+    FiniteFloat,
+    PrivateAttr,
+    SerializeAsAny,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+import gemoe_ds.models
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.config.deepspeed_file import DeepSpeedFile, in_base64, read_deepspeed_file
+from gemoe_ds.config.paths import Places, inputs, located
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.moe.router import Router
+from gemoe_ds.registry import ConfigModel, Reads, Registered
+
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+NonNegative = Annotated[FiniteFloat, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Momentum = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+
+
+class Choice(ConfigModel):
+    """A registered class by name, with its own options: `{name: gemoe, k_high: 8}` in YAML."""
+
+    family: ClassVar[type[Registered]]
+
+    name: str
+    config: SerializeAsAny[ConfigModel]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decode(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            known = ", ".join(cls.family.names())
+            raise ConfigError(f"needs a mapping with a name; known names: {known}")
+        options = {key: option for key, option in value.items() if key != "name"}
+        chosen = cls.family.named(value["name"])
+        return {"name": value["name"], "config": chosen.Config.model_validate(options)}
+
+    @model_serializer
+    def _encode(self) -> dict[str, Any]:
+        return self.flat()
+
+    def flat(self, *, only_set: bool = False) -> dict[str, Any]:
+        """Name and options side by side, as in a recipe; `only_set`: without defaulted ones."""
+        return {"name": self.name} | self.config.model_dump(mode="json", exclude_unset=only_set)
+
+
+class RouterChoice(Choice):
+    family: ClassVar[type[Registered]] = Router
+
+    @property
+    def router_class(self) -> type[Router]:
+        return Router.named(self.name)
+
+
+class BackboneChoice(Choice):
+    family: ClassVar[type[Registered]] = Backbone
+
+    @property
+    def backbone_class(self) -> type[Backbone]:
+        return Backbone.named(self.name)
+
+
+class ModelConfig(ConfigModel):
+    backbone: BackboneChoice = Field(description="model family and its options")
+    checkpoint: Annotated[str | None, Reads(of_hub="model")] = Field(
+        None,
+        description="base weights: a Hugging Face folder, or owner/name[@revision] that is in the "
+        "local cache; null: random, to pretrain",
+    )
+    router: RouterChoice = Field(description="routing method and its options")
+    trainable: Literal["routers", "experts", "all"] = Field(
+        "routers",
+        description="routers: freeze everything else; experts: those too; all: pretraining",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of activations and frozen weights; what trains stays float32"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward (saves memory)"
+    )
+    pack_experts: bool = Field(
+        False, description="on a CPU: faster bfloat16 experts for two more copies of frozen ones"
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ConfigError("float16 is refused: its loss scaling is not proven; use bfloat16")
+        return value
+
+    @model_validator(mode="after")
+    def _routers_need_weights(self) -> Self:
+        if self.trainable != "all" and self.checkpoint is None:
+            raise ConfigError(
+                f"model.checkpoint: model.trainable={self.trainable} starts from pretrained weights; give "
+                "their folder, or model.trainable=all to pretrain from random ones"
+            )
+        return self
+
+    @field_serializer("backbone")
+    def _encode_backbone(self, backbone: BackboneChoice) -> dict[str, Any]:
+        # A checkpoint brings its own shapes; a defaulted one, written out, would contradict it.
+        return backbone.flat(only_set=self.checkpoint is not None)
+
+
+class DataConfig(ConfigModel):
+    train_path: Annotated[str, Reads()] = Field(description="folder written by a data_prep script")
+    validation_path: Annotated[str | None, Reads()] = Field(
+        None, description="such a folder, held out; null: none"
+    )
+    tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
+        description="folder of a Hugging Face tokenizer, or owner/name[@revision]"
+    )
+    max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
+    num_workers: int = Field(2, ge=1, description="reader threads of each rank")
+    max_bad_samples: NonNegative = Field(
+        10,
+        description="samples without a target in max_length, or with a broken image, that are left "
+        "out before the run stops: a number over all ranks or, below 1, a share of the data",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, tree: Any) -> Any:
+        """`max_broken`, for one version more."""
+        if not isinstance(tree, dict) or "max_broken" not in tree:
+            return tree
+        if "max_bad_samples" in tree:
+            raise ConfigError("data.max_broken is the old name of data.max_bad_samples: give one")
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(
+                "warning: data.max_broken is called data.max_bad_samples now, and is a number over "
+                "all ranks; the old name goes with the next version",
+                file=sys.stderr,
+            )
+        return {"max_bad_samples" if key == "max_broken" else key: v for key, v in tree.items()}
+
+    @field_validator("max_bad_samples", mode="before")
+    @classmethod
+    def _no_truth(cls, value: object) -> object:
+        if isinstance(value, bool) or (isinstance(value, str) and value.endswith("%")):
+            raise ConfigError(f"{value} is neither a number nor a share such as 0.01")
+        return value
+
+    @field_validator("max_bad_samples")
+    @classmethod
+    def _number_or_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ConfigError(f"{value:g} is neither a whole number nor a share below 1")
+        return int(value) if value == int(value) else value
+
+
+class OptimConfig(ConfigModel):
+    lr: Positive = Field(description="peak learning rate of AdamW")
+    predictor_lr: Positive | None = Field(
+        None, description="of router parameters beside the gate, such as GeMoE's EAP; null: as lr"
+    )
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: Fraction = Field(0.0, description="final lr / peak lr of the cosine")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="global gradient norm; null: no clipping"
+    )
+
+
+class ParallelConfig(ConfigModel):
+    ep_size: int = Field(1, ge=1, description="ranks that share one copy of the experts")
+
+
+class TrainConfig(ConfigModel):
+    steps: int = Field(ge=1, description="optimizer steps")
+    micro_batch_size: int = Field(ge=1, description="samples of a rank and forward pass")
+    gradient_accumulation_steps: int | None = Field(
+        None,
+        ge=1,
+        description="micro-batches of a rank and step; null: 1, or as global_batch_size asks",
+    )
+    global_batch_size: int | None = Field(
+        None, ge=1, description="samples of a step over all ranks, however many there are"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps with a NaN or Inf that are skipped before the run stops"
+    )
+
+
+class CheckpointConfig(ConfigModel):
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+
+
+class MonitorConfig(ConfigModel):
+    every: int = Field(10, ge=1, description="steps between metrics")
+    tensorboard: bool = True
+    sample_log: bool = Field(False, description="write which samples every step saw (sample_log/)")
+    stall_seconds: Positive | None = Field(
+        120.0,
+        description="a rank silent or still for so long is reported, and all end; null: never",
+    )
+
+
+class RunConfig(ConfigModel):
+    """Everything that a training run depends on, besides the files that it names."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of data order and fresh weights")
+    output_dir: str = Field(description="folder of this run: checkpoints, metrics, resolved recipe")
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    deepspeed: Annotated[str, Reads()] = Field(
+        "ds_configs/zero2.json", description="DeepSpeed's own JSON file, or that in base64"
+    )
+    resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
+        "none", description="none, auto (the newest in output_dir) or a folder"
+    )
+    _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
+
+    @field_validator("output_dir")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if not value.strip() or "\n" in value or "\0" in value:
+            raise ConfigError(f"{value!r} is no folder's name; give the folder of this run")
+        return os.path.expanduser(value)
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> Self:
+        if (
+            self.train.gradient_accumulation_steps is not None
+            and self.train.global_batch_size is not None
+        ):
+            raise ConfigError(
+                f"train.gradient_accumulation_steps={self.train.gradient_accumulation_steps} and "
+                f"train.global_batch_size={self.train.global_batch_size}: set only one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} exceeds "
+                f"train.steps={self.train.steps}; shorten the warm-up or train longer"
+            )
+        return self
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of a rank and step; ConfigError if `train.global_batch_size` does not fit."""
+        train = self.train
+        if train.global_batch_size is None:
+            return train.gradient_accumulation_steps or 1
+        at_once = train.micro_batch_size * world_size
+        if train.global_batch_size % at_once:
+            raise ConfigError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size * "
+                f"ranks = {train.micro_batch_size} * {world_size}; change one of the three"
+            )
+        return train.global_batch_size // at_once
+
+    @cached_property
+    def deepspeed_file(self) -> DeepSpeedFile:
+        """What the DeepSpeed file says, read once; ConfigError if it cannot be read or used."""
+        return read_deepspeed_file(self.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed_file.stage
+
+    def dump_yaml(self) -> str:
+        """The resolved recipe; loading it gives an equal run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    def validate_world(self, world_size: int) -> None:
+        """Raise ConfigError for what does not fit `world_size` ranks."""
+        ep_size = self.parallel.ep_size
+        if world_size % ep_size:
+            fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"parallel.ep_size={ep_size} does not divide the {world_size} ranks of this run; "
+                f"possible: {', '.join(fitting)}, or start another number of ranks"
+            )
+        self.accumulation_steps(world_size)
+
+    def located(self, places: Places) -> Self:
+        """The same run with the absolute path of every input that is found in one of `places`."""
+        found = located(self, places)
+        found._places = places
+        return found
+
+    def check_paths(self, *keys: str) -> None:
+        """Raise ConfigError for the first input (of all, or under these keys) that is not there."""
+        for key, text, reads in inputs(self):
+            is_path = key != "deepspeed" or not in_base64(text)
+            if is_path and (not keys or key.startswith(keys)):
+                self._places.locate(key, text, reads)
+        if not keys:
+            self._check_output()
+
+    def _check_output(self) -> None:
+        output = Path(self.output_dir).absolute()
+        try:
+            output.exists()
+        except OSError as error:  # a name that is too long, a folder that is not ours to enter
+            raise ConfigError(
+                f"output_dir={self.output_dir:.200}: {error.strerror}; give another folder"
+            ) from None
+        there = next(path for path in (output, *output.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            what = "a link to nothing" if not there.exists() else "a file"
+            said = f"output_dir={self.output_dir}: " + ("" if there == output else f"{there} ")
+            raise ConfigError(f"{said}is {what}; give a folder")

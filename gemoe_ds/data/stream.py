@@ -1,0 +1,127 @@
+"""Which samples each rank sees in which step: shuffled, endless, resumable in O(1)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from gemoe_ds.data.collate import Batch, Collator, Encoded
+from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.errors import DataError
+
+ENDLESS = 2**40  # samples
+
+
+def _import_grain() -> ModuleType:
+    """Without its warning that jax is missing, which nothing here would use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import grain
+    finally:
+        logging.disable(before)
+    return grain
+
+
+def num_read_ahead(num_workers: int) -> int:
+    """Micro-batches that are made before their step, or being made."""
+    return 2 * num_workers
+
+
+class _Source:
+    """A SampleFolder as grain wants it: row number -> encoded sample, padding for a bad one."""
+
+    def __init__(self, samples: SampleFolder, collator: Collator) -> None:
+        self.samples = samples
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> Encoded:
+        return self.collator.encode_or_leave_out(int(row), self.samples[int(row)])
+
+
+class TrainStream:
+    """Iterator over steps; each item is this rank's `accumulation` micro-batches.
+
+    The samples stand in one endless shuffled order. Micro-batch a of rank r in step s is block
+    (s * accumulation + a) * world + r of `micro_batch_size` samples: the global batch does not depend
+    on how it is split, and two ranks see what one rank with twice the accumulation sees. A sample
+    that cannot be used is padding in its place.
+    """
+
+    def __init__(
+        self,
+        samples: SampleFolder,
+        collator: Collator,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        num_workers: int,
+        start_step: int = 0,
+    ) -> None:
+        if len(samples) < micro_batch_size:
+            raise DataError(
+                f"{samples.path}: {len(samples)} samples do not fill "
+                f"train.micro_batch_size={micro_batch_size}"
+            )
+        grain = _import_grain()
+        order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
+        # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
+        endless = order.repeat(ENDLESS // len(samples))
+        blocks = endless.batch(micro_batch_size, batch_fn=collator.batch)[rank::world]
+        options = grain.ReadOptions(num_workers, num_read_ahead(num_workers))
+        self._blocks = iter(blocks.to_iter_dataset(options))
+        self._blocks.set_state({"next_index": start_step * accumulation})
+        self.accumulation = accumulation
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        return [next(self._blocks) for _ in range(self.accumulation)]
+
+
+class EvalStream:
+    """Every sample once, over the ranks. All ranks iterate equally often: one that has run out of
+    samples gets None, because expert-parallel ranks must run the model together."""
+
+    def __init__(
+        self,
+        samples: SampleFolder,
+        collator: Collator,
+        *,
+        batch: int,
+        rank: int,
+        world: int,
+        limit: int | None = None,
+        prompts: bool = False,
+    ) -> None:
+        """`limit`: the first so many samples only; `prompts`: without their last answers."""
+        self.samples = samples
+        self.prompts = prompts
+        self.collator = collator
+        number = min(len(samples), limit or len(samples))
+        blocks = [range(i, min(i + batch, number)) for i in range(0, number, batch)]
+        self._mine: Sequence[range] = blocks[rank::world]
+        self._length = -(-len(blocks) // world)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        for index in range(self._length):
+            if index >= len(self._mine):
+                yield None
+                continue
+            rows = self._mine[index]
+            encoded = [
+                self.collator.encode_or_leave_out(row, self.samples[row], prompt=self.prompts)
+                for row in rows
+            ]
+            yield self.collator.batch(encoded, left=self.prompts)

@@ -1,0 +1,148 @@
+"""Exact-match accuracy by question kind, and how tokens were routed, over all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemoe_ds.data.bad_samples import BadSample
+from gemoe_ds.data.collate import Batch
+from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.models.moe_model import MoEModel
+
+Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
+UNNAMED = "question"  # kind of a turn that the data does not name
+
+
+@dataclass
+class Scores:
+    """What one rank has seen; `merged` adds up the ranks. Arrays have L layers first."""
+
+    right: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+    not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
+    cut_answers: int = 0  # of those
+    bad: dict[int, BadSample] = field(default_factory=dict)  # by row
+    entropy_LN: list[np.ndarray] = field(default_factory=list)
+    k_LN: list[np.ndarray] = field(default_factory=list)
+    is_vision_N: list[np.ndarray] = field(default_factory=list)
+    load_LE: np.ndarray | int = 0
+
+    @classmethod
+    def merged(cls, parts: Iterable[Scores]) -> Scores:
+        total = cls()
+        for part in parts:
+            total.right.update(part.right)
+            total.asked.update(part.asked)
+            total.not_asked.update(part.not_asked)
+            total.cut_answers += part.cut_answers
+            total.bad |= part.bad
+            total.entropy_LN += part.entropy_LN
+            total.k_LN += part.k_LN
+            total.is_vision_N += part.is_vision_N
+            total.load_LE = total.load_LE + part.load_LE
+        return total
+
+    @property
+    def accuracy_by_kind(self) -> dict[str, float]:
+        return {kind: self.right[kind] / self.asked[kind] for kind in sorted(self.asked)}
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over kinds, so that a rare kind weighs as much as a frequent one."""
+        by_kind = self.accuracy_by_kind
+        return sum(by_kind.values()) / max(len(by_kind), 1)
+
+    @property
+    def accuracy_micro(self) -> float:
+        return self.right.total() / max(self.asked.total(), 1)
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """entropy_LN (bits), k_LN and is_vision_N of every valid token."""
+        return (
+            np.concatenate(self.entropy_LN, axis=1),
+            np.concatenate(self.k_LN, axis=1),
+            np.concatenate(self.is_vision_N),
+        )
+
+
+def evaluate(
+    model: MoEModel,
+    samples: SampleFolder,
+    batches: Iterable[Batch | None],
+    device: torch.device,
+    gather: Gather,
+) -> Scores:
+    """Score every batch; None stands where a rank has run out but the others have not.
+
+    A rank without a batch still runs the model on an empty one, because the exchange between
+    expert-parallel ranks needs everyone. Greedy exact match without a generation loop: see
+    `MoEModel.predictions`.
+    """
+    model.eval()
+    ctx, scores = model.ctx, Scores()
+    ctx.trace, ctx.collect = True, True
+    last: Batch | None = None
+    for batch in batches:
+        counted = batch is not None
+        current = batch if batch is not None else last
+        if current is None:
+            raise ConfigError("a rank has no batch at all: use fewer ranks")
+        last = current
+        on_device = current.to(device)
+        correct_BS = model.predictions(
+            on_device.input_ids_BS,
+            on_device.is_valid_BS,
+            on_device.is_vision_BS,
+            on_device.images,
+            on_device.labels_BS,
+        )
+        if counted:
+            _count_answers(scores, current, correct_BS.cpu(), samples)
+            _count_routing(scores, model)
+    ctx.trace, ctx.collect = False, False
+    total = Scores.merged(gather(scores))
+    if not total.asked:
+        example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
+        raise DataError(
+            f"{samples.path}: none of {total.not_asked.total():,} questions can be asked, raise "
+            f"data.max_length or give other samples: {example}"
+        )
+    return total
+
+
+def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: SampleFolder) -> None:
+    """A turn is right if every token of its answer is (the end token is not asked for)."""
+    scores.bad |= {bad.row: bad for bad in batch.bad}
+    is_label_BS = batch.labels_BS != -100
+    for row, turns_S, right_S, label_S in zip(
+        batch.rows, batch.turn_BS, correct_BS, is_label_BS, strict=True
+    ):
+        for index, turn in enumerate(samples[row].turns):
+            answer_S = (turns_S == index) & label_S
+            kind = turn.kind or UNNAMED
+            if not answer_S.any():
+                scores.not_asked[kind] += 1
+                scores.cut_answers += row not in scores.bad
+                continue
+            scores.asked[kind] += 1
+            scores.right[kind] += bool(right_S[answer_S].all())
+
+
+def _count_routing(scores: Scores, model: MoEModel) -> None:
+    ctx = model.ctx
+    valid_T = ctx.is_valid_T
+    entropy = [record.entropy_T for record in ctx.layers]
+    k = [record.k_T for record in ctx.layers]
+    assert all(t is not None for t in [*entropy, *k])
+    scores.entropy_LN.append(torch.stack([e[valid_T] for e in entropy]).float().cpu().numpy())  # type: ignore[index]
+    scores.k_LN.append(torch.stack([e[valid_T] for e in k]).to(torch.int16).cpu().numpy())  # type: ignore[index]
+    scores.is_vision_N.append(ctx.is_vision_T[valid_T].cpu().numpy())
+    load = torch.stack([record.stats["tokens_per_expert"].total for record in ctx.layers])
+    scores.load_LE = scores.load_LE + load.double().cpu().numpy()

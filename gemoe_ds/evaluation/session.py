@@ -1,0 +1,184 @@
+"""What is evaluated: a loaded model with what a run trained, and the ways to set its k.
+
+The command lines of launch/evaluate.py and launch/generate.py say it alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.checkpoint.state import load_trained_weights
+from gemoe_ds.cluster.signals import until_stopped
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.config import RunConfig, load_config, validate_evaluation
+from gemoe_ds.console import Progress
+from gemoe_ds.data.bad_samples import BadSampleLog
+from gemoe_ds.data.collate import Batch
+from gemoe_ds.data.lengths import known_lengths
+from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.engine.groups import expert_shard
+from gemoe_ds.engine.host_memory import host_memory
+from gemoe_ds.engine.world import World, gather_objects
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.evaluation.arguments import RoutingMode
+from gemoe_ds.evaluation.budget import Budget, fit_budget_to
+from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.moe.router import Router
+from gemoe_ds.progress import EVALUATE
+from gemoe_ds.train.assemble import build_collator, build_model
+from gemoe_ds.train.checks.samples import leave_out_known
+
+BETWEEN = "between two batches; what --out holds is whole"
+
+
+class EvalSession:
+    """A model on this rank. Its methods are collective."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        config: RunConfig,
+        world: World,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.arguments, self.config, self.world = arguments, config, world
+        self.stop = stop or StopRequest()
+        self.checkpoint = newest(arguments.trained) if arguments.trained else None
+        shard = expert_shard(config.parallel.ep_size, world)
+        memory = host_memory(world)
+        self.model = build_model(config, shard, memory, show_progress=world.is_first)
+        self.model.to(world.device)
+        self.routers = [layer.router for layer in self.model.moe_layers]
+        self.static = self._static_routers() if arguments.k else []
+        if self.checkpoint:
+            load_trained_weights(self.model, self.checkpoint)
+            self.say(f"trained parts from {self.checkpoint}")
+        self.collator = build_collator(config, self.model)
+        self._logs: dict[Path, BadSampleLog] = {}
+
+    def say(self, text: str) -> None:
+        if self.world.is_first:
+            print(text, flush=True)
+
+    def stream(
+        self, samples: SampleFolder, *, limit: int | None = None, prompts: bool = False
+    ) -> EvalStream:
+        number, batch = min(len(samples), limit or len(samples)), self.arguments.batch
+        if number <= batch * (self.world.size - 1):
+            raise ConfigError(
+                f"{samples.path}: {number:,} samples in batches of {batch} are too few for "
+                f"{self.world.size} ranks: use fewer ranks or a smaller --batch"
+            )
+        return EvalStream(
+            samples,
+            self.collator,
+            batch=batch,
+            rank=self.world.rank,
+            world=self.world.size,
+            limit=limit,
+            prompts=prompts,
+        )
+
+    def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
+        log = self._left_out(samples)
+        stream = self.stream(samples, limit=limit)
+        scores = evaluate(
+            self.model, samples, self.iterate(stream, EVALUATE), self.world.device, gather_objects
+        )
+        log.record(scores.bad.values())
+        log.check()
+        return scores
+
+    def bad_sample_log(self, samples: SampleFolder) -> BadSampleLog:
+        return BadSampleLog(self.config.data.max_bad_samples, len(samples), gather_objects)
+
+    def _left_out(self, samples: SampleFolder) -> BadSampleLog:
+        """What is known, before the first batch, to be too long; the same every time."""
+        if samples.path not in self._logs:
+            world = self.world
+            lengths, _ = known_lengths(
+                samples, self.collator, rank=world.rank, world=world.size, gather=gather_objects
+            )
+            log = self.bad_sample_log(samples)
+            leave_out_known(lengths, samples, self.collator, log)
+            self._logs[samples.path] = log
+        return self._logs[samples.path]
+
+    def iterate(
+        self, stream: EvalStream, phase: str, title: str | None = None
+    ) -> Iterator[Batch | None]:
+        """Batches with a progress bar, until any rank is asked to stop: then Stopped on all."""
+        bar = Progress(stream, desc=title or phase, unit="batch", disable=not self.world.is_first)
+        return until_stopped(bar, phase, self.stop, self.world, BETWEEN)
+
+    def _static_routers(self) -> list[Router]:
+        """Of the gates as they were before training."""
+        top_k = Router.named("top_k")
+        static = []
+        for router, routing in zip(self.routers, self.model.routing, strict=True):
+            static.append(top_k(top_k.Config(), routing))
+            static[-1].adopt_gate(router.gate.weight.detach().clone())
+        return static
+
+    def set_routing(self, mode: RoutingMode) -> Budget | None:
+        """Route in this way from now on."""
+        routers = self.routers if mode.k is None else self.static
+        for layer, router in zip(self.model.moe_layers, routers, strict=True):
+            layer.router = router
+            if mode.k is not None:
+                if mode.k > router.spec.num_experts:
+                    raise ConfigError(
+                        f"--k {mode.k} exceeds the backbone's {router.spec.num_experts} experts"
+                    )
+                router.k = router.static_k = mode.k  # type: ignore[assignment]
+        self.model.to(self.world.device)
+        return None if mode.mean_k is None else self.fit_budget(mode.mean_k)
+
+    def routes(self, modes: list[RoutingMode]) -> Callable[[RoutingMode], None]:
+        """`set_routing` for turns among several modes: each budget is met once, here."""
+        budgets = {mode: self.set_routing(mode) for mode in modes}
+
+        def again(mode: RoutingMode) -> None:
+            self.set_routing(replace(mode, mean_k=None))
+            if budget := budgets[mode]:
+                for router in self.routers:
+                    router.k_scale, router.k_shift = budget.k_scale, budget.k_shift  # type: ignore[assignment]
+
+        return again
+
+    def fit_budget(self, mean_k: float) -> Budget:
+        """Move the trained k until the model uses so many experts on the calibration samples."""
+        arguments, data = self.arguments, self.config.data
+        place = arguments.calibrate or data.validation_path or data.train_path
+        known = open_samples(place)
+
+        def measured() -> float:
+            return float(self.scored(known, arguments.calibration_samples).tokens()[1].mean())
+
+        how = "scale" if arguments.rescale else "shift"
+        budget = fit_budget_to(self.routers, mean_k, measured, how)
+        self.say(
+            f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: "
+            f"model.router.k_scale={budget.k_scale:.6g} model.router.k_shift={budget.k_shift:.6g}"
+        )
+        return budget
+
+
+def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
+    """The recipe, with a static router where nothing trained is loaded.
+
+    Every rank has all experts unless it says otherwise: then there is nothing to exchange.
+    """
+    overrides = list(arguments.overrides)
+    if arguments.k and not arguments.trained:
+        overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
+    if not any(override.startswith("parallel.ep_size=") for override in overrides):
+        overrides.append("parallel.ep_size=1")
+    config = load_config(arguments.recipe, [*overrides, *more])
+    validate_evaluation(config)
+    return config

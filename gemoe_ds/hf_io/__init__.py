@@ -1,0 +1,1 @@
+"""Checkpoints of the Hugging Face layout: their keys, reading them, rewriting them."""

@@ -1,0 +1,156 @@
+"""The model that a Hugging Face folder's config.json describes: its shapes, without memory.
+
+The file is a user's, and may say anything: what cannot be built is refused by the file's name.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.hf_io.safetensors_reader import read_json, refuse_dead_links
+
+_SIZES = {
+    *("vocab_size", "embedding_size", "hidden_size", "d_model", "width", "head_dim"),
+    *("num_hidden_layers", "n_layers", "layers", "depth"),
+    *("num_attention_heads", "num_key_value_heads", "n_heads", "n_kv_heads", "num_heads", "heads"),
+    *("intermediate_size", "moe_intermediate_size"),
+    *("num_experts", "moe_num_experts", "n_routed_experts"),
+    *("num_experts_per_tok", "moe_top_k", "top_k_experts"),
+    *("patch_size", "image_size"),
+}
+
+
+def meta_model(model_class: type[nn.Module], config: object) -> nn.Module:
+    """A model whose parameters are shapes without memory; buffers, which no file has, are real.
+
+    It draws no random numbers, so that what is drawn afterwards does not depend on it.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # if it is, it is being tied
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    # Not `torch.device("meta")`: rotary frequencies and position ids would be lost. Not the
+    # accelerate library's way of doing this: its presence changes how transformers loads.
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return model_class(config)  # type: ignore[call-arg]
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of model.checkpoint; CheckpointError without one."""
+    path = folder / "config.json"
+    try:
+        refuse_dead_links(folder)
+        if path.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ValueError("a byte order mark begins it, which transformers does not read")
+        return read_json(path)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(f"model.checkpoint={folder}: {reason}") from error
+    except OSError as error:
+        snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+        given = f"{snapshots[-1].parent}" if snapshots else "a Hugging Face folder"
+        raise CheckpointError(
+            f"model.checkpoint={folder}: no config.json there; give {given}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"model.checkpoint={folder}: config.json is damaged ({error}); download it again"
+        ) from error
+
+
+@contextmanager
+def as_checkpoint_error(folder: Path, file: str = "config.json") -> Iterator[None]:
+    """Whatever a reader of this file, or who builds from it, chokes on: the file is what is wrong.
+
+    Their errors are of any class, ZeroDivisionError among them.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if "model.checkpoint=" in str(error):
+            raise
+        raise CheckpointError(f"model.checkpoint={folder}: {file}: {error}") from error
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        name = type(error).__name__
+        reason = f"{name}: {' '.join(lines[:2])}" if lines else name
+        raise CheckpointError(f"model.checkpoint={folder}: {file}: {reason}") from error
+
+
+def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
+    """The configuration in a folder, which must be of this class's model type.
+
+    `config_class` is transformers', or has `from_json`.
+    """
+    if folder is None:
+        raise ConfigError(f"model.checkpoint: backbone {backbone!r} starts from one; give a folder")
+    found = read_config(folder)
+    kind = found.get("model_type")
+    if kind != config_class.model_type:
+        raise CheckpointError(
+            f"model.checkpoint={folder} is of model_type {kind!r}, backbone {backbone!r} has "
+            f"{config_class.model_type!r}"
+        )
+    with as_checkpoint_error(folder):
+        _refuse_quantised(found)
+        _refuse_other_activations(found)
+        try:
+            if hasattr(config_class, "from_json"):
+                config = config_class.from_json(found)
+            else:
+                config = config_class.from_pretrained(folder, trust_remote_code=False)
+        except CheckpointError:
+            raise
+        except Exception:
+            _refuse_no_sizes(found)  # the better reason, if it is the reason
+            raise
+        _refuse_no_sizes(found)
+        return config
+
+
+def _refuse_quantised(found: Mapping[str, Any]) -> None:
+    """Training reads weights as they are; who loads the export would quantise them again."""
+    for section in (found, *(value for value in found.values() if isinstance(value, dict))):
+        if method := section.get("quantization_config"):
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise CheckpointError(
+                f"quantization_config says {name}; give the folder before it was quantised, or "
+                "remove the section if its weights are not"
+            )
+
+
+def _refuse_other_activations(found: Mapping[str, Any]) -> None:
+    """Experts are computed with SiLU here, whatever the model's own blocks would do."""
+    for name in ("", "text_config", "language_config"):
+        section = found.get(name, {}) if name else found
+        act = section.get("hidden_act", "silu") if isinstance(section, dict) else "silu"
+        if act not in ("silu", "swish"):
+            key = f"{name}.hidden_act" if name else "hidden_act"
+            raise CheckpointError(f"{key}={act!r}, experts with 'silu' are supported")
+
+
+def _refuse_no_sizes(found: Mapping[str, Any], section: str = "") -> None:
+    """What counts layers, heads, experts or numbers is a whole number from 1 on."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            _refuse_no_sizes(value, f"{section}{key}.")
+        elif key in _SIZES and value is not None and not isinstance(value, list):
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{section}{key}={value!r}, a whole number from 1 on is wanted"
+                )

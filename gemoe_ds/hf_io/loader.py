@@ -1,0 +1,288 @@
+"""A Hugging Face folder and the model it fills: every rank reads what it keeps, and nothing else.
+
+`Weights` is checked as a whole (headers, keys, shapes) before the first byte of a tensor is read.
+`rewrite` goes the other way: the same folder with some parameters replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate, islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gemoe_ds.console import Progress
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.hf_io.companions import companions, write_index
+from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
+from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor, open_stored
+from gemoe_ds.progress import PROGRESS
+
+_AHEAD = 16  # pieces, of a few megabytes as a rule, that the disk brings while others are read
+_WORTH_SHARING = 2**16  # bytes; pages of 4096 are shared
+
+
+@dataclass(frozen=True)
+class Target:
+    """Memory for a parameter of this (whole) shape, or for its rows from `first_row` on."""
+
+    tensor: Tensor
+    shape: Shape
+    first_row: int = 0
+    is_common: bool = False  # several ranks have this memory; each reads a part
+
+    def holds(self, piece: StoredSlice) -> bool:
+        rows = range(self.first_row, self.first_row + len(self.tensor)) if self.shape else ()
+        return piece.row is None or piece.row in rows
+
+
+class Weights:
+    """What a folder has for the parameters of `model`, which may be a meta_model.
+
+    Raises CheckpointError naming the folder and the file or key if anything is missing, damaged,
+    unexpected or of another shape.
+    """
+
+    def __init__(
+        self, folder: Path, keys: KeyMap, model: nn.Module, may_lack: Sequence[str] = ()
+    ) -> None:
+        """`may_lack`: patterns of names that a folder may have none of, whose parameters have
+        memory and values then."""
+        self.folder = folder
+        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        # a tied parameter has several names; a file may have it under all of them
+        names = {n: name_of[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        tied = {also: name for also, name in names.items() if also != name}
+        try:
+            self.stored: dict[str, StoredTensor] = open_stored(folder)
+            shapes = {key: tensor.shape for key, tensor in self.stored.items()}
+            self.keys = keys.fitting(shapes, self.shapes)
+            wanted = self._present(may_lack)
+            self.pieces = self.keys.pieces(shapes, wanted, optional=tied)
+            self.tied_copies = self._tied_copies(tied)
+            self._refuse_integers()
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{folder}: ")
+            raise CheckpointError(f"model.checkpoint={folder}: {reason}") from error
+        place = {key: number for number, key in enumerate(self.stored)}
+        self.pieces.sort(key=lambda piece: (place[piece.key], piece.row or 0))
+
+    def _present(self, may_lack: Sequence[str]) -> dict[str, Shape]:
+        """The parameters without those that may be left out and are."""
+        some = {n for n in self.shapes if any(fnmatchcase(n, pattern) for pattern in may_lack)}
+        if any(piece.key in self.stored for n in some for piece in self.keys.of(n, self.shapes[n])):
+            return self.shapes
+        return {name: shape for name, shape in self.shapes.items() if name not in some}
+
+    def _tied_copies(self, tied: Mapping[str, str]) -> list[StoredSlice]:
+        """What is stored of tied parameters under their other names; it must be the same."""
+        found = []
+        for also, name in tied.items():
+            for piece in self.keys.of(also, self.shapes[name]):
+                (first, *_) = (p.key for p in self.pieces if p.name == name)
+                if piece.key in self.stored and piece.key != first:
+                    if not self.stored[piece.key].equals(self.stored[first]):
+                        raise CheckpointError(
+                            f"{piece.key} differs from {first}, but config.json says that they are "
+                            "one (tie_word_embeddings); if they are two, set it to false there"
+                        )
+                    found.append(replace(piece, name=name))
+        return found
+
+    def _refuse_integers(self) -> None:
+        for piece in self.pieces:
+            dtype = self.stored[piece.key].dtype
+            if not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{piece.key} is stored as {str(dtype).removeprefix('torch.')}, and weights "
+                    "are floating-point numbers; a quantised model must be converted back first"
+                )
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One whole parameter, for this process alone."""
+        shape = self.shapes[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        self.fill({name: Target(tensor, shape)})
+        return tensor
+
+    def fill(
+        self,
+        targets: Mapping[str, Target],
+        memory: WeightAllocator = LOCAL,
+        *,
+        show_progress: bool = False,
+    ) -> None:
+        """Read every target, in the order in which it stands on the disk; of those that are common
+        to several ranks a part. Collective: what is wrong with a weight all ranks raise."""
+        try:
+            self._fill(self._mine(targets, memory), targets, show_progress)
+            problem = None
+        except CheckpointError as error:
+            problem = str(error)
+        if problem := memory.first_error(problem):
+            raise CheckpointError(problem)
+
+    def _mine(self, targets: Mapping[str, Target], memory: WeightAllocator) -> list[StoredSlice]:
+        """The pieces that this rank reads: of the common ones as many bytes as every other."""
+        pieces = [p for p in self.pieces if p.name in targets and targets[p.name].holds(p)]
+        common = [p for p in pieces if targets[p.name].is_common]
+        sizes = [self._view(p, targets).nbytes for p in common]
+        begins = accumulate(sizes, initial=0)
+        readers = [
+            memory.num_ranks * begin // sum(sizes) for begin, _ in zip(begins, sizes, strict=False)
+        ]
+        of_others = {id(p) for p, r in zip(common, readers, strict=True) if r != memory.rank}
+        return [p for p in pieces if id(p) not in of_others]
+
+    def _fill(
+        self, pieces: list[StoredSlice], targets: Mapping[str, Target], show_progress: bool
+    ) -> None:
+        sizes = [self._view(p, targets).nbytes for p in pieces]
+        with Progress(
+            total=sum(sizes),
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            disable=not show_progress,
+        ) as bar:
+            ahead = iter(pieces)
+            self._prefetch(islice(ahead, _AHEAD))
+            for piece, size in zip(pieces, sizes, strict=True):
+                self._prefetch(islice(ahead, 1))
+                view = self._view(piece, targets)
+                self._read_piece(piece, view)
+                self._refuse_what_no_weight_is(piece, view)
+                bar.update(size)
+                PROGRESS.num_events += 1
+
+    def _prefetch(self, pieces: Iterable[StoredSlice]) -> None:
+        for piece in pieces:
+            stored = self.stored[piece.key]
+            stored.prefetch(piece.stored_rows(stored.shape))
+
+    @staticmethod
+    def _view(piece: StoredSlice, targets: Mapping[str, Target]) -> Tensor:
+        target = targets[piece.name]
+        assert piece.row is not None or target.tensor.shape == target.shape, piece
+        return piece.ours(target.tensor.detach(), target.first_row)
+
+    def _read_piece(self, piece: StoredSlice, view: Tensor) -> None:
+        stored = self.stored[piece.key]
+        rows = piece.stored_rows(stored.shape)
+        if piece.rule.rearrange is None:
+            into = view[None] if piece.rule.by_row else view
+            stored.read_into(into, rows.start if rows else 0)
+        else:
+            view.copy_(piece.to_ours(stored.read(rows)))
+
+    def _refuse_what_no_weight_is(self, piece: StoredSlice, view: Tensor) -> None:
+        """One pass over what has just come through the cache: a twentieth of the time to read."""
+        problem = problem_of(view)
+        if problem:
+            raise CheckpointError(
+                f"model.checkpoint={self.folder}: {self.stored[piece.key].file.name}: {piece.key} "
+                f"{problem} (for {piece.name}, as {str(view.dtype).removeprefix('torch.')}); "
+                "download it again, or convert it again"
+            )
+
+    def rewrite(self, changed: Mapping[str, Tensor], out: Path) -> None:
+        """The folder's files in `out`, these parameters (whole, by name) replaced.
+
+        Whatever is not changed is copied as it is stored; what trained in float32 stays float32.
+        What the folder lacks (`may_lack`) goes into its last file.
+        """
+        assert changed.keys() <= self.shapes.keys(), changed.keys() - self.shapes.keys()
+        out.mkdir(parents=True, exist_ok=True)
+        of_key: dict[str, list[StoredSlice]] = {}
+        for piece in (*self.pieces, *self.tied_copies):
+            if piece.name in changed:
+                of_key.setdefault(piece.key, []).append(piece)
+        files = sorted({tensor.file for tensor in self.stored.values()})
+        # servers look for weights in the folder itself, not below
+        names = {file: "-".join(file.relative_to(self.folder).parts) for file in files}
+        added = self._added(changed)
+        touched = {self.stored[key].file for key in of_key} | ({files[-1]} if added else set())
+        for path in companions(self.folder):
+            shutil.copyfile(path, out / path.name)
+        for file in files:
+            if file not in touched:
+                shutil.copyfile(file, out / names[file])
+                continue
+            tensors = dict(added) if file == files[-1] else {}
+            for key, stored in self.stored.items():
+                if stored.file == file:
+                    tensors[key] = tensor = stored.read()
+                    for piece in of_key.get(key, ()):
+                        rows = piece.stored_rows(stored.shape)
+                        ours = piece.to_stored(piece.ours(changed[piece.name]))
+                        wider = torch.promote_types(ours.dtype, tensor.dtype)
+                        tensors[key] = tensor = tensor.to(wider)
+                        tensor[rows or ...] = ours
+            save_file(tensors, out / names[file], metadata={"format": "pt"})
+        if (self.folder / INDEX).exists():
+            file_of = {key: names[stored.file] for key, stored in self.stored.items()}
+            write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
+
+    def _added(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of the parameters that the folder has none of."""
+        there = {piece.name for piece in self.pieces}
+        tensors: dict[str, Tensor] = {}
+        for name in changed.keys() - there:
+            for key, shape in self.keys.stored_shapes({name: self.shapes[name]}).items():
+                tensors.setdefault(key, torch.empty(shape, dtype=changed[name].dtype))
+            for piece in self.keys.of(name, self.shapes[name]):
+                tensor = tensors[piece.key]
+                tensor[piece.stored_rows(tuple(tensor.shape)) or ...] = piece.to_stored(
+                    piece.ours(changed[name])
+                )
+        return tensors
+
+
+def problem_of(weight: Tensor) -> str | None:
+    """What no trained weight is: not finite, or a matrix of nothing but zeros."""
+    if not weight.numel():
+        return None
+    low, high = (bound.item() for bound in weight.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "holds NaN or infinite numbers"
+    return "holds nothing but zeros" if low == high == 0 and weight.dim() > 1 else None
+
+
+def materialise(
+    model: nn.Module, dtype: torch.dtype, memory: WeightAllocator = LOCAL
+) -> dict[str, Target]:
+    """Give every parameter without memory some: float32 if it trains, `dtype` if it does not.
+
+    Large ones that do not train are in `memory`. Returns them by name; a tied parameter once.
+    Parameters that have memory stay as they are. Collective if the memory is common.
+    """
+    on_meta = {n: p for n, p in model.named_parameters() if p.is_meta}
+    large = [
+        name
+        for name, p in on_meta.items()
+        if not p.requires_grad and p.numel() * dtype.itemsize >= _WORTH_SHARING
+    ]
+    allocated = memory.allocate([tuple(on_meta[name].shape) for name in large], dtype)
+    common = dict(zip(large, allocated, strict=True))
+    targets, made = {}, {}
+    for name, meta_model in on_meta.items():
+        kept = torch.float32 if meta_model.requires_grad else dtype
+        tensor = common[name] if name in common else torch.empty(meta_model.shape, dtype=kept)
+        made[id(meta_model)] = nn.Parameter(tensor, requires_grad=meta_model.requires_grad)
+        targets[name] = Target(
+            made[id(meta_model)], tuple(meta_model.shape), is_common=name in common
+        )
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, made[id(parameter)])
+    return targets

@@ -1,0 +1,182 @@
+"""Backbone: an adapter that says where a model's MoE blocks are; it re-implements no forward."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.hf_io.hf_config import as_checkpoint_error, config_of, meta_model
+from gemoe_ds.hf_io.key_rules import KeyMap, Shape
+from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.quiet import without_bars
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.images import ImageLayout
+from gemoe_ds.models.kv_cache import DecodeState
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.registry import ConfigModel, Registered
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One MoE block of a loaded model: where it hangs and what is in it.
+
+    Weights are views of the model's own tensors: gate_ED, gate_up_EGD (gate rows above up rows,
+    G = 2 F), down_EDF.
+    """
+
+    path: str
+    parent: nn.Module
+    attribute: str
+    routing: RoutingSpec
+    gate_ED: Tensor
+    gate_up_EGD: Tensor
+    down_EDF: Tensor
+    shared: nn.Module | None = None  # x -> what is added for every token
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
+        block = getattr(self.parent, self.attribute)
+        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
+
+    @property
+    def shared_name(self) -> str | None:
+        """What the block itself calls `shared`."""
+        children = getattr(self.parent, self.attribute).named_children()
+        return next((name for name, module in children if module is self.shared), None)
+
+    @property
+    def params_per_expert(self) -> int:
+        return (self.gate_up_EGD.numel() + self.down_EDF.numel()) // self.routing.num_experts
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a public model is known to write, greedily, after some token ids."""
+
+    model: str
+    vocabulary: int
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+class Backbone(Registered):
+    """One model family. An instance is cheap: it holds options and knows how to load and read."""
+
+    name: ClassVar[str]
+    may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
+    published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
+    published_part: ClassVar[str] = ""  # what that counts: names that begin so
+    published_tensors: ClassVar[int | None] = None
+    published_unused: ClassVar[Mapping[str, Shape]] = {}  # stored there, and read by nobody
+    golden: ClassVar[Golden | None] = None
+    keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
+    chat: ClassVar[ChatTemplate] = ChatTemplate()
+
+    def __init__(self, config: ConfigModel) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        """The model: freshly initialised in float32, or the meta model that a Hugging Face folder fills.
+
+        A meta model's parameters have shapes and no memory (weights.shell); whoever asked fills what it
+        keeps, by `keys`. Raises ConfigError for options that contradict the folder,
+        CheckpointError for a folder that is missing, damaged or of another family.
+        """
+
+    def described(
+        self, model_class: type[nn.Module], config_class: Any, folder: Path | None
+    ) -> nn.Module:
+        """The meta model of what config.json says; CheckpointError if there can be no such model."""
+        config = config_of(config_class, folder, self.name)
+        assert folder is not None
+        with as_checkpoint_error(folder):
+            model = meta_model(model_class, config)
+            for block in self.moe_blocks(model):
+                top_k, experts = block.routing.top_k, block.routing.num_experts
+                if not 1 <= top_k <= experts:
+                    raise CheckpointError(
+                        f"{block.path}: {top_k} experts a token, of {experts}; it must be from 1 "
+                        f"to {experts}"
+                    )
+        return model
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """The meta model of the public model at its full size."""
+        raise ConfigError(f"backbone {cls.name!r} has no published model")
+
+    @classmethod
+    def published_blocks(cls) -> list[BlockSpec]:
+        """The MoE blocks of that meta model."""
+        return cls(cls.Config()).moe_blocks(cls.published())
+
+    @abstractmethod
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        """Every MoE block in order of depth; never empty."""
+
+    def context_length(self, model: nn.Module) -> int | None:
+        """Positions that the language model of a loaded model, or a meta model, knows; None: unknown."""
+        blocks = self.moe_blocks(model)
+        root = blocks[0].path.partition(".layers.")[0] if blocks else ""
+        config: Any = getattr(model.get_submodule(root), "config", None)
+        length = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if length and "original_max_position_embeddings" not in rope:
+            length = int(length * (rope.get("factor") or 1))
+        return length
+
+    def image_layout(self, model: nn.Module) -> ImageLayout | None:
+        """How an image is laid into a sequence; None: this model reads text only."""
+        return None
+
+    @abstractmethod
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState | None = None,
+    ) -> Tensor:
+        """The last hidden states [B, S, D] through the model's own forward.
+
+        `images` holds `pixels` and the extras of the batch's images, joined, and `feature_BS`:
+        which row of all their features a position takes, -1: none. Empty for text-only models,
+        and where the images are in the `past`: the tokens before these, remembered and extended.
+        """
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> nn.Module:
+        """The module from hidden states to vocabulary logits."""
+
+    def save_pretrained(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+        """Write every parameter of `model` (`state`, by its names) as a Hugging Face folder.
+
+        Only models that transformers has can be, those that may start without a folder.
+        """
+        plain = meta_model(type(model), model.config)
+        plain.load_state_dict(state, strict=True, assign=True)
+        with without_bars():
+            plain.save_pretrained(folder)  # type: ignore[operator]
+
+    def save_trained(
+        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+    ) -> None:
+        """Write `base` with the parameters of `state` (by name of the model as loaded) replaced.
+
+        All others stay as they are stored there. Without a base all must be in `state`.
+        """
+        if base is None:
+            self.save_pretrained(model, state, folder)
+        else:
+            plain = meta_model(type(model), model.config)
+            Weights(base, self.keys, plain, self.may_lack).rewrite(state, folder)

@@ -1,0 +1,3 @@
+"""DeepSeek-VL2-Tiny."""
+
+import gemoe_ds.models.deepseek_vl2.backbone  # noqa: F401  (registers it)

@@ -1,0 +1,156 @@
+"""DeepSeek-VL2-Tiny: 11 of 12 layers with 64 experts, top-6, and two shared ones; SigLIP-384."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextMoe
+
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables
+from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.models.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.models.images import put_features
+from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.moe.router import RoutingSpec
+
+_VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
+_VISION = (
+    Rule("vision.patch_embed.proj.{*}", "vision_tower.embeddings.patch_embedding.{*}"),
+    Rule(
+        "vision.pos_embed",
+        "vision_tower.embeddings.position_embedding.weight",
+        rearrange="1 n d -> n d",
+    ),
+    Rule("vision.norm.{*}", "vision_tower.post_layernorm.{*}"),
+    *(
+        Rule(
+            f"{_VIT_BLOCK}attn.qkv.{{*}}",
+            f"{_VIT_LAYER}self_attn.{name}_proj.{{*}}",
+            stored_part=(i, 3),
+        )
+        for i, name in enumerate("qkv")
+    ),
+    *(
+        Rule(f"{_VIT_BLOCK}{stored}.{{*}}", f"{_VIT_LAYER}{ours}.{{*}}")
+        for stored, ours in (
+            ("attn.proj", "self_attn.out_proj"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+            ("norm1", "layer_norm1"),
+            ("norm2", "layer_norm2"),
+        )
+    ),
+)
+# timm's attention pooling, a head that the model ignores
+_UNUSED: dict[str, Shape] = {"vision.attn_pool.latent": (1, 1, 1152)}
+for _name, _high, _wide in (
+    ("q", 1152, 1152),
+    ("kv", 2304, 1152),
+    ("proj", 1152, 1152),
+    ("norm", 1152, None),
+    ("mlp.fc1", 4304, 1152),
+    ("mlp.fc2", 1152, 4304),
+):
+    _UNUSED[f"vision.attn_pool.{_name}.weight"] = (_high, _wide) if _wide else (_high,)
+    _UNUSED[f"vision.attn_pool.{_name}.bias"] = (_high,)
+
+
+_GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+
+
+class DeepseekVl2Backbone(Backbone):
+    """From a folder in the public layout."""
+
+    name: ClassVar[str] = "deepseek_vl2"
+    published_parameters: ClassVar[int] = 3_370_501_440
+    published_tensors: ClassVar[int] = 2582
+    published_unused = _UNUSED
+    keys = KeyMap(
+        (
+            *_VISION,
+            Rule("projector.layers.{*}", "projector.{*}"),
+            Rule("language.lm_head.weight", "lm_head.weight"),
+            Rule("language.model.{*}", "language_model.{*}"),
+        ),
+        unused=("vision.attn_pool.*",),
+        experts=expert_tables(
+            "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
+        ),
+    )
+    chat = ChatTemplate(
+        question="<|User|>: {text}\n\n<|Assistant|>:",
+        question_with_image="<|User|>: {image}\n{text}\n\n<|Assistant|>:",
+        answer="{text}{end}{eos}",
+        no_question="<|User|>:<|Assistant|>:",
+        only_image="<|User|>: {image}\n\n<|Assistant|>:",
+        specials=("<|User|>", "<|Assistant|>"),
+        obeyed=_GROUNDING,
+        stripped=True,
+        pad="<｜▁pad▁｜>",
+        added={
+            token: 128815 + place
+            for place, token in enumerate(("<image>", *_GROUNDING, "<|User|>", "<|Assistant|>"))
+        },
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        return self.described(DeepseekVl2Model, DeepseekVl2Config, checkpoint)
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """DeepSeek-VL2-Tiny."""
+        return meta_model(DeepseekVl2Model, DeepseekVl2Config())
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        blocks = []
+        for path, module in model.named_modules():
+            if isinstance(module, DeepseekOcr2TextMoe):
+                parent, _, attribute = path.rpartition(".")
+                gate, experts = module.gate, module.experts
+                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, False)
+                blocks.append(
+                    BlockSpec(
+                        path,
+                        model.get_submodule(parent),
+                        attribute,
+                        routing,
+                        gate.weight,
+                        experts.gate_up_proj,
+                        experts.down_proj,
+                        shared=module.shared_experts,
+                    )
+                )
+        return blocks
+
+    def image_layout(self, model: nn.Module) -> DeepseekVl2Images:
+        config: DeepseekVl2Config = model.config  # type: ignore[assignment]
+        patches = config.image_size // PATCH
+        return DeepseekVl2Images(tile=config.image_size, side=-(-patches // 2))
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState | None = None,
+    ) -> Tensor:
+        text = model.language_model
+        embedded_BSD = text.embed_tokens(input_ids_BS)
+        if images:
+            pixels = images["pixels"].to(embedded_BSD.dtype)
+            features = model.image_features(pixels, images["tiles"])
+            embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
+        hidden_BSD: Tensor = text(
+            inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past)
+        ).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head

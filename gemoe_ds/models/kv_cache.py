@@ -1,0 +1,69 @@
+"""Where tokens stand: attention masks, rotary positions, and the keys and values of tokens before.
+
+Shapes: B sequences, S tokens of this forward, P tokens of forwards before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class DecodeState:
+    """What a model remembers of a text that it reads or writes piece by piece."""
+
+    def __init__(self) -> None:
+        self.cache = DynamicCache()
+        self.is_valid_BP: Tensor | None = None
+        self.next_position_B: Tensor | None = None
+
+    def extend(self, is_valid_BS: Tensor) -> Tensor:
+        """Remember these tokens too; bool [B, P + S] of all."""
+        known = [is_valid_BS] if self.is_valid_BP is None else [self.is_valid_BP, is_valid_BS]
+        self.is_valid_BP = torch.cat(known, dim=1)
+        return self.is_valid_BP
+
+
+def attention_inputs(
+    is_valid_BS: Tensor, past: DecodeState | None, position_BS: Tensor | None = None
+) -> dict[str, Any]:
+    """What a text model of transformers needs to know beside the embeddings.
+
+    Padding may stand on either side. Without any to the left of a token nothing need be masked:
+    attention is causal, no valid token sees what follows it, and attention takes its fast path.
+    `position_BS` ([B, S] or with leading dimensions) are rotary positions other than 0, 1, ... of
+    the valid tokens; they count from where the past ended.
+    """
+    if past is None and not _has_padding_left(is_valid_BS):
+        return {"use_cache": False} | ({} if position_BS is None else {"position_ids": position_BS})
+    if position_BS is None:
+        position_BS = (is_valid_BS.cumsum(1) - 1).clamp(min=0)
+    known = is_valid_BS
+    if past is not None:
+        if past.next_position_B is not None:
+            position_BS = position_BS + past.next_position_B[:, None]
+        furthest_BS = position_BS.flatten(0, -3).amax(0) if position_BS.dim() > 2 else position_BS
+        reached_B = furthest_BS.masked_fill(~is_valid_BS, -1).amax(1) + 1
+        if past.next_position_B is not None:  # a sequence that has ended stays where it is
+            reached_B = torch.maximum(reached_B, past.next_position_B)
+        past.next_position_B = reached_B
+        known = past.extend(is_valid_BS)
+    return {
+        "attention_mask": attended(known).long(),
+        "position_ids": position_BS,
+        "past_key_values": None if past is None else past.cache,
+        "use_cache": past is not None,
+    }
+
+
+def attended(is_valid_BS: Tensor) -> Tensor:
+    """The same, but a row of nothing but padding sees itself: softmax over nothing is no number."""
+    return is_valid_BS | ~is_valid_BS.any(1, keepdim=True)
+
+
+def _has_padding_left(is_valid_BS: Tensor) -> bool:
+    """Whether a token that counts comes after padding."""
+    return bool((is_valid_BS[:, 1:] & ~is_valid_BS[:, :-1]).any())

@@ -1,0 +1,359 @@
+"""MoEModel: a backbone whose MoE blocks are ours, and the loss of one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.hf_io.loader import Target, Weights, materialise
+from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.kv_cache import DecodeState
+from gemoe_ds.moe.context import Rollout, TokenContext
+from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.layer import MoELayer
+from gemoe_ds.moe.router import Router, RoutingSpec
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """Which consecutive block of every layer's experts lives on this rank, and how to reach all."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
+    groups: Mapping[str, Any] = field(default_factory=dict)  # of ranks that it talks to, by name
+    broadcast_from_first: Callable[[Tensor], Tensor] = lambda tensor: (
+        tensor
+    )  # that of the group's first rank
+
+    def local(self, num_experts: int) -> slice:
+        if num_experts % self.num_ranks:
+            fitting = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            raise ConfigError(
+                f"parallel.ep_size={self.num_ranks} does not divide the backbone's {num_experts} "
+                f"experts; possible: {', '.join(map(str, fitting))}"
+            )
+        size = num_experts // self.num_ranks
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
+
+
+def _shared_names(block: BlockSpec) -> list[tuple[str, str]]:
+    """Ours and the block's own names of what is in its shared expert."""
+    if block.shared is None:
+        return []
+    return [(f"shared.{n}", f"{block.shared_name}.{n}") for n, _ in block.shared.named_parameters()]
+
+
+class MoEModel(nn.Module):
+    """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
+
+    Everything that does not train is stored in `dtype`; what trains stays float32 (the optimizer
+    updates it directly, and routing is float32 by construction).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        checkpoint: Path | None,
+        tokenizer_dir: Path,
+        router: tuple[type[Router], Any],
+        *,
+        train: str = "routers",
+        dtype: torch.dtype = torch.float32,
+        shard: ExpertShard | None = None,
+        recompute: bool = False,
+        pack_experts: bool = False,
+        memory: WeightAllocator = LOCAL,
+        show_progress: bool = False,
+    ) -> None:
+        super().__init__()
+        shard = shard or ExpertShard()
+        self.backbone = backbone
+        self.shard = shard
+        self.dtype = dtype
+        self.pack_experts = pack_experts
+        self.hf = backbone.load(checkpoint, tokenizer_dir)
+        is_shell = any(parameter.is_meta for parameter in self.hf.parameters())
+        weights = (
+            Weights(checkpoint, backbone.keys, self.hf, backbone.may_lack)
+            if checkpoint and is_shell
+            else None
+        )
+        blocks = backbone.moe_blocks(self.hf)
+        if not blocks:
+            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
+        self.routing = [replace(block.routing, slot=slot) for slot, block in enumerate(blocks)]
+        self.block_paths = [block.path for block in blocks]
+        self.expert_names = [block.names[1:] for block in blocks]
+        self._stock_names = {
+            f"{block.path}.{ours}": f"{block.path}.{stock}"
+            for block in blocks
+            for ours, stock in [*zip(OUR_NAMES, block.names, strict=True), *_shared_names(block)]
+        }
+        self.num_parameters = sum(p.numel() for p in self.hf.parameters())
+        self.params_per_expert = [block.params_per_expert for block in blocks]
+        self.image_layout = backbone.image_layout(self.hf)
+        self.context_length = backbone.context_length(self.hf)
+        self.hf.requires_grad_(train == "all")
+        self.ctx = TokenContext(len(blocks))
+        targets: dict[str, Target] = {}
+        for block, routing in zip(blocks, self.routing, strict=True):
+            targets |= self._convert(block, routing, router, weights, trainable=train != "routers")
+        if weights is not None:
+            rest = materialise(self.hf, dtype, memory)
+            targets |= {self._stock_names.get(name, name): t for name, t in rest.items()}
+            weights.fill(targets, memory, show_progress=show_progress)
+        of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
+        for parameter in self.hf.parameters():
+            if not parameter.requires_grad and id(parameter) not in of_routers:
+                parameter.data = parameter.data.to(dtype)
+        added = self.router_only_names()
+        self.num_added_parameters = sum(p.numel() for n, p in self.named_parameters() if n in added)
+        if recompute:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _convert(
+        self,
+        block: BlockSpec,
+        routing: RoutingSpec,
+        router: tuple[type[Router], Any],
+        weights: Weights | None,
+        *,
+        trainable: bool,
+    ) -> dict[str, Target]:
+        """Put our layer in the block's place; with `weights` its experts are still to be read."""
+        router_class, config = router
+        new_router = router_class(config, routing)
+        gate_name, *expert_names = (f"{block.path}.{name}" for name in block.names)
+        new_router.adopt_gate(
+            block.gate_ED if weights is None else weights.read(gate_name, torch.float32)
+        )
+        local = self.shard.local(routing.num_experts)
+        whole = [block.gate_up_EGD.data, block.down_EDF.data]
+        dtype = torch.float32 if trainable else self.dtype
+        tensors, targets = [], {}
+        for name, tensor in zip(expert_names, whole, strict=True):
+            mine = tensor[local]
+            if weights is not None:
+                mine = torch.empty(mine.shape, dtype=dtype)
+                targets[name] = Target(mine, tuple(tensor.shape), local.start)
+            elif self.shard.num_ranks > 1:  # a copy, so that the experts of other ranks are freed
+                mine = mine.clone()
+            tensors.append(mine.to(dtype))
+        experts = Experts(*tensors, trainable=trainable, pack=self.pack_experts)
+        layer = MoELayer(new_router, experts, self.shard.make_dispatcher(), self.ctx, block.shared)
+        setattr(block.parent, block.attribute, layer)
+        return targets
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [module for module in self.hf.modules() if isinstance(module, MoELayer)]
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self.moe_layers[0].router.updates_per_batch
+
+    @property
+    def rollouts(self) -> tuple[str, ...]:
+        """What the routers want to see of a batch before they train on it."""
+        return self.moe_layers[0].router.rollouts()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that trains, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def router_state(self) -> dict[str, Tensor]:
+        """What the routers hold beside what trains, by name; equal on all ranks.
+
+        Buffers, and frozen parameters: one that was drawn at random is nowhere else.
+        """
+        return {
+            f"{path}.{name}": tensor
+            for path, router in self.named_modules()
+            if isinstance(router, Router)
+            for tensors in (router.named_buffers(), router.named_parameters())
+            for name, tensor in tensors
+            if not tensor.requires_grad
+        }
+
+    def router_only_names(self) -> set[str]:
+        """Parameters that the backbone does not have: those of the routers beside the gate."""
+        added = {
+            id(p)
+            for layer in self.moe_layers
+            for name, p in layer.router.named_parameters()
+            if name != "gate.weight"
+        }
+        return {name for name, p in self.named_parameters() if id(p) in added}
+
+    def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors by our names those that the model has as it is loaded, by its names."""
+        buffers = self.router_state().keys() - dict(self.named_parameters()).keys()
+        own = self.router_only_names() | buffers
+        names = {n: n.removeprefix("hf.") for n in trained if n not in own}
+        return {self._stock_names.get(name, name): trained[n] for n, name in names.items()}
+
+    def sharded_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""
+        if self.shard.num_ranks == 1:
+            return {}
+        of_experts = {id(p) for layer in self.moe_layers for p in layer.experts.parameters()}
+        return {n: p for n, p in self.trainable().items() if id(p) in of_experts}
+
+    def activated_parameters(self, mean_k_L: list[float]) -> int:
+        """Parameters that a token uses: all but the experts it does not visit.
+
+        Counts the backbone (the paper's "N"); predictors are left out, as in its tables.
+        """
+        idle = sum(
+            (spec.num_experts - k) * per_expert
+            for spec, k, per_expert in zip(
+                self.routing, mean_k_L, self.params_per_expert, strict=True
+            )
+        )
+        return round(self.num_parameters - idle)
+
+    def hidden(
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState | None = None,
+    ) -> Tensor:
+        self.ctx.begin(is_valid_BS, is_vision_BS)
+        hidden_BSD = self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images, past)
+        self.ctx.end()
+        return hidden_BSD
+
+    @torch.no_grad()
+    def next_logits(
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState,
+    ) -> Tensor:
+        """Logits float32 [B, V] of the token that follows the last one; `past` is extended.
+
+        Padding stands left of everything. `images` are empty once they are in the past.
+        """
+        self.ctx.rolled_out = {}
+        with self._autocast(input_ids_BS.device):
+            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images, past)
+            logits_BV: Tensor = self.backbone.head(self.hf)(hidden_BSD[:, -1])
+        return logits_BV.float()
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+        targets_per_micro_batch: float | None = None,
+        auxiliary_weight: float = 1.0,
+        rolled_out: dict[str, Rollout] | None = None,
+        roll_out: bool = False,
+    ) -> dict[str, Any]:
+        """The loss of a micro-batch and its parts by name (scalars).
+
+        `lm` is the sum of the token cross-entropies over `targets_per_micro_batch`, by default
+        the number of targets here. The trainer gives the mean over all micro-batches of the step,
+        on all ranks, so that every target of the global batch weighs the same. Auxiliary losses
+        are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value. The trainer's
+        `auxiliary_weight` makes them means over the micro-batches of the step that have a token.
+
+        With `roll_out` the result is that of the forwards which the routers want before, to be
+        handed in as `rolled_out` with the same inputs.
+        """
+        if roll_out:
+            return dict(self._roll_out(input_ids_BS, labels_BS, is_valid_BS, is_vision_BS, images))
+        self.ctx.rolled_out = rolled_out or {}
+        with self._autocast(input_ids_BS.device):
+            logits, targets = self._target_logits(
+                self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images), labels_BS
+            )
+        ce_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        if targets_per_micro_batch is None:
+            targets_per_micro_batch = max(targets.numel(), 1)
+        lm = ce_sum / targets_per_micro_batch
+        parts = {"lm": lm}
+        loss = lm
+        for name, term in self.ctx.mean_losses().items():
+            loss = loss + auxiliary_weight * term.weight * term.value
+            parts[name] = term.value.detach()
+        parts["lm"] = lm.detach()
+        return {"loss": loss, **parts}
+
+    @torch.no_grad()
+    def _roll_out(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+    ) -> dict[str, Rollout]:
+        self.ctx.rolled_out = {}
+        done: dict[str, Rollout] = {}
+        is_scored_BS = torch.zeros_like(is_valid_BS)
+        is_scored_BS[:, :-1] = labels_BS[:, 1:] != -100
+        for name in self.rollouts:
+            self.ctx.rollout = name
+            try:
+                with self._autocast(input_ids_BS.device):
+                    hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
+                    logits, targets = self._target_logits(hidden_BSD, labels_BS)
+            finally:
+                self.ctx.rollout = None
+            log_p_BS = logits.new_zeros(labels_BS.shape, dtype=torch.float32)
+            log_p_BS[is_scored_BS] = -nn.functional.cross_entropy(
+                logits.float(), targets, reduction="none"
+            )
+            keep = [record.cache for record in self.ctx.layers]
+            done[name] = Rollout(log_p_BS.flatten(), is_scored_BS.flatten(), keep)
+        return done
+
+    def _target_logits(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
+        next_BS = labels_BS[:, 1:]
+        is_target = next_BS != -100
+        return self.backbone.head(self.hf)(hidden_BSD[:, :-1][is_target]), next_BS[is_target]
+
+    @torch.no_grad()
+    def predictions(
+        self,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        is_vision_BS: Tensor,
+        images: dict[str, Tensor],
+        labels_BS: Tensor,
+    ) -> Tensor:
+        """Whether the greedy choice equals the label, bool [B, S]; False where there is no label.
+
+        An answer whose every token is predicted given the ones before is what greedy generation
+        would have written, so no generation loop is needed to score exact matches.
+        """
+        self.ctx.rolled_out = {}
+        with self._autocast(input_ids_BS.device):
+            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
+            logits, targets = self._target_logits(hidden_BSD, labels_BS)
+        correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+        correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
+        return correct_BS

@@ -1,0 +1,95 @@
+"""OLMoE-1B-7B: text only, 64 experts a layer, top-8, scores not renormalised.
+
+Public folders (allenai/OLMoE-1B-7B-0924, -SFT, -Instruct) hold three matrices an expert; see
+arXiv 2409.02060 and transformers' `olmoe`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
+from gemoe_ds.models.backbone import Backbone, BlockSpec, Golden
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.moe.router import RoutingSpec
+
+
+class OlmoeBackbone(Backbone):
+    """`OlmoeForCausalLM` of transformers, from a folder; a sample with an image is refused."""
+
+    name: ClassVar[str] = "olmoe"
+    published_parameters: ClassVar[int] = 6_919_161_856
+    golden = Golden(  # of the base model, as tinygrad's examples/olmoe.py has them
+        "OLMoE-1B-7B-0924",
+        50304,
+        (12092,),
+        (13, 309, 717, 247, 747, 17782, 281, 436, 12209, 285, 309, 717, 2820, 281, 755),
+    )
+    keys = KeyMap(experts=expert_tables(*["model.layers.{l}.mlp.experts"] * 2))
+    # The Instruct model's; the role marks are plain text in its vocabulary.
+    chat = ChatTemplate(
+        question="<|user|>\n{text}\n<|assistant|>\n",
+        answer="{text}{end}{eos}\n",
+        joined=True,
+        eos_as_bos=True,
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        return self.described(OlmoeForCausalLM, OlmoeConfig, checkpoint)
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """OLMoE-1B-7B-0924; what is not said is transformers' default, and the same there."""
+        config = OlmoeConfig(intermediate_size=1024, architectures=["OlmoeForCausalLM"])
+        return meta_model(OlmoeForCausalLM, config)
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        return olmoe_blocks(model)
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState | None = None,
+    ) -> Tensor:
+        hidden_BSD: Tensor = model.model(
+            input_ids_BS, **attention_inputs(is_valid_BS, past)
+        ).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head
+
+
+def olmoe_blocks(model: nn.Module) -> list[BlockSpec]:
+    """The MoE blocks of any model with transformers' OLMoE in it."""
+    blocks = []
+    for path, module in model.named_modules():
+        if isinstance(module, OlmoeSparseMoeBlock):
+            parent, _, attribute = path.rpartition(".")
+            gate, experts = module.gate, module.experts
+            routing = RoutingSpec(
+                gate.hidden_dim, gate.num_experts, gate.top_k, bool(gate.norm_topk_prob)
+            )
+            blocks.append(
+                BlockSpec(
+                    path,
+                    model.get_submodule(parent),
+                    attribute,
+                    routing,
+                    gate.weight,
+                    experts.gate_up_proj,
+                    experts.down_proj,
+                )
+            )
+    return blocks

@@ -1,0 +1,186 @@
+"""Qwen3-VL-30B-A3B: 48 layers of 128 experts, top-8, scores renormalised; DeepStack; M-RoPE.
+
+Everything is transformers' own; only the merge of image features is ours, so that a rank without
+images runs the same modules as the others. The public folder holds experts fused and transposed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
+
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
+from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.chat import ChatTemplate
+from gemoe_ds.models.images import put_features
+from gemoe_ds.models.kv_cache import DecodeState, attended, attention_inputs
+from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
+from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.registry import ConfigModel
+
+_EXPERTS = "model.language_model.layers.{l}.mlp.experts"
+
+
+class Qwen3VLBackbone(Backbone):
+    """`Qwen3VLMoeForConditionalGeneration` of transformers, from a folder; images, no videos."""
+
+    name: ClassVar[str] = "qwen3_vl_moe"
+    published_parameters: ClassVar[int] = 31_070_754_032
+
+    class Config(ConfigModel):
+        min_pixels: int | None = Field(
+            None, ge=1, description="smaller images are enlarged; null: as the checkpoint says"
+        )
+        max_pixels: int | None = Field(
+            None,
+            ge=1024,
+            description="larger images are shrunk; 1,024 pixels are a token; null: as it says",
+        )
+
+    config: Config
+    keys = KeyMap(experts=expert_tables(_EXPERTS, _EXPERTS, published="transposed"))
+    chat = ChatTemplate(
+        question="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        question_with_image="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
+        answer="{text}{end}<|im_end|>\n",
+        start="",
+        specials=("<|im_start|>", "<|im_end|>"),
+        stops=("<|endoftext|>",),
+        obeyed=tuple(
+            f"<|{name}_{side}|>"
+            for name in ("object_ref", "box", "quad")
+            for side in ("start", "end")
+        ),
+        joined=True,
+    )
+
+    def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
+        model = self.described(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, checkpoint)
+        assert checkpoint is not None
+        self.processor = self._processor(checkpoint)
+        return model
+
+    @classmethod
+    def published(cls) -> nn.Module:
+        """Qwen3-VL-30B-A3B-Instruct; its shape, for rotary settings come from a folder."""
+        config = Qwen3VLMoeConfig(
+            text_config={
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "tie_word_embeddings": False,
+            },
+            vision_config={
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 2048,
+                "deepstack_visual_indexes": [8, 16, 24],
+            },
+            tie_word_embeddings=False,
+        )
+        return meta_model(Qwen3VLMoeForConditionalGeneration, config)
+
+    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
+        blocks = []
+        for path, module in model.named_modules():
+            if isinstance(module, Qwen3VLMoeTextSparseMoeBlock):
+                parent, _, attribute = path.rpartition(".")
+                gate, experts = module.gate, module.experts
+                # transformers renormalises whatever the configuration says
+                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, True)
+                blocks.append(
+                    BlockSpec(
+                        path,
+                        model.get_submodule(parent),
+                        attribute,
+                        routing,
+                        gate.weight,
+                        experts.gate_up_proj,
+                        experts.down_proj,
+                    )
+                )
+        return blocks
+
+    def _processor(self, folder: Path) -> Qwen2VLImageProcessorPil:
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of any kind, from a file that is missing or damaged
+            raise CheckpointError(
+                f"model.checkpoint={folder}: preprocessor_config.json: {error}; without the "
+                "model's own file images would be cut into patches of another size"
+            ) from error
+        size, wanted = processor.size, self.config
+        processor.size = {
+            "shortest_edge": wanted.min_pixels or size["shortest_edge"],  # pixels, not edges
+            "longest_edge": wanted.max_pixels or size["longest_edge"],
+        }
+        return processor
+
+    def image_layout(self, model: nn.Module) -> Qwen3VLImages:
+        config: Any = model.config
+        return Qwen3VLImages(
+            self.processor,
+            image_id=config.image_token_id,
+            start_id=config.vision_start_token_id,
+            end_id=config.vision_end_token_id,
+        )
+
+    def hidden(
+        self,
+        model: nn.Module,
+        input_ids_BS: Tensor,
+        is_valid_BS: Tensor,
+        images: dict[str, Tensor],
+        past: DecodeState | None = None,
+    ) -> Tensor:
+        inner: Any = model.model
+        embedded_BSD = inner.get_input_embeddings()(input_ids_BS)
+        if not images:
+            hidden_BSD: Tensor = inner.language_model(
+                inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past)
+            ).last_hidden_state
+            return hidden_BSD
+        feature_BS, grid = images["feature_BS"], images["grid_thw"]
+        is_image_BS = feature_BS >= 0
+        seen = inner.get_image_features(
+            images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
+        )
+        embedded_BSD = put_features(embedded_BSD, torch.cat(seen.pooler_output), feature_BS)
+        position_3BS, _ = inner.get_rope_index(
+            input_ids_BS,
+            is_image_BS.long(),
+            image_grid_thw=grid,
+            attention_mask=attended(is_valid_BS),
+        )
+        hidden_BSD = inner.language_model(
+            inputs_embeds=embedded_BSD,
+            visual_pos_masks=is_image_BS,
+            deepstack_visual_embeds=[f[feature_BS[is_image_BS]] for f in seen.deepstack_features],
+            **attention_inputs(is_valid_BS, past, position_3BS),
+        ).last_hidden_state
+        return hidden_BSD
+
+    def head(self, model: nn.Module) -> nn.Module:
+        head: nn.Module = model.lm_head
+        return head

@@ -1,0 +1,1 @@
+"""The routed experts of one layer, and the ways to compute them."""

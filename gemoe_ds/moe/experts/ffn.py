@@ -1,0 +1,103 @@
+"""The expert FFNs of a ragged plan as one differentiable function: gather, FFN, weighted sum.
+
+One function from rows to rows: what lies between (A rows of D, 2 F and F numbers) is the business
+of the path that suits the device. Autograd keeps the gate and up projections, [A, 2 F], and no
+more; the backward pass forms the rest anew, products excepted. It multiplies as much as the
+forward pass does, and as much again if the experts train.
+
+The combine weight enters before the down projection, which is linear: so its gradient needs F
+numbers a row, not D.
+
+Shapes: N rows, A assignments, E experts, D model, F expert width, G = 2 F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gemoe_ds.moe.experts import by_expert, grouped
+from gemoe_ds.moe.experts.weights import ExpertWeights
+from gemoe_ds.moe.plan import RoutingPlan
+
+
+def ragged_ffn(x_ND: Tensor, plan: RoutingPlan, expert_weights: ExpertWeights) -> Tensor:
+    """y_ND = sum of weight * W_down (silu(W_gate x) * W_up x) over the assignments of each row.
+
+    Products run in their own dtype, sums in float32 at least, and the result has the dtype of
+    `x_ND`. Differentiable once, in x, the plan's weights, and the experts if they ask for it.
+    """
+    y_ND: Tensor = _RaggedFFN.apply(  # type: ignore[no-untyped-call]
+        x_ND,
+        plan.weights_A,
+        expert_weights.gate_up_EGD,
+        expert_weights.down_EDF,
+        plan,
+        expert_weights,
+    )
+    return y_ND
+
+
+# What the grouped path may be used for: torch's grouped product takes these, and is fast where it
+# is one kernel (GPUs), or where a call an expert would take longer than the product (small FFNs).
+_GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+_SMALL_FFN = 1 << 17  # D * F; at 100 rows an expert, products of 0.1 GFLOP
+
+
+def path_for(device: torch.device, dtype: torch.dtype, d_model: int, width: int) -> ModuleType:
+    """The module whose `forward` and `backward` are the fastest here; see docs/performance.md."""
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in (d_model, width))  # of whole 16 bytes
+    takes = aligned and dtype in _GROUPED_DTYPES.get(device.type, ())
+    worth = device.type == "cuda" or d_model * width <= _SMALL_FFN
+    path: ModuleType = grouped if takes and worth else by_expert
+    return path
+
+
+class _RaggedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_A: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        plan: RoutingPlan,
+        expert_weights: ExpertWeights,
+    ) -> Tensor:
+        path = path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], down_EDF.shape[2])
+        plan = replace(plan, weights_A=weights_A)
+        keep = any(ctx.needs_input_grad)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
+        ctx.path, ctx.plan, ctx.expert_weights = (
+            path,
+            replace(plan, weights_A=weights_A[:0]),
+            expert_weights,
+        )
+        ctx.save_for_backward(x_ND, weights_A, *kept)
+        result: Tensor = y_ND.to(x_ND.dtype)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_ND: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None, None]:
+        x_ND, weights_A, *kept = ctx.saved_tensors
+        plan = replace(ctx.plan, weights_A=weights_A)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            grads = ctx.path.backward(
+                grad_ND,
+                x_ND,
+                plan,
+                ctx.expert_weights,
+                kept,
+                needs_x=ctx.needs_input_grad[0],
+                needs_experts=ctx.needs_input_grad[2],
+            )
+        return *grads, None, None

@@ -1,0 +1,53 @@
+"""Free experts: columns of the router after the routed experts, whose outputs cost next to nothing.
+
+They live on every rank: what chooses them never travels, and is added while rows do.
+
+Shapes: T tokens, D model, M free experts, C of them constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ZeroComputationKind = Literal["zero", "copy", "constant"]
+
+
+class ZeroComputationExperts(nn.Module):
+    """The free experts of MoE++ (Jin et al., ICLR 2025, section 3.1); AdaMoE's nulls are `zero`.
+
+    zero: 0; copy: x; constant: a1 x + a2 v with [a1, a2] = softmax(W_c x) and a learned v, one
+    W_c and v each.
+    """
+
+    def __init__(self, kinds: Sequence[ZeroComputationKind], d_model: int) -> None:
+        super().__init__()
+        self.kinds = tuple(kinds)
+        self.copies = [i for i, kind in enumerate(kinds) if kind == "copy"]
+        self.constants = [i for i, kind in enumerate(kinds) if kind == "constant"]
+        if self.constants:
+            count = len(self.constants)
+            self.mix_CD2 = nn.Parameter(torch.randn(count, d_model, 2) * 0.02)
+            self.vector_CD = nn.Parameter(torch.randn(count, d_model) * 0.02)
+
+    @property
+    def all_zero(self) -> bool:
+        """Whether all of them give 0, so that there is nothing to compute."""
+        return not (self.copies or self.constants)
+
+    def forward(self, x_TD: Tensor, mask_TM: Tensor, weights_TM: Tensor) -> Tensor:
+        """sum over the chosen ones of weight * output, [T, D] in the dtype of x."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            used_TM = torch.where(mask_TM, weights_TM, 0.0)
+            of_x_T = used_TM[:, self.copies].sum(1)
+            if not self.constants:
+                return x_TD * of_x_T[:, None].to(x_TD.dtype)
+            used_TC = used_TM[:, self.constants]
+            x_wide_TD = x_TD.to(used_TC.dtype)
+            mix_TC2 = torch.einsum("td,cdm->tcm", x_wide_TD, self.mix_CD2).softmax(-1)
+            of_x_T = of_x_T + (used_TC * mix_TC2[..., 0]).sum(1)
+            constant_TD = (used_TC * mix_TC2[..., 1]) @ self.vector_CD
+            return (x_wide_TD * of_x_T[:, None] + constant_TD).to(x_TD.dtype)

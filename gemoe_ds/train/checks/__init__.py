@@ -1,0 +1,1 @@
+"""What is checked, and told, before a run trains."""

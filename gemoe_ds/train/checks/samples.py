@@ -1,0 +1,131 @@
+"""How long a run's samples are and which of them cannot be used, before anything is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.config import RunConfig
+from gemoe_ds.data.bad_samples import (
+    REFUSED,
+    SHOWN,
+    BadSample,
+    BadSampleLog,
+    alone,
+    listed,
+    write_list,
+)
+from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.lengths import Lengths, file_name, keep, known_lengths
+from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.engine.world import World, gather_objects
+from gemoe_ds.errors import writing_to
+from gemoe_ds.progress import PROGRESS
+
+
+def check_samples(
+    config: RunConfig,
+    samples: SampleFolder,
+    collator: Collator,
+    world: World | None = None,
+    stop: StopRequest | None = None,
+    *,
+    may_write: bool = False,
+) -> tuple[Lengths | None, BadSampleLog]:
+    """The lengths, on the first rank, which tells of them, and what is left out, on all ranks.
+
+    DataError if more than `data.max_bad_samples` are too long or have an image without a header.
+    No lengths if a rank was asked to stop. They are kept beside the data, or else (`may_write`) in
+    the folder of the run. Collective, but without a `world`.
+    """
+    PROGRESS.enter("measuring samples")
+    began = time.perf_counter()
+    lengths, file = known_lengths(
+        samples,
+        collator,
+        rank=world.rank if world else 0,
+        world=world.size if world else 1,
+        gather=gather_objects if world else alone,
+        others=[Path(config.output_dir)],
+        stops=lambda: bool(stop and stop.by),
+    )
+    if lengths is not None:
+        if file is None and may_write:
+            with writing_to(config.output_dir):
+                Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            file = keep(lengths, Path(config.output_dir) / file_name(samples, collator))
+        kept = f"kept in {file}" if file else f"{samples.path} cannot be written to"
+        seconds = time.perf_counter() - began
+        print(f"lengths of {len(lengths):,} samples: {seconds:.1f} s; {kept}", flush=True)
+        for line in report(lengths, config):
+            print(line, flush=True)
+    log = BadSampleLog(
+        config.data.max_bad_samples, len(samples), gather_objects if world else alone
+    )
+    leave_out_known(lengths, samples, collator, log, Path(config.output_dir) if may_write else None)
+    return lengths, log
+
+
+def leave_out_known(
+    lengths: Lengths | None,
+    samples: SampleFolder,
+    collator: Collator,
+    log: BadSampleLog,
+    output: Path | None = None,
+) -> None:
+    """List in `log`, and tell, what cannot be used; DataError if it is too much. Collective.
+
+    The first rank has the lengths. A list that is too long is left in `output`.
+    """
+    bad: list[BadSample] = []
+    number = 0
+    if lengths is not None:
+        rows = np.flatnonzero(lengths.cut(collator.max_length).is_bad_N)
+        number = len(rows)
+        allowed = log.allows(number)
+        some = rows if allowed or output else rows[:SHOWN]
+        bad = lengths.bad_samples(samples, collator.max_length, some)
+        for line in listed(bad, number):
+            print(line, flush=True)
+        if output and not allowed:
+            write_list(output, REFUSED, ((0, sample) for sample in bad))
+            bad = bad[:SHOWN]
+    log.record(bad)
+    log.check(log.gather(number)[0], output and output / REFUSED)
+
+
+def report(lengths: Lengths, config: RunConfig) -> Iterator[str]:
+    """Lengths, images, cuts and padding, a line each."""
+    data, batch = config.data, config.train.micro_batch_size
+    whole_N, cut = lengths.whole_N, lengths.cut(config.data.max_length)
+    is_used_N = ~cut.is_bad_N
+    line = f"  {whole_N.mean():,.0f} tokens on average, {whole_N.max():,} at most"
+    if images := int((lengths.image_N > 0).sum()):
+        share = lengths.image_N.sum() / max(whole_N.sum(), 1)
+        line += f"; {images:,} have an image, {share:.0%} of all tokens"
+    yield line
+    is_cut_N = (cut.cut_answers_N > 0) & is_used_N
+    if is_cut_N.any():
+        yield (
+            f"  cut: {cut.cut_answers_N[is_cut_N].sum():,} answers of {is_cut_N.sum():,} samples "
+            f"do not fit into data.max_length={data.max_length}; {whole_N[is_used_N].max():,} "
+            "would hold them all"
+        )
+    if cut.is_bad_N.any():
+        is_long_N = cut.is_bad_N.copy()
+        is_long_N[[*lengths.broken]] = False
+        longest = f" (the longest has {whole_N[is_long_N].max():,})" if is_long_N.any() else ""
+        yield (
+            f"  left out: samples without a target in data.max_length={data.max_length}: "
+            f"{is_long_N.sum():,}{longest}; that cannot be read: {len(lengths.broken):,}; "
+            f"data.max_bad_samples={data.max_bad_samples:g}"
+        )
+    length_N = np.random.default_rng(config.seed).permutation(cut.length_N)
+    if rows := len(length_N) // batch:
+        length_RB = length_N[: rows * batch].reshape(rows, batch)
+        padding = 1 - length_RB.sum() / (length_RB.max(1).sum() * batch)
+        yield f"  padding: {padding:.0%} of the tokens of micro-batches of {batch}"

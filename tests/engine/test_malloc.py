@@ -1,0 +1,72 @@
+"""Freed host memory stays with the process; what oneDNN keeps for itself is bounded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gemoe_ds.engine.malloc import bound_kernel_caches
+
+PROBE = """
+import resource, sys, torch
+from gemoe_ds.engine.malloc import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    for _ in range(12):  # it takes a few rounds until freed blocks have grown together
+        torch.zeros(32 << 20)  # 128 MB, above what glibc would keep
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.zeros(32 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+"""
+
+
+def faults(how: str) -> int:
+    command = [sys.executable, "-c", PROBE, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_large_blocks_are_reused():
+    assert faults("keep") < 100
+    assert faults("as it is") > 4 * (128 << 20) / (2 << 20), "else the setting is not needed"
+
+
+KERNELS = """
+import sys, psutil, torch
+from gemoe_ds.engine.malloc import MOST_KERNELS, bound_kernel_caches
+if sys.argv[1] == "bound":
+    bound_kernel_caches()
+x, w = torch.ones(600, 64).bfloat16(), torch.ones(64, 64).bfloat16()
+def resident(shapes):
+    for n in shapes:
+        x[:n] @ w
+    return psutil.Process().memory_info().rss
+print(-resident(range(1, MOST_KERNELS + 1)) + resident(range(MOST_KERNELS + 1, 600)))
+"""
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bfloat16 here"
+)
+def test_kernels_of_ever_new_shapes_are_not_all_kept():
+    def grown(how: str) -> int:
+        """Bytes, by more shapes than are kept."""
+        command = [sys.executable, "-c", KERNELS, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert grown("bound") < 50 << 20
+    assert grown("as it is") > 150 << 20, "else the setting is not needed"
+
+
+def test_the_users_own_number_of_kernels_counts(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "9")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    bound_kernel_caches()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "9"
+    assert os.environ.pop("LRU_CACHE_CAPACITY") == "1"

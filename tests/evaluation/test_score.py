@@ -1,0 +1,183 @@
+"""Scores by kind, independent of batch size and of the split over ranks."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.tiny import WORDS, make_model, write_base
+from tests.train.resuming import write_data
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluation")
+    base = write_base(root)
+    model = make_model(base, "gemoe")
+    collator = Collator(
+        load_tokenizer(base[1]),
+        model.image_layout,
+        model.backbone.chat,
+        max_length=64,
+    )
+    return model, open_samples(write_data(root / "data", 11)), collator
+
+
+def scored(setting, batch, world=1):
+    model, samples, collator = setting
+    parts = [
+        evaluate(
+            model,
+            samples,
+            EvalStream(samples, collator, batch=batch, rank=rank, world=world),
+            torch.device("cpu"),
+            lambda part: [part],
+        )
+        for rank in range(world)
+    ]
+    return Scores.merged(parts)
+
+
+@pytest.mark.parametrize("batch, world", [(1, 1), (4, 1), (11, 1), (4, 2), (5, 3)])
+def test_batching_and_ranks_change_no_score(setting, batch, world):
+    reference, other = scored(setting, 2), scored(setting, batch, world)
+    assert other.right == reference.right and other.asked == reference.asked
+    assert np.array_equal(other.load_LE, reference.load_LE)
+    for a, b in zip(other.tokens(), reference.tokens(), strict=True):
+        assert np.allclose(np.sort(a, axis=-1), np.sort(b, axis=-1), atol=1e-5)
+
+
+def test_right_answers_equal_greedy_generation(setting, tmp_path):
+    """What greedy decoding writes, token by token, is right; with its last token changed it is
+    not, and what follows is asked after the text that the data has."""
+    model, samples, collator = setting
+    head = model.backbone.head(model.hf)
+    letters = biased(head.weight, torch.arange(len(head.weight)).ge(6) * 1e4 - 1e4)
+    with having(model, letters):
+        written = [by_greed(model, collator, samples[row], spoil=row % 2) for row in range(6)]
+        own = open_samples(write_samples_to(tmp_path / "own", written))
+        scores = scored((model, own, collator), 4)
+    assert scores.asked == {"x": 6, "y": 6}
+    assert scores.right == {"x": 3, "y": 6}
+
+
+def by_greed(model, collator, sample: Sample, spoil: int) -> Sample:
+    """Two words of the model's as the answer of each turn; the first answer's last is changed."""
+    turns = list(sample.turns)
+    for index, turn in enumerate(turns):
+        words: list[str] = []
+        for _ in range(2):
+            turns[index] = replace(turn, gpt=" ".join([*words, "a"]))
+            encoded = collator.encode(0, replace(sample, turns=tuple(turns)))
+            place = encoded.turn.index(index) + len(words)
+            images = collator.batch([encoded]).images
+            words.append(WORDS[_next_token(model, encoded.input_ids[:place], images)])
+        if spoil and index == 0:
+            words[-1] = "a" if words[-1] != "a" else "b"
+        turns[index] = replace(turn, gpt=" ".join(words))
+    return replace(sample, turns=tuple(turns))
+
+
+def biased(weight_VD: torch.Tensor, bias_V: torch.Tensor) -> nn.Linear:
+    head = nn.Linear(weight_VD.shape[1], weight_VD.shape[0])
+    head.weight.data, head.bias.data = weight_VD.data, bias_V.float()
+    return head
+
+
+@contextmanager
+def having(model, head: nn.Linear):
+    before, model.hf.lm_head = model.hf.lm_head, head
+    try:
+        yield
+    finally:
+        model.hf.lm_head = before
+
+
+def write_samples_to(folder, samples):
+    write_samples(iter(samples), folder, source="test")
+    return folder
+
+
+def test_an_answer_is_right_if_all_its_tokens_are(setting, tmp_path):
+    """By hand, of a model that writes nothing but "a"."""
+    model, _, collator = setting
+    only_a = torch.arange(len(WORDS)) == WORDS.index("a")
+    samples = [
+        Sample("0", None, (Turn("c", "a a", "x"), Turn("d", "a b", "y"))),
+        Sample("1", None, (Turn("c", "b", "x"), Turn("d", "a a a", "y"))),
+        Sample("2", None, (Turn("e", "b a", "x"), Turn("f", "a"))),
+    ]
+    own = open_samples(write_samples_to(tmp_path / "own", samples))
+    head = biased(torch.zeros_like(model.hf.lm_head.weight), only_a)
+    with having(model, head):
+        for batch in (1, 2, 3):
+            scores = scored((model, own, collator), batch)
+            assert scores.asked == {"x": 3, "y": 2, "question": 1}
+            assert scores.right == {"x": 1, "y": 1, "question": 1}
+            assert scores.accuracy == pytest.approx((1 / 3 + 1 / 2 + 1) / 3)
+            assert scores.accuracy_micro == 3 / 6
+
+
+@pytest.mark.parametrize(
+    "number, batch, world, steps", [(11, 2, 2, 3), (5, 5, 3, 1), (4, 2, 2, 1), (7, 1, 3, 3)]
+)
+def test_every_sample_is_seen_once(setting, number, batch, world, steps, tmp_path):
+    """All ranks take as many batches, though the last ones may be nobody's."""
+    _, _, collator = setting
+    samples = open_samples(write_data(tmp_path / "data", number))
+    streams = [
+        EvalStream(samples, collator, batch=batch, rank=r, world=world) for r in range(world)
+    ]
+    batches = [list(stream) for stream in streams]
+    assert [len(some) for some in batches] == [len(stream) for stream in streams] == [steps] * world
+    rows = [row for some in batches for one in some if one is not None for row in one.rows]
+    assert sorted(rows) == list(range(number))
+
+
+def _next_token(model, text: list[int], images: dict) -> int:
+    ids = torch.tensor([text])
+    is_vision = ids == model.image_layout.token_id
+    images = images | {"feature_BS": (is_vision.cumsum(1) - 1).where(is_vision, -1)}
+    with torch.no_grad():
+        hidden = model.hidden(ids, torch.ones_like(is_vision), is_vision, images)
+        return model.backbone.head(model.hf)(hidden[:, -1]).argmax(-1).item()
+
+
+def test_accuracy_is_the_mean_over_kinds():
+    from collections import Counter
+
+    scores = Scores(Counter(a=1, b=3), Counter(a=1, b=6))
+    assert scores.accuracy_by_kind == {"a": 1.0, "b": 0.5}
+    assert (scores.accuracy, scores.accuracy_micro) == (0.75, 4 / 7)
+
+
+def test_routing_is_that_of_each_valid_token(setting):
+    """Of the samples one by one, without padding: k, entropy and modality, layer by layer."""
+    model, samples, collator = setting
+    scores, k_LN, entropy_LN, is_vision_N = scored(setting, 4), [], [], []
+    model.ctx.trace = True
+    for row in range(len(samples)):
+        batch = collator.batch([collator.encode(row, samples[row])])
+        with torch.no_grad():
+            model.hidden(batch.input_ids_BS, batch.is_valid_BS, batch.is_vision_BS, batch.images)
+        k_LN.append(np.stack([record.k_T for record in model.ctx.layers]))
+        entropy_LN.append(np.stack([record.entropy_T for record in model.ctx.layers]))
+        is_vision_N += (np.array(collator.encode(row, samples[row]).input_ids) == 3).tolist()
+    model.ctx.trace = False
+    entropy, k, is_vision = scores.tokens()
+    k_LN = np.concatenate(k_LN, axis=1)
+    assert (k_LN[0] != k_LN[1]).any() and 0 < sum(is_vision_N) < len(is_vision_N)
+    assert is_vision.tolist() == is_vision_N
+    assert np.array_equal(k, k_LN)
+    assert np.allclose(entropy, np.concatenate(entropy_LN, axis=1), atol=1e-5)
+    assert np.array_equal(scores.load_LE.sum(1), k_LN.sum(1))

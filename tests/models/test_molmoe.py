@@ -1,0 +1,248 @@
+"""MolmoE-1B from a folder in its public layout: tower, connector and text from their formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.molmoe.backbone import MolmoeBackbone
+from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
+from tests.models import reference
+from tests.models.small import make_model, write_random
+
+VOCABULARY, LAYERS, HEADS, TOP_K, EPS, VISION_HEADS = 40, 2, 2, 3, 1e-5, 2
+CONFIG = {  # the public file's keys, and those of a small tower
+    "model_type": "molmo",
+    "architectures": ["OLMoForCausalLM"],
+    "d_model": 32,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "n_kv_heads": None,
+    "mlp_ratio": 1,
+    "moe_num_experts": 8,
+    "moe_top_k": TOP_K,
+    "vocab_size": VOCABULARY,
+    "embedding_size": VOCABULARY,
+    "attention_layer_norm": True,
+    "include_bias": False,
+    "norm_after": False,
+    "weight_tying": False,
+    "image_size": 12 * 14,
+    "vision_width": 16,
+    "vision_heads": VISION_HEADS,
+    "vision_ffn": 24,
+    "vision_layers": [2, 1],
+    "connector_width": 16,
+}
+
+
+def write_molmoe(folder, vocabulary=None):
+    """All keys of the public folder, those that nobody reads included, with random weights."""
+    size = max(vocabulary.values()) + 1 if vocabulary else VOCABULARY
+    folder.mkdir(exist_ok=True)
+    config = CONFIG | {"vocab_size": size, "embedding_size": size}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = meta_model(MolmoeModel, MolmoeConfig.from_json(config))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = MolmoeBackbone.keys.stored_shapes(shapes)
+    stored["model.transformer.wte.new_embedding"] = (128, 32)
+    stored["model.vision_backbone.image_vit.transformer.resblocks.22.ffn_norm.bias"] = (16,)
+    return write_random(stored, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_molmoe(tmp_path_factory.mktemp("molmoe"))
+
+
+make = partial(make_model, "molmoe")
+
+
+def tower_by_hand(weights, pixels_CHW):
+    """Outputs of every block: [577-like tokens, width], the input of block 0 first."""
+    w = reference.under(weights, "model.vision_backbone.image_vit.")
+    side = pixels_CHW.shape[1] // 14
+    patches = [
+        pixels_CHW[:, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14].permute(1, 2, 0).flatten()
+        for y in range(side)
+        for x in range(side)
+    ]
+    x = torch.stack(patches) @ w["patch_embedding.weight"].t()
+    x = torch.cat([w["class_embedding"][None], x]) + w["positional_embedding"]
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(
+            x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5
+        )
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].t() + w[f"{name}.bias"]
+
+    x = norm(x, "pre_ln")
+    outputs = [x]
+    for layer in range(2):
+        b = f"transformer.resblocks.{layer}."
+        h = norm(x, f"{b}attention_norm")
+        q, k, v = (reference.heads(linear(h, f"{b}attention.w{n}"), VISION_HEADS) for n in "qkv")
+        scores = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
+        a = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
+        x = x + linear(a, f"{b}attention.wo")
+        h = linear(norm(x, f"{b}ffn_norm"), f"{b}feed_forward.w1")
+        x = x + linear(h * torch.sigmoid(1.702 * h), f"{b}feed_forward.w2")
+        outputs.append(x)
+    return outputs
+
+
+def features_by_hand(weights, pixels_CHW, mask_P):
+    """One crop, patch by patch and window by window."""
+    outputs = tower_by_hand(weights, pixels_CHW)
+    x = torch.cat([outputs[2][1:], outputs[1][1:]], dim=-1)
+    pad = weights["model.vision_backbone.pad_embed"]
+    x = torch.stack(
+        [
+            row + (pad[0] if m == 0 else pad[1] if m < 1 else 0)
+            for row, m in zip(x, mask_P, strict=True)
+        ]
+    )
+    w = reference.under(weights, "model.vision_backbone.image_pooling_2d.")
+    p = reference.under(weights, "model.vision_backbone.image_projector.")
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].t() + w[f"{name}.bias"]
+
+    rows, side = [], 12
+    for y in range(0, side, 2):
+        for c in range(0, side, 2):
+            four = x[[y * side + c, y * side + c + 1, (y + 1) * side + c, (y + 1) * side + c + 1]]
+            q = reference.heads(linear(four.mean(0), "wq"), VISION_HEADS)
+            k, v = (reference.heads(linear(four, n), VISION_HEADS) for n in ("wk", "wv"))
+            attention = (torch.einsum("hd,thd->ht", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+            pooled = linear(torch.einsum("ht,thd->hd", attention, v).flatten(), "wo")
+            gate = p["w1.weight"] @ pooled
+            rows.append(p["w2.weight"] @ (gate * gate.sigmoid() * (p["w3.weight"] @ pooled)))
+    return torch.stack(rows)
+
+
+def test_image_features_are_those_of_the_formulas(folder):
+    model = make(folder)
+    g = torch.Generator().manual_seed(1)
+    pixels = torch.randn(3, 3, 168, 168, generator=g)
+    mask = torch.rand(3, 144, generator=g)
+    mask[mask < 0.3] = 0
+    mask[mask > 0.7] = 1
+    mask[2] = -1
+    with torch.no_grad():
+        ours = model.hf.image_features(pixels, mask)
+    weights = reference.read(folder)
+    expected = torch.cat(
+        [features_by_hand(weights, p, m) for p, m in zip(pixels.double(), mask, strict=True)]
+    )
+    scale = expected.abs().max()
+    reference.assert_same(ours / scale, expected / scale)
+
+
+def logits_by_hand(weights, embedded):
+    x = embedded
+    for layer in range(LAYERS):
+        w = reference.under(weights, f"model.transformer.blocks.{layer}.")
+        h = reference.rms_norm(x, w["attn.attn_norm.weight"], EPS)
+        q, k, v = (h @ w["attn.att_proj.weight"].t()).chunk(3, dim=-1)
+        q = reference.rms_norm(q, w["attn.q_norm.weight"], EPS)
+        k = reference.rms_norm(k, w["attn.k_norm.weight"], EPS)
+        q, k, v = (reference.heads(t, HEADS) for t in (q, k, v))
+        a = reference.causal_attention(reference.rotated(q, 1e4), reference.rotated(k, 1e4), v)
+        x = x + a @ w["attn.attn_out.weight"].t()
+        h = reference.rms_norm(x, w["mlp.ff_norm.weight"], EPS)
+        x = x + reference.moe(h, reference.under(w, "mlp."), TOP_K, norm_topk_prob=False)
+    x = reference.rms_norm(x, weights["model.transformer.ln_f.weight"], EPS)
+    return x @ weights["lm_head.weight"].t()
+
+
+def test_logits_with_added_features_are_those_of_the_formulas(folder):
+    """Two sequences, the second shorter and with features in another order."""
+    model = make(folder).eval()
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCABULARY, (2, 9), generator=g)
+    feature = torch.full((2, 9), -1)
+    feature[0, 2:5] = torch.tensor([3, 0, 7])
+    feature[1, 1:4] = torch.tensor([40, 36, 71])
+    images = {
+        "pixels": torch.randn(2, 3, 168, 168, generator=g),
+        "mask": torch.ones(2, 144),
+        "feature_BS": feature,
+    }
+    valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
+    with torch.no_grad():
+        features = model.hf.image_features(images["pixels"], images["mask"])
+        hidden = model.hidden(ids, valid, feature >= 0, images)
+        ours = model.backbone.head(model.hf)(hidden)
+    weights = reference.read(folder)
+    for row, length in ((0, 9), (1, 6)):
+        embedded = weights["model.transformer.wte.embedding"][ids[row, :length]].clone()
+        for place in range(length):
+            if feature[row, place] >= 0:
+                embedded[place] += features[feature[row, place]]
+        expected = logits_by_hand(weights, embedded)
+        reference.assert_same(ours[row, :length], expected)
+
+
+def test_each_rank_holds_its_own_experts_only(folder):
+    whole = make(folder)
+    for rank in range(4):
+        part = make(folder, shard=ExpertShard(rank, 4))
+        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
+            local = slice(2 * rank, 2 * rank + 2)
+            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
+
+
+def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
+    model = make(folder, train="all")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
+    model.backbone.save_trained(model.hf, state, folder, tmp_path)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        unused = "new_embedding" in key or "resblocks.22" in key
+        torch.testing.assert_close(after[key], tensor if unused else tensor + 0.01, msg=key)
+
+
+def test_full_shape_has_the_published_number_of_parameters():
+    """7,221,875,712 in the folder: what is held, the unused rows and the unused layer."""
+    held = sum(p.numel() for p in MolmoeBackbone.published().parameters())
+    layer = 4 * (1024 * 1024 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
+    unused = sum(math.prod(shape) for shape in MolmoeBackbone.published_unused.values())
+    assert unused == 128 * 2048 + layer
+    assert held + unused == 7_221_875_712
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"moe_num_experts": 0}, "a dense Molmo"),
+        ({"model_type": "llama"}, "model_type 'llama', backbone 'molmoe' has 'molmo'"),
+        ({"weight_tying": True}, "weight_tying=True, backbone 'molmoe' has False"),
+        ({"n_kv_heads": 1}, "n_kv_heads=1"),
+        ({"rope_impl": "interleave"}, "rope_impl=interleave, backbone 'molmoe' has llama"),
+        ({"moe_dropless": False}, "moe_dropless=False, backbone 'molmoe' has True"),
+        ({"activation_type": "gelu"}, "activation_type=gelu, backbone 'molmoe' has swiglu"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"image_pooling_2d": "attention"}, "has attention-meanq"),
+        ({"d_model": None}, "config.json"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, change, words):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(CheckpointError, match=words):
+        make(tmp_path)

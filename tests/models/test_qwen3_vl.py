@@ -1,0 +1,259 @@
+"""Qwen3-VL-MoE from a folder in its public layout: the formulas, the stock model, the counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.qwen3_vl.backbone import Qwen3VLBackbone
+from tests.models import reference
+from tests.models.small import make_model
+
+VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, TOP_K, EPS = 40, 3, 4, 2, 8, 3, 1e-6
+IMAGE = 30
+CONFIG = {
+    "model_type": "qwen3_vl_moe",
+    "image_token_id": IMAGE,
+    "vision_start_token_id": 31,
+    "vision_end_token_id": 32,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_vl_moe_text",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 12,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "num_experts": 8,
+        "num_experts_per_tok": TOP_K,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rms_norm_eps": EPS,
+        "rope_theta": 5000000,
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl_moe",
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 2,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0, 2],
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+}
+
+
+def write_qwen3_vl(folder, vocabulary=None):
+    """The public layout, written by hand: experts [E, in, out]."""
+    config = copy.deepcopy(CONFIG)
+    if vocabulary:
+        config["text_config"]["vocab_size"] = max(vocabulary.values()) + 1
+        config["image_token_id"] = vocabulary["<|image_pad|>"]
+        config["vision_start_token_id"] = vocabulary["<|vision_start|>"]
+        config["vision_end_token_id"] = vocabulary["<|vision_end|>"]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 16, "longest_edge": 256},
+        "patch_size": 2,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    torch.manual_seed(0)
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig.from_pretrained(folder))
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        tensor = torch.randn_like(parameter) * 0.3
+        if "norm" in name and name.endswith("weight"):
+            tensor = 1 + tensor
+        shape = parameter.shape
+        tensors[name] = tensor.view(shape[0], shape[2], shape[1]) if ".experts." in name else tensor
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_qwen3_vl(tmp_path_factory.mktemp("qwen"))
+
+
+make = partial(make_model, "qwen3_vl_moe")
+
+
+def blank_images(shape):
+    return {
+        "pixels": torch.zeros(16, 3 * 2 * 2 * 2),
+        "grid_thw": torch.tensor([[1, 4, 4]]),
+        "feature_BS": torch.full(shape, -1),
+    }
+
+
+def logits_of(model, ids_BS, valid_BS, images):
+    with torch.no_grad():
+        hidden = model.eval().hidden(ids_BS, valid_BS, images["feature_BS"] >= 0, images)
+        return model.backbone.head(model.hf)(hidden)
+
+
+def test_text_is_that_of_the_formulas(folder):
+    """Grouped queries, norms per head, positions by halves, renormalised top-k."""
+    ids = torch.randint(0, 29, (1, 9), generator=torch.Generator().manual_seed(1))
+    ours = logits_of(make(folder), ids, ids >= 0, blank_images(ids.shape))[0]
+    all_weights = reference.read(folder)
+    weights = reference.under(all_weights, "model.language_model.")
+    x = weights["embed_tokens.weight"][ids[0]]
+    for layer in range(LAYERS):
+        w = reference.under(weights, f"layers.{layer}.")
+        h = reference.rms_norm(x, w["input_layernorm.weight"], EPS)
+        q, k, v = ((h @ w[f"self_attn.{n}_proj.weight"].t()).view(len(x), -1, DIM) for n in "qkv")
+        q = reference.rms_norm(q, w["self_attn.q_norm.weight"], EPS)
+        k = reference.rms_norm(k, w["self_attn.k_norm.weight"], EPS)
+        shared = HEADS // KV_HEADS
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        a = reference.causal_attention(reference.rotated(q, 5e6), reference.rotated(k, 5e6), v)
+        x = x + a @ w["self_attn.o_proj.weight"].t()
+        h = reference.rms_norm(x, w["post_attention_layernorm.weight"], EPS)
+        experts = {"gate.weight": w["mlp.gate.weight"]}
+        for e in range(8):
+            gate, up = w["mlp.experts.gate_up_proj"][e].t().chunk(2)  # stored [in, gate and up]
+            experts[f"experts.{e}.gate_proj.weight"] = gate
+            experts[f"experts.{e}.up_proj.weight"] = up
+            experts[f"experts.{e}.down_proj.weight"] = w["mlp.experts.down_proj"][e].t()
+        x = x + reference.moe(h, experts, TOP_K, norm_topk_prob=True)
+    x = reference.rms_norm(x, weights["norm.weight"], EPS)
+    reference.assert_same(ours, x @ all_weights["lm_head.weight"].t())
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Text with an image of 4 x 8 patches; text alone, shorter; text with one of 4 x 4."""
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 29, (3, 15), generator=g)
+    feature = torch.full((3, 15), -1)
+    ids[0, 1:11] = torch.tensor([31, *[IMAGE] * 8, 32])
+    feature[0, 2:10] = torch.arange(8)
+    ids[2, 3:9] = torch.tensor([31, *[IMAGE] * 4, 32])
+    feature[2, 4:8] = torch.arange(8, 12)
+    lengths = torch.tensor([15, 6, 12])
+    images = {
+        "pixels": torch.randn(32 + 16, 3 * 2 * 2 * 2, generator=g),
+        "grid_thw": torch.tensor([[1, 4, 8], [1, 4, 4]]),
+        "feature_BS": feature,
+    }
+    return ids, torch.arange(15) < lengths[:, None], images
+
+
+def test_images_are_those_of_the_stock_model(folder, batch):
+    """Features in place, DeepStack's in the first layers, positions in three dimensions."""
+    ids, valid, images = batch
+    stock = Qwen3VLMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = stock(
+            ids,
+            attention_mask=valid.long(),
+            pixel_values=images["pixels"],
+            image_grid_thw=images["grid_thw"],
+            mm_token_type_ids=(ids == IMAGE).int(),
+        ).logits
+    ours = logits_of(make(folder), ids, valid, images)
+    reference.assert_same(ours[valid], expected[valid])
+
+
+def test_a_picture_through_its_layout(folder):
+    """From pixels to logits: what the layout makes is what the model takes."""
+    model = make(folder)
+    image = model.image_layout(Image.new("RGB", (9, 12), (200, 10, 90)))
+    assert image.num_features == 6 and image.extras["grid_thw"].tolist() == [[1, 6, 4]]
+    ids = torch.tensor([[*image.input_ids, 1, 2, 3]])
+    feature = torch.full_like(ids, -1)
+    feature[0, : len(image.feature_P)] = torch.from_numpy(image.feature_P)
+    images = {
+        "pixels": torch.from_numpy(image.pixels),
+        "grid_thw": torch.from_numpy(image.extras["grid_thw"]),
+        "feature_BS": feature,
+    }
+    assert logits_of(model, ids, ids >= 0, images).isfinite().all()
+    assert model.image_layout.token == ("<|image_pad|>", IMAGE)
+
+
+def test_a_folder_without_its_processor_is_refused(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(CheckpointError, match="preprocessor_config.json"):
+        make(tmp_path)
+
+
+def test_each_rank_holds_its_own_experts_only(folder):
+    whole = make(folder)
+    for rank in range(4):
+        part = make(folder, shard=ExpertShard(rank, 4))
+        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
+            local = slice(2 * rank, 2 * rank + 2)
+            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
+            assert torch.equal(mine.experts.down_EDF, all_.experts.down_EDF[local])
+
+
+def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
+    model = make(folder, train="all")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
+    model.backbone.save_trained(model.hf, state, folder, tmp_path)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor + 0.01, msg=key)
+
+
+def test_text_alone_trains_the_routers(folder):
+    model = make(folder, "gemoe")
+    ids = torch.randint(0, 29, (2, 7))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    model(ids, ids, valid, ~valid, blank_images(ids.shape))["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable().values())
+
+
+def test_full_shape_has_the_published_number_of_parameters():
+    """31,070,754,032 with 3,353,032,704 of the language model active at top-8."""
+    model = Qwen3VLBackbone.published()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(sizes.values()) == 31_070_754_032
+    blocks = Qwen3VLBackbone(Qwen3VLBackbone.Config()).moe_blocks(model)
+    assert len(blocks) == 48
+    language = sum(size for name, size in sizes.items() if ".visual." not in name)
+    idle = sum((128 - 8) * block.params_per_expert for block in blocks)
+    assert language - idle == 3_353_032_704
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = Qwen3VLBackbone.keys.stored_shapes(shapes)
+    experts = "model.language_model.layers.0.mlp.experts."
+    assert stored[f"{experts}gate_up_proj"] == (128, 2048, 1536)
+    assert stored[f"{experts}down_proj"] == (128, 768, 2048)

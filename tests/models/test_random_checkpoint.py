@@ -1,0 +1,29 @@
+"""A random folder of a model's true shape: all that the public one has, and it loads."""
+
+from __future__ import annotations
+
+import pytest
+
+from gemoe_ds.hf_io.safetensors_reader import open_stored
+from gemoe_ds.models import random_checkpoint
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.router import Router
+from tests.models.cases import write_case
+
+
+@pytest.mark.parametrize("name", ["molmoe", "deepseek_vl2"])
+def test_it_has_what_nobody_reads_too(name, tmp_path, monkeypatch):
+    base, tokenizer = write_case(name, tmp_path)
+    backbone, router = Backbone.named(name), Router.named("top_k")
+    small = backbone(backbone.Config()).load(base, tokenizer)
+    monkeypatch.setattr(random_checkpoint, "_NOISE", 2**12)
+    monkeypatch.setattr(backbone, "published", classmethod(lambda cls: small))
+    random_checkpoint.write_random_checkpoint(backbone, tmp_path / "out", shards=3)
+    keys = open_stored(tmp_path / "out").keys()
+    assert backbone.published_unused and backbone.published_unused.keys() <= keys
+    assert keys >= {k for k in open_stored(base) if "attn_pool" not in k and ".22." not in k}
+    model = MoEModel(
+        backbone(backbone.Config()), tmp_path / "out", tokenizer, (router, router.Config())
+    )
+    assert len(model.moe_layers) == 2

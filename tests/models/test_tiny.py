@@ -1,0 +1,181 @@
+"""The converted model is the stock transformers model: same logits, same files, same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.tiny.backbone import TinyBackbone
+from tests.tiny import make_model, random_batch, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def stock_logits(base, batch):
+    model = LlavaForConditionalGeneration.from_pretrained(base[0], dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(
+            batch["input_ids_BS"],
+            pixel_values=batch["images"]["pixels"] if batch["is_vision_BS"].any() else None,
+            attention_mask=batch["is_valid_BS"].long(),
+        ).logits
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_native_routing_reproduces_the_unmodified_model(base, images):
+    batch = random_batch(3, images=images)
+    model = make_model(base, "top_k").eval()
+    with torch.no_grad():
+        hidden = model.hidden(
+            *(batch[n] for n in ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images"))
+        )
+        logits = model.backbone.head(model.hf)(hidden)
+    valid = batch["is_valid_BS"]
+    torch.testing.assert_close(
+        logits[valid], stock_logits(base, batch)[valid], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_targets(base):
+    batch = random_batch(4)
+    model = make_model(base, "top_k", {"balance_weight": 0.0})
+    logits = stock_logits(base, batch)[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels_BS"][:, 1:].flatten())
+    parts = model(**batch)
+    torch.testing.assert_close(parts["lm"], expected)
+    torch.testing.assert_close(parts["loss"].detach(), parts["lm"])
+
+
+def test_total_loss_is_eq_13(base):
+    model = make_model(base, "gemoe", {"monotonic_weight": 0.5, "balance_weight": 0.25})
+    parts = model(**random_batch(5))
+    total = parts["lm"] + 0.5 * parts["monotonic"] + 0.25 * parts["load_balance"]
+    torch.testing.assert_close(parts["loss"].detach(), total)
+
+
+def test_only_routers_and_predictors_train(base):
+    model = make_model(base, "gemoe")
+    assert {n.split(".mlp.")[1] for n in model.trainable()} == {
+        "router.gate.weight",
+        "router.eap.weight",
+    }
+    assert len(model.trainable()) == 2 * len(model.moe_layers) == 4
+
+
+def test_predictions_mark_correct_targets(base):
+    batch = random_batch(6)
+    model = make_model(base, "top_k").eval()
+    best = stock_logits(base, batch).argmax(-1)
+    target = batch["labels_BS"] != -100
+    target[:, 0] = False
+    expected = torch.zeros_like(target)
+    expected[:, 1:] = (best[:, :-1] == batch["labels_BS"][:, 1:]) & target[:, 1:]
+    assert torch.equal(model.predictions(**batch), expected)
+
+
+@pytest.mark.parametrize("router", ["top_k", "gemoe"])
+def test_recomputation_changes_no_loss_and_no_gradient(base, router):
+    batch, grads = random_batch(7), []
+    for recompute in (False, True):
+        model = make_model(base, router, recompute=recompute).train()
+        parts = model(**batch)
+        parts["loss"].backward()
+        grads.append((parts["loss"].item(), {n: p.grad for n, p in model.trainable().items()}))
+    assert grads[0][0] == grads[1][0]
+    for name, grad in grads[0][1].items():
+        torch.testing.assert_close(grads[1][1][name], grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("router", ["top_k", "gemoe", "dynmoe", "moepp", "ada_k"])
+def test_recomputation_leaves_the_records_alone(base, router):
+    """A loss of a layer's second run would hold that run's graph, and all its activations."""
+    model = make_model(base, router, recompute=True).train()
+    loss = model(**random_batch(7))["loss"]
+    records = list(model.ctx.layers)
+    losses = [dict(record.losses) for record in records]
+    loss.backward()
+    for now, record, before in zip(model.ctx.layers, records, losses, strict=True):
+        assert now is record and before
+        assert all(now.losses[name] is term for name, term in before.items())
+
+
+def test_padding_changes_no_loss_and_no_gradient(base):
+    batch, results = random_batch(8), []
+    wide = {n: torch.nn.functional.pad(t, (0, 5)) for n, t in batch.items() if n.endswith("BS")}
+    wide["labels_BS"][:, -5:] = -100
+    feature_BS = torch.nn.functional.pad(batch["images"]["feature_BS"], (0, 5), value=-1)
+    for each in (batch, {**wide, "images": batch["images"] | {"feature_BS": feature_BS}}):
+        model = make_model(base)
+        parts = model(**each)
+        parts["loss"].backward()
+        results.append([parts["loss"].detach(), *(p.grad for p in model.trainable().values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_stores_frozen_weights_low_and_trains_in_float32(base):
+    model = make_model(base, dtype=torch.bfloat16)
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert model.moe_layers[0].experts.gate_up_EGD.dtype == torch.bfloat16
+    reference = make_model(base)(**random_batch(9))
+    parts = model(**random_batch(9))
+    assert abs(parts["loss"] - reference["loss"]) < 0.05 * reference["loss"]
+    parts["loss"].backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.trainable().values())
+
+
+def test_saved_model_loads_in_stock_transformers(base, tmp_path):
+    model = make_model(base, "top_k", train="all")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
+    model.backbone.save_pretrained(model.hf, state, tmp_path / "hf")
+    _, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    again = make_model((tmp_path / "hf", base[1]), "top_k", train="all")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+
+
+def test_activated_parameters_count_only_visited_experts(base):
+    model = make_model(base)
+    per_expert = 3 * 16 * 8
+    total = sum(
+        p.numel()
+        for p in Backbone.named("tiny")(TinyBackbone.Config()).load(base[0], base[1]).parameters()
+    )
+    assert model.num_parameters == total
+    assert model.activated_parameters([8.0, 8.0]) == total
+    assert model.activated_parameters([4.0, 2.5]) == total - round((4 + 5.5) * per_expert)
+
+
+def test_ep_size_must_divide_the_experts(base):
+    with pytest.raises(ConfigError, match="ep_size=3 does not divide the backbone's 8 experts"):
+        make_model(base, shard=ExpertShard(0, 3))
+
+
+def test_wrong_checkpoints_are_refused_in_one_line(base, tmp_path):
+    load = TinyBackbone(TinyBackbone.Config()).load
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        load(tmp_path, base[1])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in base[0].iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged|cut short"):
+        make_model((broken, base[1]))
+    with pytest.raises(ConfigError, match="hidden_size=32, but .* has 16"):
+        TinyBackbone(TinyBackbone.Config(hidden_size=32)).load(base[0], base[1])

@@ -1,0 +1,60 @@
+"""What is said of a run's samples before it begins, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gemoe_ds.data.bad_samples import REFUSED
+from gemoe_ds.data.sample import Turn, open_samples, write_samples
+from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.train.assemble import meta_collator
+from gemoe_ds.train.checks.samples import check_samples
+from tests.train.resuming import make_config, write_setting
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Twelve of twenty samples are too long, the longest by much."""
+    setting = write_setting(tmp_path_factory.mktemp("look"))
+    good, data = open_samples(setting["data"]), setting["root"] / "harmed"
+    samples = [good[row] for row in range(len(good))]
+    for row in range(12):
+        samples[row] = replace(samples[row], turns=(Turn("a " * (60 + row), "b"),))
+    write_samples(iter(samples), data, source="test")
+    return setting | {"data": data}
+
+
+def look(setting, output, **changes):
+    config = make_config(setting, output, data__max_length=60, **changes)
+    samples = open_samples(config.data.train_path)
+    return check_samples(config, samples, meta_collator(config), may_write=True)
+
+
+def test_a_refused_run_leaves_the_whole_list(setting, tmp_path, capsys):
+    with pytest.raises(DataError, match=r"^12 samples .*=0.5 \(10 of 20\).*; and 9 more; the list"):
+        look(setting, tmp_path, data__max_bad_samples=0.5)
+    listed = [json.loads(line) for line in (tmp_path / REFUSED).read_text().splitlines()]
+    longest = max(entry["needs"] for entry in listed)
+    assert [entry["row"] for entry in listed] == [*range(12)] and longest > 71
+    said = capsys.readouterr().out
+    assert f"data.max_length=60: 12 (the longest has {longest}); that cannot be read: 0;" in said
+    assert said.count("left out: sample s") == 10 and "left out: 2 more" in said
+    _, log = look(setting, tmp_path, data__max_bad_samples=12)
+    assert len(log) == 12
+
+
+def test_lengths_beyond_the_model_s_context_are_refused(setting, tmp_path):
+    config = make_config(setting, tmp_path, data__max_length=2048)
+    assert meta_collator(config).max_length == 2048
+    config = make_config(setting, tmp_path, data__max_length=2049)
+    with pytest.raises(ConfigError, match="=2049: the model knows positions up to 2048; set data"):
+        meta_collator(config)
+
+
+@pytest.mark.parametrize("budget", [True, "1%", 1.5, -1, None, float("nan"), float("inf")])
+def test_a_budget_is_a_whole_number_or_a_share(budget, setting, tmp_path):
+    with pytest.raises(ConfigError, match=r"^data.max_bad_samples.*(number|share|equal to 0)"):
+        make_config(setting, tmp_path, data__max_bad_samples=budget)
