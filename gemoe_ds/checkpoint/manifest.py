@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.errors import CheckpointError, as_written
 from gemoe_ds.files import commit_folder, fsync_path, sha256_of, write_text
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored, refuse_dead_links
@@ -162,7 +163,8 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
 
 def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
-    stored = _with_checksums(found.manifest["identity"], identity)
+    stored = with_new_names(found.manifest["identity"], warn=False)
+    stored = _with_checksums(stored, identity)
     differing = [
         words
         for key, value in identity.items()

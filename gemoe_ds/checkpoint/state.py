@@ -1,7 +1,7 @@
 """Checkpoints of a run: who it is, its weights before and its optimizer after the engine is built.
 
 Nothing in a checkpoint depends on the number of ranks, the expert-parallel size or the ZeRO stage,
-so a run goes on with any other. The folder itself is manifest.py's, writing it saver.py's.
+so a run goes on with any other. The folder itself is manifest.py's, writing it writer.py's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_identity(
     """
     model = config.model.model_dump(mode="json")
     model["backbone"] |= dict.fromkeys(key for key, *_ in inputs(config.model.backbone))
-    identity = {f"model.{key}": model[key] for key in ("backbone", "router", "train", "dtype")}
+    identity = {f"model.{key}": model[key] for key in ("backbone", "router", "trainable", "dtype")}
     identity |= checksums
     identity["data"] = data_fingerprint
     identity["seed"] = config.seed
@@ -95,7 +95,7 @@ def load_trained_weights(model: MoEModel, folder: Path) -> None:
 def load_optimizer_state(engine: Engine, model: MoEModel, found: Checkpoint) -> None:
     """Adam's moments, its count of updates and the schedule; the weights are there already.
 
-    Checks by value that the engine has kept the weights that `load_trained_weights` loaded. Collective.
+    Checks by value that the engine has kept the weights that were loaded. Collective.
     """
     wanted = {p.key: p for _, some in by_parameter(model) for p in some}
     stored = dict(found.tensors(WEIGHTS, set(wanted)))

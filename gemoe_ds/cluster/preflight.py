@@ -1,6 +1,7 @@
 """What would end a run hours later is found before its first step, on every rank.
 
-Each rank fills in a `RankReport`; all are compared. A fault is one line: rank, host, value, way out.
+Each rank fills in a `RankReport`; all are compared. An error is one line: rank, host, value, way
+out.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def errors(
         if needed is not None and needed > free:
             fault = (
                 f"has {_gib(free)} of memory free, {_gib(needed)} more are estimated; lower "
-                "train.micro_batch_size, set model.activation_checkpointing=true, or raise parallel.ep_size"
+                "train.micro_batch_size, set model.activation_checkpointing=true, or raise "
+                "parallel.ep_size"
             )
             said[fault].append(rank)
     for fault, ranks in said.items():

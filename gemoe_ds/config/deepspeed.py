@@ -119,9 +119,9 @@ def _check_sharded_experts(config: RunConfig, file: DeepSpeedFile) -> None:
     for key in ("contiguous_gradients", "reduce_scatter"):
         if file.zero.get(key) is False:
             raise ConfigError(
-                f"{file.name}: {ZERO}.{key}=false: with model.trainable={config.model.trainable} and "
-                f"parallel.ep_size={config.parallel.ep_size} DeepSpeed would reduce the gradients "
-                "of experts over the wrong ranks; remove it"
+                f"{file.name}: {ZERO}.{key}=false: with model.trainable={config.model.trainable} "
+                f"and parallel.ep_size={config.parallel.ep_size} DeepSpeed would reduce the "
+                "gradients of experts over the wrong ranks; remove it"
             )
 
 

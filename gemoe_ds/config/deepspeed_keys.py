@@ -253,8 +253,8 @@ _section(
     "ignored",
     """partition_activations number_checkpoints contiguous_memory_optimization
     synchronize_checkpoint_boundary profile cpu_checkpointing""",
-    "only models that call deepspeed.checkpointing follow it; model.activation_checkpointing=true of the recipe "
-    "recomputes activations",
+    "only models that call deepspeed.checkpointing follow it; "
+    "model.activation_checkpointing=true of the recipe recomputes activations",
 )
 _section(
     "expert_parallel",
@@ -308,7 +308,8 @@ _add(
     "",
     "refused",
     "managed_gradient_accumulation:flag=true",
-    "DeepSpeed counts the micro-batches (train.gradient_accumulation_steps of the recipe); remove it",
+    "DeepSpeed counts the micro-batches (train.gradient_accumulation_steps of the recipe); "
+    "remove it",
 )
 _add("", "ignored", "dataloader_drop_last:flag", "data_prep's samples have a loader of their own")
 _section(

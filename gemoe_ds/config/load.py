@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.config.paths import Places
 from gemoe_ds.config.schema import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
@@ -35,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_from_dict(tree: dict[str, Any]) -> RunConfig:
     """Validate a plain dict; raises ConfigError with the path of each bad key, on one line."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(with_new_names(tree))
     except ValidationError as error:
         details = error.errors(include_url=False)
         lines = [_explain(detail, tree) for detail in details[:_SHOWN_ERRORS]]
@@ -81,7 +82,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is empty; launch/recipes/ has recipes to start from")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of options, got {tree!r:.40}")
-    return tree
+    return dict(with_new_names(tree))
 
 
 def _parsed(text: str, said: str) -> Any:
@@ -130,7 +131,7 @@ def _with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         for key in reversed(keys):
             nested = {key: nested}
         changes = _merged(changes, nested)
-    return _merged(tree, changes)
+    return _merged(tree, with_new_names(changes))
 
 
 def _explain(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:

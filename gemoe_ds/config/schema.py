@@ -7,7 +7,6 @@ Router and backbone options live with their classes, as the nested `Config`; `mo
 from __future__ import annotations
 
 import os
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -115,8 +114,8 @@ class ModelConfig(ConfigModel):
     def _routers_need_weights(self) -> Self:
         if self.trainable != "all" and self.checkpoint is None:
             raise ConfigError(
-                f"model.checkpoint: model.trainable={self.trainable} starts from pretrained weights; give "
-                "their folder, or model.trainable=all to pretrain from random ones"
+                f"model.checkpoint: model.trainable={self.trainable} starts from pretrained "
+                "weights; give their folder, or model.trainable=all to pretrain from random ones"
             )
         return self
 
@@ -141,22 +140,6 @@ class DataConfig(ConfigModel):
         description="samples without a target in max_length, or with a broken image, that are left "
         "out before the run stops: a number over all ranks or, below 1, a share of the data",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name(cls, tree: Any) -> Any:
-        """`max_broken`, for one version more."""
-        if not isinstance(tree, dict) or "max_broken" not in tree:
-            return tree
-        if "max_bad_samples" in tree:
-            raise ConfigError("data.max_broken is the old name of data.max_bad_samples: give one")
-        if int(os.environ.get("RANK") or 0) == 0:
-            print(
-                "warning: data.max_broken is called data.max_bad_samples now, and is a number over "
-                "all ranks; the old name goes with the next version",
-                file=sys.stderr,
-            )
-        return {"max_bad_samples" if key == "max_broken" else key: v for key, v in tree.items()}
 
     @field_validator("max_bad_samples", mode="before")
     @classmethod
@@ -273,15 +256,16 @@ class RunConfig(ConfigModel):
         return self
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of a rank and step; ConfigError if `train.global_batch_size` does not fit."""
+        """Micro-batches of a rank and step; ConfigError if the global batch does not fit."""
         train = self.train
         if train.global_batch_size is None:
             return train.gradient_accumulation_steps or 1
         at_once = train.micro_batch_size * world_size
         if train.global_batch_size % at_once:
             raise ConfigError(
-                f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size * "
-                f"ranks = {train.micro_batch_size} * {world_size}; change one of the three"
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size * ranks = {train.micro_batch_size} * {world_size}; "
+                "change one of the three"
             )
         return train.global_batch_size // at_once
 

@@ -47,9 +47,9 @@ class TrainStream:
     """Iterator over steps; each item is this rank's `accumulation` micro-batches.
 
     The samples stand in one endless shuffled order. Micro-batch a of rank r in step s is block
-    (s * accumulation + a) * world + r of `micro_batch_size` samples: the global batch does not depend
-    on how it is split, and two ranks see what one rank with twice the accumulation sees. A sample
-    that cannot be used is padding in its place.
+    (s * accumulation + a) * world + r of `micro_batch_size` samples: the global batch does not
+    depend on how it is split, and two ranks see what one rank with twice the accumulation sees. A
+    sample that cannot be used is padding in its place.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from gemoe_ds.engine.launcher_env import Start, read_start
 def adopt_launcher() -> Start:
     """Set what torch and DeepSpeed read: RANK, LOCAL_RANK, WORLD_SIZE, the master's address, port.
 
-    Under mpirun the address follows later, through MPI (`init_process_group`). A process that is alone gets none
-    of them here. Raises ConfigError for variables that cannot be.
+    Under mpirun the address follows later, through MPI (rendezvous.py). A process that is alone
+    gets none of them here. Raises ConfigError for variables that cannot be.
     """
     start = read_start(os.environ)
     if start.remark:

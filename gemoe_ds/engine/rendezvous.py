@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from gemoe_ds.engine.launcher_env import Start
 from gemoe_ds.errors import ConfigError
 
-PATIENCE = 300.0  # seconds that ranks wait for each other; GEMOE_MEET_SECONDS overrides it
+PATIENCE = 300.0  # seconds that ranks wait for each other; GEMOE_RENDEZVOUS_SECONDS overrides it
 _COLLECTIVE = timedelta(minutes=30)  # that none of them takes
 _ASK_AGAIN = (0.0, 1.0, 4.0)  # seconds before a name is looked up, or an agent called
 
@@ -92,13 +92,14 @@ def _call_agent(address: str, port: int) -> None:
 
 
 def _patience() -> float:
-    text = os.environ.get("GEMOE_MEET_SECONDS", "").strip()
+    text = os.environ.get("GEMOE_RENDEZVOUS_SECONDS", "").strip()
+    text = text or os.environ.get("GEMOE_MEET_SECONDS", "").strip()  # its name before 0.2
     try:
         seconds = float(text or PATIENCE)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < 1e6:
-        raise ConfigError(f"GEMOE_MEET_SECONDS={text}: should be a number of seconds above 0")
+        raise ConfigError(f"GEMOE_RENDEZVOUS_SECONDS={text}: should be a number of seconds above 0")
     return seconds
 
 

@@ -45,7 +45,7 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate",
         type=Path,
-        help="samples on which budgets are met (default: data.validation_path, else data.train_path)",
+        help="samples on which budgets are met (default: data.validation_path or data.train_path)",
     )
     parser.add_argument(
         "--calibration-samples",

@@ -45,7 +45,7 @@ class Target:
 
 
 class Weights:
-    """What a folder has for the parameters of `model`, which may be a meta_model.
+    """What a folder has for the parameters of `model`, which may be a meta model.
 
     Raises CheckpointError naming the folder and the file or key if anything is missing, damaged,
     unexpected or of another shape.

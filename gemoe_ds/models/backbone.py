@@ -85,17 +85,17 @@ class Backbone(Registered):
 
     @abstractmethod
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
-        """The model: freshly initialised in float32, or the meta model that a Hugging Face folder fills.
+        """The model: freshly initialised in float32, or a meta model for a folder to fill.
 
-        A meta model's parameters have shapes and no memory (weights.shell); whoever asked fills what it
-        keeps, by `keys`. Raises ConfigError for options that contradict the folder,
+        A meta model's parameters have shapes and no memory (hf_config.py); whoever asked fills what
+        it keeps, by `keys`. Raises ConfigError for options that contradict the folder,
         CheckpointError for a folder that is missing, damaged or of another family.
         """
 
     def described(
         self, model_class: type[nn.Module], config_class: Any, folder: Path | None
     ) -> nn.Module:
-        """The meta model of what config.json says; CheckpointError if there can be no such model."""
+        """The meta model that config.json describes; CheckpointError if there is none."""
         config = config_of(config_class, folder, self.name)
         assert folder is not None
         with as_checkpoint_error(folder):
@@ -124,7 +124,7 @@ class Backbone(Registered):
         """Every MoE block in order of depth; never empty."""
 
     def context_length(self, model: nn.Module) -> int | None:
-        """Positions that the language model of a loaded model, or a meta model, knows; None: unknown."""
+        """Positions that the language model of `hf` knows; None: unknown."""
         blocks = self.moe_blocks(model)
         root = blocks[0].path.partition(".layers.")[0] if blocks else ""
         config: Any = getattr(model.get_submodule(root), "config", None)

@@ -1,9 +1,10 @@
 """Uneven all-to-alls under autograd, started early and waited for late.
 
-A exchange out has two ends, `dispatch_start` and `dispatch_finish`: what stands between them runs while the rows
-travel. In the backward pass the order is reversed, and so is the exchange: the gradient leaves where
-the rows arrived, and is waited for where they dispatched. Autograd works off nodes in the reverse
-order of their making, on every rank the same; so what ran between runs backward in between too.
+An exchange has two ends, `dispatch_start` and `dispatch_finish`: what stands between them runs
+while the rows travel. In the backward pass the order is reversed, and so is the exchange: the
+gradient leaves where the rows arrived, and is waited for where they left. Autograd works off
+nodes in the reverse order of their making, on every rank the same; so what ran between runs
+backward in between too.
 
 Shapes: D model; P pairs sent, Q pairs received, A assignments sent, B received.
 """
@@ -60,8 +61,8 @@ class PendingAllToAll:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows and metadata on the way out. The node of `dispatch_start` must not hold this: it would hold its
-    own outputs, a cycle through C++ that nobody collects."""
+    """Rows and metadata on the way out. `dispatch_start`'s node must not hold this: it would hold
+    its own outputs, a cycle through C++ that nobody collects."""
 
     rows_QD: Tensor
     metadata_B2: Tensor

@@ -1,7 +1,7 @@
 """Rows to their experts and back: in one process, or to the ranks that hold the experts.
 
-A layer talks to its dispatcher twice: `dispatch_preprocess` as soon as the choice of experts is made, so that
-the counts travel while the router works out its losses, then the call itself.
+A layer talks to its dispatcher twice: `dispatch_preprocess` as soon as the choice of experts is
+made, so that the counts travel while the router works out its losses, then the call itself.
 
 Shapes: T tokens here, D model, R ranks, E experts in all, L = E / R experts here; P (token, rank)
 pairs sent, Q pairs received, A assignments of the local tokens, B assignments to the local experts.
@@ -145,7 +145,7 @@ class AllToAllDispatcher(Dispatcher):
         )
         shared_TD = None if shared is None else shared(x_TD)
         rows_QD, weights_B, row_offsets_B = exchange.dispatch_finish(dispatched)
-        # 3. One partial sum a pair, back combine in the rows' dtype, summed there in float32.
+        # 3. One partial sum a pair, back home in the rows' dtype, summed there in float32.
         partial_QD = experts(
             rows_QD, _plan_of_received(received, row_offsets_B, weights_B, sum(got_rows))
         )

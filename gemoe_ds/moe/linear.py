@@ -21,7 +21,7 @@ class RouterLinear(nn.Linear):
     """A bias-free linear map in at least float32, whatever the activation dtype.
 
     A parameter that trains keeps float32 whatever the model's dtype (see docs/routers.md). Call
-    the module, or `fused_linear`, and leave its weight alone: ZeRO 3 gathers it for a call of the module.
+    the module, or `fused_linear`, and leave its weight alone: ZeRO 3 gathers it for such a call.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

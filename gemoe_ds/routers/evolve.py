@@ -6,8 +6,9 @@ update): theta_n += (1 - beta) * (the update of theta_1), beta drawn anew every 
 its own for each expert. So every expert ends between where they all started and theta_1.
 
 Every token goes to expert 0, as if the model were dense: use it on an upcycled backbone with
-`model.trainable: experts`, then train a router on the exported result. Over ranks that share experts
-the one with expert 0 has all the work, so that EP size 1 is the faster one where memory allows it.
+`model.trainable: experts`, then train a router on the exported result. Over ranks that share
+experts the one with expert 0 has all the work, so that EP size 1 is the faster one where memory
+allows it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.progress import PROGRESS
 
-FILE = "phases.json"
+FILE = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,6 @@ class PhaseTimer:
         )
 
     def write(self, folder: Path) -> None:
-        """phases.json, of the last start only."""
+        """profile.json, of the last start only."""
         phases = [asdict(phase) for phase in self.done]
         (folder / FILE).write_text(json.dumps(phases, indent=1) + "\n")

@@ -10,6 +10,7 @@ import yaml
 
 from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.config import RunConfig
+from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.errors import as_written
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
@@ -59,7 +60,7 @@ def _recipe_of(found: Checkpoint) -> dict[str, Any]:
     recipe = found.manifest.get("recipe")
     if recipe is None:
         recipe = _without_where(_read(found.folder.parent.parent / FILE))
-    return recipe if isinstance(recipe, dict) else {}
+    return with_new_names(recipe, warn=False) if isinstance(recipe, dict) else {}
 
 
 def _read(path: Path) -> str:
@@ -73,7 +74,8 @@ def _without_where(text: str) -> Any:
         return text
     if not isinstance(recipe, dict):
         return recipe
-    return {key: value for key, value in recipe.items() if key not in _WHERE}
+    new = with_new_names(recipe, warn=False)
+    return {key: value for key, value in new.items() if key not in _WHERE}
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

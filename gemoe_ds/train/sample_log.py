@@ -14,7 +14,7 @@ FOLDER = "sample_log"
 
 
 class SampleLog:
-    """Writes `sample_log/rank-00000.jsonl`: step, number of the micro-batch in the run, sample ids."""
+    """Writes `sample_log/rank-00000.jsonl`: step, number of the micro-batch, sample ids."""
 
     def __init__(self, output: Path, rank: int) -> None:
         folder = output / FOLDER

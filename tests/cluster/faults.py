@@ -139,7 +139,7 @@ FAULTS = [
         13,
         "resumed twice, on other numbers of ranks",
         "every step sees the samples of the uncut run",
-        [f"{RESUME}::test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one"],
+        [f"{RESUME}::test_the_sample_log_of_a_run_cut_twice_is_the_uninterrupted_one"],
     ),
     Fault(
         14,

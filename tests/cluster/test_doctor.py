@@ -50,7 +50,7 @@ def test_a_missing_node(setting, tmp_path):
     recipe, _ = write_recipe(setting, tmp_path)
     port = str(free_port())
     began = time.monotonic()
-    (line,) = alone(recipe, WORLD_SIZE="2", MASTER_PORT=port, GEMOE_MEET_SECONDS="3")
+    (line,) = alone(recipe, WORLD_SIZE="2", MASTER_PORT=port, GEMOE_RENDEZVOUS_SECONDS="3")
     assert f"waited 3 s for 2 ranks to meet at 127.0.0.1:{port}" in line
     assert time.monotonic() - began < 40
 

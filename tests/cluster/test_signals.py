@@ -27,7 +27,7 @@ def write_recipe(setting, folder, **changes):
     changes = {
         "train": {"steps": STEPS, "micro_batch_size": 1, "global_batch_size": 2},
         "checkpoint": {"every": 0, "keep": 50},
-        "monitor__ledger": True,
+        "monitor__sample_log": True,
         "resume": "auto",
     } | changes
     config = make_config(setting, folder / "run", **changes)

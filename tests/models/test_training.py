@@ -70,8 +70,8 @@ def test_trains_resumes_is_scored_and_exported(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained_whole(tmp_path_factory):
-    """Every backbone after 2 steps of `trainable: all` on 2 ranks; one in a process group of its own
-    would cost as much again."""
+    """Every backbone after 2 steps of `trainable: all` on 2 ranks; one in a process group of its
+    own would cost as much again."""
     root = tmp_path_factory.mktemp("all")
     configs = {}
     for name in CASES:

@@ -109,7 +109,7 @@ def setup_config(setting, output: Path, setup: Setup, train: str, **changes: obj
         optim__predictor_lr=2e-2,
         parallel__ep_size=setup.ep_size,
         train={"steps": CUT + NEXT, "micro_batch_size": 1, "global_batch_size": 4},
-        monitor__ledger=True,
+        monitor__sample_log=True,
         deepspeed=str(repository() / f"ds_configs/zero{setup.zero}.json"),
         **changes,
     )

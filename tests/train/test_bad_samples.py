@@ -38,7 +38,7 @@ def config_of(setting, output, ranks, **changes):
         "parallel__ep_size": min(ranks, 2),
         "train": {"steps": 8, "micro_batch_size": 1, "global_batch_size": 4},
         "data__max_length": LONGEST,
-        "monitor__ledger": True,
+        "monitor__sample_log": True,
     }
     return make_config(setting, output, **defaults | changes)
 

@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_any_ranks_and_stages(setting, train):
         assert worst <= (0 if pair[0] == pair[1] else BOUND), pair
 
 
-def test_the_ledger_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
+def test_the_sample_log_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
     """After the second cut on another number of ranks; each stretch is partly lost."""
     whole, config = whole_run(setting, Setup(2, 1, 2), "routers")
     if not whole.exists():

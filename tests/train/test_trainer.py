@@ -31,7 +31,7 @@ def config_of(setting, name: str, **changes: object):
         "optim": {"lr": LR, "predictor_lr": PREDICTOR_LR},
         "train": {"steps": 4, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
         "model__router": {"name": "gemoe", "k_low": 0, "k_high": 6},
-        "monitor__ledger": True,
+        "monitor__sample_log": True,
     }
     return make_config(setting, setting["root"] / name, **options | changes)
 
@@ -49,7 +49,7 @@ def report(setting):
 
 
 def micro_batches(config) -> list[list[str]]:
-    """Ids of the samples of the first step, as the ranks' ledgers have them."""
+    """Ids of the samples of the first step, as the ranks' sample logs have them."""
     folder = Path(config.output_dir) / "sample_log"
     lines = [json.loads(x) for path in sorted(folder.iterdir()) for x in whole_lines(path)]
     return [line["ids"] for line in lines if line["step"] == 1]

@@ -1,8 +1,8 @@
-"""How much memory a training step needs beside weights, from shapes alone: a model may be a meta model.
+"""How much memory a training step needs beside weights, from shapes alone: of meta models too.
 
 Sums what autograd keeps of transformers' decoder layers with frozen weights, and of our MoE layer:
 see `_of_norm` and so on. Between the vision tower and the first router nothing is kept: nothing
-there trains (unless everything does, `trainable: all`). What images need is found in tower_memory.py.
+there trains (unless everything does, `trainable: all`). tower_memory.py finds what images need.
 Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts a token.
 """
 

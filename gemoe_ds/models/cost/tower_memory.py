@@ -2,7 +2,7 @@
 
 The model's own code runs on the meta device up to the language model, for the shapes of a batch:
 each tensor that it makes is counted from its birth to its death. Nothing is computed, so that a
-meta_model of the full-size model serves, and no formula has to follow what each family's code keeps.
+meta model at full size serves, and no formula has to follow what each family's code keeps.
 """
 
 from __future__ import annotations

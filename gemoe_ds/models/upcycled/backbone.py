@@ -1,8 +1,8 @@
 """Dense vision-language models turned into MoE ones: MoE-LLaVA's sparse upcycling.
 
 LTDR, DynMoE and EvoMoE train such models: every other FFN becomes E copies of itself, and routers
-and experts (`model.trainable: experts`) are tuned. From a dense folder the copies are made while it is
-loaded; what a run has trained, exported, is a folder of this family and is loaded as it is.
+and experts (`model.trainable: experts`) are tuned. From a dense folder the copies are made while it
+is loaded; what a run has trained, exported, is a folder of this family and is loaded as it is.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class UpcycledMoEBlock(nn.Module):
     def __init__(self, config: dict[str, Any], d_model: int, width: int) -> None:
         super().__init__()
         self.top_k = int(config["top_k"])
-        self.norm_topk_prob = bool(config["norm_topk_prob"])
+        self.norm_topk_prob = bool(config.get("norm_topk_prob", config.get("renormalise")))
         self.gate = nn.Linear(d_model, int(config["num_experts"]), bias=False)
         self.experts = UpcycledExperts(int(config["num_experts"]), d_model, width)
 

@@ -29,7 +29,7 @@ class Experts(nn.Module):
     def __init__(
         self, gate_up_EGD: Tensor, down_EDF: Tensor, *, trainable: bool, pack: bool = True
     ) -> None:
-        """`pack`: on a CPU, hold frozen weights in its own layout as well; see expert_weights.py."""
+        """`pack`: on a CPU, hold frozen weights in its own layout as well; see weights.py."""
         super().__init__()
         num_experts, gate_up_width, d_model = gate_up_EGD.shape
         assert down_EDF.shape == (num_experts, d_model, gate_up_width // 2)

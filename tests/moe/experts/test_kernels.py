@@ -1,8 +1,8 @@
 """The Triton kernels equal plain torch: interpreted on the CPU, and on a GPU where there is one.
 
 Triton reads TRITON_INTERPRET as it is imported, and interprets everything from then on. So the
-interpreted checks run in a process of their own: `python -m tests.moe.experts.test_kernels`. What the
-interpreter accepts need not compile: the kernels are compiled for GPUs here as well, unrun.
+interpreted checks run in a process of their own: `python -m tests.moe.experts.test_kernels`. What
+the interpreter accepts need not compile: the kernels are compiled for GPUs here as well, unrun.
 """
 
 from __future__ import annotations
