@@ -116,7 +116,7 @@ def _lines_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
         ):
             yield from _lines_of(inner, f"{prefix}{key}.")
         else:
-            yield f"  {prefix}{key:<{28 - len(prefix)}} {_describe(field)}"
+            yield f"  {prefix}{key:<{34 - len(prefix)}} {_describe(field)}"
 
 
 def _models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

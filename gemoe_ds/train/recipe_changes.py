@@ -38,7 +38,7 @@ def changes(found: Checkpoint, config: RunConfig, num_ranks: int) -> str:
     if not keys:
         return ""
     pairs = [(k, *(as_written(side.get(k, _MISSING)) for side in (old, new))) for k in keys]
-    rows = [f"  {key:<28} {was} -> {now}" for key, was, now in pairs]
+    rows = [f"  {key:<34} {was} -> {now}" for key, was, now in pairs]
     return "\n".join([f"the recipe has changed since step {found.step}:", *rows])
 
 

@@ -286,7 +286,7 @@ def test_help_lists_every_option_of_every_router(capsys: pytest.CaptureFixture[s
         parse_cli(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "optim.max_grad_norm              float | null; default 1.0" in text
+    assert "optim.max_grad_norm                float | null; default 1.0" in text
     for name in Router.names():
         for key in Router.named(name).Config.model_fields:
             assert f"model.router.{key} " in text

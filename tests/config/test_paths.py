@@ -84,7 +84,7 @@ def test_a_run_reads_the_same_files_from_any_folder(
     monkeypatch.chdir(here)
     again = load_config(written)
     assert again.model_dump() == config.model_dump()
-    assert Path(yaml.safe_load(again.dump_yaml())["data"]["train"]).is_absolute()
+    assert Path(yaml.safe_load(again.dump_yaml())["data"]["train_path"]).is_absolute()
 
 
 @pytest.mark.parametrize(
