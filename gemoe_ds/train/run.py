@@ -85,7 +85,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
             f"{len(model.moe_layers)} MoE layers of backbone {model.backbone.name!r} converted",
         )
         if dry_run and config.model.checkpoint:
-            with phases(_LOOK):
+            with timer(_LOOK):
                 for line in base_loss_check(model, config, samples, world):
                     say(world, line)
             give_back_freed_memory()
@@ -117,7 +117,7 @@ def train(config: RunConfig, *, dry_run: bool = False, stop: StopRequest | None 
                 f"dry run: one step of {tokens} tokens on this rank is fine, loss {loss:.4g}; "
                 "nothing written",
             )
-            say(world, expected.against(phases.peak(expected.on_gpu, without=_LOOK)))
+            say(world, expected.against(timer.peak(expected.on_gpu, without=_LOOK)))
             return
 
         with writing_to(output):
