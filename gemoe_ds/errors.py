@@ -87,7 +87,8 @@ def exit_on_error() -> Iterator[None]:
     except GemoeError as error:
         message = " ".join(str(error).split())
         rank = _number("RANK", *_OTHER_RANKS)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save any more
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # there is nothing to save any more
         if rank:
             time.sleep(_patience(time.monotonic() - _BEGAN))
             message = f"(rank {rank}) {message}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import REQUEUE
 from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics, ranks
@@ -45,7 +48,12 @@ def uncut(setting):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_one_rank_is_asked_and_all_save_and_the_run_goes_on(setting, uncut, tmp_path, number):
     recipe, output = write_recipe(setting, tmp_path, monitor__tensorboard=True)
@@ -69,6 +77,19 @@ def test_one_rank_is_asked_and_all_save_and_the_run_goes_on(setting, uncut, tmp_
     shown = {event.step: event.value for event in board.Scalars("loss/lm")}
     assert len(board.Scalars("loss/lm")) == STEPS, "each step once"
     assert shown == pytest.approx(losses, rel=1e-6)
+
+
+def test_ctrl_c_stops_and_a_second_one_ends_at_once(monkeypatch, capfd):
+    """One Ctrl-C may arrive twice: from the terminal, and from the launcher."""
+    stop, ended, now = StopRequest(), [], [100.0]
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.delenv("RANK", raising=False)
+    for later, codes in ((0.0, []), (0.4, []), (2.0, [130])):
+        now[0] = 100.0 + later
+        stop._note(signal.SIGINT, None)
+        assert (stop.by, ended) == ("SIGINT", codes)
+    assert capfd.readouterr().err == "\nSIGINT: stops after this step; again: ends at once\n"
 
 
 @pytest.mark.parametrize("words", ["MoE layers of backbone", "frozen "])
