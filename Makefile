@@ -16,7 +16,7 @@ TORCH_INDEX ?= $(shell cat .venv/torch_index 2>/dev/null)
 
 BIN := .venv/bin
 PLACE := $(CURDIR) $(TORCH_INDEX)
-STAMP := .venv/installed-$(shell { cat pyproject.toml setup.py; echo "$(PLACE)"; } | cksum | cut -d' ' -f1)
+STAMP := .venv/installed-$(shell { cat pyproject.toml setup.py constraints.txt; echo "$(PLACE)"; } | cksum | cut -d' ' -f1)
 
 export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
@@ -57,7 +57,7 @@ faults: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.faults --signals 50
 
 test-cluster: setup
-	$(BIN)/pip install -q -e '.[dev,mpi]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,mpi]'
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster"
 
 test-gpu: setup
@@ -109,7 +109,7 @@ $(STAMP):
 		$(PYTHON) -m venv --clear .venv; \
 		echo "$(TORCH_INDEX)" > .venv/torch_index; \
 		echo "$(PLACE)" > .venv/place; }
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
 	@rm -f .venv/installed-*
 	@touch $@
 

@@ -16,7 +16,7 @@ from experiments.steps import Progress, Step, run_steps
 from gemoe_ds.parser import Parser
 
 TRIAL = Path("runs/trial")
-PRETRAIN = "launch/recipes/trial_pretrain.yaml"
+PRETRAIN = "experiments/recipes/trial_pretrain.yaml"
 
 
 def trial_steps(root: Path) -> list[Step]:

@@ -53,11 +53,13 @@ class Reads:
     """Marks an option that names a file or folder that a run reads: `Annotated[str, Reads()]`.
 
     `of_hub`: what is read from it, where the name of a model of the Hugging Face Hub may stand in
-    the folder's place. `words`: values that are no paths.
+    the folder's place. `words`: values that are no paths. `shipped`: the folder of the package that
+    holds some, which a name such as `zero2` stands for.
     """
 
     of_hub: Literal["", "model", "tokenizer"] = ""
     words: tuple[str, ...] = ()
+    shipped: Literal["", "recipes", "ds_configs", "slurm"] = ""
 
 
 class Registered:

@@ -1,34 +1,12 @@
 #!/usr/bin/env python3
-"""Check hosts and ranks for a recipe, without loading a model: start it as the run would be.
-
-    deepspeed --hostfile hosts launch/doctor.py RECIPE [key.path=value ...]
-    srun -N 4 --ntasks-per-node 8 ... launch/doctor.py RECIPE
-
-Every run does the same before it loads anything.
-"""
-
-from __future__ import annotations
+"""`gemoe doctor` as a file, for the launcher that would start the run."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from gemoe_ds.errors import exit_on_error
-
-
-def main(argv: list[str]) -> None:
-    with exit_on_error():
-        from gemoe_ds.engine.adopt_launcher import adopt_launcher, launched_world_size
-
-        adopt_launcher()
-        from gemoe_ds.config import parse_cli, validate_run
-        from gemoe_ds.train.run import check
-
-        config, _ = parse_cli(argv)
-        validate_run(config, launched_world_size())
-        check(config)
-
+from gemoe_ds.cli.doctor import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -14,7 +14,7 @@ from gemoe_ds.models.molmoe.images import MolmoeImages
 from tests.helpers import repository
 from tests.models.test_qwen3_vl_images import PUBLIC, layout
 
-FOLDERS = ("launch/recipes", "experiments/recipes")
+FOLDERS = ("gemoe_ds/recipes", "experiments/recipes")
 RECIPES = sorted(path for name in FOLDERS for path in (repository() / name).glob("*.yaml"))
 
 

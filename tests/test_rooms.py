@@ -14,13 +14,15 @@ from tests.helpers import repository
 
 PACKAGE = "gemoe_ds"
 
-# A room may import itself and the rooms above it, no other.
+# A room may import itself and the rooms above it, no other. So analysis/ reads the files that runs
+# leave behind, never models.
 ROOMS = [
     "errors",
     "files",
     "console",
     "parser",
     "registry",
+    "analysis",
     "progress",
     "moe",
     "routers",
@@ -34,7 +36,8 @@ ROOMS = [
     "cluster",
     "train",
     "evaluation",
-    "analysis",
+    "cli",
+    "__main__",
 ]
 
 # Libraries that are welcome in some rooms only. Scripts count as rooms by their folder's name.
@@ -46,9 +49,6 @@ ONLY_IN = {
     "grain": {"data"},
     "matplotlib": {"analysis", "benchmarks", "experiments"},
 }
-
-# analysis/ reads the files that runs leave behind, never models.
-FORBIDDEN = {("analysis", room) for room in ROOMS[5:] if room != "analysis"}
 
 # What is no part of the product: measured with it, never imported by it, not in the wheel.
 EVIDENCE = ("benchmarks", "experiments")
@@ -107,7 +107,7 @@ def objection(room: str, name: str) -> str | None:
         return None
     if room not in ROOMS:
         return f"{room} is no room yet; give it a place in ROOMS"
-    if ROOMS.index(target) > ROOMS.index(room) or (room, target) in FORBIDDEN:
+    if ROOMS.index(target) > ROOMS.index(room):
         return f"{room} must not import {target}"
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 def provenance() -> dict[str, Any]:
     """command, commit, machine and date of this process, as `EvalRecord` wants them."""
     return {
-        "command": shlex.join([Path(sys.executable).name, *_program(), *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "machine": _machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -22,9 +22,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _program() -> list[str]:
-    """What Python runs: a script, or a module with -m."""
+    """`gemoe COMMAND`, or Python and what it runs: a script, or a module with -m."""
+    if sys.argv[0].startswith("gemoe "):
+        return sys.argv[0].split()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    run = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    return [Path(sys.executable).name, *run]
 
 
 def _commit() -> str | None:

@@ -1,7 +1,7 @@
 """A run on several hosts, as the script, commands and environments that start it.
 
-Every launcher starts the same `launch/train.py` with the same recipe; what differs is who tells a
-rank its number. Light: nothing of torch.
+Every launcher starts the same program with the same recipe; what differs is who tells a rank its
+number. Light: nothing of torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from gemoe_ds.errors import ConfigError
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
-TEMPLATE = "launch/slurm/train.sbatch"
 PORT = 29500
 FOR_RANKS = ("NCCL_", "GLOO_", "OMP_", "DS_", "HF_", "GEMOE_")
 
@@ -31,7 +30,9 @@ class Job:
     port: int = PORT
     sbatch: Mapping[str, str] = field(default_factory=dict)  # --time and so on, by name
     variables: tuple[str, ...] = ()  # of the environment, that ssh would not carry over
-    checkout: str = ""  # `/where/it/is/`, if the job is not started in it
+    program: tuple[str, ...] = ("launch/train.py",)  # or -m and a module
+    scripts: str = "launch/slurm"  # where run.sh is
+    python: str = ""  # of the ranks, where run.sh and mpirun would not find the right one
 
     def __post_init__(self) -> None:
         if self.hosts and len(self.hosts) != self.nodes:
@@ -45,9 +46,9 @@ class Job:
         return tuple(sorted(name for name in environment if name.startswith(FOR_RANKS)))
 
     @property
-    def script(self) -> list[str]:
-        """What every rank runs, after the launcher's words."""
-        return [f"{self.checkout}launch/train.py", self.recipe, *self.overrides]
+    def words(self) -> list[str]:
+        """What every rank runs, after the launcher's own words."""
+        return [*self.program, self.recipe, *self.overrides]
 
     def sbatch_script(self, template: str) -> str:
         """The template with this job's numbers, and its recipe in the place of `"$@"`."""
@@ -66,8 +67,14 @@ class Job:
                 template = re.sub(known, line, template, flags=re.MULTILINE)
             else:
                 template = template.replace("#SBATCH --output", f"{line}\n#SBATCH --output", 1)
-        own = rf"\1 {shlex.quote(self.checkout) if self.checkout else ''}launch/"
-        template = re.sub(r"^(source|run) launch/", own, template, flags=re.MULTILINE)
+        for ours, own in (
+            ("source launch/slurm", f"source {shlex.quote(self.scripts)}"),
+            ("run launch/train.py", f"run {shlex.join(self.program)}"),
+        ):
+            template = re.sub(f"^{ours}", lambda _, own=own: own, template, flags=re.MULTILINE)
+        if self.python:
+            line = f'[ -n "$GEMOE_PYTHON" ] || GEMOE_PYTHON={shlex.quote(self.python)}'
+            template = template.replace("\nsource ", f"\n{line}\nsource ", 1)
         words = shlex.join([self.recipe, *self.overrides])
         return template.replace('"$@"', words)
 
@@ -83,20 +90,23 @@ class Job:
                 f"--master-port={self.port}",
             ]
             own = many if self.nodes > 1 else ["--standalone"]
-            return ["torchrun", *own, f"--nproc-per-node={self.ranks_per_node}", *self.script]
+            return ["torchrun", *own, f"--nproc-per-node={self.ranks_per_node}", *self.words]
         if launcher == "deepspeed":
             where = (
                 ["--hostfile", "hostfile", "--master_addr", master]
                 if self.hosts
                 else [f"--num_gpus={self.ranks_per_node}"]
             )
-            return ["deepspeed", *where, f"--master_port={self.port}", *self.script]
+            words = [{"-m": "--module"}.get(word, word) for word in self.program]
+            words += [self.recipe, *self.overrides]
+            return ["deepspeed", *where, f"--master_port={self.port}", *words]
         if launcher == "mpirun":
             slots = ",".join(f"{host}:{self.ranks_per_node}" for host in self.hosts)
             where = ["--host", slots] if slots else []
             given = ["-x", "PATH", "-x", f"MASTER_PORT={self.port}"]
             given += [word for name in self.variables for word in ("-x", name)]
-            return ["mpirun", "-np", str(ranks), *where, *given, "python", *self.script]
+            given.append(self.python or "python")
+            return ["mpirun", "-np", str(ranks), *where, *given, *self.words]
         raise AssertionError(launcher)
 
     def hostfile(self) -> str:

@@ -1,4 +1,4 @@
-"""The command line of launch/train.py: a recipe, overrides, and a few flags."""
+"""The command line of `gemoe train`: a recipe, overrides, and a few flags."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from gemoe_ds.config.load import load_config
+from gemoe_ds.config.paths import shipped
 from gemoe_ds.config.schema import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.parser import Parser, at_least_one
@@ -59,7 +60,7 @@ def _without_bare_deepspeed(argv: Sequence[str]) -> list[str]:
     kept = []
     for word, following in zip(argv, [*argv, "-"][1:], strict=True):
         is_override = following.partition("=")[0].partition(".")[0] in RunConfig.model_fields
-        is_recipe = following.endswith((".yaml", ".yml"))
+        is_recipe = following.endswith((".yaml", ".yml")) or following in shipped("recipes")
         if word != "--deepspeed" or not (
             following.startswith("-") or is_recipe or ("=" in following and is_override)
         ):
@@ -73,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(_option_lines()),
     )
-    parser.add_argument("recipe", help="a YAML file, such as those in launch/recipes/")
+    parser.add_argument(
+        "recipe", help="a YAML file, or the name of one that ships, such as olmoe_gemoe_8_gpus"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="change an option of the recipe"
     )

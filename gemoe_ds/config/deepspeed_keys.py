@@ -311,7 +311,7 @@ _add(
     "DeepSpeed counts the micro-batches (train.gradient_accumulation_steps of the recipe); "
     "remove it",
 )
-_add("", "ignored", "dataloader_drop_last:flag", "data_prep's samples have a loader of their own")
+_add("", "ignored", "dataloader_drop_last:flag", "samples have a loader of their own")
 _section(
     "checkpoint",
     "ignored",
@@ -350,7 +350,7 @@ _section(
     model_info_path mp_size max_train_batch_size min_train_batch_size
     max_train_micro_batch_size_per_gpu min_train_micro_batch_size_per_gpu
     num_tuning_micro_batch_sizes""",
-    "remove the section; launch/train.py --estimate RANKS says what fits",
+    "remove the section; gemoe train RECIPE --estimate RANKS says what fits",
 )
 _section(
     "hybrid_engine",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gemoe_ds.config.old_names import with_new_names
-from gemoe_ds.config.paths import Places
+from gemoe_ds.config.paths import RECIPE, Places
 from gemoe_ds.config.schema import Choice, RunConfig
 from gemoe_ds.errors import ConfigError
 
@@ -53,15 +53,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _read(path: str | Path) -> tuple[dict[str, Any], list[Path]]:
     """The dict of `read_recipe`, and the files that it is from."""
     if not str(path).strip():
-        raise ConfigError("the recipe is an empty text; give a path, as launch/recipes/trial.yaml")
-    path = Places.beside().locate("", str(path))
+        raise ConfigError("the recipe is an empty text; give a path, or a name: olmoe_gemoe_8_gpus")
+    path = Places.beside().locate("", str(path), RECIPE)
     tree = _read_yaml(path)
     if "extends" not in tree:
         return tree, [path]
     base = tree.pop("extends")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of a recipe, got {base!r}")
-    base_path = Places.beside(path).locate(f"{path}: extends", base)
+    base_path = Places.beside(path).locate(f"{path}: extends", base, RECIPE)
     base_tree = _read_yaml(base_path)
     if "extends" in base_tree:
         raise ConfigError(
@@ -79,7 +79,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is no text in UTF-8; give a YAML file, saved so") from None
     if tree is None:
-        raise ConfigError(f"{path}: is empty; launch/recipes/ has recipes to start from")
+        raise ConfigError(f"{path}: is empty; gemoe_ds/recipes/ has some to start from")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of options, got {tree!r:.40}")
     return dict(with_new_names(tree))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,8 +14,12 @@ from gemoe_ds.config import hub
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.registry import ConfigModel, Reads
 
-ROOT = Path(__file__).resolve().parents[2]  # of launch/recipes, ds_configs, launch/slurm
+PACKAGE = Path(__file__).resolve().parents[1]  # of recipes/, ds_configs/, slurm/
+_ABOVE = PACKAGE.parent
+CHECKOUT = _ABOVE if (_ABOVE / "launch" / "train.py").is_file() else None  # None: installed
 
+RECIPE = Reads(shipped="recipes")
+TEMPLATE = Reads(shipped="slurm")
 _ONLY_A_PATH = Reads()
 
 M = TypeVar("M", bound=ConfigModel)
@@ -28,9 +33,9 @@ class Places:
 
     @classmethod
     def beside(cls, *files: Path) -> Places:
-        """The working directory, then the folders of these files, then the package."""
-        folders = [Path.cwd(), *(Path(os.path.abspath(file.parent)) for file in files), ROOT]
-        return cls(tuple(dict.fromkeys(folders)))
+        """The working directory, then the folders of these files, then the checkout."""
+        folders = [Path.cwd(), *(Path(os.path.abspath(file.parent)) for file in files)]
+        return cls(tuple(dict.fromkeys([*folders, CHECKOUT] if CHECKOUT else folders)))
 
     def locate(self, key: str, text: str, reads: Reads = _ONLY_A_PATH) -> Path:
         """The absolute path of what `text` names; ConfigError says where was looked in vain."""
@@ -40,17 +45,48 @@ class Places:
         path = Path(text)
         if text.startswith("~"):
             path = Path(os.path.expanduser(text))
+        folders: list[str] = []  # in the place of a file
         for folder in self.folders:
             found = os.path.abspath(folder / path)  # symbolic links stay as they are
             if os.path.exists(found):
+                if reads.shipped and os.path.isdir(found):
+                    folders.append(found)
+                    continue
                 path = Path(found)
                 return hub.snapshot_in(path, said, reads.of_hub) if reads.of_hub else path
+        if reads.shipped and (file := _shipped_file(path, reads.shipped)):
+            return file
+        if folders:
+            raise ConfigError(f"{said}: {folders[0]} is a folder; give a file")
         looked = "" if path.is_absolute() else f" (looked in {', '.join(map(str, self.folders))})"
         words = f"; it may also be {' or '.join(reads.words)}" if reads.words else ""
-        missing = f"{said}: no such file or folder{looked}{words}"
+        missing = f"{said}: no such file or folder{looked}{words}{_names_near(path, reads.shipped)}"
         if reads.of_hub:
             return hub.snapshot_of(text, said, reads.of_hub, missing)
         raise ConfigError(missing)
+
+
+def shipped(folder: str) -> dict[str, Path]:
+    """What this folder of the package holds, by name."""
+    files = sorted((PACKAGE / folder).glob("[!_.]*")) if folder else []
+    return {file.stem: file for file in files}
+
+
+def _shipped_file(path: Path, folder: str) -> Path | None:
+    """`zero2`, `zero2.json` or `ds_configs/zero2.json`, in the package."""
+    if str(path.parent) not in (".", folder, f"launch/{folder}"):
+        return None
+    file = shipped(folder).get(path.stem)
+    return file if file and path.name in (file.stem, file.name) else None
+
+
+def _names_near(path: Path, folder: str) -> str:
+    """The way out for a name that is none."""
+    if not (names := list(shipped(folder))):
+        return ""
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"; give a path, or the name of one that ships{hint}: {', '.join(names)}"
 
 
 def inputs(model: ConfigModel, prefix: str = "") -> Iterator[tuple[str, str, Reads]]:

@@ -126,7 +126,9 @@ class ModelConfig(ConfigModel):
 
 
 class DataConfig(ConfigModel):
-    train_path: Annotated[str, Reads()] = Field(description="folder written by a data_prep script")
+    train_path: Annotated[str, Reads()] = Field(
+        description="folder written by `gemoe data convert`"
+    )
     validation_path: Annotated[str | None, Reads()] = Field(
         None, description="such a folder, held out; null: none"
     )
@@ -219,8 +221,10 @@ class RunConfig(ConfigModel):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
-    deepspeed: Annotated[str, Reads()] = Field(
-        "ds_configs/zero2.json", description="DeepSpeed's own JSON file, or that in base64"
+    deepspeed: Annotated[str, Reads(shipped="ds_configs")] = Field(
+        "ds_configs/zero2.json",
+        description="DeepSpeed's own JSON file, that in base64, or one that ships: zero0 to zero3, "
+        "zero1_offload to zero3_offload",
     )
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
         "none", description="none, auto (the newest in output_dir) or a folder"

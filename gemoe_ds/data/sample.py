@@ -186,7 +186,7 @@ def open_samples(
         schema, _ = manifest["schema"], manifest["fingerprint"]
     except OSError as error:
         raise DataError(
-            f"{path}: no {MANIFEST} there ({error.strerror}); make it with data_prep/"
+            f"{path}: no {MANIFEST} there ({error.strerror}); make it with `gemoe data convert`"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/{MANIFEST} is damaged ({error!r}); convert again") from error

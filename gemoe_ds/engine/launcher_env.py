@@ -83,12 +83,12 @@ def _alone(found: Variables) -> Start:
     if found.text("SLURM_PROCID") is not None and not is_step:  # a batch script
         raise ConfigError(
             f"{said}: this batch job starts one process without srun, and the rest of it would "
-            "idle; start it with srun, torchrun, deepspeed or mpirun (launch/submit.py writes "
+            "idle; start it with srun, torchrun, deepspeed or mpirun (`gemoe submit` writes "
             "such a script), or set RANK=0 and WORLD_SIZE=1 if one rank is meant"
         )
     return Start(
         remark=f"{said}, and srun did not start this process: one rank runs; srun ... "
-        "launch/train.py starts one a task"
+        "gemoe train starts one a task"
     )
 
 

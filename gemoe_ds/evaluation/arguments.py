@@ -1,4 +1,4 @@
-"""What the command lines of launch/evaluate.py and launch/generate.py have in common."""
+"""What the options of `gemoe evaluate` and `gemoe generate` have in common."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What is evaluated: a loaded model with what a run trained, and the ways to set its k.
 
-The command lines of launch/evaluate.py and launch/generate.py say it alike.
+`gemoe evaluate` and `gemoe generate` say it alike.
 """
 
 from __future__ import annotations

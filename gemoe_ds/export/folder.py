@@ -128,5 +128,5 @@ Servers such as vLLM run it so too, without a word about the routing that it was
 _USE_WITHOUT_CODE = """\
 The weights are in the layout of the base, with the trained gates, for whatever runs the base; it
 routes with its fixed number of experts. `routers.safetensors` holds what else was trained: with
-its own routing the run is used through gemoe_ds (`launch/generate.py --trained RUN`).
+its own routing the run is used through gemoe_ds (`gemoe generate RECIPE --trained RUN`).
 """

@@ -1,6 +1,6 @@
 """The exported model: the stock architecture whose MoE blocks route as they did in training.
 
-launch/export.py writes this file, and the modules of gemoe_ds that it imports, into the exported
+`gemoe export` writes this file, and the modules of gemoe_ds that it imports, into the exported
 folder; there it needs torch, transformers and pydantic, but neither gemoe_ds nor DeepSpeed.
 """
 

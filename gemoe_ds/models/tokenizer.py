@@ -93,7 +93,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
                 reason += ", and the code that it brings instead is never run"
         raise ConfigError(
             f"data.tokenizer={folder}: not a tokenizer folder ({reason}); make one with "
-            "data_prep/train_tokenizer.py, or give the model's own, with its tokenizer.json"
+            "`gemoe data train-tokenizer`, or give the model's own, with its tokenizer.json"
         ) from error
 
 

@@ -27,7 +27,7 @@ def harmed(self, number, batches, *, collect):
         {harm}
     return step(self, number, batches, collect=collect)
 trainer.Trainer.train_step = harmed
-from launch.train import main
+from gemoe_ds.cli.train import main
 main(sys.argv[1:])
 """
 

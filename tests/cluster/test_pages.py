@@ -38,9 +38,9 @@ def clone(tmp_path):
     known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(known, cwd=repository(), capture_output=True, text=True, check=True)
     for name in files.stdout.splitlines():
-        if (repository() / name).is_file():
+        if os.path.lexists(repository() / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(repository() / name, folder / name)
+            shutil.copy(repository() / name, folder / name, follow_symlinks=False)
     (folder / ".venv").unlink(missing_ok=True)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     return folder

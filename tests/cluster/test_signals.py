@@ -108,7 +108,7 @@ import os, sys, time
 sys.path.insert(0, os.getcwd())
 {how}
 from gemoe_ds.cluster.stopping import StopRequest
-from launch.train import main
+from gemoe_ds.cli.train import main
 main(sys.argv[1:], StopRequest().listen())
 """
 SLOW_SAVE = """

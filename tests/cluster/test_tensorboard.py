@@ -17,8 +17,8 @@ from PIL import Image
 
 from gemoe_ds.analysis.drawing import COLOURS, IMAGE, TEXT
 from gemoe_ds.analysis.record import write_record
+from gemoe_ds.cli.analyze import main as analyze
 from gemoe_ds.errors import REQUEUE
-from launch.analyze import main as analyze
 from tests.analysis.evaluations import evaluation
 from tests.cluster.launches import ranks
 from tests.cluster.test_signals import STEPS, write_recipe

@@ -124,7 +124,7 @@ from gemoe_ds.checkpoint import writer
 def stuck(tensors, path):
     time.sleep(1000)
 writer.save_file = stuck
-from launch.train import main
+from gemoe_ds.cli.train import main
 main(sys.argv[1:])
 """
 

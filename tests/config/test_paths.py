@@ -10,7 +10,7 @@ import yaml
 
 from gemoe_ds.checkpoint.state import run_identity
 from gemoe_ds.config import RunConfig, load_config
-from gemoe_ds.config.paths import ROOT, Places
+from gemoe_ds.config.paths import CHECKOUT, Places
 from gemoe_ds.errors import ConfigError
 from tests.config.test_load import MINIMAL
 
@@ -42,7 +42,7 @@ def test_the_working_directory_comes_first_then_the_recipe_s_folder(
     assert config.data.train_path == str(here / "train")
     assert config.data.tokenizer == str(recipe.parent / "tokenizer")
     assert config.model.checkpoint == str(recipe.parent / "base")
-    assert config.deepspeed == str(ROOT / "ds_configs/zero2.json")
+    assert config.deepspeed == str(CHECKOUT / "ds_configs/zero2.json")
     assert config.output_dir == "out", "what a run writes belongs to the working directory"
     config.check_paths()
 
@@ -71,7 +71,7 @@ def test_what_a_recipe_extends_may_bring_paths_beside_itself(here: Path, recipe:
 
 def test_shipped_recipes_are_found_from_any_folder(here: Path) -> None:
     config = load_config("launch/recipes/trial.yaml")
-    assert config.deepspeed.startswith(str(ROOT))
+    assert config.deepspeed == str(CHECKOUT / "ds_configs/zero2.json")
 
 
 def test_a_run_reads_the_same_files_from_any_folder(
@@ -135,7 +135,7 @@ def test_what_is_nowhere_is_said_with_the_places(
     config = load_config(recipe, [override])
     with pytest.raises(ConfigError) as error:
         config.check_paths()
-    assert message.format(h=here, r=recipe.parent, root=ROOT) in str(error.value)
+    assert message.format(h=here, r=recipe.parent, root=CHECKOUT) in str(error.value)
     config.check_paths("optim.")  # not of these keys
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.train_tokenizer import train
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.train_tokenizer import train_tokenizer
 from gemoe_ds.errors import ConfigError, DataError, SampleError
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import SquareImages
@@ -112,7 +112,7 @@ def test_special_tokens_in_a_text_are_spelled_not_obeyed(tmp_path):
     said = "the tags <image> <s> </s> <pad>"
     sample = Sample("x", image(), (Turn(said, f"{said}."),))
     write_samples([sample], tmp_path / "data", source="test")
-    train([tmp_path / "data"], 300, tmp_path / "tokenizer")
+    train_tokenizer([tmp_path / "data"], 300, tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     collator = make(tokenizer, max_length=512)
     batch = collator.batch([collator.encode(0, sample)])

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from data_prep import make_digits, make_scenes
-from data_prep.convert_llava import main as convert
 from data_prep.scenes import COLOURS, PROPERTIES, SHAPES, TEXTURES, Knowledge, draw, random_scene
+from gemoe_ds.cli.data.convert import main as convert
 from gemoe_ds.data.sample import open_samples
 
 SMALL = ["--train", "30", "--validation", "5", "--test", "10", "--seed", "3"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from gemoe_ds.cli.submit import main as submit
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import modes, session_parser
-from launch.submit import main as submit
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,12 @@ def test_the_demo_compares_like_with_like() -> None:
 
 
 def test_what_a_launcher_is_tried_with_is_the_demo_s_own_run() -> None:
-    """Those recipes stand alone, beside the product's."""
-    for trial, demo in (("trial", "demo_gemoe"), ("trial_pretrain", "demo_pretrain")):
-        first = load_config(repository() / f"launch/recipes/{trial}.yaml").model_dump()
-        second = load_config(repository() / f"experiments/recipes/{demo}.yaml").model_dump()
+    """The recipe that ships stands alone."""
+    ours, demos = "gemoe_ds/recipes", "experiments/recipes"
+    pairs = ((f"{ours}/trial", "demo_gemoe"), (f"{demos}/trial_pretrain", "demo_pretrain"))
+    for trial, demo in pairs:
+        first = load_config(repository() / f"{trial}.yaml").model_dump()
+        second = load_config(repository() / f"{demos}/{demo}.yaml").model_dump()
         for options in (first, second):
             options["model"]["backbone"].pop("vision_checkpoint", None)
             options["optim"].pop("warmup_steps")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -15,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
+from gemoe_ds.cli.export import main as export
 from gemoe_ds.config import load_config
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
-from tests.helpers import repository, run_python, run_ranks
+from tests.helpers import run_python, run_ranks
 from tests.models.cases import CASES, write_case
 from tests.train.resuming import losses, make_config, train_all, write_data
 
@@ -62,9 +62,8 @@ def test_trains_resumes_is_scored_and_exported(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert 0 < json.loads((tmp_path / "out/eval.json").read_text())["mean_k"] <= 3
     exported = tmp_path / "exported"
-    script = runpy.run_path(str(repository() / "launch/export.py"))
     config = tmp_path / "whole/config.yaml"
-    script["main"]([str(config), "--trained", str(config.parent), "--out", str(exported)])
+    export([str(config), "--trained", str(config.parent), "--out", str(exported)])
     is_the_trained_model(name, tmp_path / "whole", exported, tokenizer)
 
 

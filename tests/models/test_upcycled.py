@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gemoe_ds.checkpoint.state import load_trained
+from gemoe_ds.cli.export import main as export
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.models.backbone import Backbone
@@ -211,11 +211,10 @@ def test_a_frozen_gate_is_exported_as_the_run_had_it(setting, tmp_path):
     routers = {"ada_k": {"name": "ada_k"}, "evomoe": {"name": "evomoe", "gate": "frozen"}}
     runs = {n: make_config(setting, tmp_path / n, router, 1, 0) for n, router in routers.items()}
     assert run_ranks(train_all, 1, list(runs.values())) == [None]
-    script = runpy.run_path(str(repository() / "launch/export.py"))
     for name, config in runs.items():
         run, out = tmp_path / name, tmp_path / f"{name}-hf"
         recipe = [str(run / "config.yaml"), "seed=5"]
-        script["main"]([*recipe, "--trained", str(run), "--out", str(out)])
+        export([*recipe, "--trained", str(run), "--out", str(out)])
         model, exported = build_model(config, ExpertShard()), load(setting, out)
         for ours, theirs in zip(model.moe_layers, exported.moe_layers, strict=True):
             assert torch.equal(ours.router.gate.weight, theirs.router.gate.weight), name

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from data_prep.json_file import read_json
+from gemoe_ds.data.sources.json_file import read_json
 from gemoe_ds.errors import DataError
 
 ROW = {"id": "1", "conversations": []}

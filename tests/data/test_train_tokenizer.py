@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.train_tokenizer import ROLES, SPECIAL, main
+from gemoe_ds.cli.data.train_tokenizer import main
 from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.train_tokenizer import ROLES, SPECIAL
 from gemoe_ds.models.tokenizer import load_tokenizer
 
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-from data_prep.llava_rows import Unusable, notes, read_picture, read_turns
 from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sources.llava_rows import Unusable, notes, read_picture, read_turns
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""launch/train.py as a user starts it: what is wrong costs one line, a non-zero exit, no files."""
+"""`gemoe train` as launchers start it: what is wrong costs one line, a non-zero exit, no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from launch.train import main
+from gemoe_ds.cli.train import main
 from tests.helpers import free_port, repository
 from tests.tiny import write_base
 from tests.train.resuming import make_config, write_data
@@ -68,10 +68,13 @@ def test_print_config_prints_a_recipe_and_stops(recipe, capsys):
 
 
 def start(launcher: list[str], *arguments, env: dict | None = None) -> subprocess.CompletedProcess:
+    """The module where a launcher has its word for one, else the file."""
+    is_module = launcher[-1] in ("-m", "--module")
+    program = "gemoe_ds.cli.train" if is_module else "launch/train.py"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (env or {})
     programs = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        [*launcher, "launch/train.py", *map(str, arguments)],
+        [*launcher, program, *map(str, arguments)],
         cwd=repository(),
         env=environment | {"PATH": programs},
         capture_output=True,
@@ -81,11 +84,11 @@ def start(launcher: list[str], *arguments, env: dict | None = None) -> subproces
 
 
 def deepspeed() -> list[str]:
-    return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
 
 
 def torchrun() -> list[str]:
-    return ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
 
 
 def test_alone_deepspeed_and_torchrun_start_the_same_run(recipe, tmp_path):
@@ -93,7 +96,7 @@ def test_alone_deepspeed_and_torchrun_start_the_same_run(recipe, tmp_path):
     losses = {}
     for name, launcher, changes in (
         ("alone", [sys.executable], ["train.gradient_accumulation_steps=4"]),
-        ("deepspeed", deepspeed(), ["parallel.ep_size=2"]),
+        ("deepspeed", deepspeed()[:-1], ["parallel.ep_size=2"]),
         ("torchrun", torchrun(), ["parallel.ep_size=2"]),
     ):
         out = tmp_path / name

@@ -307,6 +307,6 @@ def test_mistakes_cost_one_line_and_leave_nothing(setting, run, exported, tmp_pa
 def test_the_folder_says_what_it_is_made_from(run, exported):
     made = json.loads((exported / "provenance.json").read_text())
     assert made["step"] == 6 and made["checkpoint"].startswith(str(run))
-    assert len(made["base sha256"]) == 64 and "launch/export.py" in made["command"]
+    assert len(made["base sha256"]) == 64 and made["command"].startswith("gemoe export ")
     assert "gemoe" in (exported / "README.md").read_text()
     assert (exported / "tokenizer.json").exists()

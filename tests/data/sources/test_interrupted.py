@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "convert_llava.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "data_prep" / "convert_llava.py"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.convert_llava import main
+from gemoe_ds.cli.data.convert import main
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import DataError
 
@@ -230,7 +230,7 @@ def test_another_format_is_refused_before_a_picture_is_read(convert, monkeypatch
     def read_picture(*_):
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("data_prep.convert_llava.read_picture", read_picture)
+    monkeypatch.setattr("gemoe_ds.data.sources.llava.read_picture", read_picture)
     system = {"from": "system", "value": "Be brief."}
     rows = [row(str(i), conversations=[system, *row()["conversations"]]) for i in range(3)]
     code, message = convert([*rows, row("3"), row("4", video="a.mp4")])

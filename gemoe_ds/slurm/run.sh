@@ -1,10 +1,12 @@
 # For the *.sbatch files beside it: `run SCRIPT ARGUMENT...` starts a rank a task and, when they
 # leave, puts the job back into the queue if it can go on.
 
-GEMOE_CHECKOUT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+GEMOE_SCRIPTS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 1
 GEMOE_SRUN=()
-source "$GEMOE_CHECKOUT/launch/slurm/site.sh"
+source "${GEMOE_SITE:-$GEMOE_SCRIPTS/site.sh}" || exit 2
+: "${GEMOE_PYTHON:=$GEMOE_SCRIPTS/../../.venv/bin/python}" # of the checkout
+: "${GEMOE_MAX_RESTARTS:=50}"
 
 run() {
     # Warnings are for the ranks: they save and leave with 75 (gemoe_ds/errors.py). This shell

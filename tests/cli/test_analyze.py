@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemoe_ds.analysis.record import write_record
-from launch.analyze import main
+from gemoe_ds.cli.analyze import main
 from tests.analysis.evaluations import evaluation
 from tests.helpers import repository
 

@@ -1,4 +1,4 @@
-"""What launch/submit.py would start, letter by letter; `python -m tests.launch.test_submit` writes
+"""What gemoe submit would start, letter by letter; `python -m tests.cli.test_submit` writes
 the golden files anew."""
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from unittest import mock
 
 import pytest
 
+from gemoe_ds.cli.submit import main
 from gemoe_ds.errors import REQUEUE
-from launch.submit import main
 from tests.helpers import repository
 
-GOLDEN = repository() / "tests/launch/golden"
+GOLDEN = repository() / "tests/cli/golden"
 RECIPE = "launch/recipes/molmoe_gemoe_4_nodes.yaml"
 CASES = {
     "srun": [RECIPE, "--nodes", "4", "--time", "12:00:00", "--partition", "gpu", "seed=3"],

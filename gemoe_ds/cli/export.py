@@ -1,0 +1,94 @@
+"""Write a trained run as a Hugging Face folder.
+
+    gemoe export RUN/config.yaml --trained RUN --out FOLDER
+
+Whatever runs the base runs it as the backbone with its fixed k. Where that is transformers, with
+`trust_remote_code=True` it routes as in training, without gemoe_ds and DeepSpeed (docs/export.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemoe_ds.errors import CheckpointError, exit_on_error
+from gemoe_ds.parser import Parser
+
+if TYPE_CHECKING:
+    from gemoe_ds.config import RunConfig
+    from gemoe_ds.models.moe_model import ExpertShard
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="of the run: its output_dir/config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--trained", type=Path, required=True, help="the run's folder (newest checkpoint) or a step"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    arguments = parser.parse_or_exit(argv)
+    with exit_on_error():
+        _export(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from gemoe_ds.checkpoint import manifest
+    from gemoe_ds.checkpoint.shards import stacked
+    from gemoe_ds.checkpoint.state import load_trained_weights
+    from gemoe_ds.config import load_config
+    from gemoe_ds.export.folder import export
+    from gemoe_ds.files import check_new
+    from gemoe_ds.train.assemble import build_model
+
+    check_new(arguments.out)
+    config = load_config(arguments.recipe, arguments.overrides)
+    config.check_paths("model.", "data.tokenizer")
+    given = arguments.trained
+    step = given if (given / manifest.MANIFEST).exists() else manifest.newest(given)
+    found = manifest.verify(step)
+    base = Path(config.model.checkpoint) if config.model.checkpoint else None
+    stored = found.manifest["identity"].get("base checkpoint")
+    actual = manifest.checksum_folder(base)
+    if stored != actual:
+        raise CheckpointError(
+            f"{step} was trained on a base with checksum {stored}, model.checkpoint={base} has "
+            f"{actual}; give the base of that run"
+        )
+    model = build_model(config, _fewest_experts(config))
+    load_trained_weights(model, step)
+    export(
+        model,
+        stacked(found.tensors(manifest.WEIGHTS)),
+        base=base,
+        tokenizer=Path(config.data.tokenizer),
+        router=config.model.router.flat(),
+        provenance={
+            "command": shlex.join(["gemoe", "export", *sys.argv[1:]]),
+            "checkpoint": str(step),
+            "step": found.step,
+            "base": str(base),
+            "base sha256": actual,
+        },
+        out=arguments.out,
+    )
+    print(f"wrote {arguments.out}")
+
+
+def _fewest_experts(config: RunConfig) -> ExpertShard:
+    """The folder is written from the base's files: of the experts the model needs no more."""
+    from gemoe_ds.models.moe_model import ExpertShard
+    from gemoe_ds.train.assemble import named_backbone
+
+    backbone = named_backbone(config)
+    checkpoint = Path(config.model.checkpoint) if config.model.checkpoint else None
+    blocks = backbone.moe_blocks(backbone.load(checkpoint, Path(config.data.tokenizer)))
+    return ExpertShard(num_ranks=math.gcd(*(block.routing.num_experts for block in blocks)))
+
+
+if __name__ == "__main__":
+    main()

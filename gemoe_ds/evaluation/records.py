@@ -1,0 +1,124 @@
+"""Evaluate in every way that is asked for; each leaves eval.json and tokens.npz in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.analysis.record import (
+    RECORD,
+    EvalRecord,
+    TokenSample,
+    routing_summary,
+    write_record,
+)
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.watchdog import watched
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.engine.world import distributed, gather_objects
+from gemoe_ds.evaluation.arguments import RoutingMode, settings
+from gemoe_ds.evaluation.score import Scores
+from gemoe_ds.evaluation.session import EvalSession, session_config
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.train.monitor import seconds_in
+
+
+def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
+    """All samples once with every routing; a line and a folder each. Collective."""
+    config = session_config(arguments)
+    samples = open_samples(arguments.data)
+    asked = settings(arguments)
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
+        session = EvalSession(arguments, config, world, stop)
+        for setting in asked:
+            out = arguments.out / (setting.folder if len(asked) > 1 or setting.mean_k else "")
+            if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
+                session.say(f"done before: {out}")
+                continue
+            session.set_routing(setting)
+            name = config.model.router.name
+            k = session.model.moe_layers[0].router.static_k
+            session.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
+            began = time.perf_counter()
+            scores = session.scored(samples)
+            if world.is_first:
+                seconds = time.perf_counter() - began
+                write_scores(session, setting, out, scores, k, seconds)
+        if arguments.flips:
+            session.say("evaluating in float32, for the k that differ")
+            in_float32 = session_config(arguments, "model.dtype=float32")
+            exact = EvalSession(arguments, in_float32, world, stop).scored(samples)
+            if world.is_first:
+                write_flips(arguments.out, config.model.dtype, scores, exact)
+
+
+def write_scores(
+    session: EvalSession,
+    setting: RoutingMode,
+    out: Path,
+    scores: Scores,
+    k: int | None,
+    seconds: float,
+) -> None:
+    arguments, name = session.arguments, session.config.model.router.name
+    tuned = arguments.trained and name == "top_k"
+    record, tokens = record_of(
+        session.model,
+        scores,
+        method=arguments.name or (f"{name}_tuned" if tuned else name),
+        k=k,
+        budget_k=setting.mean_k,
+        seed=session.config.seed,
+        seconds=seconds,
+        train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
+        checkpoint=str(session.checkpoint or session.config.model.checkpoint),
+    )
+    write_record(out, record, tokens)
+    session.say(
+        f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
+        f"({record.seconds:.1f} s)"
+    )
+    if record.num_not_asked:
+        session.say(
+            f"{out}: {scores.asked.total():,} questions were asked; {record.num_not_asked:,} were "
+            f"not: data.max_length={session.config.data.max_length} cuts the answers of "
+            f"{record.num_cut_answers:,}, and {len(scores.bad):,} samples are left out"
+        )
+
+
+def write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:
+    """The share of tokens, layer by layer, that get another number of experts than in float32."""
+    _, k_LN, _ = scores.tokens()
+    _, exact_LN, _ = exact.tokens()
+    flipped_L = (k_LN != exact_LN).mean(1).tolist()
+    report = {"dtype": dtype, "tokens": k_LN.shape[1], "flipped_per_layer": flipped_L}
+    (out / "k_flips.json").write_text(json.dumps(report | provenance(), indent=1) + "\n")
+    shares = " ".join(f"{100 * share:.3f}" for share in flipped_L)
+    print(f"{out}/k_flips.json: k differs from float32 in {shares} % of the tokens, by layer")
+
+
+def record_of(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecord, TokenSample]:
+    """What one evaluation leaves behind; `identity` says what was evaluated."""
+    entropy_LN, k_LN, is_vision_N = scores.tokens()
+    routing = routing_summary(entropy_LN, k_LN, is_vision_N, scores.load_LE)
+    record = EvalRecord(
+        backbone_k=model.routing[0].top_k,
+        accuracy=scores.accuracy,
+        accuracy_by_kind=scores.accuracy_by_kind,
+        num_questions_by_kind=dict(sorted(scores.asked.items())),
+        accuracy_micro=scores.accuracy_micro,
+        num_not_asked_by_kind=dict(sorted(scores.not_asked.items())),
+        num_cut_answers=scores.cut_answers,
+        left_out=[asdict(scores.bad[row]) for row in sorted(scores.bad)],
+        activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
+        total_parameters=model.num_parameters,
+        **identity,
+        **routing,
+        **provenance(),
+    )
+    return record, TokenSample.draw(entropy_LN, k_LN, is_vision_N)
