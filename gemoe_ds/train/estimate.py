@@ -39,6 +39,7 @@ _HELD_ONE_BY_ONE = 0.15  # if experts are multiplied one after the other, in buf
 # in use where experts are multiplied one after the other, in rounded numbers.
 _KERNEL, _KERNEL_FOR_ONE = 450_000, 700
 _LENGTHS = 20
+_OTHERS = 40  # of attention, the tower and the head
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,12 @@ def _weights(
 
 
 def _kernels(blocks: list[BlockSpec], shape: StepShape) -> int:
-    """Of the four products of every expert, whose numbers of rows differ."""
+    """Of the four products of every expert, whose numbers of rows differ, and of all others."""
     counts = sum(block.routing.num_experts for block in blocks) // shape.ep_size
     if not at_once(blocks[0], shape):
         counts = min(counts, _LENGTHS)
     size = _KERNEL + _KERNEL_FOR_ONE * (blocks[0].routing.d_model + blocks[0].down_EDF.shape[-1])
-    return min(4 * counts, MOST_KERNELS) * size
+    return min(4 * counts + _OTHERS, MOST_KERNELS) * size
 
 
 def _checkpoint(
