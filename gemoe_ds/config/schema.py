@@ -82,25 +82,30 @@ class BackboneChoice(Choice):
 
 
 class ModelConfig(ConfigModel):
-    backbone: BackboneChoice = Field(description="model family and its options")
+    backbone: BackboneChoice = Field(
+        description="model architecture, with its own options beside the name"
+    )
     checkpoint: Annotated[str | None, Reads(of_hub="model")] = Field(
         None,
-        description="base weights: a Hugging Face folder, or owner/name[@revision] that is in the "
-        "local cache; null: random, to pretrain",
+        description="base model: a Hugging Face folder, or owner/name[@revision] in the local Hub "
+        "cache; null: random weights, for pretraining",
     )
-    router: RouterChoice = Field(description="routing method and its options")
+    router: RouterChoice = Field(description="routing method, with its own options beside the name")
     trainable: Literal["routers", "experts", "all"] = Field(
         "routers",
-        description="routers: freeze everything else; experts: those too; all: pretraining",
+        description="which weights train. routers: everything else is frozen; experts: routers "
+        "and experts; all: every weight, for pretraining",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="of activations and frozen weights; what trains stays float32"
+        "bfloat16",
+        description="dtype of activations and frozen weights; trainable weights stay float32",
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute activations in backward (saves memory)"
+        False, description="recompute activations in the backward pass: less memory, more time"
     )
     pack_experts: bool = Field(
-        False, description="on a CPU: faster bfloat16 experts for two more copies of frozen ones"
+        False,
+        description="CPU only: faster frozen bfloat16 experts, for two more copies of them",
     )
 
     @field_validator("dtype", mode="before")
@@ -127,20 +132,20 @@ class ModelConfig(ConfigModel):
 
 class DataConfig(ConfigModel):
     train_path: Annotated[str, Reads()] = Field(
-        description="folder written by `gemoe data convert`"
+        description="training data: a folder written by `gemoe data convert`"
     )
     validation_path: Annotated[str | None, Reads()] = Field(
         None, description="such a folder, held out; null: none"
     )
     tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
-        description="folder of a Hugging Face tokenizer, or owner/name[@revision]"
+        description="Hugging Face tokenizer: a folder, or owner/name[@revision] in the Hub cache"
     )
-    max_length: int = Field(2048, ge=2, description="tokens of a sequence; longer ones are cut")
-    num_workers: int = Field(2, ge=1, description="reader threads of each rank")
+    max_length: int = Field(2048, ge=2, description="tokens per sequence; longer ones are cut")
+    num_workers: int = Field(2, ge=1, description="reader threads per rank")
     max_bad_samples: NonNegative = Field(
         10,
-        description="samples without a target in max_length, or with a broken image, that are left "
-        "out before the run stops: a number over all ranks or, below 1, a share of the data",
+        description="bad samples that are left out before the run stops: a number over all ranks, "
+        "or below 1 a share of the data. Bad: broken image, or no target within max_length",
     )
 
     @field_validator("max_bad_samples", mode="before")
@@ -161,59 +166,64 @@ class DataConfig(ConfigModel):
 class OptimConfig(ConfigModel):
     lr: Positive = Field(description="peak learning rate of AdamW")
     predictor_lr: Positive | None = Field(
-        None, description="of router parameters beside the gate, such as GeMoE's EAP; null: as lr"
+        None, description="peak rate of router weights other than the gate (GeMoE's EAP); null: lr"
     )
-    weight_decay: NonNegative = 0.0
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero")
-    schedule: Literal["cosine", "constant"] = "cosine"
-    min_lr_ratio: Fraction = Field(0.0, description="final lr / peak lr of the cosine")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay of AdamW")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="betas of AdamW")
+    eps: Positive = Field(1e-8, description="epsilon of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from zero")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="lr after the warm-up")
+    min_lr_ratio: Fraction = Field(0.0, description="cosine: final lr / peak lr")
     max_grad_norm: Positive | None = Field(
-        1.0, description="global gradient norm; null: no clipping"
+        1.0, description="clip the global gradient norm to this; null: no clipping"
     )
 
 
 class ParallelConfig(ConfigModel):
-    ep_size: int = Field(1, ge=1, description="ranks that share one copy of the experts")
+    ep_size: int = Field(
+        1, ge=1, description="expert-parallel ranks: this many share one copy of the experts"
+    )
 
 
 class TrainConfig(ConfigModel):
     steps: int = Field(ge=1, description="optimizer steps")
-    micro_batch_size: int = Field(ge=1, description="samples of a rank and forward pass")
+    micro_batch_size: int = Field(ge=1, description="samples per rank in one forward pass")
     gradient_accumulation_steps: int | None = Field(
         None,
         ge=1,
-        description="micro-batches of a rank and step; null: 1, or as global_batch_size asks",
+        description="micro-batches per rank and step; null: set by global_batch_size, else 1",
     )
     global_batch_size: int | None = Field(
-        None, ge=1, description="samples of a step over all ranks, however many there are"
+        None,
+        ge=1,
+        description="samples per step over all ranks; sets the gradient accumulation",
     )
     max_skipped_steps: int = Field(
-        10, ge=0, description="steps with a NaN or Inf that are skipped before the run stops"
+        10, ge=0, description="steps skipped for a NaN or Inf before the run saves and stops"
     )
 
 
 class CheckpointConfig(ConfigModel):
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
 
 
 class MonitorConfig(ConfigModel):
     every: int = Field(10, ge=1, description="steps between metrics")
-    tensorboard: bool = True
-    sample_log: bool = Field(False, description="write which samples every step saw (sample_log/)")
+    tensorboard: bool = Field(True, description="write TensorBoard events as well")
+    sample_log: bool = Field(False, description="log which samples each step saw (sample_log/)")
     stall_seconds: Positive | None = Field(
         120.0,
-        description="a rank silent or still for so long is reported, and all end; null: never",
+        description="seconds without progress after which a rank is named and all ranks end; "
+        "null: no limit",
     )
 
 
 class RunConfig(ConfigModel):
     """Everything that a training run depends on, besides the files that it names."""
 
-    seed: int = Field(0, ge=0, lt=2**31, description="of data order and fresh weights")
-    output_dir: str = Field(description="folder of this run: checkpoints, metrics, resolved recipe")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the data order and of new weights")
+    output_dir: str = Field(description="folder for checkpoints, metrics, resolved recipe")
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
@@ -223,11 +233,12 @@ class RunConfig(ConfigModel):
     monitor: MonitorConfig = MonitorConfig()
     deepspeed: Annotated[str, Reads(shipped="ds_configs")] = Field(
         "ds_configs/zero2.json",
-        description="DeepSpeed's own JSON file, that in base64, or one that ships: zero0 to zero3, "
-        "zero1_offload to zero3_offload",
+        description="DeepSpeed's JSON file, its content in base64, or the name of one that ships: "
+        "zero0 to zero3, zero1_offload to zero3_offload",
     )
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
-        "none", description="none, auto (the newest in output_dir) or a folder"
+        "none",
+        description="none: a new run; auto: the newest checkpoint in output_dir; or a folder",
     )
     _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
 

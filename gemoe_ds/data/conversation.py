@@ -57,8 +57,8 @@ class _Text:
 class ConversationTokenizer:
     """Fills a chat's templates and tokenises them.
 
-    Special tokens that stand in a text (a page about HTML has `</s>`) are spelled, not obeyed,
-    but for those that the chat lets a text have.
+    A special token inside a text (`</s>` on a page about HTML) is tokenised as ordinary characters,
+    except for the tokens in `chat.obeyed`.
     """
 
     tokenizer: Tokenizer

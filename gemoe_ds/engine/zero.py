@@ -104,8 +104,10 @@ def create_moments(engine: Engine) -> None:
 
 
 def _fresh_state(flat: Tensor) -> dict[str, Tensor]:
-    """torch's own layout (see AdamW.state_dict), each with its own `step`: one that were shared
-    would be advanced once a tensor."""
+    """The state of one parameter as AdamW.state_dict lays it out.
+
+    Each has a `step` of its own: AdamW would advance a shared one once for every parameter.
+    """
     return {"step": torch.tensor(0.0)} | {name: torch.zeros_like(flat) for name in MOMENTS}
 
 

@@ -91,9 +91,9 @@ def generate(
     """Continue prompts that are padded on the left, until each has met one of `end_ids`.
 
     At temperature 0 the likeliest token is taken. A sequence that has ended visits no expert while
-    others go on. `any_rank` says whether any rank that this one shares experts with has something
-    left to write: they all do as many steps, a rank that has finished with no token of its own.
-    Without `count` only seconds are taken, and no time goes into counting tokens and experts.
+    others go on. Ranks that share experts must take the same number of steps: `any_rank` says
+    whether one of them has tokens left to write, and a rank that has finished goes on with an empty
+    batch until then. Without `count` only seconds are measured; tokens and experts are not counted.
     """
     was_training, ctx = model.training, model.ctx
     model.eval()

@@ -75,9 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def as_checkpoint_error(folder: Path, file: str = "config.json") -> Iterator[None]:
-    """Whatever a reader of this file, or who builds from it, chokes on: the file is what is wrong.
+    """Any error of code that reads or uses this file becomes a CheckpointError that names the file.
 
-    Their errors are of any class, ZeroDivisionError among them.
+    A damaged file can raise an error of any class, even ZeroDivisionError.
     """
     try:
         yield

@@ -16,8 +16,9 @@ class ChatTemplate:
     """A conversation is `start`, then for each turn `question` and `answer`.
 
     The first question of a sample with an image is `question_with_image`. {text} is the question or
-    the answer, spelled, never obeyed; {image}, {bos} and {eos} say themselves. The loss counts on
-    answers; {end} stands between the words that are graded and what only ends them.
+    the answer, tokenised as ordinary text even where it contains special tokens; {image}, {bos} and
+    {eos} are those tokens. The loss counts answers; {end} separates the words that evaluation
+    compares from the tokens that only end the answer.
     """
 
     question: str = " USER: {text} ASSISTANT:"
@@ -27,7 +28,7 @@ class ChatTemplate:
     no_question: str | None = None  # for a question without a text, if it is another template
     only_image: str | None = None  # and for one with an image
     specials: tuple[str, ...] = ()  # special tokens that the templates name
-    obeyed: tuple[str, ...] = ()  # special tokens that a text may have in it
+    obeyed: tuple[str, ...] = ()  # special tokens that stay special inside a text
     stops: tuple[
         str, ...
     ] = ()  # at which the model's own generation ends, besides the answer's end

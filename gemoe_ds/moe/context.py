@@ -39,8 +39,8 @@ class Stat:
 class LayerRecord:
     """The slot of one layer, OVERWRITTEN by every forward; see `TokenContext.writing`.
 
-    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `cache` is
-    what a router hands to one of its later steps, to a later layer or to a later pass.
+    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `cache`
+    holds what a router computes once and uses again: in a later step, layer or pass.
     """
 
     losses: dict[str, LossTerm] = field(default_factory=dict)

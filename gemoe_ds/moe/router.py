@@ -181,9 +181,9 @@ class Router(Registered, nn.Module):
 
     @property
     def peak_mean_k(self) -> float:
-        """The largest mean k of a micro-batch for which memory must be there.
+        """The largest mean k of a micro-batch that the memory estimate allows for.
 
-        Methods that bound no token's k say what they start at, and may learn to exceed it.
+        A method without a bound on k gives its initial mean k, which training may exceed.
         """
         return self.max_k
 

@@ -48,17 +48,26 @@ class AdaKRouter(Router):
         k_high: int | None = Field(None, ge=1, description="largest k; null: all experts (paper)")
         warm_steps: int = Field(100, ge=0, description="steps of P-Warm before PPO")
         warm_top_p: float | None = Field(
-            None, gt=0, lt=1, description="p of P-Warm; null: such that mean k is the backbone's"
+            None,
+            gt=0,
+            lt=1,
+            description="p of P-Warm; null: the p that gives the backbone's k on average",
         )
-        updates: int = Field(2, ge=1, description="PPO updates on a batch")
+        updates: int = Field(2, ge=1, description="PPO updates per batch")
         clip: float = Field(0.2, gt=0, description="epsilon of PPO")
-        gamma: float = Field(1.0, gt=0, le=1, description="discount of the layers below the last")
-        regulariser: float = Field(3e-3, ge=0, description="lambda of the mean expected k")
+        gamma: float = Field(1.0, gt=0, le=1, description="discount per layer below the last")
+        regulariser: float = Field(
+            3e-3, ge=0, description="coefficient of the mean expected k (lambda)"
+        )
         credit: Literal["sequence", "token"] = Field(
-            "sequence", description="token: only tokens that have a target get a reward"
+            "sequence",
+            description="reward of tokens without a target. sequence: the mean of their sequence; "
+            "token: none",
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="divide the chosen scores by their sum (paper: sum)"
+            "backbone",
+            description="sum: divide chosen scores by their sum; backbone: as the base model does "
+            "(paper: sum)",
         )
 
     config: Config

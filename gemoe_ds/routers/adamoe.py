@@ -34,11 +34,13 @@ class AdaMoERouter(Router):
             None, ge=1, description="choices a token, nulls included; default: the backbone's k"
         )
         balance_weight: float = Field(0.02, ge=0, description="coefficient of the balance loss")
-        balance_weight_end: float = Field(1e-4, ge=0, description="the same in the second half")
+        balance_weight_end: float = Field(
+            1e-4, ge=0, description="balance_weight in the second half of the run"
+        )
         norm_topk_prob: Literal["backbone", "none", "sum", "all"] = Field(
             "backbone",
-            description="sum: over the chosen true experts (paper); all: over all chosen; none: "
-            "softmax over the true experts; backbone: sum or none, as it does",
+            description="divide scores by their sum over: the chosen true experts (sum; paper), "
+            "all chosen (all), all true experts (none); backbone: sum or none, as the base model",
         )
 
     config: Config

@@ -44,12 +44,15 @@ class DynMoERouter(Router):
         weights: Literal["equal", "scores"] = Field(
             "equal", description="equal: 1/k (paper); scores: softmax of the gate's logits"
         )
-        diversity_weight: float = Field(0.01, ge=0, description="of |W^T W - I|, unit rows")
-        simplicity_weight: float = Field(0.01, ge=0, description="of the mean length of the rows")
-        adapt: Literal["no", "close", "both"] = Field(
-            "no", description="close idle experts; both: also open one for tokens without any"
+        diversity_weight: float = Field(
+            0.01, ge=0, description="coefficient of |W^T W - I|, unit rows"
         )
-        adapt_every: int = Field(300, ge=1, description="steps between two such changes")
+        simplicity_weight: float = Field(0.01, ge=0, description="coefficient of the mean row norm")
+        adapt: Literal["no", "close", "both"] = Field(
+            "no",
+            description="close: close idle experts; both: also open one for tokens that have none",
+        )
+        adapt_every: int = Field(300, ge=1, description="steps between two changes by `adapt`")
 
     config: Config
 

@@ -36,7 +36,7 @@ class EvolveRouter(Router):
     class Config(ConfigModel):
         beta: tuple[tuple[float, float], ...] = Field(
             ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79)),
-            description="range of beta of expert 1, 2, ...; further experts start again",
+            description="range of beta for expert 1, 2, ...; repeated for further experts",
         )
 
     config: Config

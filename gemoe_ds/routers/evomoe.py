@@ -31,16 +31,20 @@ class EvoMoERouter(Router):
     name: ClassVar[str] = "evomoe"
 
     class Config(ConfigModel):
-        k: int | None = Field(None, ge=1, description="default: the backbone's own (paper: 1)")
+        k: int | None = Field(
+            None, ge=1, description="experts a token; default: the backbone's own (paper: 1)"
+        )
         inner: int = Field(64, ge=1, description="features that the token is squeezed to")
         rank: int = Field(4, ge=1, description="width of the SwiGLU that is made for a token")
         hidden: int = Field(16, ge=1, description="width between the two maps of a hypernetwork")
         gate: Literal["trained", "frozen", "none"] = Field(
-            "trained", description="the pretrained gate beneath; none: the hypernetwork alone"
+            "trained",
+            description="pretrained gate whose logits are added; none: hypernetwork alone",
         )
         balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="divide the chosen scores by their sum"
+            "backbone",
+            description="sum: divide chosen scores by their sum; backbone: as the base model does",
         )
 
     config: Config

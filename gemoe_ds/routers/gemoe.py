@@ -43,41 +43,47 @@ class GeMoERouter(Router):
     class Config(ConfigModel):
         k_low: int = Field(1, ge=0, description="smallest k that the predictor may give")
         k_high: int | None = Field(None, ge=1, description="largest k; default: the backbone's own")
-        monotonic_weight: float = Field(1.0, ge=0, description="lambda_1 of Eq. 13")
-        balance_weight: float = Field(0.001, ge=0, description="lambda_2 of Eq. 13")
+        monotonic_weight: float = Field(
+            1.0, ge=0, description="coefficient of the monotonic loss (lambda_1 of Eq. 13)"
+        )
+        balance_weight: float = Field(
+            0.001, ge=0, description="coefficient of the load balance (lambda_2 of Eq. 13)"
+        )
         margin_per_bit: float = Field(
             1.2, ge=0, description="margin of Eq. 12 per bit of entropy (A1)"
         )
         margin_constant: float = Field(0.0, ge=0, description="margin added to every pair (A1)")
         correlation: Literal["positive", "negative"] = Field(
-            "positive", description="negative: the paper's reversed ablation (Table 5)"
+            "positive",
+            description="of entropy and k; negative: the paper's reversed ablation (Table 5)",
         )
         detach_entropy: bool = Field(
-            True, description="entropy only guides, it is not trained (A6)"
+            True, description="no gradient of the monotonic loss to the entropy (A6)"
         )
         detach_x: bool = Field(
-            False, description="keep the monotonic loss out of lower layers (A11)"
+            False, description="no gradient of the monotonic loss to lower layers (A11)"
         )
         ce_to_k: Literal["none", "soft_mask"] = Field(
-            "none", description="soft_mask: let cross-entropy reach k (A4, an experiment)"
+            "none", description="soft_mask: cross-entropy trains k as well (A4, an experiment)"
         )
         soft_mask_temperature: float = Field(
-            1.0, gt=0, description="width of the soft mask, experts"
+            1.0, gt=0, description="width of the soft mask, in experts"
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="divide the chosen scores by their sum (A12)"
+            "backbone",
+            description="sum: divide chosen scores by their sum; backbone: as the base model does "
+            "(A12)",
         )
         budget_k: float | None = Field(
-            None, gt=0, description="mean k of the model to train for; null: whatever comes out"
+            None, gt=0, description="target mean k over all layers; null: no target"
         )
         budget_weight: float = Field(
             1.0, ge=0, description="coefficient of (mean expected k - budget_k)^2; not in the paper"
         )
-        k_scale: float = Field(
-            1.0, gt=0, description="expected k is multiplied by this before it is rounded"
-        )
+        k_scale: float = Field(1.0, gt=0, description="factor on the expected k, before rounding")
         k_shift: float = Field(
-            0.0, description="and this is added; `evaluate.py --mean-k` finds both from a budget"
+            0.0,
+            description="added after that, before rounding; `evaluate.py --mean-k` finds it",
         )
 
     config: Config

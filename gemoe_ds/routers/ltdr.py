@@ -30,16 +30,18 @@ class LTDRRouter(Router):
     name: ClassVar[str] = "ltdr"
 
     class Config(ConfigModel):
-        k: int | None = Field(None, ge=1, description="default: the backbone's own")
+        k: int | None = Field(
+            None, ge=1, description="experts a token; default: the backbone's own"
+        )
         tail_k: int | None = Field(
-            None, ge=1, description="experts of the tail; default: half as many again (paper: 12)"
+            None, ge=1, description="k of tail vision tokens; default: 1.5 times `k` (paper: 12)"
         )
         mean_over: Literal["sample", "batch"] = Field(
-            "sample", description="whose vision tokens the variance is compared with"
+            "sample", description="vision tokens whose mean variance is the bound of the tail"
         )
         balance_weight: float = Field(0.01, ge=0, description="coefficient of the load balance")
         balance_over: Literal["language", "all"] = Field(
-            "language", description="all: the paper's ablation"
+            "language", description="tokens that the load balance sees; all: the paper's ablation"
         )
         norm_topk_prob: Literal["backbone", "none", "sum", "softmax_p"] = Field(
             "backbone", description="weights of the chosen experts (Eq. 12)"

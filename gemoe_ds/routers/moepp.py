@@ -32,21 +32,25 @@ class MoEPlusPlusRouter(Router):
 
     class Config(ConfigModel):
         zero: int = Field(2, ge=0, description="experts whose output is 0")
-        copies: int = Field(2, ge=0, description="experts that give their input back")
+        copies: int = Field(2, ge=0, description="experts whose output is their input")
         constant: int = Field(2, ge=0, description="experts that mix the input with a vector")
         k: int | None = Field(
             None, ge=1, description="choices a token, free ones included; default: the backbone's k"
         )
         tau: float = Field(
-            0.75, gt=0, description="weight of free experts in the balance; less: more tokens there"
+            0.75,
+            gt=0,
+            description="weight of free experts in the balance; smaller: more tokens choose them",
         )
         balance_weight: float = Field(0.01, ge=0, description="beta of the balance loss")
         gating_residual: bool = Field(True, description="logits += W_g logits of the layer before")
         free_rows: Literal["mean", "copies"] = Field(
-            "mean", description="rows of free experts start at the mean of the gate's, or at some"
+            "mean", description="initial gate rows of free experts: the mean row, or copies of rows"
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="none: raw scores (Eq. 1); sum: divide by those but zero's"
+            "backbone",
+            description="none: raw scores (Eq. 1); sum: divide by the sum without zero experts; "
+            "backbone: as the base model does",
         )
 
     config: Config

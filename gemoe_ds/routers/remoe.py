@@ -45,12 +45,16 @@ class ReMoERouter(Router):
             None, gt=0, description="mean k above which lambda rises; default: the backbone's k"
         )
         activation: Literal["scores", "logits"] = Field(
-            "scores", description="logits: ReLU of the logits themselves (paper, from scratch)"
+            "scores", description="input of the ReLU (paper, trained from scratch: logits)"
         )
-        coefficient: float = Field(1e-6, gt=0, description="lambda_0 (paper: 1e-8)")
-        factor: float = Field(1.2, gt=1, description="alpha, by which lambda changes every step")
+        coefficient: float = Field(
+            1e-6, gt=0, description="initial lambda, the coefficient of the L1 loss (paper: 1e-8)"
+        )
+        factor: float = Field(
+            1.2, gt=1, description="factor by which lambda changes each step (alpha)"
+        )
         coefficient_range: tuple[float, float] = Field(
-            (1e-10, 100.0), description="between which lambda stays (paper: unbounded)"
+            (1e-10, 100.0), description="bounds of lambda (paper: none)"
         )
 
     config: Config

@@ -29,7 +29,8 @@ class TopKRouter(Router):
             None, ge=1, description="experts a token; default: the backbone's own"
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="divide the chosen scores by their sum"
+            "backbone",
+            description="sum: divide chosen scores by their sum; backbone: as the base model does",
         )
         balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
         entropy_weight: float = Field(

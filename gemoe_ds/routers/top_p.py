@@ -30,21 +30,26 @@ class TopPRouter(Router):
     name: ClassVar[str] = "top_p"
 
     class Config(ConfigModel):
-        threshold: float = Field(0.4, gt=0, lt=1, description="p, or where a learned one starts")
+        threshold: float = Field(
+            0.4, gt=0, lt=1, description="p; the initial value of a learned one"
+        )
         learn: Literal["no", "layer", "token"] = Field(
-            "no", description="a threshold learned for the layer, or read off every token"
+            "no",
+            description="no: fixed p; layer: one learned per layer; token: one predicted per token",
         )
         temperature: float = Field(
             0.1, gt=0, description="width of the soft mask that trains a learned threshold"
         )
         strict: bool = Field(True, description="sum > p (code); false: sum >= p (paper)")
-        max_k: int | None = Field(None, ge=1, description="most experts of a token; null: all")
+        max_k: int | None = Field(None, ge=1, description="largest k of a token; null: no limit")
         balance_weight: float = Field(0.01, ge=0, description="coefficient of the load balance")
         entropy_weight: float = Field(
             1e-4, ge=0, description="coefficient of L_d, the mean entropy of the scores in nats"
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
-            "backbone", description="divide the chosen scores by their sum (paper: none)"
+            "backbone",
+            description="sum: divide chosen scores by their sum; backbone: as the base model does "
+            "(paper: none)",
         )
 
     config: Config

@@ -44,12 +44,12 @@ _OTHERS = 40  # of attention, the tower and the head
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the fullest moment on one rank, by what they are for."""
+    """Peak memory of one rank in bytes, by what the bytes hold."""
 
     parts: dict[str, int]
     on_gpu: bool
     checkpoint: int = 0  # bytes of one on disk, of all ranks together
-    common: int = 0  # of the total, what all ranks of a host have in common
+    common: int = 0  # the part of the total that all ranks of a host share
     hidden_size: int = 0  # of the language model
 
     @property

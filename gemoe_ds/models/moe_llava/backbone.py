@@ -98,7 +98,7 @@ class MoeLlavaBackbone(Backbone):
                 tower, report = CLIPVisionModel.from_pretrained(
                     folder, output_loading_info=True, trust_remote_code=False
                 )
-        except Exception as error:  # whatever the reader chokes on, the folder is what is wrong
+        except Exception as error:  # any error in reading: the folder is at fault
             raise CheckpointError(f"model.backbone.vision_tower={folder}: {error}") from error
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])

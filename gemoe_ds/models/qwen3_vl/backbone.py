@@ -38,12 +38,12 @@ class Qwen3VLBackbone(Backbone):
 
     class Config(ConfigModel):
         min_pixels: int | None = Field(
-            None, ge=1, description="smaller images are enlarged; null: as the checkpoint says"
+            None, ge=1, description="smaller images are enlarged; null: the checkpoint's value"
         )
         max_pixels: int | None = Field(
             None,
             ge=1024,
-            description="larger images are shrunk; 1,024 pixels are a token; null: as it says",
+            description="larger images are shrunk (1,024 pixels: a token); null: the checkpoint's",
         )
 
     config: Config

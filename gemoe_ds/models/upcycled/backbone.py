@@ -46,10 +46,10 @@ class UpcycledBackbone(LlavaBackbone):
     )
 
     class Config(ConfigModel):
-        num_experts: int = Field(4, ge=1, description="copies of each FFN")
+        num_experts: int = Field(4, ge=1, description="experts of a block, copies of its FFN")
         top_k: int = Field(2, ge=1, description="experts a token, for static routing")
-        every: int = Field(2, ge=1, description="an MoE block in every so many layers")
-        first: int = Field(0, ge=0, description="the first layer that gets one")
+        every: int = Field(2, ge=1, description="every n-th layer gets an MoE block")
+        first: int = Field(0, ge=0, description="first layer that gets an MoE block")
         norm_topk_prob: bool | None = Field(
             None, description="divide the chosen scores by their sum; null: if top_k > 1"
         )
