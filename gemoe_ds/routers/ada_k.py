@@ -19,13 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, Rollout, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import k_range, topk_weights
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import topk_weights
 
 SAMPLED, DEFAULT = "sampled", "default"
 
@@ -74,18 +73,9 @@ class AdaKRouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.k_low = config.k_low
-        self.k_high = spec.num_experts if config.k_high is None else config.k_high
-        if not self.k_low <= self.k_high <= spec.num_experts:
-            raise ConfigError(
-                f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
-                f"k_low <= k_high <= {spec.num_experts} experts"
-            )
-        if self.k_low == self.k_high:
-            raise ConfigError(
-                f"model.router: k_low={self.k_low}, k_high={self.k_high} leave the allocator no "
-                "choice; set others, or use router top_k"
-            )
+        self.k_low, self.k_high = k_range(
+            config.k_low, config.k_high, spec.num_experts, spec.num_experts
+        )
         self.updates_per_batch = config.updates
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)

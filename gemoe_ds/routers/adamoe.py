@@ -18,6 +18,7 @@ from torch import Tensor
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
@@ -64,8 +65,7 @@ class AdaMoERouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TN = logits_TE.softmax(-1)
-        chosen_TK = scores_TN.topk(self.k, dim=-1).indices
-        mask_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        mask_TN = top_k_mask(scores_TN, self.k)
         return Decision(scores_TN, mask_TN, self._weights(scores_TN, mask_TN))
 
     def _weights(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:

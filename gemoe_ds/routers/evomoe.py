@@ -21,8 +21,8 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import topk_weights
 
 
 class EvoMoERouter(Router):
@@ -73,8 +73,7 @@ class EvoMoERouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
-        chosen_TK = scores_TE.topk(self.top, dim=-1).indices
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        mask_TE = top_k_mask(scores_TE, self.top)
         weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)
 

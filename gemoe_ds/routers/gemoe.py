@@ -20,8 +20,8 @@ from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear, fused_linear
 from gemoe_ds.moe.monotonic import monotonic_loss
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import k_range, top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import topk_weights
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,7 @@ class GeMoERouter(Router):
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
         self.k_scale, self.k_shift = config.k_scale, config.k_shift
-        self.k_low = config.k_low
-        self.k_high = spec.top_k if config.k_high is None else config.k_high
-        if not self.k_low <= self.k_high <= spec.num_experts:
-            raise ConfigError(
-                f"model.router: k_low={self.k_low}, k_high={self.k_high} must satisfy "
-                f"k_low <= k_high <= {spec.num_experts} experts"
-            )
-        if self.k_low == self.k_high:
-            raise ConfigError(
-                f"model.router: k_low={self.k_low}, k_high={self.k_high} leave no k to predict; "
-                f"set others (the backbone's own k is {spec.top_k}), or use router top_k"
-            )
+        self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.top_k, spec.num_experts)
         if config.budget_k is not None and not self.k_low <= config.budget_k <= self.k_high:
             raise ConfigError(
                 f"model.router.budget_k={config.budget_k} is not in the range of k, "
@@ -129,13 +118,10 @@ class GeMoERouter(Router):
         k_soft_T = self.predict_k(x_TD) if k_logits_TK is None else self._expected_k(k_logits_TK)
         k_T = k_soft_T.detach() * self.k_scale + self.k_shift
         k_T = k_T.round().clamp(self.k_low, self.k_high)  # Eq. 11, half to even (A15)
-        top_TK = scores_TE.topk(self.k_high, dim=-1).indices
-        rank_K = torch.arange(self.k_high, device=k_T.device)
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        mask_TE.scatter_(1, top_TK, rank_K < k_T[:, None])
+        mask_TE = top_k_mask(scores_TE, self.k_high, k_T)
         weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         if self.config.ce_to_k == "soft_mask":
-            weights_TE = self._with_soft_mask(weights_TE, top_TK, rank_K, k_soft_T)
+            weights_TE = self._with_soft_mask(weights_TE, scores_TE, k_soft_T)
         return GeMoEDecision(scores_TE, mask_TE, weights_TE, k_soft_T)
 
     def predict_k(self, x_TD: Tensor) -> Tensor:
@@ -180,10 +166,10 @@ class GeMoERouter(Router):
                 terms["budget"] = LossTerm(budget, config.budget_weight)
         return terms
 
-    def _with_soft_mask(
-        self, weights_TE: Tensor, top_TK: Tensor, rank_K: Tensor, k_soft_T: Tensor
-    ) -> Tensor:
+    def _with_soft_mask(self, weights_TE: Tensor, scores_TE: Tensor, k_soft_T: Tensor) -> Tensor:
         """The same weights, times a factor of value 1 whose gradient raises or lowers k."""
+        top_TK = scores_TE.topk(self.k_high, dim=-1).indices
+        rank_K = torch.arange(self.k_high, device=scores_TE.device)
         distance_TK = k_soft_T[:, None] - rank_K - 0.5
         soft_TK = (distance_TK / self.config.soft_mask_temperature).sigmoid()
         factor_TE = torch.ones_like(weights_TE).scatter(1, top_TK, 1 + soft_TK - soft_TK.detach())

@@ -20,8 +20,8 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import topk_weights
 
 
 class LTDRRouter(Router):
@@ -63,10 +63,8 @@ class LTDRRouter(Router):
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
         is_tail_T = self.is_tail(scores_TE.detach(), ctx)
-        k_T1 = torch.where(is_tail_T, self.tail_k, self.k_head)[:, None]
-        top_TK = scores_TE.topk(self.tail_k, dim=-1).indices
-        rank_K = torch.arange(self.tail_k, device=top_TK.device)
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, top_TK, rank_K < k_T1)
+        k_T = torch.where(is_tail_T, self.tail_k, self.k_head)
+        mask_TE = top_k_mask(scores_TE, self.tail_k, k_T)
         how = self.config.norm_topk_prob
         if how == "softmax_p":
             weights_TE = scores_TE.masked_fill(~mask_TE, -torch.inf).softmax(-1)

@@ -22,6 +22,7 @@ from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.experts.zero_computation import ZeroComputationKind
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask
 from gemoe_ds.registry import ConfigModel
 
 
@@ -101,8 +102,7 @@ class MoEPlusPlusRouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TN = logits_TE.softmax(-1)
-        chosen_TK = scores_TN.topk(self.k, dim=-1).indices
-        mask_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        mask_TN = top_k_mask(scores_TN, self.k)
         how = self.config.norm_topk_prob
         if how == "none" or (how == "backbone" and not self.spec.norm_topk_prob):
             return Decision(scores_TN, mask_TN, scores_TN)

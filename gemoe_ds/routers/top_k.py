@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
 
 
@@ -52,8 +52,7 @@ class TopKRouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
-        chosen_TK = scores_TE.topk(self.k, dim=-1).indices
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        mask_TE = top_k_mask(scores_TE, self.k)
         weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)
 
@@ -72,10 +71,3 @@ class TopKRouter(Router):
     @property
     def max_k(self) -> int:
         return self.k
-
-
-def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
-    """The combine weights: raw scores, or divided by the sum of the chosen ones."""
-    if how == "sum" or (how == "backbone" and spec.norm_topk_prob):
-        return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
-    return scores_TE

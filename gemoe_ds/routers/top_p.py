@@ -20,8 +20,8 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
+from gemoe_ds.moe.selection import topk_weights
 from gemoe_ds.registry import ConfigModel
-from gemoe_ds.routers.top_k import topk_weights
 
 
 class TopPRouter(Router):

@@ -156,7 +156,7 @@ def test_it_learns_what_is_rewarded():
 
 
 def test_without_a_choice_there_is_nothing_to_learn():
-    with pytest.raises(ConfigError, match="k_low=2, k_high=2 leave the allocator no choice"):
+    with pytest.raises(ConfigError, match="k_low=2, k_high=2 leave no k to choose"):
         make_router("ada_k", {"k_low": 2, "k_high": 2}, SPEC)
 
 
