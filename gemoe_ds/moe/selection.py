@@ -24,7 +24,7 @@ def top_k_mask(scores_TE: Tensor, k: int, k_T: Tensor | None = None) -> Tensor:
     return mask_TE.scatter_(1, top_TK, torch.arange(k, device=k_T.device) < k_T[:, None])
 
 
-def renormalised(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
+def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
     """The combine weights: raw scores, or divided by the sum of the chosen ones."""
     if how == "sum" or (how == "backbone" and spec.norm_topk_prob):
         return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
