@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from benchmarks import CHECKOUT
 from benchmarks.shapes import Shape
@@ -25,6 +24,7 @@ from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.engine.build import initialize
 from gemoe_ds.engine.world import World, sum_over_ranks
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.random_checkpoint import write_word_tokenizer
 from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.monitor import Monitor, StatSum
@@ -100,13 +100,7 @@ def _row(
 
 def _write_tokenizer(folder: Path) -> Path:
     words = ["<pad>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(VOCABULARY - 4))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, extra_special_tokens=["<image>"], **special
-    )
-    fast.save_pretrained(folder)
+    write_word_tokenizer({word: i for i, word in enumerate(words)}, ["<image>"], folder)
     return folder
 
 
@@ -211,9 +205,11 @@ def _stock_step(
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=False,
-        experts_implementation=implementation,
+        experts_implementation=implementation,  # type: ignore[call-arg]
     )
-    model = OlmoeForCausalLM(config).to(batch["input_ids_BS"].device, layer.experts.down_EDF.dtype)
+    device, dtype = batch["input_ids_BS"].device, layer.experts.down_EDF.dtype
+    model: Any = OlmoeForCausalLM(config)
+    model = model.to(device, dtype)
     model.requires_grad_(False)
     for block, own in zip(model.model.layers, ours.moe_layers, strict=True):
         experts = block.mlp.experts

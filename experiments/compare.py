@@ -26,7 +26,7 @@ from experiments.demo import (
     static_step,
     train_step,
 )
-from experiments.steps import Progress, Step, run_steps
+from experiments.steps import Step, list_or_run
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
@@ -170,15 +170,7 @@ def main() -> int:
             write_report(grid, arguments.out, f"python -m experiments.compare {shlex.join(chosen)}")
             return 0
         steps = compare_steps(grid, min(torch.cuda.device_count() or 2, 2), arguments.out, chosen)
-        if arguments.list:
-            for step in steps:
-                print(shlex.join(step.command))
-            return 0
-        code = run_steps(steps, Progress(DEMO / "steps", steps))
-    if code == 0:
-        print(f"   report      {arguments.out}/report.md")
-        print(f"   figures     {arguments.out}/figures/")
-    return code
+        return list_or_run(steps, DEMO / "steps", list_only=arguments.list, report=arguments.out)
 
 
 if __name__ == "__main__":

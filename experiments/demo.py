@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from experiments import CHECKOUT, RECIPES
-from experiments.steps import Progress, Step, run_steps
+from experiments.steps import Step, list_or_run
 from gemoe_ds.parser import Parser
 
 DEMO = Path("runs/demo")
@@ -174,14 +174,8 @@ def main() -> int:
     os.chdir(CHECKOUT)
     # Two gloo ranks on a CPU machine; one rank where there is a single GPU.
     steps = demo_steps(arguments.seeds, min(torch.cuda.device_count() or 2, 2), arguments.report)
-    if arguments.list:
-        for step in steps:
-            print(shlex.join(step.command))
-        return 0
-    code = run_steps(steps, Progress(DEMO / "steps", steps))
-    if code == 0:
-        print(f"   report      {arguments.report}/report.md")
-        print(f"   figures     {arguments.report}/figures/")
+    code = list_or_run(steps, DEMO / "steps", list_only=arguments.list, report=arguments.report)
+    if code == 0 and not arguments.list:
         print(f"   TensorBoard .venv/bin/tensorboard --logdir {DEMO}")
     return code
 

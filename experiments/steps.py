@@ -105,6 +105,18 @@ def run_steps(steps: Sequence[Step], progress: Progress) -> int:
     return 0
 
 
+def list_or_run(steps: Sequence[Step], folder: Path, *, list_only: bool, report: Path) -> int:
+    """Print the commands, or run them with their progress in `folder`; an exit code."""
+    if list_only:
+        print("\n".join(shlex.join(step.command) for step in steps))
+        return 0
+    code = run_steps(steps, Progress(folder, steps))
+    if code == 0:
+        print(f"   report      {report}/report.md")
+        print(f"   figures     {report}/figures/")
+    return code
+
+
 class Bar:
     """How far all steps are, by the seconds that they are said to take: a line before each.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.random_checkpoint import write_word_tokenizer
 from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
 
@@ -35,16 +34,7 @@ def write_tokenizer(
     """`specials`: further special tokens and their ids, which may lie far above all others."""
     specials = {"<image>": 3} | (specials or {})
     words = {word: i for i, word in enumerate([*WORDS, *plain])} | specials
-    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens=list(specials),
-    )
-    fast.save_pretrained(folder)
+    write_word_tokenizer(words, specials, folder)
     return folder
 
 

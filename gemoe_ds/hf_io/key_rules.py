@@ -281,6 +281,14 @@ def swiglu_experts(
     )
 
 
+def fused_qkv(stored: str, ours: str) -> tuple[Rule, ...]:
+    """Queries, keys and values that are stored as one; `ours` is a pattern with {name}."""
+    return tuple(
+        Rule(stored, ours.replace("{name}", f"{letter}_proj"), stored_part=(i, 3))
+        for i, letter in enumerate("qkv")
+    )
+
+
 def expert_tables(
     stored: str,
     ours: str,

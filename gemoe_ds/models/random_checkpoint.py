@@ -71,6 +71,11 @@ def write_stand_in_tokenizer(backbone: type[Backbone], words: Iterable[str], fol
     ids |= {token: place for token, place in chat.added.items() if token in ids}
     if layout and layout.token:
         ids[layout.token[0]] = layout.token[1]
+    write_word_tokenizer(ids, specials, folder)
+
+
+def write_word_tokenizer(ids: dict[str, int], specials: Iterable[str], folder: Path) -> None:
+    """Words between spaces, by id; <pad>, also for unknown words, <s> and </s> are among them."""
     tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -78,6 +83,6 @@ def write_stand_in_tokenizer(backbone: type[Backbone], words: Iterable[str], fol
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens=specials,
+        extra_special_tokens=list(specials),
     )
     fast.save_pretrained(folder)

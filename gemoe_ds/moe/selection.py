@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.router import Decision, RoutingSpec
 
 
 def top_k_mask(scores_TE: Tensor, k: int, k_T: Tensor | None = None) -> Tensor:
@@ -22,6 +22,13 @@ def top_k_mask(scores_TE: Tensor, k: int, k_T: Tensor | None = None) -> Tensor:
     if k_T is None:
         return mask_TE.scatter_(1, top_TK, True)
     return mask_TE.scatter_(1, top_TK, torch.arange(k, device=k_T.device) < k_T[:, None])
+
+
+def top_k_decision(logits_TE: Tensor, k: int, how: str, spec: RoutingSpec) -> Decision:
+    """The same k for every token, by softmax scores; `how` as in `topk_weights`."""
+    scores_TE = logits_TE.softmax(-1)
+    mask_TE = top_k_mask(scores_TE, k)
+    return Decision(scores_TE, mask_TE, topk_weights(scores_TE, mask_TE, how, spec))
 
 
 def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:

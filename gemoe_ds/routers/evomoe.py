@@ -21,7 +21,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask, topk_weights
+from gemoe_ds.moe.selection import top_k_decision
 from gemoe_ds.registry import ConfigModel
 
 
@@ -72,10 +72,7 @@ class EvoMoERouter(Router):
         return logits_TE if self.config.gate == "none" else logits_TE + self.gate(x_TD)
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        scores_TE = logits_TE.softmax(-1)
-        mask_TE = top_k_mask(scores_TE, self.top)
-        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
-        return Decision(scores_TE, mask_TE, weights_TE)
+        return top_k_decision(logits_TE, self.top, self.config.norm_topk_prob, self.spec)
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext

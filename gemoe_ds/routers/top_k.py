@@ -11,7 +11,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask, topk_weights
+from gemoe_ds.moe.selection import top_k_decision
 from gemoe_ds.registry import ConfigModel
 
 
@@ -51,10 +51,7 @@ class TopKRouter(Router):
             )
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        scores_TE = logits_TE.softmax(-1)
-        mask_TE = top_k_mask(scores_TE, self.k)
-        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
-        return Decision(scores_TE, mask_TE, weights_TE)
+        return top_k_decision(logits_TE, self.k, self.config.norm_topk_prob, self.spec)
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
@@ -45,3 +47,40 @@ def make_model(
         shard=shard,
         **options,
     )
+
+
+def check_shards(make: Callable[..., MoEModel], ranks: int) -> None:
+    """Each of so many ranks holds its own two experts of every layer, and whatever is shared."""
+    whole = make()
+    for rank in range(ranks):
+        part = make(shard=ExpertShard(rank, ranks))
+        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
+            local = slice(2 * rank, 2 * rank + 2)
+            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
+            assert torch.equal(mine.experts.down_EDF, all_.experts.down_EDF[local])
+            assert torch.equal(mine.router.gate.weight, all_.router.gate.weight)
+            if all_.shared is not None:
+                for a, b in zip(mine.shared.parameters(), all_.shared.parameters(), strict=True):
+                    assert torch.equal(a, b)
+
+
+def check_written_back(
+    model: MoEModel, folder: Path, out: Path, unused: tuple[str, ...] = ()
+) -> None:
+    """What was trained goes back into the public layout; tensors with `unused` in the key stay."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
+    model.backbone.save_trained(model.hf, state, folder, out)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        expected = tensor if any(part in key for part in unused) else tensor + 0.01
+        torch.testing.assert_close(after[key], expected, msg=key)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """A picture whose every pixel matters, the same for the same size."""
+    rng = np.random.default_rng(width * 10_000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))

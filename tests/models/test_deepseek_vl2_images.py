@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images, resolutions
+from tests.models.small import noise
 
 LAYOUT = DeepseekVl2Images()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width * 10_000 + height)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.molmoe.backbone import MolmoeBackbone
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from tests.models import reference
-from tests.models.small import make_model, write_random
+from tests.models.small import check_shards, check_written_back, make_model, write_random
 
 VOCABULARY, LAYERS, HEADS, TOP_K, EPS, VISION_HEADS = 40, 2, 2, 3, 1e-5, 2
 CONFIG = {  # the public file's keys, and those of a small tower
@@ -196,26 +194,12 @@ def test_logits_with_added_features_are_those_of_the_formulas(folder):
 
 
 def test_each_rank_holds_its_own_experts_only(folder):
-    whole = make(folder)
-    for rank in range(4):
-        part = make(folder, shard=ExpertShard(rank, 4))
-        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
-            local = slice(2 * rank, 2 * rank + 2)
-            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
+    check_shards(partial(make, folder), 4)
 
 
 def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
     model = make(folder, train="all")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01)
-    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
-    model.backbone.save_trained(model.hf, state, folder, tmp_path)
-    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        unused = "new_embedding" in key or "resblocks.22" in key
-        torch.testing.assert_close(after[key], tensor if unused else tensor + 0.01, msg=key)
+    check_written_back(model, folder, tmp_path, ("new_embedding", "resblocks.22"))
 
 
 def test_full_shape_has_the_published_number_of_parameters():

@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gemoe_ds.models.molmoe.images import CLIP_MEAN, CLIP_STD, MolmoeImages
+from tests.models.small import noise
 
 LAYOUT = MolmoeImages()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width * 10_000 + height)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(

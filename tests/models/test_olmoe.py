@@ -15,7 +15,7 @@ from gemoe_ds.errors import CheckpointError, ConfigError, DataError
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
 from tests.models import reference
-from tests.models.small import make_model
+from tests.models.small import check_shards, make_model
 from tests.tiny import WORDS, write_tokenizer
 
 LAYERS, HEADS, TOP_K, EPS = 2, 4, 3, 1e-5
@@ -117,14 +117,7 @@ def test_batched_equals_single(folder):
 
 
 def test_each_rank_holds_its_own_experts_only(folder):
-    whole = make(folder)
-    for rank in range(4):
-        part = make(folder, shard=ExpertShard(rank, 4))
-        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
-            local = slice(2 * rank, 2 * rank + 2)
-            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
-            assert torch.equal(mine.experts.down_EDF, all_.experts.down_EDF[local])
-            assert torch.equal(mine.router.gate.weight, all_.router.gate.weight)
+    check_shards(partial(make, folder), 4)
 
 
 def test_only_routers_train_and_no_memory_is_left_out(folder):

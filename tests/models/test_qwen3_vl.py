@@ -9,15 +9,14 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.qwen3_vl.backbone import Qwen3VLBackbone
 from tests.models import reference
-from tests.models.small import make_model
+from tests.models.small import check_shards, check_written_back, make_model
 
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, TOP_K, EPS = 40, 3, 4, 2, 8, 3, 1e-6
 IMAGE = 30
@@ -212,26 +211,12 @@ def test_a_folder_without_its_processor_is_refused(folder, tmp_path):
 
 
 def test_each_rank_holds_its_own_experts_only(folder):
-    whole = make(folder)
-    for rank in range(4):
-        part = make(folder, shard=ExpertShard(rank, 4))
-        for mine, all_ in zip(part.moe_layers, whole.moe_layers, strict=True):
-            local = slice(2 * rank, 2 * rank + 2)
-            assert torch.equal(mine.experts.gate_up_EGD, all_.experts.gate_up_EGD[local])
-            assert torch.equal(mine.experts.down_EDF, all_.experts.down_EDF[local])
+    check_shards(partial(make, folder), 4)
 
 
 def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
     model = make(folder, train="all")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01)
-    state = model.stock_tensors({n: p.detach() for n, p in model.named_parameters()})
-    model.backbone.save_trained(model.hf, state, folder, tmp_path)
-    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        torch.testing.assert_close(after[key], tensor + 0.01, msg=key)
+    check_written_back(model, folder, tmp_path)
 
 
 def test_text_alone_trains_the_routers(folder):

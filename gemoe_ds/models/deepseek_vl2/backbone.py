@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextMoe
 
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables
+from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
 from gemoe_ds.models.backbone import Backbone, BlockSpec
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
@@ -27,14 +27,7 @@ _VISION = (
         rearrange="1 n d -> n d",
     ),
     Rule("vision.norm.{*}", "vision_tower.post_layernorm.{*}"),
-    *(
-        Rule(
-            f"{_VIT_BLOCK}attn.qkv.{{*}}",
-            f"{_VIT_LAYER}self_attn.{name}_proj.{{*}}",
-            stored_part=(i, 3),
-        )
-        for i, name in enumerate("qkv")
-    ),
+    *fused_qkv(f"{_VIT_BLOCK}attn.qkv.{{*}}", f"{_VIT_LAYER}self_attn.{{name}}.{{*}}"),
     *(
         Rule(f"{_VIT_BLOCK}{stored}.{{*}}", f"{_VIT_LAYER}{ours}.{{*}}")
         for stored, ours in (

@@ -16,7 +16,7 @@ from transformers import CLIPVisionModel
 
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables
+from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables, fused_qkv
 from gemoe_ds.hf_io.quiet import without_report
 from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.models.backbone import Backbone, BlockSpec
@@ -175,14 +175,7 @@ class MoeLlavaQwenBackbone(MoeLlavaBackbone):
             Rule("lm_head.weight", "language_model.lm_head.weight"),
             Rule(f"{_QWEN}ln_1.weight", f"{_LAYER}input_layernorm.weight"),
             Rule(f"{_QWEN}ln_2.weight", f"{_LAYER}post_attention_layernorm.weight"),
-            *(
-                Rule(
-                    f"{_QWEN}attn.c_attn.{{*}}",
-                    f"{_LAYER}self_attn.{name}_proj.{{*}}",
-                    stored_part=(i, 3),
-                )
-                for i, name in enumerate("qkv")
-            ),
+            *fused_qkv(f"{_QWEN}attn.c_attn.{{*}}", f"{_LAYER}self_attn.{{name}}.{{*}}"),
             Rule(f"{_QWEN}attn.c_proj.weight", f"{_LAYER}self_attn.o_proj.weight"),
             Rule(f"{_QWEN}mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
             Rule(f"{_QWEN}mlp.w2.weight", f"{_LAYER}mlp.gate_proj.weight"),

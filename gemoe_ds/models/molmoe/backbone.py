@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables
+from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
 from gemoe_ds.models.backbone import Backbone, BlockSpec
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import add_features
@@ -28,14 +28,7 @@ _LANGUAGE = (
     Rule("model.transformer.wte.embedding", "language_model.model.embed_tokens.weight"),
     Rule("model.transformer.ln_f.weight", "language_model.model.norm.weight"),
     Rule("lm_head.weight", "language_model.lm_head.weight"),
-    *(
-        Rule(
-            f"{_BLOCK}attn.att_proj.weight",
-            f"{_LAYER}self_attn.{name}_proj.weight",
-            stored_part=(i, 3),
-        )
-        for i, name in enumerate("qkv")
-    ),
+    *fused_qkv(f"{_BLOCK}attn.att_proj.weight", f"{_LAYER}self_attn.{{name}}.weight"),
     Rule(f"{_BLOCK}attn.attn_out.weight", f"{_LAYER}self_attn.o_proj.weight"),
     Rule(f"{_BLOCK}attn.q_norm.weight", f"{_LAYER}self_attn.q_norm.weight"),
     Rule(f"{_BLOCK}attn.k_norm.weight", f"{_LAYER}self_attn.k_norm.weight"),
