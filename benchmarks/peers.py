@@ -37,7 +37,7 @@ def _hf_block(problem: Problem, trainable: bool, implementation: str) -> OlmoeSp
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=False,
-        experts_implementation=implementation,
+        experts_implementation=implementation,  # type: ignore[call-arg]
     )
     with torch.device("meta"):
         block = OlmoeSparseMoeBlock(config)

@@ -81,16 +81,14 @@ def _links(rows: list[Row]) -> list[str]:
     table = [["link", "mode", "layer", "mean k", "ms", "MB sent", "x gemoe_ds"]]
     for row in some:
         same_link = [r for r in some if (r["link"], r["mode"]) == (row["link"], row["mode"])]
-        traffic = row.get("traffic")
-        sent = (traffic["row_bytes"] + traffic["metadata_bytes"]) / 1e6 if traffic else None
         table.append(
             [
                 row["link"],
                 row["mode"],
-                LABELS.get(row["layer"], row["layer"]),
+                _label(row),
                 f"{row['mean_k']:.2f}",
                 f"{row['ms']:.1f}",
-                _number(sent, "{:.1f}"),
+                _number(_megabytes_sent(row), "{:.1f}"),
                 _number(_against_ours(row, same_link), "{:.2f}"),
             ]
         )
@@ -194,12 +192,10 @@ def _table(rows: list[Row]) -> list[list[str]]:
         if row["layer"] in PARTS:
             continue
         low, high = row["quartiles_ms"]
-        traffic = row.get("traffic")
-        sent = (traffic["row_bytes"] + traffic["metadata_bytes"]) / 1e6 if traffic else None
         peak = row.get("peak_bytes")
         table.append(
             [
-                LABELS.get(row["layer"], row["layer"]),
+                _label(row),
                 f"{row['mean_k']:.2f}",
                 f"{row['ms']:.1f} [{low:.1f}, {high:.1f}]",
                 f"{row['tokens_per_s']}",
@@ -208,12 +204,22 @@ def _table(rows: list[Row]) -> list[list[str]]:
                 _number(row.get("dense_rate_share"), "{:.0%}"),
                 _number(row.get("router_share"), "{:.1%}"),
                 _number(peak / 1e6 if peak is not None else None, "{:.0f}"),
-                _number(sent, "{:.1f}"),
+                _number(_megabytes_sent(row), "{:.1f}"),
                 _number(_against_ours(row, rows), "{:.2f}"),
             ]
         )
     used = [i for i in range(len(head)) if i < 3 or any(line[i] != "-" for line in table[1:])]
     return [[line[i] for i in used] for line in table]
+
+
+def _label(row: Row) -> str:
+    layer: str = row["layer"]
+    return LABELS.get(layer, layer)
+
+
+def _megabytes_sent(row: Row) -> float | None:
+    traffic = row.get("traffic")
+    return (traffic["row_bytes"] + traffic["metadata_bytes"]) / 1e6 if traffic else None
 
 
 def _number(value: float | None, form: str) -> str:

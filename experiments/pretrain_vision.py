@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"backbone {backbone.name!r} brings a pretrained vision tower")
         from gemoe_ds.models.tiny.vision import train_tower
 
-        vision = backbone.backbone_class(backbone.config).vision_config()
+        made: Any = backbone.backbone_class(backbone.config)
+        vision = made.vision_config()
         samples = open_samples(config.data.train_path)
         pixels, words = caption_words(samples, arguments.kind, vision.image_size)
         print(f"{len(pixels)} captions, {words.shape[1]} words")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -25,7 +26,7 @@ INK, FAINT = "#404040", "#BFBFBF"
 GREYS = LinearSegmentedColormap.from_list("greys", ["#E9E9E9", "#6E6E6E"])
 DASHED = (0, (4, 3))
 DASHES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))  # in turn, as colours return
-STYLE = {
+STYLE: Any = {  # matplotlib's rc parameters
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "font.size": 9,
