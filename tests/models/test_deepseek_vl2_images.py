@@ -76,10 +76,10 @@ def placed(image: Image.Image, wide: int, high: int) -> np.ndarray:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(60, 900), st.integers(60, 900))
 def test_tiles_and_features_against_loops(width, height):
-    image = noise(width, height)
-    image = LAYOUT(image)
+    picture = noise(width, height)
+    image = LAYOUT(picture)
     wide, high = LAYOUT.best_resolution(width, height)
-    small, large = placed(image, 384, 384), placed(image, wide, high)
+    small, large = placed(picture, 384, 384), placed(picture, wide, high)
     np.testing.assert_allclose(image.pixels[0], small.transpose(2, 0, 1), atol=1e-5)
     columns, rows = wide // 384, high // 384
     for y in range(rows):

@@ -70,12 +70,12 @@ def fitted_by_hand(image: Image.Image, high: int, wide: int) -> np.ndarray:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(60, 900), st.integers(60, 900))
 def test_crops_features_and_masks_against_loops(width, height):
-    image = noise(width, height)
-    image = LAYOUT(image)
+    picture = noise(width, height)
+    image = LAYOUT(picture)
     rows, columns = LAYOUT.tiling(height, width)
-    small, _ = fitted_by_hand(image, 336, 336)
+    small, _ = fitted_by_hand(picture, 336, 336)
     np.testing.assert_allclose(image.pixels[0], small, atol=1e-5)
-    large, inside = fitted_by_hand(image, rows * 224 + 112, columns * 224 + 112)
+    large, inside = fitted_by_hand(picture, rows * 224 + 112, columns * 224 + 112)
     shares, number = [], 0
     for y in range(rows):
         for x in range(columns):

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
+from tests.models.small import noise
 
 PUBLIC = {
     "size": {"shortest_edge": 65536, "longest_edge": 16777216},
@@ -39,11 +40,6 @@ def wanted_size(width: int, height: int, low=65536, high=16777216) -> tuple[int,
     return w, h
 
 
-def noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width * 10_000 + height)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 @pytest.mark.parametrize(
     "size, tokens",
     [
@@ -67,11 +63,11 @@ def test_tokens_of_an_image(size, tokens):
 def test_every_number_where_the_tower_expects_it(width, height):
     if max(width, height) > 200 * min(width, height):
         return
-    image = noise(width, height)
-    image = layout(size={"shortest_edge": 4096, "longest_edge": 65536})(image)
+    picture = noise(width, height)
+    image = layout(size={"shortest_edge": 4096, "longest_edge": 65536})(picture)
     w, h = wanted_size(width, height, 4096, 65536)
     assert image.extras["grid_thw"].tolist() == [[1, h // 16, w // 16]]
-    resized = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float64)
+    resized = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float64)
     values = (resized / 255 - 0.5) / 0.5
     row = 0
     for block_y in range(h // 32):
