@@ -38,15 +38,15 @@ def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec
     return scores_TE
 
 
-def k_range(k_low: int, k_high: int | None, default: int, num_experts: int) -> tuple[int, int]:
+def k_range(k_low: int, k_high: int | None, default: int, spec: RoutingSpec) -> tuple[int, int]:
     """The smallest and the largest k; ConfigError if there are no two of them to choose from."""
     high = default if k_high is None else k_high
     said = f"model.router: k_low={k_low}, k_high={high}"
-    if not k_low <= high <= num_experts:
-        raise ConfigError(f"{said} must satisfy k_low <= k_high <= {num_experts} experts")
+    if not k_low <= high <= spec.num_experts:
+        raise ConfigError(f"{said} must satisfy k_low <= k_high <= {spec.num_experts} experts")
     if k_low == high:
         raise ConfigError(
-            f"{said} leave no k to choose (k_high is {default} by default); set others, or use "
-            "router top_k"
+            f"{said} leave no k to choose; set others (the backbone's own k is {spec.top_k}), "
+            "or use router top_k"
         )
     return k_low, high

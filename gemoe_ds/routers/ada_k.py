@@ -73,9 +73,7 @@ class AdaKRouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.k_low, self.k_high = k_range(
-            config.k_low, config.k_high, spec.num_experts, spec.num_experts
-        )
+        self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.num_experts, spec)
         self.updates_per_batch = config.updates
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)

@@ -91,7 +91,7 @@ class GeMoERouter(Router):
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
         self.k_scale, self.k_shift = config.k_scale, config.k_shift
-        self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.top_k, spec.num_experts)
+        self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.top_k, spec)
         if config.budget_k is not None and not self.k_low <= config.budget_k <= self.k_high:
             raise ConfigError(
                 f"model.router.budget_k={config.budget_k} is not in the range of k, "

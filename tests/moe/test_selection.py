@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.moe.selection import k_range, top_k_mask
 
 
@@ -26,11 +27,12 @@ def test_ties_and_columns_that_nobody_wants_leave_k_as_it_is():
 
 
 def test_a_range_of_k_leaves_a_choice():
-    assert k_range(1, None, 8, 64) == (1, 8) and k_range(2, 64, 8, 64) == (2, 64)
+    spec = RoutingSpec(d_model=16, num_experts=64, top_k=8, norm_topk_prob=False)
+    assert k_range(1, None, 8, spec) == (1, 8) and k_range(2, 64, 8, spec) == (2, 64)
     for low, high, said in (
         (9, None, "k_low=9, k_high=8 must satisfy k_low <= k_high <= 64"),
         (1, 65, "k_high=65 must satisfy"),
-        (8, None, "k_low=8, k_high=8 leave no k to choose .k_high is 8 by default"),
+        (8, None, "k_low=8, k_high=8 leave no k to choose; .*own k is 8"),
     ):
         with pytest.raises(ConfigError, match=said):
-            k_range(low, high, 8, 64)
+            k_range(low, high, 8, spec)
