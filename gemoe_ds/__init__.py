@@ -1,3 +1,34 @@
-"""gemoe_ds: train MoE models in which every token picks how many experts it needs."""
+"""gemoe_ds: train MoE models in which every token picks how many experts it needs.
+
+What a library user needs is here, and imported when it is asked for: `import gemoe_ds` alone
+loads neither torch nor DeepSpeed. docs/api.md shows how each is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemoe_ds.moe.layer import MoELayer as MoELayer
+    from gemoe_ds.moe.router import Router as Router
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "MoELayer": "gemoe_ds.moe.layer",
+    "Router": "gemoe_ds.moe.router",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("gemoe_ds.routers")  # every router has its name
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from gemoe_ds.errors import ConfigError
 
@@ -101,6 +102,34 @@ class Registered:
             raise ConfigError(
                 f"{cls.__name__.lower()} {name!r} is not known; known: {known}{hint}"
             ) from None
+
+    @classmethod
+    def configured(
+        cls: type[R], chosen: str | type[R], options: Mapping[str, Any]
+    ) -> tuple[type[R], ConfigModel]:
+        """A class, by its name or itself, and its options; ConfigError for those that it lacks."""
+        found = cls.named(chosen) if isinstance(chosen, str) else chosen
+        if not (isinstance(found, type) and issubclass(found, cls)):
+            raise ConfigError(
+                f"{chosen!r:.60} is no {cls.__name__.lower()}; give a name "
+                f"({', '.join(cls.names())}) or a class below {cls.__name__}"
+            )
+        family, valid = cls.__name__.lower(), list(found.Config.model_fields)
+        for name in options:
+            if name not in valid:
+                near = difflib.get_close_matches(name, valid, n=1)
+                raise ConfigError(
+                    f"{name}: no such option; {family} {found.name} has {', '.join(valid)}"
+                    + (f" (did you mean {near[0]}?)" if near else "")
+                )
+        try:
+            return found, found.Config(**options)
+        except ValidationError as error:
+            said = "; ".join(
+                f"{'.'.join(map(str, detail['loc']))}={detail['input']!r:.40}: {detail['msg']}"
+                for detail in error.errors(include_url=False)
+            )
+            raise ConfigError(f"{family} {found.name}: {said}") from None
 
 
 def import_all(package: str, path: list[str]) -> None:

@@ -15,46 +15,11 @@ from gemoe_ds.hf_io.hf_config import as_checkpoint_error, config_of, meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape
 from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.quiet import without_bars
+from gemoe_ds.models.blocks import Adapter, BlockSpec, find_moe_blocks
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ImageLayout
 from gemoe_ds.models.kv_cache import DecodeState
-from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel, Registered
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """One MoE block of a loaded model: where it hangs and what is in it.
-
-    Weights are views of the model's own tensors: gate_ED, gate_up_EGD (gate rows above up rows,
-    G = 2 F), down_EDF.
-    """
-
-    path: str
-    parent: nn.Module
-    attribute: str
-    routing: RoutingSpec
-    gate_ED: Tensor
-    gate_up_EGD: Tensor
-    down_EDF: Tensor
-    shared: nn.Module | None = None  # x -> what is added for every token
-
-    @property
-    def names(self) -> tuple[str, str, str]:
-        """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
-        block = getattr(self.parent, self.attribute)
-        names = {id(parameter): name for name, parameter in block.named_parameters()}
-        return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
-
-    @property
-    def shared_name(self) -> str | None:
-        """What the block itself calls `shared`."""
-        children = getattr(self.parent, self.attribute).named_children()
-        return next((name for name, module in children if module is self.shared), None)
-
-    @property
-    def params_per_expert(self) -> int:
-        return (self.gate_up_EGD.numel() + self.down_EDF.numel()) // self.routing.num_experts
 
 
 @dataclass(frozen=True)
@@ -71,6 +36,7 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
+    block_adapters: ClassVar[Mapping[type[nn.Module], Adapter]]  # of the classes of its MoE blocks
     may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     published_part: ClassVar[str] = ""  # what that counts: names that begin so
@@ -119,9 +85,9 @@ class Backbone(Registered):
         """The MoE blocks of that meta model."""
         return cls(cls.Config()).moe_blocks(cls.published())
 
-    @abstractmethod
     def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        """Every MoE block in order of depth; never empty."""
+        """Every MoE block in order of depth."""
+        return find_moe_blocks(model, self.block_adapters)
 
     def context_length(self, model: nn.Module) -> int | None:
         """Positions that the language model of `hf` knows; None: unknown."""

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.moe.context import Rollout, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.progress import PROGRESS
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ def _shared_names(block: BlockSpec) -> list[tuple[str, str]]:
     if block.shared is None:
         return []
     return [(f"shared.{n}", f"{block.shared_name}.{n}") for n, _ in block.shared.named_parameters()]
+
+
+def _say_where(layer: MoELayer, args: object) -> None:
+    PROGRESS.enter_layer(layer.router.spec.slot)
 
 
 class MoEModel(nn.Module):
@@ -118,6 +124,8 @@ class MoEModel(nn.Module):
         for parameter in self.hf.parameters():
             if not parameter.requires_grad and id(parameter) not in of_routers:
                 parameter.data = parameter.data.to(dtype)
+        for layer in self.moe_layers:
+            layer.register_forward_pre_hook(_say_where)
         added = self.router_only_names()
         self.num_added_parameters = sum(p.numel() for n, p in self.named_parameters() if n in added)
         if recompute:

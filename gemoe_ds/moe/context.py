@@ -5,6 +5,7 @@ Shapes: T tokens of the micro-batch (padding included), L MoE layers.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from gemoe_ds.moe.passes import Pass, in_backward, next_node, node_in_backward
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class TokenContext:
 
     One object is shared by reference by the model and all its MoE layers; `begin` refills it
     once a forward, before the first layer runs. Layers that run in a backward pass are recomputed:
-    they find the last forward that was begun with gradients, whatever was evaluated since.
+    they find the forward that they belong to, whatever ran since.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -90,26 +93,53 @@ class TokenContext:
         self.in_forward = False  # between `begin` and `end`
         self.has_gradient = False  # it was begun with gradients
         self._ran: set[int] = set()  # slots of this forward
-        self._with_gradient: dict[str, Any] = {}  # the last forward that was
+        self._trains = False  # a layer of this forward was in training mode
+        self._pass: Pass | None = None  # the last forward, if it has gradients
+        self._passes: list[Pass] = []  # those whose backward pass may come, and the last
+        self._recomputed: dict[int, dict[str, LossTerm]] = {}  # by slot, without graph
         self.collect = False  # fill `LayerRecord.stats`
         self.trace = False  # keep `entropy_T` and `k_T`
+        self.losses_without_gradient = False  # work out the losses under torch.no_grad() too
         self.rollout: str | None = None  # the pass that is under way, if it does not train
         self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains
 
-    def begin(self, is_valid_BS: Tensor, is_vision_BS: Tensor) -> None:
-        """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S])."""
-        num_sequences, length = is_valid_BS.shape
-        self.is_valid_T = is_valid_BS.reshape(-1)
-        # Asking a GPU would mean to wait for it, longer than it takes to copy the rows.
-        self.may_have_padding = is_valid_BS.device.type != "cpu" or not bool(is_valid_BS.all())
-        self.is_vision_T = is_vision_BS.reshape(-1)
-        self.sequence_T = torch.arange(num_sequences, device=is_valid_BS.device).repeat_interleave(
-            length
-        )
-        self.layers = [LayerRecord() for _ in self.layers]
-        self.in_forward, self.has_gradient, self._ran = True, torch.is_grad_enabled(), set()
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model begins with empty records: those here hang in a graph."""
+        empty = TokenContext(len(self.layers))
+        for switch in ("collect", "trace", "losses_without_gradient"):
+            setattr(empty, switch, getattr(self, switch))
+        return empty.__dict__
+
+    def begin(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> None:
+        """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S]).
+
+        None: no token is padding.
+        """
+        self._fill(is_valid_BS, is_vision_BS)
+        self.in_forward, self.has_gradient = True, torch.is_grad_enabled()
+        self._ran, self._trains = set(), False
+        if self._pass:
+            self._pass.end()
+        self._passes = [one for one in self._passes if one.is_open]
+        self._pass, self._recomputed = None, {}
         if self.has_gradient:
-            self._with_gradient = {name: getattr(self, name) for name in _OF_A_PASS}
+            state = {name: getattr(self, name) for name in _OF_A_PASS}
+            self._pass = Pass(next_node(), state)
+            self._passes.append(self._pass)
+
+    def _fill(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> None:
+        num_sequences, length = is_vision_BS.shape
+        device = is_vision_BS.device
+        if is_valid_BS is None:
+            self.is_valid_T = torch.ones(num_sequences * length, dtype=torch.bool, device=device)
+            self.may_have_padding = False
+        else:
+            self.is_valid_T = is_valid_BS.reshape(-1)
+            # Asking a GPU would mean to wait for it, longer than it takes to copy the rows.
+            self.may_have_padding = device.type != "cpu" or not bool(is_valid_BS.all())
+        self.is_vision_T = is_vision_BS.reshape(-1)
+        self.sequence_T = torch.arange(num_sequences, device=device).repeat_interleave(length)
+        self.layers = [LayerRecord() for _ in self.layers]
 
     def without_padding(self, x_TD: Tensor) -> Tensor:
         """The rows with 0 where they are padding, which may hold NaN or Inf: a factor of 0 would
@@ -121,6 +151,30 @@ class TokenContext:
     def end(self) -> None:
         """The forward is over: the records stay as they are."""
         self.in_forward = False
+        if self._pass:
+            self._pass.end()
+
+    @contextmanager
+    def alone(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> Iterator[None]:
+        """While the one layer runs that has this context for itself.
+
+        Recomputed, it is given its tokens and masks once more, and needs to find nothing.
+        """
+        if not in_backward():
+            self.begin(is_valid_BS, is_vision_BS)
+            try:
+                yield
+                self._ran.add(0)
+            finally:
+                self.end()
+            return
+        now = {name: getattr(self, name) for name in _OF_A_PASS}
+        self._fill(is_valid_BS, is_vision_BS)
+        try:
+            yield
+        finally:
+            self._forget_recomputed(0)
+            self.__dict__.update(now)
 
     @contextmanager
     def writing(self, slot: int, num_tokens: int) -> Iterator[None]:
@@ -129,19 +183,53 @@ class TokenContext:
         A loss that was recorded there would hold the graph of that run, and with it all the
         activations that recomputation is there to save.
         """
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        if not in_backward():
             self._check(slot, num_tokens)
             self._ran.add(slot)
             yield
             return
         now = {name: getattr(self, name) for name in _OF_A_PASS}
-        self.__dict__.update(self._with_gradient)
+        self.__dict__.update(self._pass_that_is_recomputed().state)
         first, self.layers[slot] = self.layers[slot], LayerRecord()
         try:
             yield
         finally:  # recomputation stops early, by an exception
+            self._forget_recomputed(slot)
             self.layers[slot] = first
             self.__dict__.update(now)
+
+    def watch(self, slot: int, y_TD: Tensor, *, training: bool) -> None:
+        """A layer has run: the output of the last one tells what becomes of the pass.
+
+        That of the others would not: the losses of the layers above, which are kept, hold its
+        graph. No view, which loses its hooks where somebody changes it in place.
+        """
+        if in_backward():
+            return
+        self._trains |= training
+        if self._pass and slot == len(self.layers) - 1 and y_TD.requires_grad:
+            self._pass.watch(y_TD)
+            self._pass.trains = self._trains
+
+    def _pass_that_is_recomputed(self) -> Pass:
+        node = node_in_backward()
+        for one in reversed(self._passes):
+            if one.made(node):
+                return one
+        raise RuntimeError(
+            "a MoE layer is recomputed for a forward that is no longer known: another was begun "
+            "after its first backward pass; go backward as often as you want before the next "
+            "forward, or compute it without recomputation"
+        )
+
+    def _forget_recomputed(self, slot: int) -> None:
+        """All but the values of the losses, for who asks within what is recomputed."""
+        self._recomputed[slot] = {
+            name: LossTerm(
+                term.value.detach().requires_grad_(term.value.requires_grad), term.weight
+            )
+            for name, term in self.layers[slot].losses.items()
+        }
 
     def _check(self, slot: int, num_tokens: int) -> None:
         """That this forward was begun, with these tokens and a slot for every layer."""
@@ -168,11 +256,61 @@ class TokenContext:
 
     def mean_losses(self) -> dict[str, LossTerm]:
         """Every auxiliary loss by name, averaged over the layers that have it."""
-        terms: dict[str, list[LossTerm]] = {}
-        for record in self.layers:
-            for name, term in record.losses.items():
-                terms.setdefault(name, []).append(term)
-        return {
-            name: LossTerm(torch.stack([t.value for t in some]).mean(), some[0].weight)
-            for name, some in terms.items()
-        }
+        return _means([record.losses for record in self.layers])
+
+    def aux_loss(self) -> Tensor:
+        """Sum over the auxiliary losses of weight * mean over layers (GeMoE Eq. 13), of the last
+        forward; a float32 scalar with its graph. RuntimeError where that is not what is meant.
+        """
+        if in_backward():  # whoever asks is recomputed; its value is not used any more
+            terms = _means([self._recomputed[slot] for slot in sorted(self._recomputed)])
+            self._recomputed = {}
+        else:
+            self._refuse_stale()
+            terms = self.mean_losses()
+        loss = torch.zeros((), device=self.is_valid_T.device)
+        for term in terms.values():
+            loss = loss + term.weight * term.value
+        return loss
+
+    def _refuse_stale(self) -> None:
+        how = "call aux_loss() once after every forward that trains, and before its backward pass"
+        if not self._ran or self.in_forward:
+            state = "is not over" if self.in_forward else "has not run"
+            raise RuntimeError(f"aux_loss(): the forward that it is to be of {state}; {how}")
+        if self._pass and self._pass.went_backward:
+            raise RuntimeError(f"aux_loss(): the last forward has had its backward pass, {how}")
+        if not self.has_gradient and self._trains and torch.is_grad_enabled():
+            raise RuntimeError(
+                "aux_loss(): the last forward ran without gradients, its auxiliary losses would "
+                "train nothing: leave torch.no_grad() away, recompute with use_reentrant=False, "
+                "or ask under torch.no_grad() for the value alone"
+            )
+        if self._unasked():
+            gc.collect()  # a forward that nobody holds any more may hang in a cycle
+        if others := self._unasked():
+            raise RuntimeError(
+                f"aux_loss(): {len(others)} earlier forward(s) in training mode may still go "
+                "backward and were not asked for their auxiliary losses, which are lost; "
+                f"{how}, and run what does not train under torch.no_grad()"
+            )
+        if self._pass:
+            self._pass.was_asked = True
+
+    def _unasked(self) -> list[Pass]:
+        return [
+            one
+            for one in self._passes
+            if one is not self._pass and one.is_open and one.trains and not one.was_asked
+        ]
+
+
+def _means(layers: list[dict[str, LossTerm]]) -> dict[str, LossTerm]:
+    terms: dict[str, list[LossTerm]] = {}
+    for losses in layers:
+        for name, term in losses.items():
+            terms.setdefault(name, []).append(term)
+    return {
+        name: LossTerm(torch.stack([t.value for t in some]).mean(), some[0].weight)
+        for name, some in terms.items()
+    }

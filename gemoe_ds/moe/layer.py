@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import TokenContext
-from gemoe_ds.moe.dispatch import Dispatcher
+from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
-from gemoe_ds.moe.router import Router
-from gemoe_ds.progress import PROGRESS
+from gemoe_ds.moe.router import Router, RoutingSpec
 
 
 class MoELayer(nn.Module):
-    """Stands where the backbone's own MoE block stood: x_BSD -> y_BSD.
+    """Stands where a dense FFN or a model's own MoE block stood: y = moe(x).
 
-    `ctx` is shared by all layers and refilled once a forward.
-    `shared` (x_TD -> y_TD) is added for every token, whatever was routed.
+    `MoELayer.build` makes one for any model. The constructor is for models whose layers share a
+    `TokenContext`, which the model begins and ends around every forward.
     """
 
     def __init__(
@@ -27,17 +29,157 @@ class MoELayer(nn.Module):
         ctx: TokenContext,
         shared: nn.Module | None = None,
     ) -> None:
+        """`shared` (x_TD -> y_TD) is added for every token, whatever was routed."""
         super().__init__()
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher
         self.ctx = ctx
         self.shared = shared
+        self.stands_alone = False  # has its context for itself
+        self._shape = torch.Size([0])  # [...] of the last x
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        PROGRESS.enter_layer(self.router.spec.slot)
-        with self.ctx.writing(self.router.spec.slot, x_BSD.shape[:-1].numel()):
-            return self._forward(x_BSD)
+    @classmethod
+    def build(
+        cls,
+        *,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        top_k: int,
+        router: str | type[Router] = "gemoe",
+        norm_topk_prob: bool = False,
+        shared: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> MoELayer:
+        """A layer of freshly initialised SwiGLU experts, all of which trains.
+
+        It keeps its own record of every forward: several layers in one model, recomputation
+        (`torch.utils.checkpoint`), `eval()` and `torch.no_grad()` need nothing else. Its router
+        computes in float32 whatever the dtype of x.
+
+        Args:
+            d_model: width D of the tokens.
+            d_ff: width F of each expert: y = W_down (silu(W_gate x) * W_up x), Shazeer 2020.
+            num_experts: E.
+            top_k: k of a static router; the largest k of GeMoE, unless `k_high` says otherwise.
+            router: name of a routing method (`Router.names()` lists them), or its class.
+            norm_topk_prob: divide the weights of a token's experts by their sum.
+            shared: a module [T, D] -> [T, D] whose output is added for every token.
+            device, dtype: of the experts, torch's defaults if None; routers are float32.
+            **options: of the router, `Router.named(name).Config`, e.g. `k_low=1`.
+
+        Returns:
+            A module with E * 3 * D * F expert parameters and those of the router.
+
+        Raises:
+            ConfigError: a size below 1, top_k above num_experts, an unknown router or option.
+
+        Source: GeMoE, arXiv 2606.26287, Eqs. 8 to 13, for the default; docs/routers.md for others.
+        """
+        sizes = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "top_k": top_k}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{name}={size!r}: a whole number from 1 on is wanted")
+        if top_k > num_experts:
+            raise ConfigError(f"top_k={top_k} exceeds num_experts={num_experts}")
+        router_class, config = Router.configured(router, options)
+        spec = RoutingSpec(d_model, num_experts, top_k, norm_topk_prob)
+        gate_up_EGD = torch.randn(num_experts, 2 * d_ff, d_model, device=device, dtype=dtype)
+        down_EDF = torch.randn(num_experts, d_model, d_ff, device=device, dtype=dtype)
+        ctx = TokenContext(1)
+        ctx.losses_without_gradient = ctx.trace = True
+        layer = cls(
+            router_class(config, spec).to(device),
+            Experts(gate_up_EGD * d_model**-0.5, down_EDF * d_ff**-0.5, trainable=True),
+            LocalDispatcher(),
+            ctx,
+            shared,
+        )
+        layer.stands_alone = True
+        return layer
+
+    def forward(
+        self, x: Tensor, is_valid: Tensor | None = None, is_vision: Tensor | None = None
+    ) -> Tensor:
+        """Route every token, apply its experts, add up.
+
+        Args:
+            x: [..., D], floating point. The last dimension before D is the sequence.
+            is_valid: bool (or 0 and 1) [...]; False is padding, which gets k = 0, enters no loss
+                and comes out as 0 (plus `shared` of 0). None: no padding.
+            is_vision: bool [...]; tokens of an image, for routers that treat them differently
+                (ltdr, evomoe). None: all are text.
+
+        Returns:
+            y [..., D] in the dtype of x; 0 for a token of k = 0.
+
+        Raises:
+            ValueError: a shape or dtype that does not fit.
+            RuntimeError: the layer shares its context with others, and no forward was begun.
+        """
+        self._shape = x.shape[:-1]
+        if not self.stands_alone:
+            if is_valid is not None or is_vision is not None:
+                raise RuntimeError(
+                    "this MoE layer shares its context with others: the masks are given to their "
+                    "model, or to ctx.begin(is_valid_BS, is_vision_BS)"
+                )
+            with self.ctx.writing(self.router.spec.slot, x.shape[:-1].numel()):
+                return self._forward(x)
+        d_model = self.router.spec.d_model
+        if x.dim() == 0 or x.shape[-1] != d_model or not x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} of shape {list(x.shape)}; floating-point tokens [..., {d_model}] "
+                "are wanted"
+            )
+        valid_BS = None if is_valid is None else _mask("is_valid", is_valid, x)
+        none_BS = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        vision_BS = _mask("is_vision", none_BS if is_vision is None else is_vision, x)
+        with self.ctx.alone(valid_BS, vision_BS):
+            return self._forward(x)
+
+    def aux_loss(self) -> Tensor:
+        """The auxiliary losses of the last forward: sum of weight * value, to be added to the loss.
+
+        Of several layers take the mean, as GeMoE's Eq. 13 does: sum(m.aux_loss() for m in layers)
+        / len(layers). May be asked again until the backward pass. Under `torch.no_grad()` it is
+        a value only.
+
+        Returns:
+            A float32 scalar; 0 for a method without auxiliary losses.
+
+        Raises:
+            RuntimeError: there is no forward yet; the last one has had its backward pass, or ran
+                without gradients; another one, that may still go backward, was not asked; the
+                layer shares its context with others, whose model is to be asked.
+        """
+        if not self.stands_alone:
+            raise RuntimeError(
+                "this MoE layer shares its context with others: ask their model for the auxiliary "
+                "losses, as handle.aux_loss() of what convert() returned"
+            )
+        self.refuse_rollouts()
+        return self.ctx.aux_loss()
+
+    def refuse_rollouts(self) -> None:
+        """RuntimeError if the router now learns from forwards that only gemoe_ds.train runs."""
+        if self.training and self.router.rollouts():
+            raise RuntimeError(
+                f"router {self.router.name!r} learns from rollouts by now, forwards before the one "
+                "that trains, which gemoe_ds.train runs; here its warm-up can be trained, and "
+                "eval() uses it"
+            )
+
+    @property
+    def k(self) -> Tensor:
+        """How many experts each token of the last forward got, int64 [...]; 0 for padding."""
+        k_T = self.router.record_of(self.ctx).k_T
+        if k_T is None:
+            raise RuntimeError("k: the layer has not run yet, or ctx.trace is off")
+        return k_T.view(self._shape)
 
     def _forward(self, x_BSD: Tensor) -> Tensor:
         # One copy for all that follows: nothing here keeps the rows as they came.
@@ -65,4 +207,17 @@ class MoELayer(nn.Module):
             return free_TD + shared_TD
 
         y_TD = self.dispatcher(x_TD, weights_TE, preprocessed, self.experts, beside)
+        self.ctx.watch(router.spec.slot, y_TD, training=self.training)
         return y_TD.view(x_BSD.shape)
+
+
+def _mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
+    """Of the tokens of x: bool [B, S]."""
+    if mask.shape != x.shape[:-1] or mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {list(mask.shape)}; bool of shape "
+            f"{list(x.shape[:-1])}, one for each token, is wanted"
+        )
+    length = mask.shape[-1] if mask.dim() else 1
+    num_sequences = mask.numel() // length if length else 0
+    return (mask.to(x.device) != 0).reshape(num_sequences, length)

@@ -60,7 +60,8 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x_TD, *weights)
         ctx.set_materialize_grads(False)
         weight_MD = _cat(weights)
-        dtype = torch.promote_types(x_TD.dtype, weight_MD.dtype)
+        # bfloat16 weights, of a model that was moved to it as a whole, are no reason for less
+        dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_MD.dtype), torch.float32)
         weight_MD = weight_MD.to(dtype)
         logits_TM = torch.cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
         return torch.split(logits_TM, [len(weight) for weight in weights], dim=1)

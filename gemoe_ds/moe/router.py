@@ -32,6 +32,7 @@ class RoutingSpec:
     top_k: int  # the backbone's own k
     norm_topk_prob: bool  # divide the chosen scores by their sum (norm_topk_prob)
     slot: int = 0  # which of the model's MoE layers, counted from the first
+    routed_scaling_factor: float = 1.0  # of the weights, when they have been chosen
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,17 @@ class Router(Registered, nn.Module):
             logits_TE = self.score(x_TD, ctx)
             decision = self.select(logits_TE, x_TD, ctx)
             mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
-            return replace(decision, mask_TE=mask_TE), logits_TE
+            weights_TE = decision.weights_TE
+            if self.spec.routed_scaling_factor != 1:
+                weights_TE = weights_TE * self.spec.routed_scaling_factor
+            return replace(decision, mask_TE=mask_TE, weights_TE=weights_TE), logits_TE
 
     def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext) -> None:
         """Losses, counts and statistics of a decision into the record of this layer."""
         with torch.autocast(logits_TE.device.type, enabled=False):
             record = self.record_of(ctx)
             record.logits_TE = logits_TE
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or ctx.losses_without_gradient:
                 record.losses = self.losses(decision, logits_TE, ctx)
             with torch.no_grad():
                 if self.training:

@@ -95,7 +95,8 @@ class HyperNetwork(nn.Module):
         self.second = nn.Linear(hidden, 3 * rank * inner)
 
     def forward(self, z_TI: Tensor) -> Tensor:
-        theta_T3RI = self.second(self.first(z_TI)).view(-1, 3 * self.rank, self.inner)
+        theta = self.second(self.first(z_TI.to(self.first.weight.dtype))).to(z_TI.dtype)
+        theta_T3RI = theta.view(-1, 3 * self.rank, self.inner)
         gate_TRI, up_TRI, out_TRI = theta_T3RI.split(self.rank, dim=1)
         gate_TR = torch.einsum("tri,ti->tr", gate_TRI, z_TI)
         up_TR = torch.einsum("tri,ti->tr", up_TRI, z_TI)

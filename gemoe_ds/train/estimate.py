@@ -15,7 +15,8 @@ from gemoe_ds.data.lengths import Lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.malloc import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router

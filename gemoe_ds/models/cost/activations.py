@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.moe.experts import grouped
 from gemoe_ds.moe.experts.ffn import path_for
 

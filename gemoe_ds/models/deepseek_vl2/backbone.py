@@ -10,13 +10,13 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.blocks import deepseek_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.models.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.models.images import put_features
 from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
-from gemoe_ds.moe.router import RoutingSpec
 
 _VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
 _VISION = (
@@ -60,6 +60,7 @@ class DeepseekVl2Backbone(Backbone):
     """From a folder in the public layout."""
 
     name: ClassVar[str] = "deepseek_vl2"
+    block_adapters = {DeepseekOcr2TextMoe: deepseek_block}
     published_parameters: ClassVar[int] = 3_370_501_440
     published_tensors: ClassVar[int] = 2582
     published_unused = _UNUSED
@@ -98,27 +99,6 @@ class DeepseekVl2Backbone(Backbone):
     def published(cls) -> nn.Module:
         """DeepSeek-VL2-Tiny."""
         return meta_model(DeepseekVl2Model, DeepseekVl2Config())
-
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        blocks = []
-        for path, module in model.named_modules():
-            if isinstance(module, DeepseekOcr2TextMoe):
-                parent, _, attribute = path.rpartition(".")
-                gate, experts = module.gate, module.experts
-                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, False)
-                blocks.append(
-                    BlockSpec(
-                        path,
-                        model.get_submodule(parent),
-                        attribute,
-                        routing,
-                        gate.weight,
-                        experts.gate_up_proj,
-                        experts.down_proj,
-                        shared=module.shared_experts,
-                    )
-                )
-        return blocks
 
     def image_layout(self, model: nn.Module) -> DeepseekVl2Images:
         config: DeepseekVl2Config = model.config  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables, fused_qkv
 from gemoe_ds.hf_io.quiet import without_report
 from gemoe_ds.hf_io.safetensors_reader import open_stored
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
 from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
@@ -30,7 +30,7 @@ from gemoe_ds.models.moe_llava.model import (
     MoeLlavaQwenConfig,
     MoeLlavaStableLmConfig,
 )
-from gemoe_ds.models.upcycled.backbone import upcycled_blocks
+from gemoe_ds.models.upcycled.backbone import UPCYCLED_BLOCKS
 from gemoe_ds.registry import ConfigModel, Reads
 
 _TOWER = "model.image_tower.image_tower."
@@ -53,6 +53,7 @@ class MoeLlavaBackbone(Backbone):
     """What the family has in common; `config_class` and `keys` are the language model's."""
 
     config_class: ClassVar[type[MoeLlavaConfig]]
+    block_adapters = UPCYCLED_BLOCKS
     published_part = "language_model."  # without tower and projector
     may_lack = ("vision_tower.*",)
     chat = ChatTemplate(
@@ -114,9 +115,6 @@ class MoeLlavaBackbone(Backbone):
                 f"model.backbone.vision_tower={folder}: not of the shapes that {checkpoint} has"
             )
         return tower
-
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        return upcycled_blocks(model)
 
     def image_layout(self, model: nn.Module) -> PaddedSquare:
         config: Any = model.config

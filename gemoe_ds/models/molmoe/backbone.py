@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import add_features
 from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
-from gemoe_ds.models.olmoe.backbone import olmoe_blocks
+from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
 
 PATCH = 14  # pixels, of this tower at any size
 _LAYER = "language_model.model.layers.{l}."
@@ -83,6 +83,7 @@ class MolmoeBackbone(Backbone):
     """From a folder in the public layout."""
 
     name: ClassVar[str] = "molmoe"
+    block_adapters = OLMOE_BLOCKS
     published_parameters: ClassVar[int] = 7_221_875_712
     published_unused = _UNUSED
     keys = KeyMap(
@@ -113,9 +114,6 @@ class MolmoeBackbone(Backbone):
     def published(cls) -> nn.Module:
         """MolmoE-1B-0924."""
         return meta_model(MolmoeModel, MolmoeConfig())
-
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        return olmoe_blocks(model)
 
     def image_layout(self, model: nn.Module) -> MolmoeImages:
         config: MolmoeConfig = model.config  # type: ignore[assignment]

@@ -15,16 +15,19 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
-from gemoe_ds.models.backbone import Backbone, BlockSpec, Golden
+from gemoe_ds.models.backbone import Backbone, Golden
+from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
-from gemoe_ds.moe.router import RoutingSpec
+
+OLMOE_BLOCKS = {OlmoeSparseMoeBlock: stock_block}
 
 
 class OlmoeBackbone(Backbone):
     """`OlmoeForCausalLM` of transformers, from a folder; a sample with an image is refused."""
 
     name: ClassVar[str] = "olmoe"
+    block_adapters = OLMOE_BLOCKS
     published_parameters: ClassVar[int] = 6_919_161_856
     golden = Golden(  # of the base model, as tinygrad's examples/olmoe.py has them
         "OLMoE-1B-7B-0924",
@@ -50,9 +53,6 @@ class OlmoeBackbone(Backbone):
         config = OlmoeConfig(intermediate_size=1024, architectures=["OlmoeForCausalLM"])
         return meta_model(OlmoeForCausalLM, config)
 
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        return olmoe_blocks(model)
-
     def hidden(
         self,
         model: nn.Module,
@@ -69,27 +69,3 @@ class OlmoeBackbone(Backbone):
     def head(self, model: nn.Module) -> nn.Module:
         head: nn.Module = model.lm_head
         return head
-
-
-def olmoe_blocks(model: nn.Module) -> list[BlockSpec]:
-    """The MoE blocks of any model with transformers' OLMoE in it."""
-    blocks = []
-    for path, module in model.named_modules():
-        if isinstance(module, OlmoeSparseMoeBlock):
-            parent, _, attribute = path.rpartition(".")
-            gate, experts = module.gate, module.experts
-            routing = RoutingSpec(
-                gate.hidden_dim, gate.num_experts, gate.top_k, bool(gate.norm_topk_prob)
-            )
-            blocks.append(
-                BlockSpec(
-                    path,
-                    model.get_submodule(parent),
-                    attribute,
-                    routing,
-                    gate.weight,
-                    experts.gate_up_proj,
-                    experts.down_proj,
-                )
-            )
-    return blocks

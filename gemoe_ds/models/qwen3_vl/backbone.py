@@ -6,6 +6,7 @@ images runs the same modules as the others. The public folder holds experts fuse
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +20,12 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
-from gemoe_ds.models.backbone import Backbone, BlockSpec
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
 from gemoe_ds.models.kv_cache import DecodeState, attended, attention_inputs
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
-from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
 _EXPERTS = "model.language_model.layers.{l}.mlp.experts"
@@ -34,6 +35,8 @@ class Qwen3VLBackbone(Backbone):
     """`Qwen3VLMoeForConditionalGeneration` of transformers, from a folder; images, no videos."""
 
     name: ClassVar[str] = "qwen3_vl_moe"
+    # transformers renormalises whatever the configuration says
+    block_adapters = {Qwen3VLMoeTextSparseMoeBlock: partial(stock_block, norm_topk_prob=True)}
     published_parameters: ClassVar[int] = 31_070_754_032
 
     class Config(ConfigModel):
@@ -100,27 +103,6 @@ class Qwen3VLBackbone(Backbone):
             tie_word_embeddings=False,
         )
         return meta_model(Qwen3VLMoeForConditionalGeneration, config)
-
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        blocks = []
-        for path, module in model.named_modules():
-            if isinstance(module, Qwen3VLMoeTextSparseMoeBlock):
-                parent, _, attribute = path.rpartition(".")
-                gate, experts = module.gate, module.experts
-                # transformers renormalises whatever the configuration says
-                routing = RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, True)
-                blocks.append(
-                    BlockSpec(
-                        path,
-                        model.get_submodule(parent),
-                        attribute,
-                        routing,
-                        gate.weight,
-                        experts.gate_up_proj,
-                        experts.down_proj,
-                    )
-                )
-        return blocks
 
     def _processor(self, folder: Path) -> Qwen2VLImageProcessorPil:
         try:

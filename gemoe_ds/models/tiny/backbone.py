@@ -23,9 +23,8 @@ from transformers import (
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
 from gemoe_ds.hf_io.quiet import without_bars
-from gemoe_ds.models.backbone import BlockSpec
 from gemoe_ds.models.llava import LlavaBackbone
-from gemoe_ds.models.olmoe.backbone import olmoe_blocks
+from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
 from gemoe_ds.models.tiny.vision import vision_config
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.registry import ConfigModel, Reads
@@ -35,6 +34,7 @@ class TinyBackbone(LlavaBackbone):
     """ViT + two-layer projector + OLMoE. Options shape a fresh model; a checkpoint has its own."""
 
     name: ClassVar[str] = "tiny"
+    block_adapters = OLMOE_BLOCKS
     keys = KeyMap(
         LlavaBackbone.keys.rules,
         experts=expert_tables(
@@ -152,6 +152,3 @@ class TinyBackbone(LlavaBackbone):
                     f"model.backbone.{field}={getattr(self.config, field)}, but {folder} has "
                     f"{shapes[field]}; leave shapes out of a recipe that names a checkpoint"
                 )
-
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        return olmoe_blocks(model)

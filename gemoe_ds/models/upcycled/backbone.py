@@ -8,7 +8,7 @@ is loaded; what a run has trained, exported, is a folder of this family and is l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,7 +20,6 @@ from gemoe_ds.hf_io.hf_config import as_checkpoint_error, read_config
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables
 from gemoe_ds.hf_io.loader import problem_of
 from gemoe_ds.hf_io.quiet import without_report
-from gemoe_ds.models.backbone import BlockSpec
 from gemoe_ds.models.llava import LlavaBackbone
 from gemoe_ds.models.upcycled.model import (
     UpcycledLlavaForConditionalGeneration,
@@ -31,10 +30,25 @@ from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.registry import ConfigModel
 
 
+def _upcycled_block(block: UpcycledMoEBlock) -> dict[str, Any]:
+    experts = block.experts
+    num_experts, _, d_model = experts.gate_up_proj.shape
+    return {
+        "routing": RoutingSpec(d_model, num_experts, block.top_k, block.norm_topk_prob),
+        "gate_ED": block.gate.weight,
+        "gate_up_EGD": experts.gate_up_proj,
+        "down_EDF": experts.down_proj,
+    }
+
+
+UPCYCLED_BLOCKS = {UpcycledMoEBlock: _upcycled_block}
+
+
 class UpcycledBackbone(LlavaBackbone):
     """A LLaVA whose language model has SwiGLU FFNs (Llama, Qwen2, Mistral, ...), upcycled."""
 
     name: ClassVar[str] = "upcycled"
+    block_adapters = UPCYCLED_BLOCKS
     # as transformers saves our class; what it does not know, it names as in memory
     keys = KeyMap(
         (Rule("model.language_model.model.{*}", "model.language_model.{*}"),),
@@ -127,9 +141,6 @@ class UpcycledBackbone(LlavaBackbone):
                     f"upcycled already, with {stored[field]}; leave it out"
                 )
 
-    def moe_blocks(self, model: nn.Module) -> list[BlockSpec]:
-        return upcycled_blocks(model)
-
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
     ) -> None:
@@ -145,28 +156,6 @@ class UpcycledBackbone(LlavaBackbone):
         }
         whole = self.load(base, base).state_dict() | gates | state
         self.save_pretrained(model, whole, folder)
-
-
-def upcycled_blocks(model: nn.Module) -> list[BlockSpec]:
-    """The MoE blocks of any model that was upcycled."""
-    blocks = []
-    for path, module in model.named_modules():
-        if isinstance(module, UpcycledMoEBlock):
-            parent_path, _, attribute = path.rpartition(".")
-            experts = module.experts
-            num_experts, _, d_model = experts.gate_up_proj.shape
-            blocks.append(
-                BlockSpec(
-                    path,
-                    model.get_submodule(parent_path),
-                    attribute,
-                    RoutingSpec(d_model, num_experts, module.top_k, module.norm_topk_prob),
-                    module.gate.weight,
-                    experts.gate_up_proj,
-                    experts.down_proj,
-                )
-            )
-    return blocks
 
 
 def _stored(folder: Path) -> dict[str, object] | None:

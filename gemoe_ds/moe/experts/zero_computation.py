@@ -47,7 +47,8 @@ class ZeroComputationExperts(nn.Module):
                 return x_TD * of_x_T[:, None].to(x_TD.dtype)
             used_TC = used_TM[:, self.constants]
             x_wide_TD = x_TD.to(used_TC.dtype)
-            mix_TC2 = torch.einsum("td,cdm->tcm", x_wide_TD, self.mix_CD2).softmax(-1)
+            mix_CD2, vector_CD = (p.to(used_TC.dtype) for p in (self.mix_CD2, self.vector_CD))
+            mix_TC2 = torch.einsum("td,cdm->tcm", x_wide_TD, mix_CD2).softmax(-1)
             of_x_T = of_x_T + (used_TC * mix_TC2[..., 0]).sum(1)
-            constant_TD = (used_TC * mix_TC2[..., 1]) @ self.vector_CD
+            constant_TD = (used_TC * mix_TC2[..., 1]) @ vector_CD
             return (x_wide_TD * of_x_T[:, None] + constant_TD).to(x_TD.dtype)

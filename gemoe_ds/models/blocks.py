@@ -1,0 +1,103 @@
+"""The MoE blocks of a model: where they hang, what is in them, and our layer in their place.
+
+An adapter reads one class of blocks; a backbone names the classes that its models have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import RoutingSpec
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One MoE block of a loaded model: where it hangs and what is in it.
+
+    Weights are views of the model's own tensors: gate_ED, gate_up_EGD (gate rows above up rows,
+    G = 2 F), down_EDF.
+    """
+
+    path: str
+    parent: nn.Module
+    attribute: str
+    routing: RoutingSpec
+    gate_ED: Tensor
+    gate_up_EGD: Tensor
+    down_EDF: Tensor
+    shared: nn.Module | None = None  # x -> what is added for every token
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
+        block = getattr(self.parent, self.attribute)
+        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
+
+    @property
+    def shared_name(self) -> str | None:
+        """What the block itself calls `shared`."""
+        children = getattr(self.parent, self.attribute).named_children()
+        return next((name for name, module in children if module is self.shared), None)
+
+    @property
+    def params_per_expert(self) -> int:
+        return (self.gate_up_EGD.numel() + self.down_EDF.numel()) // self.routing.num_experts
+
+
+Adapter = Callable[[Any], dict[str, Any]]  # block -> the fields of its BlockSpec after `attribute`
+
+
+def find_moe_blocks(
+    model: nn.Module, adapters: Mapping[type[nn.Module], Adapter]
+) -> list[BlockSpec]:
+    """Every block of these classes, or of classes below them, in order of depth."""
+    blocks = []
+    for path, module in model.named_modules():
+        adapter = next((adapters[c] for c in type(module).__mro__ if c in adapters), None)
+        if adapter is not None:
+            parent, _, attribute = path.rpartition(".")
+            try:
+                fields = adapter(module)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+            blocks.append(BlockSpec(path, model.get_submodule(parent), attribute, **fields))
+    return blocks
+
+
+def stock_block(
+    block: Any, *, norm_topk_prob: bool | None = None, shared: nn.Module | None = None
+) -> dict[str, Any]:
+    """transformers' usual block: `gate.weight`, and `experts` stacked. None: as the gate says."""
+    gate, experts = block.gate, block.experts
+    act = type(getattr(experts, "act_fn", nn.SiLU())).__name__
+    if act not in ("SiLU", "SiLUActivation"):
+        raise ConfigError(f"experts with {act}; those of gemoe_ds are SwiGLU (hidden_act='silu')")
+    if norm_topk_prob is None:
+        norm_topk_prob = bool(gate.norm_topk_prob)
+    return {
+        "routing": RoutingSpec(gate.hidden_dim, gate.num_experts, gate.top_k, norm_topk_prob),
+        "gate_ED": gate.weight,
+        "gate_up_EGD": experts.gate_up_proj,
+        "down_EDF": experts.down_proj,
+        "shared": shared,
+    }
+
+
+def deepseek_block(block: Any) -> dict[str, Any]:
+    """DeepSeek-V2's: shared experts, scores times a factor and never renormalised."""
+    gate = block.gate
+    groups = (gate.num_group or 1, gate.topk_group or 1)
+    if gate.topk_method != "greedy" and groups != (1, 1):
+        raise ConfigError(
+            f"topk_method={gate.topk_method!r} of {groups[0]} groups; the routers of gemoe_ds "
+            "choose among all experts, as topk_method='greedy' does"
+        )
+    fields = stock_block(block, norm_topk_prob=False, shared=block.shared_experts)
+    factor = float(gate.routed_scaling_factor)
+    return fields | {"routing": replace(fields["routing"], routed_scaling_factor=factor)}
