@@ -124,7 +124,7 @@ def _model(
     )
     chosen = Router.named(router)
     torch.manual_seed(0)
-    model = MoEModel(
+    model = MoEModel.from_checkpoint(
         backbone, None, tokenizer, (chosen, chosen.Config()), dtype=dtype, pack_experts=True
     )
     if experts_of is not None:

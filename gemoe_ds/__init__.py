@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemoe_ds.models.convert import convert as convert
     from gemoe_ds.moe.layer import MoELayer as MoELayer
     from gemoe_ds.moe.router import Router as Router
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "MoELayer": "gemoe_ds.moe.layer",
     "Router": "gemoe_ds.moe.router",
+    "convert": "gemoe_ds.models.convert",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604
 

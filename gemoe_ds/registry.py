@@ -92,6 +92,11 @@ class Registered:
         return sorted(cls._family)
 
     @classmethod
+    def known(cls: type[R]) -> list[type[R]]:
+        """The classes of this family, by the order of their names."""
+        return [cls._family[name] for name in cls.names()]
+
+    @classmethod
     def named(cls: type[R], name: str) -> type[R]:
         """The class registered under `name`; raises ConfigError listing the known ones."""
         try:

@@ -57,7 +57,7 @@ def make_model(
 ) -> MoEModel:
     torch.manual_seed(seed)
     chosen = Router.named(router)
-    return MoEModel(
+    return MoEModel.from_checkpoint(
         TinyBackbone(TinyBackbone.Config()),
         base[0],
         base[1],

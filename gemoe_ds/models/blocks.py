@@ -5,14 +5,18 @@ An adapter reads one class of blocks; a backbone names the classes that its mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.layer import MoELayer
+from gemoe_ds.moe.router import Router, RoutingSpec
 
 
 @dataclass(frozen=True)
@@ -101,3 +105,45 @@ def deepseek_block(block: Any) -> dict[str, Any]:
     fields = stock_block(block, norm_topk_prob=False, shared=block.shared_experts)
     factor = float(gate.routed_scaling_factor)
     return fields | {"routing": replace(fields["routing"], routed_scaling_factor=factor)}
+
+
+class BlockWeights:
+    """Where the weights of our layers come from: these are the blocks' own, not copied."""
+
+    def gate(self, block: BlockSpec) -> Tensor:
+        return block.gate_ED
+
+    def experts(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        """gate_up_EGD and down_EDF of the experts that this process holds."""
+        return block.gate_up_EGD.data, block.down_EDF.data
+
+
+def convert_blocks(
+    blocks: Sequence[BlockSpec],
+    router: tuple[type[Router], Any],
+    ctx: TokenContext,
+    weights: BlockWeights,
+    *,
+    trainable: bool,
+    pack: bool = False,
+    make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher,
+) -> list[MoELayer]:
+    """Put our layer in the place of every block; none is touched if a router refuses one.
+
+    `router` is its class and options; it starts from the block's gate. `trainable`: the experts.
+    """
+    router_class, config = router
+    routers = []
+    for slot, block in enumerate(blocks):
+        gate_ED = weights.gate(block)
+        new = router_class(config, replace(block.routing, slot=slot))
+        new.adopt_gate(gate_ED)
+        routers.append(new.to(gate_ED.device))
+    layers = []
+    for block, new in zip(blocks, routers, strict=True):
+        experts = Experts(*weights.experts(block), trainable=trainable, pack=pack)
+        layer = MoELayer(new, experts, make_dispatcher(), ctx, block.shared)
+        layer.train(getattr(block.parent, block.attribute).training)
+        setattr(block.parent, block.attribute, layer)
+        layers.append(layer)
+    return layers

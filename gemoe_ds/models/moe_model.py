@@ -14,13 +14,12 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
 from gemoe_ds.models.backbone import Backbone
-from gemoe_ds.models.blocks import BlockSpec
+from gemoe_ds.models.blocks import BlockSpec, BlockWeights, convert_blocks
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.moe.context import Rollout, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
-from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
-from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import PROGRESS
 
 
@@ -61,6 +60,33 @@ def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
 
 
+class _Source(BlockWeights):
+    """This rank's shard; what is to be read from a folder is in `targets` by its stock name."""
+
+    def __init__(self, shard: ExpertShard, dtype: torch.dtype, weights: Weights | None) -> None:
+        self.shard, self.dtype, self.weights = shard, dtype, weights
+        self.targets: dict[str, Target] = {}
+
+    def gate(self, block: BlockSpec) -> Tensor:
+        if self.weights is None:
+            return block.gate_ED
+        return self.weights.read(f"{block.path}.{block.names[0]}", torch.float32)
+
+    def experts(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        local = self.shard.local(block.routing.num_experts)
+        tensors = []
+        for name, whole in zip(block.names[1:], super().experts(block), strict=True):
+            mine = whole[local]
+            if self.weights is not None:
+                mine = torch.empty(mine.shape, dtype=self.dtype)
+                self.targets[f"{block.path}.{name}"] = Target(mine, tuple(whole.shape), local.start)
+            elif self.shard.num_ranks > 1:  # a copy, so that the experts of other ranks are freed
+                mine = mine.clone()
+            tensors.append(mine.to(self.dtype))
+        gate_up_EGD, down_EDF = tensors
+        return gate_up_EGD, down_EDF
+
+
 class MoEModel(nn.Module):
     """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
 
@@ -69,7 +95,32 @@ class MoEModel(nn.Module):
     """
 
     def __init__(
-        self,
+        self, backbone: Backbone, hf: nn.Module, shard: ExpertShard, dtype: torch.dtype
+    ) -> None:
+        """Before its blocks are converted: `from_checkpoint` does that."""
+        super().__init__()
+        self.backbone, self.hf, self.shard, self.dtype = backbone, hf, shard, dtype
+        blocks = backbone.moe_blocks(hf)
+        if not blocks:
+            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
+        self.routing = [replace(block.routing, slot=n) for n, block in enumerate(blocks)]
+        self.block_paths = [block.path for block in blocks]
+        self.expert_names = [block.names[1:] for block in blocks]
+        self._stock_names = {
+            f"{block.path}.{ours}": f"{block.path}.{stock}"
+            for block in blocks
+            for ours, stock in [*zip(OUR_NAMES, block.names, strict=True), *_shared_names(block)]
+        }
+        self.num_parameters = sum(p.numel() for p in hf.parameters())
+        self.params_per_expert = [block.params_per_expert for block in blocks]
+        self.num_added_parameters = 0
+        self.image_layout = backbone.image_layout(hf)
+        self.context_length = backbone.context_length(hf)
+        self.ctx = TokenContext(len(blocks))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
         backbone: Backbone,
         checkpoint: Path | None,
         tokenizer_dir: Path,
@@ -82,87 +133,49 @@ class MoEModel(nn.Module):
         pack_experts: bool = False,
         memory: WeightAllocator = LOCAL,
         show_progress: bool = False,
-    ) -> None:
-        super().__init__()
-        shard = shard or ExpertShard()
-        self.backbone = backbone
-        self.shard = shard
-        self.dtype = dtype
-        self.pack_experts = pack_experts
-        self.hf = backbone.load(checkpoint, tokenizer_dir)
-        is_shell = any(parameter.is_meta for parameter in self.hf.parameters())
-        weights = (
-            Weights(checkpoint, backbone.keys, self.hf, backbone.may_lack)
-            if checkpoint and is_shell
-            else None
+    ) -> MoEModel:
+        """The converted model of a folder, its weights read as they are needed here.
+
+        Collective if the memory is common to several ranks.
+        """
+        # 1. The stock model: of a folder its shapes alone.
+        model = cls(
+            backbone, backbone.load(checkpoint, tokenizer_dir), shard or ExpertShard(), dtype
         )
-        blocks = backbone.moe_blocks(self.hf)
-        if not blocks:
-            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
-        self.routing = [replace(block.routing, slot=slot) for slot, block in enumerate(blocks)]
-        self.block_paths = [block.path for block in blocks]
-        self.expert_names = [block.names[1:] for block in blocks]
-        self._stock_names = {
-            f"{block.path}.{ours}": f"{block.path}.{stock}"
-            for block in blocks
-            for ours, stock in [*zip(OUR_NAMES, block.names, strict=True), *_shared_names(block)]
-        }
-        self.num_parameters = sum(p.numel() for p in self.hf.parameters())
-        self.params_per_expert = [block.params_per_expert for block in blocks]
-        self.image_layout = backbone.image_layout(self.hf)
-        self.context_length = backbone.context_length(self.hf)
-        self.hf.requires_grad_(train == "all")
-        self.ctx = TokenContext(len(blocks))
-        targets: dict[str, Target] = {}
-        for block, routing in zip(blocks, self.routing, strict=True):
-            targets |= self._convert(block, routing, router, weights, trainable=train != "routers")
+        hf, weights = model.hf, None
+        if checkpoint and any(parameter.is_meta for parameter in hf.parameters()):
+            weights = Weights(checkpoint, backbone.keys, hf, backbone.may_lack)
+        # 2. Our layers, with the experts of this rank.
+        hf.requires_grad_(train == "all")
+        source = _Source(model.shard, torch.float32 if train != "routers" else dtype, weights)
+        layers = convert_blocks(
+            backbone.moe_blocks(hf),
+            router,
+            model.ctx,
+            source,
+            trainable=train != "routers",
+            pack=pack_experts,
+            make_dispatcher=model.shard.make_dispatcher,
+        )
+        # 3. Whatever is still a shape.
         if weights is not None:
-            rest = materialise(self.hf, dtype, memory)
-            targets |= {self._stock_names.get(name, name): t for name, t in rest.items()}
-            weights.fill(targets, memory, show_progress=show_progress)
-        of_routers = {id(p) for layer in self.moe_layers for p in layer.router.parameters()}
-        for parameter in self.hf.parameters():
+            rest = materialise(hf, dtype, memory)
+            named = {model._stock_names.get(name, name): target for name, target in rest.items()}
+            weights.fill(source.targets | named, memory, show_progress=show_progress)
+        # 4. What stays frozen, in its dtype.
+        of_routers = {id(p) for layer in layers for p in layer.router.parameters()}
+        for parameter in hf.parameters():
             if not parameter.requires_grad and id(parameter) not in of_routers:
                 parameter.data = parameter.data.to(dtype)
-        for layer in self.moe_layers:
+        for layer in layers:
             layer.register_forward_pre_hook(_say_where)
-        added = self.router_only_names()
-        self.num_added_parameters = sum(p.numel() for n, p in self.named_parameters() if n in added)
-        if recompute:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def _convert(
-        self,
-        block: BlockSpec,
-        routing: RoutingSpec,
-        router: tuple[type[Router], Any],
-        weights: Weights | None,
-        *,
-        trainable: bool,
-    ) -> dict[str, Target]:
-        """Put our layer in the block's place; with `weights` its experts are still to be read."""
-        router_class, config = router
-        new_router = router_class(config, routing)
-        gate_name, *expert_names = (f"{block.path}.{name}" for name in block.names)
-        new_router.adopt_gate(
-            block.gate_ED if weights is None else weights.read(gate_name, torch.float32)
+        added = model.router_only_names()
+        model.num_added_parameters = sum(
+            p.numel() for name, p in model.named_parameters() if name in added
         )
-        local = self.shard.local(routing.num_experts)
-        whole = [block.gate_up_EGD.data, block.down_EDF.data]
-        dtype = torch.float32 if trainable else self.dtype
-        tensors, targets = [], {}
-        for name, tensor in zip(expert_names, whole, strict=True):
-            mine = tensor[local]
-            if weights is not None:
-                mine = torch.empty(mine.shape, dtype=dtype)
-                targets[name] = Target(mine, tuple(tensor.shape), local.start)
-            elif self.shard.num_ranks > 1:  # a copy, so that the experts of other ranks are freed
-                mine = mine.clone()
-            tensors.append(mine.to(dtype))
-        experts = Experts(*tensors, trainable=trainable, pack=self.pack_experts)
-        layer = MoELayer(new_router, experts, self.shard.make_dispatcher(), self.ctx, block.shared)
-        setattr(block.parent, block.attribute, layer)
-        return targets
+        if recompute:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        return model
 
     @property
     def moe_layers(self) -> list[MoELayer]:

@@ -148,9 +148,11 @@ class TokenContext:
             return x_TD
         return x_TD.masked_fill(~self.is_valid_T[:, None], 0.0)
 
-    def end(self) -> None:
-        """The forward is over: the records stay as they are."""
+    def end(self, *, failed: bool = False) -> None:
+        """The forward is over: the records stay as they are, and say nothing if it failed."""
         self.in_forward = False
+        if failed:
+            self._ran = set()
         if self._pass:
             self._pass.end()
 

@@ -34,7 +34,7 @@ def build_model(
     """
     torch.manual_seed(config.seed)
     router = config.model.router
-    return MoEModel(
+    return MoEModel.from_checkpoint(
         named_backbone(config),
         Path(config.model.checkpoint) if config.model.checkpoint else None,
         Path(config.data.tokenizer),

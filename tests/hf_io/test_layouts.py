@@ -27,7 +27,7 @@ USUAL = ("gate_proj", "up_proj", "down_proj")
 
 def make(name, folder, **options):
     backbone = Backbone.named(name)
-    return MoEModel(backbone(backbone.Config()), folder, folder, TOP_K, **options)
+    return MoEModel.from_checkpoint(backbone(backbone.Config()), folder, folder, TOP_K, **options)
 
 
 def tensors_of(folder):

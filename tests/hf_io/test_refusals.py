@@ -23,7 +23,7 @@ EXPERTS_1 = "model.layers.1.mlp.experts"
 
 def make(name, folder):
     backbone = Backbone.named(name)
-    return MoEModel(backbone(backbone.Config()), folder, folder, TOP_K)
+    return MoEModel.from_checkpoint(backbone(backbone.Config()), folder, folder, TOP_K)
 
 
 @pytest.fixture
@@ -154,7 +154,9 @@ def test_a_number_that_the_dtype_cannot_hold(folder):
     make("olmoe", folder)
     backbone = Backbone.named("olmoe")
     with pytest.raises(CheckpointError, match="holds NaN or infinite .* as float16"):
-        MoEModel(backbone(backbone.Config()), folder, folder, TOP_K, dtype=torch.float16)
+        MoEModel.from_checkpoint(
+            backbone(backbone.Config()), folder, folder, TOP_K, dtype=torch.float16
+        )
 
 
 def test_a_head_that_is_tied_and_yet_another_one(folder):

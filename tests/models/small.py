@@ -39,7 +39,7 @@ def make_model(
     """The model of backbone `name` in a folder; `backbone` are the backbone's own options."""
     chosen, family = Router.named(router), Backbone.named(name)
     torch.manual_seed(0)
-    return MoEModel(
+    return MoEModel.from_checkpoint(
         family(family.Config(**(backbone or {}))),
         folder,
         folder,

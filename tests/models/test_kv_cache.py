@@ -34,7 +34,9 @@ def loaded(request, tmp_path_factory):
         base = write_case(request.param, folder)
         backbone, router = Backbone.named(request.param), Router.named("gemoe")
         torch.manual_seed(0)
-        model = MoEModel(backbone(backbone.Config()), *base, (router, router.Config()))
+        model = MoEModel.from_checkpoint(
+            backbone(backbone.Config()), *base, (router, router.Config())
+        )
     tokenizer = AutoTokenizer.from_pretrained(base[1])
     model.double()  # float32 rounds the sums of one order and of another up to 1.2e-5 apart
     return model.eval(), Collator(

@@ -23,7 +23,7 @@ def test_it_has_what_nobody_reads_too(name, tmp_path, monkeypatch):
     keys = open_stored(tmp_path / "out").keys()
     assert backbone.published_unused and backbone.published_unused.keys() <= keys
     assert keys >= {k for k in open_stored(base) if "attn_pool" not in k and ".22." not in k}
-    model = MoEModel(
+    model = MoEModel.from_checkpoint(
         backbone(backbone.Config()), tmp_path / "out", tokenizer, (router, router.Config())
     )
     assert len(model.moe_layers) == 2

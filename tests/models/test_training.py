@@ -96,7 +96,7 @@ def trained_whole(tmp_path_factory):
 def move_tower_out(base, folder):
     """A CLIP folder beside a MoE-LLaVA one that has its tower no more."""
     backbone = Backbone.named("moe_llava_qwen")
-    model = MoEModel(backbone(backbone.Config()), base, base, TOP_K)
+    model = MoEModel.from_checkpoint(backbone(backbone.Config()), base, base, TOP_K)
     model.hf.vision_tower.save_pretrained(folder)
     tensors = load_file(base / "model.safetensors")
     kept = {key: tensor for key, tensor in tensors.items() if "image_tower" not in key}
@@ -113,7 +113,7 @@ def test_what_trained_everything_is_a_folder_of_the_same_kind(name, trained_whol
     load_trained_weights(expected, newest(Path(config.output_dir)))
     folder = Path(config.output_dir) / "hf"
     backbone = Backbone.named(name)
-    read = MoEModel(backbone(backbone.Config()), folder, folder, TOP_K, train="all")
+    read = MoEModel.from_checkpoint(backbone(backbone.Config()), folder, folder, TOP_K, train="all")
     found = dict(read.named_parameters())
     own = expected.router_only_names()
     assert found.keys() == {n for n in before if n not in own}

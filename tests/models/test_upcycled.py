@@ -74,7 +74,7 @@ def load(setting, checkpoint="dense", router="top_k", train="experts", **options
     backbone = Backbone.named("upcycled")
     chosen = Router.named(router)
     torch.manual_seed(0)
-    return MoEModel(
+    return MoEModel.from_checkpoint(
         backbone(backbone.Config(**options)),
         setting[checkpoint] if isinstance(checkpoint, str) else checkpoint,
         setting["tokenizer"],

@@ -99,7 +99,7 @@ def of_router(name: str, base: tuple[Path, Path], options: dict) -> tuple[MoEMod
 def of_backbone(name: str, folder: Path, options: dict) -> tuple[MoEModel, dict]:
     backbone, gemoe = Backbone.named(name), Router.named("gemoe")
     router = (gemoe, gemoe.Config())
-    model = MoEModel(
+    model = MoEModel.from_checkpoint(
         backbone(backbone.Config()), folder / "base", folder / "tokenizer", router, **options
     )
     tokenizer = load_tokenizer(folder / "tokenizer", model.backbone.chat)

@@ -42,7 +42,9 @@ def test_kept_activations_are_those_of_autograd(name, dtype, train, tmp_path):
     router = Router.named("top_k")
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
-    model = MoEModel(backbone, *base, (router, router.Config()), train=train, dtype=dtype)
+    model = MoEModel.from_checkpoint(
+        backbone, *base, (router, router.Config()), train=train, dtype=dtype
+    )
     ids = torch.randint(6, 26, (ROWS, LENGTH))
     labels = torch.full_like(ids, -100)
     labels[0, -1] = 5

@@ -29,7 +29,9 @@ def test_flops_are_those_that_torch_counts(name, router_name, tmp_path):
     backbone, router = Backbone.named(name), Router.named(router_name)
     base = write_case(name, tmp_path)
     torch.manual_seed(0)
-    model = MoEModel(backbone(backbone.Config()), *base, (router, router.Config())).eval()
+    model = MoEModel.from_checkpoint(
+        backbone(backbone.Config()), *base, (router, router.Config())
+    ).eval()
     ids = torch.randint(6, 26, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     valid, vision = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids).bool()
     model.ctx.trace = True

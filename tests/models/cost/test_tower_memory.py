@@ -60,7 +60,9 @@ def test_bytes_are_those_that_the_tower_allocates(name, train, tmp_path):
     backbone = Backbone.named(name)
     backbone = backbone(backbone.Config())
     router = Router.named("top_k")
-    model = MoEModel(backbone, folder, tokenizer, (router, router.Config()), train=train)
+    model = MoEModel.from_checkpoint(
+        backbone, folder, tokenizer, (router, router.Config()), train=train
+    )
     layout = model.image_layout
     image = layout(Image.new("RGB", (300, 200)))
     ids = torch.tensor([image.input_ids])
