@@ -18,6 +18,8 @@ from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router, RoutingSpec
 
+OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -37,17 +39,25 @@ class BlockSpec:
     shared: nn.Module | None = None  # x -> what is added for every token
 
     @property
+    def module(self) -> nn.Module:
+        """The block, or what stands in its place."""
+        module: nn.Module = getattr(self.parent, self.attribute)
+        return module
+
+    @property
     def names(self) -> tuple[str, str, str]:
         """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
-        block = getattr(self.parent, self.attribute)
-        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
 
     @property
-    def shared_name(self) -> str | None:
-        """What the block itself calls `shared`."""
-        children = getattr(self.parent, self.attribute).named_children()
-        return next((name for name, module in children if module is self.shared), None)
+    def stock_names(self) -> dict[str, str]:
+        """What our layer calls its tensors -> what the block calls them; asked before its change."""
+        names = dict(zip(OUR_NAMES, self.names, strict=True))
+        if self.shared is not None:
+            theirs = {id(p): name for name, p in self.module.named_parameters()}
+            names |= {f"shared.{n}": theirs[id(p)] for n, p in self.shared.named_parameters()}
+        return names
 
     @property
     def params_per_expert(self) -> int:
@@ -143,7 +153,7 @@ def convert_blocks(
     for block, new in zip(blocks, routers, strict=True):
         experts = Experts(*weights.experts(block), trainable=trainable, pack=pack)
         layer = MoELayer(new, experts, make_dispatcher(), ctx, block.shared)
-        layer.train(getattr(block.parent, block.attribute).training)
+        layer.train(block.module.training)
         setattr(block.parent, block.attribute, layer)
         layers.append(layer)
     return layers

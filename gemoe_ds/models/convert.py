@@ -26,6 +26,7 @@ from gemoe_ds.models.blocks import (
     stock_block,
 )
 from gemoe_ds.models.handle import MoEHandle
+from gemoe_ds.models.stock_state import speak_stock
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
@@ -101,11 +102,14 @@ def convert(
         raise ConfigError(f"trainable={trainable!r}: one of 'routers', 'experts', 'all' is wanted")
     router_class, config = Router.configured(router, options)
     blocks = _blocks(model)
+    names = [block.stock_names for block in blocks]
     ctx = TokenContext(len(blocks))
     ctx.losses_without_gradient = ctx.trace = True
     layers = convert_blocks(
         blocks, (router_class, config), ctx, BlockWeights(), trainable=trainable != "routers"
     )
+    for layer, of_layer in zip(layers, names, strict=True):
+        speak_stock(layer, of_layer)
     if trainable != "all":
         ours = {
             id(p) for layer in layers for m in (layer.router, layer.experts) for p in m.parameters()

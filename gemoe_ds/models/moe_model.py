@@ -46,16 +46,6 @@ class ExpertShard:
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
-OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
-
-
-def _shared_names(block: BlockSpec) -> list[tuple[str, str]]:
-    """Ours and the block's own names of what is in its shared expert."""
-    if block.shared is None:
-        return []
-    return [(f"shared.{n}", f"{block.shared_name}.{n}") for n, _ in block.shared.named_parameters()]
-
-
 def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
 
@@ -109,7 +99,7 @@ class MoEModel(nn.Module):
         self._stock_names = {
             f"{block.path}.{ours}": f"{block.path}.{stock}"
             for block in blocks
-            for ours, stock in [*zip(OUR_NAMES, block.names, strict=True), *_shared_names(block)]
+            for ours, stock in block.stock_names.items()
         }
         self.num_parameters = sum(p.numel() for p in hf.parameters())
         self.params_per_expert = [block.params_per_expert for block in blocks]
