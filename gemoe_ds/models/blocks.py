@@ -52,7 +52,7 @@ class BlockSpec:
 
     @property
     def stock_names(self) -> dict[str, str]:
-        """What our layer calls its tensors -> what the block calls them; asked before its change."""
+        """What our layer calls its tensors -> what the block does; asked before its change."""
         names = dict(zip(OUR_NAMES, self.names, strict=True))
         if self.shared is not None:
             theirs = {id(p): name for name, p in self.module.named_parameters()}

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.passes import in_backward
@@ -82,6 +85,30 @@ class MoEHandle:
         Only where its own arguments do not: bool [B, S] both.
         """
         self._given = is_valid, is_vision
+
+    def load_routers(self, folder: str | Path) -> None:
+        """The routers that `model.save_pretrained` (or Trainer) wrote into a folder.
+
+        With its other weights, `from_pretrained` of the stock class has read the gates; what the
+        routers have more it leaves. Raises ConfigError for a folder without these routers.
+        """
+        found: dict[str, Tensor] = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                names = [name for name in tensors.keys() if ".router." in name]  # noqa: SIM118
+                found |= {name: tensors.get_tensor(name) for name in names}
+        state = self.model.state_dict()
+        wanted = {name: tensor for name, tensor in state.items() if ".router." in name}
+        for name in sorted(wanted.keys() | found.keys()):
+            shapes = [tuple(side[name].shape) if name in side else "no" for side in (found, wanted)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"{folder}: {shapes[0]} router {name}, the model has {shapes[1]}: give a "
+                    "folder that this model saved, and convert() the options that it had"
+                )
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                tensor.copy_(found[name])
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():  # the whole model is recomputed: its layers find the forward it was

@@ -91,8 +91,6 @@ class MoEModel(nn.Module):
         super().__init__()
         self.backbone, self.hf, self.shard, self.dtype = backbone, hf, shard, dtype
         blocks = backbone.moe_blocks(hf)
-        if not blocks:
-            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
         self.routing = [replace(block.routing, slot=n) for n, block in enumerate(blocks)]
         self.block_paths = [block.path for block in blocks]
         self.expert_names = [block.names[1:] for block in blocks]
@@ -135,11 +133,14 @@ class MoEModel(nn.Module):
         hf, weights = model.hf, None
         if checkpoint and any(parameter.is_meta for parameter in hf.parameters()):
             weights = Weights(checkpoint, backbone.keys, hf, backbone.may_lack)
+        blocks = backbone.moe_blocks(hf)
+        if not blocks:
+            raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
         # 2. Our layers, with the experts of this rank.
         hf.requires_grad_(train == "all")
         source = _Source(model.shard, torch.float32 if train != "routers" else dtype, weights)
         layers = convert_blocks(
-            backbone.moe_blocks(hf),
+            blocks,
             router,
             model.ctx,
             source,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemoe_ds.moe.layer import MoELayer
 
@@ -39,5 +39,10 @@ def speak_stock(layer: MoELayer, names: dict[str, str]) -> None:
             else:
                 layer.get_buffer(ours).copy_(tensor)
 
+    for ours, theirs in names.items():
+        if ours.startswith("experts."):  # transformers looks up the shape of what it transposes
+            shape = getattr(layer.experts, ours.removeprefix("experts.")).shape
+            alias = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+            layer.experts.__dict__[theirs.rpartition(".")[2]] = alias  # not registered
     layer.register_state_dict_post_hook(after)
     layer.register_load_state_dict_pre_hook(before)

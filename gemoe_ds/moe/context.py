@@ -239,7 +239,10 @@ class TokenContext:
             "call ctx.begin(is_valid_BS, is_vision_BS) before every forward, and ctx.end() after"
         )
         if not self.in_forward:
-            raise RuntimeError(f"a MoE layer runs in a forward that was not begun: {begin}")
+            raise RuntimeError(
+                f"a MoE layer runs in a forward that was not begun: {begin}; of a model from "
+                "convert(), call the module that convert() was given, not one within it"
+            )
         if slot in self._ran:
             raise RuntimeError(
                 f"slot {slot} runs a second time in one forward: {begin}; give every MoE layer of "

@@ -1,0 +1,421 @@
+"""convert(): the blocks of stock models become ours, and nothing else of them changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.models.convert import convert
+from gemoe_ds.moe.router import Router
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+MLA = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+IMAGE = 90
+
+
+def olmoe(**changes):
+    return OlmoeForCausalLM(
+        OlmoeConfig(**SIZES | {"num_experts": 8, "num_experts_per_tok": 4} | changes)
+    )
+
+
+def mixtral(**changes):
+    return MixtralForCausalLM(MixtralConfig(**SIZES | {"num_local_experts": 8} | changes))
+
+
+def qwen3(**changes):
+    options = {"head_dim": 8, "norm_topk_prob": True} | changes
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | MOE | options))
+
+
+def qwen2():
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES | MOE, shared_expert_intermediate_size=24))
+
+
+def deepseek_v2(**changes):
+    options = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+    options |= {"n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5}
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES | MLA | options | changes))
+
+
+def deepseek_vl2():
+    """Its language model."""
+    options = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+    return DeepseekOcr2TextModel(
+        DeepseekOcr2TextConfig(
+            **SIZES | options,
+            n_shared_experts=2,
+            head_dim=8,
+            topk_method="greedy",
+            mlp_layer_types=["dense", "sparse"],
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+
+
+def qwen3_vl():
+    text = {k: v for k, v in (SIZES | MOE).items() if not k.endswith("_token_id")}
+    text |= {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"intermediate_size": 16, "deepstack_visual_indexes": [0]}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+FAMILIES = {
+    f.__name__: f for f in (olmoe, mixtral, qwen2, qwen3, qwen3_vl, deepseek_v2, deepseek_vl2)
+}
+
+
+@functools.cache
+def _stock(name):
+    torch.manual_seed(0)
+    return FAMILIES[name]().eval()
+
+
+def stock(name="olmoe"):
+    return copy.deepcopy(_stock(name))
+
+
+def converted(router="gemoe", name="olmoe", seed=1, **options):
+    model = stock(name).train()
+    torch.manual_seed(seed)
+    return model, convert(model, router, **options)
+
+
+def batch(seed=0, labels=True):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 80, (2, 7), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    both = {"input_ids": ids, "attention_mask": mask}
+    return both | ({"labels": ids.masked_fill(mask == 0, -100)} if labels else {})
+
+
+def outputs(model, **given):
+    out = model(**given)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def step(model, handle, given=None):
+    out = model(**(given or batch()))
+    loss = out.loss + handle.aux_loss()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in handle.trainable_parameters().items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_top_k_is_the_untouched_model(name):
+    given, model = batch(labels=False), stock(name)
+    want = outputs(model, **given)
+    tensors = {n: (p.data_ptr(), p.clone()) for n, p in model.named_parameters()}
+    handle = convert(model, router="top_k")
+    valid = given["attention_mask"].bool()
+    torch.testing.assert_close(outputs(model, **given)[valid], want[valid])
+    (k, *_) = handle.k_per_layer
+    assert torch.equal(k > 0, valid) and k.unique().tolist() == [0, handle.routers[0].static_k]
+    # all weights are there, under the stock names, the large ones in the same memory
+    state = model.state_dict()
+    assert state.keys() >= tensors.keys()
+    for n, (pointer, value) in tensors.items():
+        assert torch.equal(state[n], value), n
+        assert state[n].data_ptr() == pointer or n.endswith("gate.weight"), n
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl", "deepseek_v2"])
+def test_a_saved_folder_is_the_stock_models_and_takes_the_routers_back(name, tmp_path):
+    model, handle = converted(name=name)
+    with torch.no_grad():
+        for p in handle.trainable_parameters().values():
+            p.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert {n.rpartition(".router.")[2] for n in info["unexpected_keys"]} == {"eap.weight"}
+    other = convert(again)
+    other.load_routers(tmp_path)
+    given = batch(labels=False)
+    with torch.no_grad():
+        assert torch.equal(outputs(again.eval(), **given), outputs(model.eval(), **given))
+
+
+def test_load_state_dict_takes_frozen_experts_too():
+    model, _ = converted()
+    state = {n: t + 1 if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    other, _ = converted(seed=2)
+    other.load_state_dict(state)
+    assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items())
+    del state["model.layers.0.mlp.experts.down_proj"]
+    with pytest.raises(RuntimeError, match="Missing.*layers.0.mlp.experts.down_proj"):
+        other.load_state_dict(state)
+    with pytest.raises(ConfigError, match="no router"):
+        convert(stock()).load_routers(".")
+
+
+def test_routers_alone_train_unless_more_is_asked_for():
+    _, handle = converted()
+    assert all(".router." in name for name in handle.trainable_parameters())
+    assert len(handle.trainable_parameters()) == 4
+    _, handle = converted(trainable="experts")
+    kinds = {name.split(".mlp.")[-1].split(".")[0] for name in handle.trainable_parameters()}
+    assert kinds == {"router", "experts"}
+    model = stock("qwen2")
+    model.model.embed_tokens.requires_grad_(False)
+    handle = convert(model, trainable="all")
+    frozen = set(dict(model.named_parameters())) - handle.trainable_parameters().keys()
+    assert frozen == {"model.embed_tokens.weight"}
+    step(model.train(), handle)
+
+
+@pytest.mark.parametrize("name", Router.names())
+def test_recomputation_changes_nothing_for_any_router(name):
+    """Two forwards of equal shape before one backward pass, with padding in other places."""
+    other = batch(1)
+    other["attention_mask"] = other["attention_mask"].flip(0)
+    found = []
+    for recompute in (False, True):
+        model, handle = converted(name, trainable="experts")
+        if recompute:
+            model.gradient_checkpointing_enable()
+        losses = []
+        for given in (batch(), other):
+            losses.append(model(**given).loss + handle.aux_loss())
+            with torch.no_grad():
+                model(**batch(2))
+        sum(losses).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() and len(plain) > 2
+    for n in plain:
+        assert torch.equal(plain[n], again[n]), n
+
+
+def test_deepspeed_gives_the_gradients_of_plain_pytorch():
+    import deepspeed
+
+    from gemoe_ds.engine.world import distributed
+
+    want = step(*converted())
+    model, handle = converted()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 2},
+    }
+    with distributed():
+        optimizer = torch.optim.AdamW(list(handle.trainable_parameters().values()), lr=0.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for is_last in (False, True):
+            out = engine(**batch())
+            engine.backward(out.loss + handle.aux_loss())
+            if is_last:
+                found = {
+                    n: deepspeed.utils.safe_get_full_grad(p)
+                    for n, p in handle.trainable_parameters().items()
+                }
+            engine.step()
+    assert found.keys() == want.keys()
+    for n in want:
+        torch.testing.assert_close(found[n], want[n], msg=n)
+
+
+def test_trainer_gives_the_gradients_of_plain_pytorch(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    class MoETrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss + handle.aux_loss() / self.current_gradient_accumulation_steps
+            return (loss, out) if return_outputs else loss
+
+    class Recorded(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            found.update({n: p.grad.clone() for n, p in handle.trainable_parameters().items()})
+            return super().step(*args, **kwargs)
+
+    found: dict[str, torch.Tensor] = {}
+    want = step(*converted())
+    model, handle = converted()
+    given = batch()
+    rows = [{n: t[i] for n, t in given.items()} for i in (0, 1)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    optimizer = Recorded(handle.trainable_parameters().values(), lr=0.0)
+    MoETrainer(model, arguments, train_dataset=rows * 2, optimizers=(optimizer, None)).train()
+    for n in want:
+        torch.testing.assert_close(found[n], want[n], msg=n)
+    convert(stock()).load_routers(tmp_path / "checkpoint-1")
+
+
+def test_generation_tells_cache_and_left_padding():
+    model, handle = converted()
+    model.eval()
+    given = batch(labels=False)
+    given = {n: t.flip(1) for n, t in given.items()}  # padding on the left
+    with torch.no_grad():
+        long = model.generate(**given, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        alone = model.generate(
+            given["input_ids"][1:, 3:], max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
+    assert torch.equal(long[1, 3:], alone[0])
+    assert [k.shape for k in handle.k_per_layer] == [(1, 1), (1, 1)]
+
+
+def test_images_are_told_by_their_token():
+    model, handle = converted("ltdr", "qwen3_vl", k=1, tail_k=8)
+    given = batch(labels=False)
+    given["input_ids"][0, 2:5] = IMAGE
+    with torch.no_grad():
+        handle.begin(given["attention_mask"], given["input_ids"] == IMAGE)
+        model(
+            **given | {"input_ids": given["input_ids"].masked_fill(given["input_ids"] == IMAGE, 5)}
+        )
+    assert handle.ctx.is_vision_T.sum() == 3
+    many = torch.stack(handle.k_per_layer).amax(0) > 1
+    assert many.any() and not many[given["input_ids"] != IMAGE].any()
+    with pytest.raises(RuntimeError, match="inputs_embeds alone: call handle.begin"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_masks_say_the_same_in_two_and_in_four_dimensions():
+    model, handle = converted()
+    given = batch(labels=False)
+    valid = given["attention_mask"].bool()
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    four = causal & valid[:, None, None, :]
+    with torch.no_grad():
+        model(**given)
+        want = handle.k_per_layer
+        low = torch.finfo(torch.float32).min
+        for mask in (four, torch.zeros(four.shape).masked_fill(~four, low)):
+            model(given["input_ids"], mask)
+            assert all(map(torch.equal, handle.k_per_layer, want))
+        with pytest.raises(RuntimeError, match=r"\[2, 1, 1, 7\] does not say.*handle.begin"):
+            model(given["input_ids"], four[:, :, :1])
+
+
+def test_a_forward_that_cannot_be_what_is_meant_is_refused():
+    model, handle = converted()
+    with pytest.raises(RuntimeError, match="has not run.*aux_loss.. once"):
+        handle.aux_loss()
+    with pytest.raises(RuntimeError, match="no forward has run"):
+        handle.k_per_layer  # noqa: B018
+    with pytest.raises(RuntimeError, match="not begun.*convert"):
+        model.model(**batch(labels=False))
+    step(model, handle)
+    with pytest.raises(RuntimeError, match="has had its backward pass"):
+        handle.aux_loss()
+    with pytest.raises(RuntimeError, match="output_router_logits=True.*aux_loss"):
+        model(**batch(), output_router_logits=True)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[100]]))
+    with pytest.raises(RuntimeError, match="has not run"):
+        handle.aux_loss()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(**batch())
+
+
+@pytest.mark.parametrize(
+    "make, options, told",
+    [
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)),
+            {},
+            "it is a GPT2",
+        ),
+        (lambda: GraniteMoeForCausalLM(GraniteMoeConfig(**SIZES)), {}, "it has GraniteMoe"),
+        (lambda: converted()[0], {}, "converted already"),
+        (stock, {"router": "gemo"}, "did you mean gemoe"),
+        (stock, {"k_hihg": 2}, "did you mean k_high"),
+        (stock, {"k_low": 6}, "k_low <= k_high"),
+        (stock, {"trainable": "router"}, "one of 'routers', 'experts', 'all'"),
+        (lambda: olmoe(hidden_act="gelu"), {}, r"layers.0.mlp: experts with GELU"),
+        (lambda: olmoe(output_router_logits=True), {}, "output_router_logits=True"),
+        (lambda: mixtral(router_jitter_noise=0.1), {}, "router_jitter_noise=0.1"),
+        (
+            lambda: deepseek_v2(topk_method="group_limited_greedy", n_group=4, topk_group=2),
+            {},
+            "group_limited_greedy",
+        ),
+        (lambda: stock().to("meta"), {}, "no memory; load the model whole"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_and_left_alone(make, options, told):
+    model = make()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match=told) as refused:
+        convert(model, **options)
+    assert "\n" not in str(refused.value)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+def test_a_copy_of_a_converted_model_is_independent():
+    model, handle = converted()
+    step(model, handle)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        want = other(**batch()).loss
+        for p in handle.trainable_parameters().values():
+            p.zero_()
+        assert torch.equal(other(**batch()).loss, want) and not torch.equal(
+            model(**batch()).loss, want
+        )
