@@ -33,7 +33,7 @@ def dispatch(
     modules.pop("main", None)
     name = words[0]
     if name in ("-h", "--help"):
-        print(_help(program, folder, modules, about, list(prints)))
+        sys.stdout.write(_help(program, folder, modules, about, list(prints)))
     elif name in prints:
         print(f"{program} {prints[name]}")
     elif name in modules:
@@ -51,7 +51,7 @@ def _help(
     lines = [f"  {name:<{width}}  {_first_line(folder, modules[name])}" for name in modules]
     words = [f"usage: {program} COMMAND ...", "", about, "", "commands:", *lines, ""]
     also = "".join(f"  {program} {option}" for option in options)
-    return "\n".join([*words, f"{program} COMMAND --help says more about one.{also}"])
+    return "\n".join([*words, f"{program} COMMAND --help says more about one.{also}\n"])
 
 
 def _first_line(folder: Path, module: str) -> str:

@@ -20,7 +20,7 @@ from gemoe_ds.data.bad_samples import BadSample, listed
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.world import any_over_ranks, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
-from gemoe_ds.evaluation.arguments import RoutingMode, settings
+from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.generate import GenerationStats, Written, alone, generate
 from gemoe_ds.evaluation.session import EvalSession, session_config
 from gemoe_ds.evaluation.throughput import Cost, as_json, as_markdown
@@ -43,22 +43,22 @@ class ModeResult:
 def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     """All samples with every routing, counted once and then timed in turns. Collective."""
     config = session_config(arguments)
-    samples, asked = open_samples(arguments.data), settings(arguments)
+    samples, asked = open_samples(arguments.data), modes(arguments)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
-        found = {setting: ModeResult() for setting in asked}
+        found = {mode: ModeResult() for mode in asked}
         routes = session.routes(asked)
         for number in range(arguments.rounds + 1):
-            for setting in asked:
-                routes(setting)
-                one_round(session, samples, setting, found[setting], counted=number == 0)
+            for mode in asked:
+                routes(mode)
+                one_round(session, samples, mode, found[mode], counted=number == 0)
         report(session, found, arguments.out)
 
 
 def one_round(
     session: EvalSession,
     samples: SampleFolder,
-    setting: RoutingMode,
+    mode: RoutingMode,
     result: ModeResult,
     *,
     counted: bool,
@@ -69,8 +69,8 @@ def one_round(
     prompts, steps, last = GenerationStats(), GenerationStats(), None
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    label = f"{setting}, {'counting' if counted else 'timing'}"
-    for batch in session.shown(stream, GENERATE, label):
+    label = f"{mode}, {'counting' if counted else 'timing'}"
+    for batch in session.iterate(stream, GENERATE, label):
         last = batch or (last and last.silenced())
         if last is None:
             raise ConfigError("a rank has no sample at all: use fewer ranks than samples")
@@ -139,12 +139,12 @@ def answered(
 def report(session: EvalSession, found: dict[RoutingMode, ModeResult], out: Path) -> None:
     """Everything of all ranks, written by the first one. Collective."""
     costs = []
-    for setting, mine in found.items():
+    for mode, mine in found.items():
         ranks: list[ModeResult] = gather_objects(mine)
         if not session.world.is_first:
             continue
         answers = sorted((a for rank in ranks for a in rank.answers), key=lambda a: str(a["id"]))
-        folder = out / setting.folder
+        folder = out / mode.folder
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(answer, ensure_ascii=False) for answer in answers)
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -155,7 +155,7 @@ def report(session: EvalSession, found: dict[RoutingMode, ModeResult], out: Path
         ]
         memory = max(rank.memory for rank in ranks)
         costs.append(
-            Cost.of(str(setting), session.model, *counts, len(answers), rounds, memory)  # type: ignore[arg-type]
+            Cost.of(str(mode), session.model, *counts, len(answers), rounds, memory)  # type: ignore[arg-type]
         )
     if session.world.is_first:
         shape = {"ranks": session.world.size, "batch": session.arguments.batch}

@@ -1,4 +1,4 @@
-"""Evaluate in every way that is asked for; each leaves eval.json and tokens.npz in its folder."""
+"""Evaluate with every routing that is asked for; each leaves eval.json and tokens.npz."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine.world import distributed, gather_objects
-from gemoe_ds.evaluation.arguments import RoutingMode, settings
+from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.score import Scores
 from gemoe_ds.evaluation.session import EvalSession, session_config
 from gemoe_ds.models.moe_model import MoEModel
@@ -32,15 +32,15 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     """All samples once with every routing; a line and a folder each. Collective."""
     config = session_config(arguments)
     samples = open_samples(arguments.data)
-    asked = settings(arguments)
+    asked = modes(arguments)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
-        for setting in asked:
-            out = arguments.out / (setting.folder if len(asked) > 1 or setting.mean_k else "")
+        for mode in asked:
+            out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
             if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
                 session.say(f"done before: {out}")
                 continue
-            session.set_routing(setting)
+            session.set_routing(mode)
             name = config.model.router.name
             k = session.model.moe_layers[0].router.static_k
             session.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
@@ -48,7 +48,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
             scores = session.scored(samples)
             if world.is_first:
                 seconds = time.perf_counter() - began
-                write_scores(session, setting, out, scores, k, seconds)
+                write_scores(session, mode, out, scores, k, seconds)
         if arguments.flips:
             session.say("evaluating in float32, for the k that differ")
             in_float32 = session_config(arguments, "model.dtype=float32")
@@ -59,7 +59,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
 
 def write_scores(
     session: EvalSession,
-    setting: RoutingMode,
+    mode: RoutingMode,
     out: Path,
     scores: Scores,
     k: int | None,
@@ -72,7 +72,7 @@ def write_scores(
         scores,
         method=arguments.name or (f"{name}_tuned" if tuned else name),
         k=k,
-        budget_k=setting.mean_k,
+        budget_k=mode.mean_k,
         seed=session.config.seed,
         seconds=seconds,
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,

@@ -70,7 +70,7 @@ def test_a_budget_is_met_in_every_round(trained, tmp_path):
     done = generate(trained, tmp_path, *options, "--max-new-tokens", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     (cost,) = json.loads((tmp_path / "throughput.json").read_text())["costs"]
-    assert cost["setting"] == "mean k 2.5" and cost["samples"] == 3
+    assert cost["mode"] == "mean k 2.5" and cost["samples"] == 3
     assert cost["mean_k_prompts"] == pytest.approx(2.5, abs=0.4)  # met on other samples
     assert done.stdout.count("mean k 2.5") == 2  # found once, and the table
 
