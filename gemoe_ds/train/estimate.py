@@ -28,7 +28,7 @@ from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 GRADIENT = MOMENT = MASTER = WEIGHT = 4  # bytes: what trains is float32
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, numbers
 
-# Of a process on CPUs, as measured (docs/models.md): what DeepSpeed's engine, the loader's
+# Of a process on CPUs, as measured (docs/memory.md): what DeepSpeed's engine, the loader's
 # threads and the kernels of a first step add; and how much memory glibc's heap has in holes that
 # the next tensor does not fit into, for a byte that a step needs at once, whether or not it
 # recomputes.
