@@ -263,7 +263,7 @@ def test_bfloat16_layers_route_in_float32(name):
         ({"router": int}, "is no router; give a name"),
         ({"k_hihg": 3}, "k_hihg: no such option; router gemoe has .*did you mean k_high"),
         ({"k_high": 2.5}, "router gemoe: k_high=2.5: Input should be a valid integer"),
-        ({"k_low": 4}, "leave no k to predict"),
+        ({"k_low": 4}, "leave no k to choose"),
         ({"k_low": 5}, "k_low=5, k_high=4 must satisfy"),
     ],
 )
