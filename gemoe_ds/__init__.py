@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemoe_ds.evaluation.records import evaluate as evaluate
     from gemoe_ds.models.convert import convert as convert
     from gemoe_ds.moe.layer import MoELayer as MoELayer
     from gemoe_ds.moe.router import Router as Router
+    from gemoe_ds.train import start as train
 
 __version__ = "0.1.0"
 
@@ -20,11 +22,14 @@ _HOMES = {
     "MoELayer": "gemoe_ds.moe.layer",
     "Router": "gemoe_ds.moe.router",
     "convert": "gemoe_ds.models.convert",
+    "evaluate": "gemoe_ds.evaluation.records",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = ["MoELayer", "Router", "convert", "evaluate", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # the package of this name is the function too
+        return import_module("gemoe_ds.train")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("gemoe_ds.routers")  # every router has its name
@@ -33,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

@@ -11,40 +11,18 @@ Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split ov
 
 from __future__ import annotations
 
-import re
-
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.errors import ConfigError, exit_on_error
-from gemoe_ds.evaluation.arguments import session_parser
+from gemoe_ds.errors import exit_on_error
+from gemoe_ds.evaluation.arguments import check_evaluation, evaluate_parser
 
 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None:
     if argv is None:  # signals are heeded before imports that take seconds
         stop = StopRequest().listen()
-    parser = session_parser(__doc__)
-    parser.add_argument("--name", help="method in the record (default: the router's name)")
-    parser.add_argument(
-        "--flips",
-        action="store_true",
-        help="also run in float32; write whose k differs: k_flips.json",
-    )
-    parser.add_argument(
-        "--skip-done", action="store_true", help="leave out what --out holds already"
-    )
+    parser = evaluate_parser(__doc__)
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
-        if (arguments.trained is None) == (arguments.k is None):
-            raise ConfigError(
-                "give --trained RUN (what it trained) or --k K ... (static), not both"
-            )
-        if arguments.flips and arguments.k:
-            raise ConfigError("--flips compares the k of a trained router; a static k never flips")
-        if arguments.mean_k and (arguments.k or arguments.flips):
-            raise ConfigError("--mean-k goes with --trained RUN, without --k and --flips")
-        if arguments.flips and arguments.skip_done:
-            raise ConfigError("--flips compares what is evaluated now; leave --skip-done out")
-        if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
-            raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
+        check_evaluation(arguments)
         from gemoe_ds.evaluation.records import evaluate_all
 
         evaluate_all(arguments, stop)

@@ -45,6 +45,27 @@ def config_from_dict(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(lines)) from None
 
 
+def as_config(
+    given: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration that Python code means: itself, as a dict, or a recipe by path or name.
+
+    Overrides are `key.path=value`, of a configuration as of a recipe. Raises ConfigError.
+    """
+    if isinstance(given, (str, Path)):
+        return load_config(given, overrides)
+    if isinstance(given, RunConfig):
+        if not overrides:
+            return given
+        given = given.model_dump(mode="json")
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"a configuration is a RunConfig, a dict, or the path or name of a recipe; got "
+            f"{type(given).__name__}"
+        )
+    return config_from_dict(_with_overrides(dict(given), overrides)).located(Places.beside())
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The plain dict of a recipe file, with what it extends merged under it."""
     return _read(path)[0]

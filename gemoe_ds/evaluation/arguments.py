@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,35 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def evaluate_parser(description: str | None) -> argparse.ArgumentParser:
+    """These, and those of `gemoe evaluate` alone."""
+    parser = session_parser(description)
+    parser.add_argument("--name", help="method in the record (default: the router's name)")
+    parser.add_argument(
+        "--flips",
+        action="store_true",
+        help="also run in float32; write whose k differs: k_flips.json",
+    )
+    parser.add_argument(
+        "--skip-done", action="store_true", help="leave out what --out holds already"
+    )
+    return parser
+
+
+def check_evaluation(arguments: argparse.Namespace) -> None:
+    """ConfigError for options that contradict each other."""
+    if (arguments.trained is None) == (arguments.k is None):
+        raise ConfigError("give --trained RUN (what it trained) or --k K ... (static), not both")
+    if arguments.flips and arguments.k:
+        raise ConfigError("--flips compares the k of a trained router; a static k never flips")
+    if arguments.mean_k and (arguments.k or arguments.flips):
+        raise ConfigError("--mean-k goes with --trained RUN, without --k and --flips")
+    if arguments.flips and arguments.skip_done:
+        raise ConfigError("--flips compares what is evaluated now; leave --skip-done out")
+    if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
+        raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
 
 
 def modes(arguments: argparse.Namespace) -> list[RoutingMode]:

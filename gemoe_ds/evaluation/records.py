@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,29 +16,87 @@ from gemoe_ds.analysis.record import (
     RECORD,
     EvalRecord,
     TokenSample,
+    read_record,
     routing_summary,
     write_record,
 )
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
+from gemoe_ds.config import RunConfig
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import distributed, gather_objects
-from gemoe_ds.evaluation.arguments import RoutingMode, modes
+from gemoe_ds.evaluation.arguments import (
+    RoutingMode,
+    check_evaluation,
+    evaluate_parser,
+    modes,
+)
 from gemoe_ds.evaluation.score import Scores
 from gemoe_ds.evaluation.session import EvalSession, session_config
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.train.monitor import seconds_in
 
 
-def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
+def evaluate(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    data: str | Path,
+    out: str | Path,
+    trained: str | Path | None = None,
+    k: Sequence[int] = (),
+    mean_k: Sequence[float] = (),
+    batch: int | None = None,
+    stop: StopRequest | None = None,
+) -> dict[str, EvalRecord]:
+    """Score a run, or the untouched model at several k, as `gemoe evaluate` does.
+
+    Args:
+        config: a `RunConfig`, the same as a dict, or the path or name of a recipe (a run's own is
+            RUN/config.yaml).
+        overrides: `key.path=value`.
+        data: folder of converted samples.
+        out: folder of the results.
+        trained: the run whose trained parts are loaded; or else
+        k: experts a token, static, one evaluation each.
+        mean_k: budgets for what was trained, mean experts a token, one evaluation each.
+        batch: samples a rank and forward pass; None: 64.
+        stop: ask it to stop, and the evaluation ends between two batches.
+
+    Returns:
+        By folder in `out` ("." for `out` itself): the record that eval.json holds there, with
+        `accuracy` (0 to 1), `mean_k`, `mean_k_per_layer`, ... The same on every rank.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what is given cannot be used, in one line.
+        Stopped: `stop` was asked.
+
+    Source: accuracy is greedy exact match, the mean over kinds of questions.
+    """
+    arguments = evaluate_parser(None).parse_args(["-", "--data", str(data), "--out", str(out)])
+    arguments.recipe, arguments.overrides = config, list(overrides)
+    arguments.trained = None if trained is None else Path(trained)
+    arguments.k, arguments.mean_k = list(k) or None, list(mean_k) or None
+    arguments.batch = arguments.batch if batch is None else batch
+    adopt_launcher()
+    check_evaluation(arguments)
+    return {
+        os.path.relpath(folder, out): read_record(folder)[0]
+        for folder in evaluate_all(arguments, stop)
+    }
+
+
+def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     """All samples once with every routing; a line and a folder each. Collective."""
     config = session_config(arguments)
     samples = open_samples(arguments.data)
     asked = modes(arguments)
+    folders = []
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
         for mode in asked:
             out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
+            folders.append(out)
             if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
                 session.say(f"done before: {out}")
                 continue
@@ -55,6 +115,8 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> None:
             exact = EvalSession(arguments, in_float32, world, stop).scored(samples)
             if world.is_first:
                 write_flips(arguments.out, config.model.dtype, scores, exact)
+        gather_objects(None)  # the first rank has written
+    return folders
 
 
 def write_scores(

@@ -14,7 +14,8 @@ from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.signals import until_stopped
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.config import RunConfig, load_config, validate_evaluation
+from gemoe_ds.config import RunConfig, validate_evaluation
+from gemoe_ds.config.load import as_config
 from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.collate import Batch
@@ -179,6 +180,6 @@ def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
         overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
-    config = load_config(arguments.recipe, [*overrides, *more])
+    config = as_config(arguments.recipe, [*overrides, *more])
     validate_evaluation(config)
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -27,7 +28,9 @@ from gemoe_ds.models.blocks import (
 )
 from gemoe_ds.models.handle import MoEHandle
 from gemoe_ds.models.stock_state import speak_stock
+from gemoe_ds.moe.after_step import before_steps
 from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
 
@@ -102,6 +105,7 @@ def convert(
         raise ConfigError(f"trainable={trainable!r}: one of 'routers', 'experts', 'all' is wanted")
     router_class, config = Router.configured(router, options)
     blocks = _blocks(model)
+    _probe(blocks[0], (router_class, config), trainable=trainable != "routers")
     names = [block.stock_names for block in blocks]
     ctx = TokenContext(len(blocks))
     ctx.losses_without_gradient = ctx.trace = True
@@ -117,7 +121,17 @@ def convert(
         for parameter in model.parameters():
             if id(parameter) not in ours:
                 parameter.requires_grad_(False)
+    before_steps([(layer.router, layer.experts) for layer in layers])
     return MoEHandle(model, ctx, layers)
+
+
+def _probe(block: BlockSpec, router: tuple[type[Router], Any], *, trainable: bool) -> None:
+    """Find out what the router refuses while the model is still as it was."""
+    router_class, config = router
+    with torch.random.fork_rng(devices=[]):
+        probe = router_class(config, block.routing)
+    experts = Experts(block.gate_up_EGD.data[:1], block.down_EDF.data[:1], trainable=trainable)
+    before_steps([(probe, experts)])
 
 
 def _blocks(model: nn.Module) -> list[BlockSpec]:

@@ -15,10 +15,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.after_step import after_step
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router
+from gemoe_ds.moe.step_context import Assign, Read
+from gemoe_ds.moe.step_counts import StepCounts
 
 
 class MoEHandle:
@@ -33,6 +36,7 @@ class MoEHandle:
         self.model, self.ctx, self.layers = model, ctx, list(layers)
         self._given: tuple[Tensor, Tensor | None] | None = None  # masks for the next forward
         self._shape = torch.Size([0, 0])
+        self._counts = StepCounts(len(self.layers))
         parameters = inspect.signature(model.forward).parameters.values()
         self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -78,6 +82,21 @@ class MoEHandle:
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of the model that trains, by name; for an optimizer."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def after_step(
+        self,
+        step: int,
+        total_steps: int,
+        *,
+        assign_: Assign | None = None,
+        read_param: Read | None = None,
+    ) -> None:
+        """Call after `optimizer.step()`: the routers with a controller or a schedule work here.
+
+        As `MoELayer.after_step`, for all layers together. Collective.
+        """
+        layers = [(layer.router, layer.experts) for layer in self.layers]
+        after_step(layers, self._counts, step, total_steps, assign_, read_param)
 
     def begin(self, is_valid: Tensor, is_vision: Tensor | None = None) -> None:
         """Say for the next forward which tokens are no padding, and which are of an image.
@@ -144,8 +163,11 @@ class MoEHandle:
         self.ctx.begin(valid_BS, is_vision_BS.to(device) != 0)
 
     def _end(self, model: nn.Module, args: object, output: object) -> None:
-        if not in_backward():
-            self.ctx.end(failed=output is None)
+        if in_backward():
+            return
+        self.ctx.end(failed=output is None)
+        if self.model.training and torch.is_grad_enabled() and output is not None:
+            self._counts.add(self.ctx)
 
     def _vision(self, given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         config = getattr(self.model, "config", None)

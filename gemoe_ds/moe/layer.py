@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.after_step import after_step, before_steps
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.moe.step_context import Assign, Read
+from gemoe_ds.moe.step_counts import StepCounts
 
 
 class MoELayer(nn.Module):
@@ -38,6 +42,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.stands_alone = False  # has its context for itself
         self._shape = torch.Size([0])  # [...] of the last x
+        self._counts = StepCounts(1)
 
     @classmethod
     def build(
@@ -99,6 +104,7 @@ class MoELayer(nn.Module):
             shared,
         )
         layer.stands_alone = True
+        before_steps([(layer.router, layer.experts)])
         return layer
 
     def forward(
@@ -139,7 +145,10 @@ class MoELayer(nn.Module):
         none_BS = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         vision_BS = _mask("is_vision", none_BS if is_vision is None else is_vision, x)
         with self.ctx.alone(valid_BS, vision_BS):
-            return self._forward(x)
+            y = self._forward(x)
+        if self.training and torch.is_grad_enabled() and not in_backward():
+            self._counts.add(self.ctx)
+        return y
 
     def aux_loss(self) -> Tensor:
         """The auxiliary losses of the last forward: sum of weight * value, to be added to the loss.
@@ -163,6 +172,31 @@ class MoELayer(nn.Module):
             )
         self.refuse_rollouts()
         return self.ctx.aux_loss()
+
+    def after_step(
+        self,
+        step: int,
+        total_steps: int,
+        *,
+        assign_: Assign | None = None,
+        read_param: Read | None = None,
+    ) -> None:
+        """Call after `optimizer.step()`: the routers with a controller or a schedule work here.
+
+        Without it remoe, dynmoe, adamoe, evolve and ada_k stay as they start; others ignore it.
+
+        Args:
+            step: counted from 1.
+            total_steps: of the whole run.
+            assign_, read_param: how a parameter is written and read where it is not whole:
+                `gemoe_ds.engine.zero.assign_` and `full_value` under DeepSpeed's ZeRO.
+
+        Raises:
+            ValueError: a step outside 1..total_steps.
+            RuntimeError: a parameter of ZeRO would be written without `assign_`.
+        """
+        layers = [(self.router, self.experts)]
+        after_step(layers, self._counts, step, total_steps, assign_, read_param)
 
     def refuse_rollouts(self) -> None:
         """RuntimeError if the router now learns from forwards that only gemoe_ds.train runs."""

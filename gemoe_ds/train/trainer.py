@@ -25,10 +25,10 @@ from gemoe_ds.errors import DataError, Stopped, writing_to
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.context import Rollout, Stat
 from gemoe_ds.moe.step_context import StepContext
+from gemoe_ds.moe.step_counts import StepCounts
 from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
 from gemoe_ds.train.monitor import Monitor, StatSum
 from gemoe_ds.train.sample_log import SampleLog
-from gemoe_ds.train.step_counts import StepCounts
 
 
 class Trainer:

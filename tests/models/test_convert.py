@@ -389,6 +389,7 @@ def test_a_forward_that_cannot_be_what_is_meant_is_refused():
         (stock, {"router": "gemo"}, "did you mean gemoe"),
         (stock, {"k_hihg": 2}, "did you mean k_high"),
         (stock, {"k_low": 6}, "k_low <= k_high"),
+        (stock, {"router": "evolve"}, "trainable=experts"),
         (stock, {"trainable": "router"}, "one of 'routers', 'experts', 'all'"),
         (lambda: olmoe(hidden_act="gelu"), {}, r"layers.0.mlp: experts with GELU"),
         (lambda: olmoe(output_router_logits=True), {}, "output_router_logits=True"),
@@ -421,3 +422,16 @@ def test_a_copy_of_a_converted_model_is_independent():
         assert torch.equal(other(**batch()).loss, want) and not torch.equal(
             model(**batch()).loss, want
         )
+
+
+def test_controllers_see_all_layers_after_a_step():
+    model, handle = converted("remoe", target_k=1.0)
+    model.gradient_checkpointing_enable()
+    step(model, handle)
+    seen = []
+    for router in handle.routers:
+        router.after_step = seen.append
+    k = torch.stack(handle.k_per_layer)
+    handle.after_step(1, 2)
+    assert [context.layer["active"] for context in seen] == k.sum((1, 2)).tolist()
+    assert seen[0].model == {"active": k.sum(), "tokens": 2 * 11} and seen[1].progress == 0.5

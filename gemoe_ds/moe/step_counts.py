@@ -19,7 +19,7 @@ class StepCounts:
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
 
     def add(self, ctx: TokenContext) -> None:
-        """After a backward pass: with recomputation the records are those of the second forward."""
+        """After a forward that trains."""
         for sums, record in zip(self.layers, ctx.layers, strict=True):
             for name, value in record.step_counts.items():
                 value = value.double()
@@ -33,7 +33,8 @@ class StepCounts:
             return layers, {}
         packed = torch.cat(flat)
         sum_over_ranks(packed)
-        parts = iter(packed.split([part.numel() for part in flat]))
+        sizes = [part.numel() for part in flat]
+        parts = iter(torch.split(packed, sizes))
         layers = [{n: next(parts).view_as(v) for n, v in sums.items()} for sums in layers]
         model: dict[str, Tensor] = {}
         for sums in layers:

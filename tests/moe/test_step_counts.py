@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from gemoe_ds.train.step_counts import StepCounts
+from gemoe_ds.moe.step_counts import StepCounts
 
 
 def context(*layers: dict) -> SimpleNamespace:
