@@ -273,7 +273,9 @@ def test_trainer_gives_the_gradients_of_plain_pytorch(tmp_path, monkeypatch):
     class MoETrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
-            loss = loss + handle.aux_loss() / self.current_gradient_accumulation_steps
+            # with a count of items the loss is divided for accumulation already, without later
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + handle.aux_loss() / steps
             return (loss, out) if return_outputs else loss
 
     class Recorded(torch.optim.SGD):
