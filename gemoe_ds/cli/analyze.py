@@ -23,9 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="EVAL_DIR")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--results", type=Path, help="only render the report of this results.json")
-    parser.add_argument("--tensorboard", type=Path, help="log the figures as images here, too")
-    parser.add_argument("--command", help="what started the whole run (default: this command)")
-    parser.add_argument("--seconds", type=float, help="what the whole run took (default: a sum)")
+    parser.add_argument(
+        "--tensorboard", type=Path, help="also log the figures to TensorBoard in this folder"
+    )
+    parser.add_argument("--command", help="command to name in the report (default: this one)")
+    parser.add_argument(
+        "--seconds", type=float, help="duration to name in the report (default: a sum)"
+    )
     argv = sys.argv[1:] if argv is None else argv
     flags = parser.parse_or_exit(argv)
     if bool(flags.folders) == bool(flags.results):

@@ -1,11 +1,11 @@
-"""Score a run, or the untouched backbone at several k, on held-out conversations.
+"""Evaluate a run, or the base model at several k, on held-out conversations.
 
-    gemoe evaluate RECIPE --k 8 5 2 --data TEST --out DIR      static top-k, as the backbone is
-    gemoe evaluate RUN/config.yaml --trained RUN --data TEST --out DIR     what a run trained
-    ... --mean-k 3 4 5                                    and that with so many experts on average
+    gemoe evaluate RECIPE --k 8 5 2 --data TEST --out DIR      the base model at fixed k
+    gemoe evaluate RUN/config.yaml --trained RUN --data TEST --out DIR     the trained router
+    ... --mean-k 3 4 5                      the trained router, at 3, 4 and 5 experts on average
 
-Writes eval.json and tokens.npz for `gemoe analyze`, with several k into DIR/k_8, DIR/k_5, ...,
-with budgets into DIR/mean_k_4, ... A signal ends it between two batches, with code 75.
+Writes eval.json and tokens.npz for `gemoe analyze`: several k into DIR/k_8, DIR/k_5, ..., several
+--mean-k into DIR/mean_k_4, ... A signal ends it between two batches, with exit code 75.
 Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split over the ranks.
 """
 

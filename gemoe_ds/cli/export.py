@@ -2,8 +2,8 @@
 
     gemoe export RUN/config.yaml --trained RUN --out FOLDER
 
-Whatever runs the base runs it as the backbone with its fixed k. Where that is transformers, with
-`trust_remote_code=True` it routes as in training, without gemoe_ds and DeepSpeed (docs/export.md).
+Anything that runs the base model runs the folder, with the base model's fixed k. transformers with
+`trust_remote_code=True` routes as in training, without gemoe_ds and DeepSpeed (docs/export.md).
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="of the run: its output_dir/config.yaml")
+    parser.add_argument("recipe", type=Path, help="recipe of the run: its output_dir/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
-        "--trained", type=Path, required=True, help="the run's folder (newest checkpoint) or a step"
+        "--trained",
+        type=Path,
+        required=True,
+        help="run folder (newest checkpoint) or one step-* folder",
     )
-    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         _export(arguments)

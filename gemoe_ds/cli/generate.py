@@ -1,14 +1,15 @@
-"""Write answers, as a run has learnt or at a static k, and what they cost.
+"""Write answers, with a trained router or a fixed k, and measure their cost.
 
-    gemoe generate RECIPE --k 8 --data TEST --out DIR                    as the backbone is
+    gemoe generate RECIPE --k 8 --data TEST --out DIR                    the base model
     gemoe generate RUN/config.yaml --trained RUN --k 8 --data TEST --out DIR
-                                            the backbone at k = 8, then what the run trained
-    ... --mean-k 3 4 5                      and that with so many experts on average
+                                            the base model at k = 8, then the trained router
+    ... --mean-k 3 4 5                      the trained router, at 3, 4 and 5 experts on average
 
-Every sample's last answer is written, given the conversation before it: greedily, or sampled at
---temperature. Leaves DIR/<routing>/answers.jsonl, and DIR/throughput.json and .md: experts,
-operations, memory, tokens/s and seconds a sample. --rounds 3 times them again, in turn, after
-a first pass that counts. Runs alone or under `deepspeed` or `torchrun`, samples split over ranks.
+The model writes the last answer of every sample, given the conversation before it: greedily, or
+sampled at --temperature. DIR/<routing>/answers.jsonl holds the answers; DIR/throughput.json and .md
+hold experts, operations, memory, tokens/s and seconds per sample. --rounds 3 times every routing
+three times, in turn, after a first pass that counts. Runs alone or under `deepspeed` or `torchrun`;
+samples are split over ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
     if argv is None:  # signals are heeded before imports that take seconds
         stop = StopRequest().listen()
     parser = session_parser(__doc__)
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
-    parser.add_argument("--limit", type=int, help="the first so many samples only")
-    parser.add_argument("--rounds", type=int, default=1, help="times each way is timed")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="limit of an answer (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling (default: 0, greedy)"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first samples, this many")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often each routing is timed (default: 1)"
+    )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         if not (arguments.k or arguments.trained):

@@ -4,9 +4,9 @@
     gemoe submit RECIPE --nodes 4 --dry-run           print script, command, environments
     gemoe submit RECIPE --launcher deepspeed --hosts n1 n2          without SLURM, over ssh
 
-A job that SLURM warns, preempts or loses goes back into the queue and on from its newest
-checkpoint. What the site needs (modules, container, network) stands in launch/slurm/site.sh, or in
-the file that GEMOE_SITE names.
+A job that SLURM warns, preempts or loses is requeued and resumes from its newest checkpoint.
+Settings of the site (modules, container, network) belong into launch/slurm/site.sh, or into the
+file that GEMOE_SITE names.
 """
 
 from __future__ import annotations
@@ -34,14 +34,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--nodes", type=at_least_one, help="hosts (default: 1, or as many as --hosts)"
     )
-    parser.add_argument("--ranks-per-node", type=at_least_one, default=8, help="GPUs of a host (8)")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="srun", help="srun: SLURM")
-    parser.add_argument("--hosts", nargs="+", default=[], help="without SLURM: first the master")
-    parser.add_argument("--master-port", type=_port, default=PORT, help="without SLURM")
-    parser.add_argument("--no-gpus", action="store_true", help="ranks run on CPUs")
+    parser.add_argument(
+        "--ranks-per-node", type=at_least_one, default=8, help="ranks per host (default: 8)"
+    )
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="srun", help="default: srun (SLURM)"
+    )
+    parser.add_argument(
+        "--hosts", nargs="+", default=[], help="without SLURM: host names, the master first"
+    )
+    parser.add_argument(
+        "--master-port", type=_port, default=PORT, help="port of the master, without SLURM"
+    )
+    parser.add_argument("--no-gpus", action="store_true", help="run ranks on CPUs")
     for option in OPTIONS:
-        parser.add_argument(f"--{option}", help="SLURM's")
-    parser.add_argument("--dry-run", action="store_true", help="print all, start nothing")
+        parser.add_argument(f"--{option}", help=f"sbatch's --{option}")
+    parser.add_argument("--dry-run", action="store_true", help="print everything, start nothing")
     return parser.parse_or_exit(argv)
 
 

@@ -81,17 +81,19 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.path=value", help="change an option of the recipe"
     )
     parser.add_argument("--deepspeed", metavar="FILE", help="same as deepspeed=FILE")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="the same")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="same as --deepspeed FILE")
     parser.add_argument("--resume", metavar="auto|none|DIR", help="same as resume=...")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, take one step, write nothing"
+    )
     parser.add_argument(
         "--estimate",
         type=at_least_one,
         metavar="RANKS",
-        help="print what memory a rank of so many GPUs would need, stop",
+        help="print the memory that each of this many GPUs would need, then stop",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved recipe, stop"
+        "--print-config", action="store_true", help="print the resolved recipe, then stop"
     )
     # The deepspeed launcher adds it; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -30,32 +30,36 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or the config.yaml of a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--data", type=Path, required=True, help="converted samples")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="samples: a folder that `gemoe data convert` wrote"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--trained", type=Path, help="run folder whose trained parts are loaded")
-    parser.add_argument("--k", type=int, nargs="+", help="static top-k instead of a trained router")
+    parser.add_argument("--trained", type=Path, help="run folder; its trained weights are loaded")
+    parser.add_argument(
+        "--k", type=int, nargs="+", help="fixed k of the base model, one or several"
+    )
     parser.add_argument(
         "--mean-k",
         type=float,
         nargs="+",
-        help="budgets: move the trained router's k until the model uses so many experts a token",
+        help="mean experts per token, one or several; the trained router's k is shifted to it",
     )
     parser.add_argument(
-        "--rescale", action="store_true", help="meet budgets by a factor on k, not by a shift"
+        "--rescale", action="store_true", help="meet --mean-k by a factor on k, not by a shift"
     )
     parser.add_argument(
         "--calibrate",
         type=Path,
-        help="samples on which budgets are met (default: data.validation_path or data.train_path)",
+        help="samples on which --mean-k is met (default: data.validation_path or data.train_path)",
     )
     parser.add_argument(
         "--calibration-samples",
         type=at_least_one,
         default=512,
-        help="how many of them (default: 512)",
+        help="number of --calibrate samples (default: 512)",
     )
     parser.add_argument(
-        "--batch", type=at_least_one, default=64, help="samples a rank and forward pass"
+        "--batch", type=at_least_one, default=64, help="samples per rank in one forward pass (64)"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -64,14 +68,14 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
 def evaluate_parser(description: str | None) -> argparse.ArgumentParser:
     """These, and those of `gemoe evaluate` alone."""
     parser = session_parser(description)
-    parser.add_argument("--name", help="method in the record (default: the router's name)")
+    parser.add_argument("--name", help="name of the method in eval.json (default: the router's)")
     parser.add_argument(
         "--flips",
         action="store_true",
-        help="also run in float32; write whose k differs: k_flips.json",
+        help="also run in float32; write the share of tokens whose k differs to k_flips.json",
     )
     parser.add_argument(
-        "--skip-done", action="store_true", help="leave out what --out holds already"
+        "--skip-done", action="store_true", help="skip evaluations that --out already holds"
     )
     return parser
 

@@ -14,10 +14,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of the image files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--kinds", type=Path, help='JSON: {"<id>": [kind of each question, ...]}')
-    parser.add_argument("--shard-size", type=int, default=4096, help="samples a shard")
-    parser.add_argument("--min-image-size", type=int, default=4, help="pixels of the shorter side")
+    parser.add_argument("--shard-size", type=int, default=4096, help="samples per shard (4096)")
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.2, help="more dropped rows than this: stop"
+        "--min-image-size", type=int, default=4, help="pixels of the shorter side (4)"
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.2,
+        help="stop if a larger share of rows is dropped (0.2)",
     )
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
     arguments = parser.parse_or_exit(argv)

@@ -13,7 +13,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="converted folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
-        "--vocab-size", type=int, default=1024, help="tokens at most, beside the two of the roles"
+        "--vocab-size",
+        type=int,
+        default=1024,
+        help="largest number of tokens, without the two role tokens",
     )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
