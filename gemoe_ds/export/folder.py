@@ -116,17 +116,17 @@ def _about_images(layout: ImageLayout | None) -> str:
 
 
 _USE_WITH_CODE = """\
-With its own routing (torch, transformers, pydantic and safetensors are all it needs):
+With its own routing (needs torch, transformers, pydantic and safetensors):
 
     from transformers import {auto_class}
     model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)
     model.k_per_layer  # after a forward: how many experts every token got
 
-As a stock model with the backbone's fixed number of experts: the same without `trust_remote_code`.
-Servers such as vLLM run it so too, without a word about the routing that it was trained with.
+As a stock model with the base model's fixed number of experts: the same without
+`trust_remote_code`. Servers such as vLLM do this too, and do not mention the trained routing.
 """
 _USE_WITHOUT_CODE = """\
-The weights are in the layout of the base, with the trained gates, for whatever runs the base; it
-routes with its fixed number of experts. `routers.safetensors` holds what else was trained: with
-its own routing the run is used through gemoe_ds (`gemoe generate RECIPE --trained RUN`).
+Anything that runs the base model runs this folder: base layout, trained gates, and the base
+model's fixed number of experts. `routers.safetensors` holds the state of the routers. To route as
+in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`).
 """

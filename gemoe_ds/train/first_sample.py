@@ -35,7 +35,7 @@ def first_sample(collator: Collator, samples: Sequence[Sample]) -> Iterator[str]
 
 
 def stretches(encoded: Encoded, collator: Collator) -> Iterator[tuple[bool, str]]:
-    """Text that is a target and text that is not, in turn; line ends are spelled."""
+    """Text that is a target and text that is not, in turn; a line end is shown as \\n."""
     tokens = zip(encoded.input_ids, encoded.labels, encoded.is_vision, strict=True)
     for is_target, stretch in groupby(tokens, lambda token: token[1] != IGNORE):
         text = ""
