@@ -60,7 +60,7 @@ def evaluate(
         trained: the run whose trained parts are loaded; or else
         k: experts a token, static, one evaluation each.
         mean_k: budgets for what was trained, mean experts a token, one evaluation each.
-        batch: samples a rank and forward pass; None: 64.
+        batch: samples per rank in one forward pass; None: 64.
         stop: ask it to stop, and the evaluation ends between two batches.
 
     Returns:
