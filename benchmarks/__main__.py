@@ -69,6 +69,10 @@ def _all(flags: argparse.Namespace) -> None:
             f"--out {out} must end in .json; the report goes beside it as .md and .png"
         )
     rows = _kept(out, flags.suites) if flags.keep else []
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; choose another file") from error
 
     def save(more: list[dict[str, Any]]) -> None:
         """After every part, so that a part that fails takes no other along."""

@@ -47,8 +47,13 @@ class Grid:
 
     @classmethod
     def read(cls, path: Path, seeds: Sequence[int], only: Sequence[str] | None) -> Grid:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        unknown = set(only or ()) - set(tree["methods"])
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            unknown = set(only or ()) - set(tree["methods"])
+        except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--grid {path} is no grid of methods and budgets: {error}"
+            ) from error
         if unknown:
             raise ConfigError(
                 f"--methods {' '.join(sorted(unknown))}: not in {path}; there are: "
