@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.models.random_checkpoint import write_word_tokenizer
 from gemoe_ds.models.tiny.backbone import TinyBackbone
@@ -92,6 +93,11 @@ def random_batch(seed: int, batch: int = 2, length: int = 14, images: bool = Tru
             "feature_BS": feature.view(batch, length),
         },
     }
+
+
+def model_inputs(batch: dict) -> ModelInputs:
+    names = ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images")
+    return ModelInputs(*(batch[name] for name in names))
 
 
 def num_targets(batch: dict) -> int:

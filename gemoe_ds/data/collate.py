@@ -21,6 +21,7 @@ from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import SampleError
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ImageLayout, ProcessedImage
+from gemoe_ds.models.inputs import ModelInputs
 
 IGNORE = -100
 
@@ -55,6 +56,11 @@ class Batch:
         """What a model's forward takes, by name."""
         names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """The same without labels."""
+        return ModelInputs(self.input_ids_BS, self.is_valid_BS, self.is_vision_BS, self.images)
 
     def silenced(self) -> Batch:
         """The same with nothing in it that counts, for a rank that has run out of samples."""

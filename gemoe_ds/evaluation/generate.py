@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemoe_ds.data.collate import Batch
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.models.moe_model import MoEModel
 
@@ -117,13 +118,12 @@ def _generate(
 ) -> Written:
     past = DecodeState()
     written = Written([[] for _ in prompts.ids])
-    ids_BS, valid_BS, vision_BS = prompts.input_ids_BS, prompts.is_valid_BS, prompts.is_vision_BS
-    images, work = prompts.images, written.prompts
-    goes_on_B = valid_BS.any(1)  # a row of padding stands for a rank that has run out
-    ends = torch.tensor(sorted(end_ids), device=ids_BS.device)
+    inputs, work = replace(prompts.model_inputs, past=past), written.prompts
+    goes_on_B = inputs.is_valid_BS.any(1)  # a row of padding stands for a rank that has run out
+    ends = torch.tensor(sorted(end_ids), device=goes_on_B.device)
     for _ in range(max_new_tokens):
         began = time.perf_counter()
-        logits_BV = model.next_logits(ids_BS, valid_BS, vision_BS, images, past)
+        logits_BV = model.next_logits(inputs)
         next_B = choose(logits_BV)
         chosen, going = next_B.tolist(), goes_on_B.tolist()  # waits for the device
         work.seconds += time.perf_counter() - began
@@ -135,8 +135,9 @@ def _generate(
         goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
         if not any_rank(bool(goes_on_B.any())):
             break
-        ids_BS, valid_BS = next_B[:, None], goes_on_B[:, None]
-        vision_BS, images, work = torch.zeros_like(valid_BS), {}, written.steps
+        valid_BS = goes_on_B[:, None]
+        inputs = ModelInputs(next_B[:, None], valid_BS, torch.zeros_like(valid_BS), past=past)
+        work = written.steps
     return written
 
 

@@ -96,13 +96,7 @@ def evaluate(
             raise ConfigError("a rank has no batch at all: use fewer ranks")
         last = current
         on_device = current.to(device)
-        correct_BS = model.predictions(
-            on_device.input_ids_BS,
-            on_device.is_valid_BS,
-            on_device.is_vision_BS,
-            on_device.images,
-            on_device.labels_BS,
-        )
+        correct_BS = model.predictions(on_device.model_inputs, on_device.labels_BS)
         if counted:
             _count_answers(scores, current, correct_BS.cpu(), samples)
             _count_routing(scores, model)

@@ -18,7 +18,7 @@ from gemoe_ds.hf_io.quiet import without_bars
 from gemoe_ds.models.blocks import Adapter, BlockSpec, find_moe_blocks
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ImageLayout
-from gemoe_ds.models.kv_cache import DecodeState
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.registry import ConfigModel, Registered
 
 
@@ -105,20 +105,8 @@ class Backbone(Registered):
         return None
 
     @abstractmethod
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
-        """The last hidden states [B, S, D] through the model's own forward.
-
-        `images` holds `pixels` and the extras of the batch's images, joined, and `feature_BS`:
-        which row of all their features a position takes, -1: none. Empty for text-only models,
-        and where the images are in the `past`: the tokens before these, remembered and extended.
-        """
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+        """The last hidden states [B, S, D] through the model's own forward."""
 
     @abstractmethod
     def head(self, model: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.images import SquareImages, put_features
-from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.kv_cache import attention_inputs
 
 
 class LlavaBackbone(Backbone):
@@ -36,21 +37,16 @@ class LlavaBackbone(Backbone):
         tokens = (vision.image_size // vision.patch_size) ** 2
         return SquareImages(vision.image_size, tokens, model.config.image_token_id)
 
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         # The merge is ours, not Llava's: a rank without images runs the same modules as the others,
         # on a dummy one, because ZeRO gathers and reduces module by module on all ranks.
-        embedded_BSD = model.get_input_embeddings()(input_ids_BS)
-        if images:
-            features = self._image_features(model, images["pixels"].to(embedded_BSD.dtype))
-            embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
-        output = model.model(inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past))
+        embedded_BSD = model.get_input_embeddings()(inputs.input_ids_BS)
+        if inputs.images:
+            features = self._image_features(model, inputs.images["pixels"].to(embedded_BSD.dtype))
+            embedded_BSD = put_features(embedded_BSD, features, inputs.images["feature_BS"])
+        output = model.model(
+            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
+        )
         return output.last_hidden_state
 
     @staticmethod

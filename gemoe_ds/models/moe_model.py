@@ -15,7 +15,7 @@ from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec, BlockWeights, convert_blocks
-from gemoe_ds.models.kv_cache import DecodeState
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.moe.context import Rollout, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.layer import MoELayer
@@ -236,35 +236,22 @@ class MoEModel(nn.Module):
         )
         return round(self.num_parameters - idle)
 
-    def hidden(
-        self,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        is_vision_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
-        self.ctx.begin(is_valid_BS, is_vision_BS)
-        hidden_BSD = self.backbone.hidden(self.hf, input_ids_BS, is_valid_BS, images, past)
+    def hidden(self, inputs: ModelInputs) -> Tensor:
+        """The last hidden states [B, S, D]; the context then holds what was routed."""
+        self.ctx.begin(inputs.is_valid_BS, inputs.is_vision_BS)
+        hidden_BSD = self.backbone.hidden(self.hf, inputs)
         self.ctx.end()
         return hidden_BSD
 
     @torch.no_grad()
-    def next_logits(
-        self,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        is_vision_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState,
-    ) -> Tensor:
-        """Logits float32 [B, V] of the token that follows the last one; `past` is extended.
+    def next_logits(self, inputs: ModelInputs) -> Tensor:
+        """Logits float32 [B, V] of the token that follows the last one; `inputs.past` is extended.
 
-        Padding stands left of everything. `images` are empty once they are in the past.
+        Padding stands left of everything.
         """
         self.ctx.rolled_out = {}
-        with self._autocast(input_ids_BS.device):
-            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images, past)
+        with self._autocast(inputs.input_ids_BS.device):
+            hidden_BSD = self.hidden(inputs)
             logits_BV: Tensor = self.backbone.head(self.hf)(hidden_BSD[:, -1])
         return logits_BV.float()
 
@@ -294,13 +281,11 @@ class MoEModel(nn.Module):
         With `roll_out` the result is that of the forwards which the routers want before, to be
         handed in as `rolled_out` with the same inputs.
         """
+        inputs = ModelInputs(input_ids_BS, is_valid_BS, is_vision_BS, images)
         if roll_out:
-            return dict(self._roll_out(input_ids_BS, labels_BS, is_valid_BS, is_vision_BS, images))
+            return dict(self._roll_out(inputs, labels_BS))
         self.ctx.rolled_out = rolled_out or {}
-        with self._autocast(input_ids_BS.device):
-            logits, targets = self._target_logits(
-                self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images), labels_BS
-            )
+        logits, targets = self._target_logits(inputs, labels_BS)
         ce_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         if targets_per_micro_batch is None:
             targets_per_micro_batch = max(targets.numel(), 1)
@@ -314,24 +299,15 @@ class MoEModel(nn.Module):
         return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def _roll_out(
-        self,
-        input_ids_BS: Tensor,
-        labels_BS: Tensor,
-        is_valid_BS: Tensor,
-        is_vision_BS: Tensor,
-        images: dict[str, Tensor],
-    ) -> dict[str, Rollout]:
+    def _roll_out(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Rollout]:
         self.ctx.rolled_out = {}
         done: dict[str, Rollout] = {}
-        is_scored_BS = torch.zeros_like(is_valid_BS)
+        is_scored_BS = torch.zeros_like(inputs.is_valid_BS)
         is_scored_BS[:, :-1] = labels_BS[:, 1:] != -100
         for name in self.rollouts:
             self.ctx.rollout = name
             try:
-                with self._autocast(input_ids_BS.device):
-                    hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
-                    logits, targets = self._target_logits(hidden_BSD, labels_BS)
+                logits, targets = self._target_logits(inputs, labels_BS)
             finally:
                 self.ctx.rollout = None
             log_p_BS = logits.new_zeros(labels_BS.shape, dtype=torch.float32)
@@ -342,30 +318,24 @@ class MoEModel(nn.Module):
             done[name] = Rollout(log_p_BS.flatten(), is_scored_BS.flatten(), keep)
         return done
 
-    def _target_logits(self, hidden_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _target_logits(self, inputs: ModelInputs, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
         next_BS = labels_BS[:, 1:]
         is_target = next_BS != -100
-        return self.backbone.head(self.hf)(hidden_BSD[:, :-1][is_target]), next_BS[is_target]
+        with self._autocast(labels_BS.device):
+            hidden_BSD = self.hidden(inputs)
+            logits = self.backbone.head(self.hf)(hidden_BSD[:, :-1][is_target])
+        return logits, next_BS[is_target]
 
     @torch.no_grad()
-    def predictions(
-        self,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        is_vision_BS: Tensor,
-        images: dict[str, Tensor],
-        labels_BS: Tensor,
-    ) -> Tensor:
+    def predictions(self, inputs: ModelInputs, labels_BS: Tensor) -> Tensor:
         """Whether the greedy choice equals the label, bool [B, S]; False where there is no label.
 
         An answer whose every token is predicted given the ones before is what greedy generation
         would have written, so no generation loop is needed to score exact matches.
         """
         self.ctx.rolled_out = {}
-        with self._autocast(input_ids_BS.device):
-            hidden_BSD = self.hidden(input_ids_BS, is_valid_BS, is_vision_BS, images)
-            logits, targets = self._target_logits(hidden_BSD, labels_BS)
+        logits, targets = self._target_logits(inputs, labels_BS)
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
         return correct_BS

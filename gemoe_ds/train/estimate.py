@@ -153,7 +153,7 @@ def _with_images(
         backbone,
         hf,
         hf.get_submodule(blocks[0].path.partition(".layers.")[0]),
-        batch.inputs,
+        batch.model_inputs,
         dtype,
         trains=shape.train == "all",
         recompute=shape.recompute,

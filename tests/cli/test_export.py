@@ -18,7 +18,7 @@ from gemoe_ds.config.load import load_config
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks
-from tests.tiny import random_batch
+from tests.tiny import model_inputs, random_batch
 from tests.train.resuming import make_config, train_all, write_setting
 
 
@@ -60,12 +60,7 @@ def trained_model(run, *overrides):
 
 def logits_of(model, batch: dict) -> torch.Tensor:
     with torch.no_grad():
-        hidden = model.hidden(
-            batch["input_ids_BS"],
-            batch["is_valid_BS"],
-            batch["is_vision_BS"],
-            batch["images"],
-        )
+        hidden = model.hidden(model_inputs(batch))
         return model.backbone.head(model.hf)(hidden)[batch["is_valid_BS"]]
 
 

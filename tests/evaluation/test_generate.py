@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemoe_ds.evaluation.generate import GenerationStats, _chooser, generate
+from gemoe_ds.models.inputs import ModelInputs
 from tests.helpers import run_ranks
 from tests.models.test_kv_cache import loaded, samples  # noqa: F401  (a fixture)
 from tests.tiny import make_model, write_base
@@ -21,7 +22,7 @@ def by_hand(model, batch, steps, end_ids):
     for _ in range(steps):
         with torch.no_grad():
             valid = torch.ones_like(ids, dtype=torch.bool)
-            hidden = model.hidden(ids, valid, vision, images)
+            hidden = model.hidden(ModelInputs(ids, valid, vision, images))
             token = int(model.backbone.head(model.hf)(hidden[:, -1]).argmax())
         answer.append(token)
         if token in end_ids:
@@ -99,7 +100,7 @@ def test_sampling_draws_from_the_model(tmp_path):
     assert drawn == generate(model, batch, seed=1, **options).token_ids
     assert drawn != generate(model, batch, seed=2, **options).token_ids
     with torch.no_grad():
-        hidden = model.hidden(ids[:1], batch.is_valid_BS[:1], batch.is_vision_BS[:1], {})
+        hidden = model.hidden(ModelInputs(ids[:1], batch.is_valid_BS[:1], batch.is_vision_BS[:1]))
         probability = (model.backbone.head(model.hf)(hidden[0, -1]) / 2.0).softmax(-1)
     found = torch.bincount(torch.tensor(drawn).flatten(), minlength=len(probability)) / 4000
     assert (found - probability).abs().max() < 5 * 0.5 / 4000**0.5

@@ -14,6 +14,7 @@ from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.tiny import WORDS, make_model, write_base
 from tests.train.resuming import write_data
@@ -149,7 +150,7 @@ def _next_token(model, text: list[int], images: dict) -> int:
     is_vision = ids == model.image_layout.token_id
     images = images | {"feature_BS": (is_vision.cumsum(1) - 1).where(is_vision, -1)}
     with torch.no_grad():
-        hidden = model.hidden(ids, torch.ones_like(is_vision), is_vision, images)
+        hidden = model.hidden(ModelInputs(ids, torch.ones_like(is_vision), is_vision, images))
         return model.backbone.head(model.hf)(hidden[:, -1]).argmax(-1).item()
 
 
@@ -169,7 +170,7 @@ def test_routing_is_that_of_each_valid_token(setting):
     for row in range(len(samples)):
         batch = collator.batch([collator.encode(row, samples[row])])
         with torch.no_grad():
-            model.hidden(batch.input_ids_BS, batch.is_valid_BS, batch.is_vision_BS, batch.images)
+            model.hidden(batch.model_inputs)
         k_LN.append(np.stack([record.k_T for record in model.ctx.layers]))
         entropy_LN.append(np.stack([record.entropy_T for record in model.ctx.layers]))
         is_vision_N += (np.array(collator.encode(row, samples[row]).input_ids) == 3).tolist()

@@ -14,6 +14,7 @@ from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.models.deepseek_vl2.backbone import DeepseekVl2Backbone
 from gemoe_ds.models.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.models.inputs import ModelInputs
 from tests.models import reference
 from tests.models.small import check_shards, check_written_back, make_model, write_random
 
@@ -168,7 +169,7 @@ def test_logits_with_features_are_those_of_the_formulas(folder):
     valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
     with torch.no_grad():
         features = model.hf.image_features(pixels, tiles)
-        hidden = model.hidden(ids, valid, feature >= 0, images)
+        hidden = model.hidden(ModelInputs(ids, valid, feature >= 0, images))
         ours = model.backbone.head(model.hf)(hidden)
     weights = reference.read(folder)
     for row, length in ((0, 9), (1, 6)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
@@ -57,9 +59,7 @@ def samples(sees: bool):
 
 def hidden(model, batch, past=None):
     with torch.no_grad():
-        return model.hidden(
-            batch.input_ids_BS, batch.is_valid_BS, batch.is_vision_BS, batch.images, past
-        )
+        return model.hidden(replace(batch.model_inputs, past=past))
 
 
 def test_padding_on_the_left_or_right_or_none(loaded):
@@ -110,7 +110,7 @@ def test_token_by_token_equals_at_once(loaded):
         ids = torch.tensor([[t[step] if step < len(t) else 0] for t in rest])
         valid = torch.tensor([[step < len(t)] for t in rest])
         with torch.no_grad():
-            ours = model.hidden(ids, valid, torch.zeros_like(valid), {}, past)
+            ours = model.hidden(ModelInputs(ids, valid, torch.zeros_like(valid), past=past))
         assert torch.isfinite(ours).all()
         for row, (prompt, tokens) in enumerate(zip(prompts, rest, strict=True)):
             if step < len(tokens):

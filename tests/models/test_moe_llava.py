@@ -16,6 +16,7 @@ import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_llava.images import PaddedSquare
 from gemoe_ds.models.moe_llava.model import MoeLlavaModel
 from tests.models import reference
@@ -179,7 +180,7 @@ def test_logits_are_those_of_the_formulas(case):
         reference.assert_same(ours / scale, features / scale)
         valid = torch.arange(14) < torch.tensor([14, 12])[:, None]
         images = {"pixels": pixels, "feature_BS": feature}
-        hidden = model.hidden(ids, valid, feature >= 0, images)
+        hidden = model.hidden(ModelInputs(ids, valid, feature >= 0, images))
         logits = model.backbone.head(model.hf)(hidden)
     table = next(t for k, t in weights.items() if "embed_tokens" in k or "wte" in k)
     for row, length in ((0, 14), (1, 12)):

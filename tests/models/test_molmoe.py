@@ -12,6 +12,7 @@ import torch
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.molmoe.backbone import MolmoeBackbone
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from tests.models import reference
@@ -181,7 +182,7 @@ def test_logits_with_added_features_are_those_of_the_formulas(folder):
     valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
     with torch.no_grad():
         features = model.hf.image_features(images["pixels"], images["mask"])
-        hidden = model.hidden(ids, valid, feature >= 0, images)
+        hidden = model.hidden(ModelInputs(ids, valid, feature >= 0, images))
         ours = model.backbone.head(model.hf)(hidden)
     weights = reference.read(folder)
     for row, length in ((0, 9), (1, 6)):

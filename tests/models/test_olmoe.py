@@ -12,6 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.errors import CheckpointError, ConfigError, DataError
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
 from tests.models import reference
@@ -88,7 +89,7 @@ def reference_logits(folder, ids_S, norm_topk_prob=False):
 def logits_of(model, ids_BS, valid_BS=None):
     valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
     with torch.no_grad():
-        hidden = model.eval().hidden(ids_BS, valid_BS, torch.zeros_like(valid_BS), {})
+        hidden = model.eval().hidden(ModelInputs(ids_BS, valid_BS, torch.zeros_like(valid_BS)))
         return model.backbone.head(model.hf)(hidden)
 
 

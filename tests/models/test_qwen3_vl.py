@@ -14,6 +14,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.qwen3_vl.backbone import Qwen3VLBackbone
 from tests.models import reference
 from tests.models.small import check_shards, check_written_back, make_model
@@ -118,7 +119,9 @@ def blank_images(shape):
 
 def logits_of(model, ids_BS, valid_BS, images):
     with torch.no_grad():
-        hidden = model.eval().hidden(ids_BS, valid_BS, images["feature_BS"] >= 0, images)
+        hidden = model.eval().hidden(
+            ModelInputs(ids_BS, valid_BS, images["feature_BS"] >= 0, images)
+        )
         return model.backbone.head(model.hf)(hidden)
 
 

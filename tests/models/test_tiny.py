@@ -10,7 +10,7 @@ from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.tiny.backbone import TinyBackbone
-from tests.tiny import make_model, random_batch, write_base
+from tests.tiny import make_model, model_inputs, random_batch, write_base
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def test_native_routing_reproduces_the_unmodified_model(base, images):
     batch = random_batch(3, images=images)
     model = make_model(base, "top_k").eval()
     with torch.no_grad():
-        hidden = model.hidden(
-            *(batch[n] for n in ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images"))
-        )
+        hidden = model.hidden(model_inputs(batch))
         logits = model.backbone.head(model.hf)(hidden)
     valid = batch["is_valid_BS"]
     torch.testing.assert_close(
@@ -77,7 +75,7 @@ def test_predictions_mark_correct_targets(base):
     target[:, 0] = False
     expected = torch.zeros_like(target)
     expected[:, 1:] = (best[:, :-1] == batch["labels_BS"][:, 1:]) & target[:, 1:]
-    assert torch.equal(model.predictions(**batch), expected)
+    assert torch.equal(model.predictions(model_inputs(batch), batch["labels_BS"]), expected)
 
 
 @pytest.mark.parametrize("router", ["top_k", "gemoe"])

@@ -18,6 +18,7 @@ from gemoe_ds.cli.export import main as export
 from gemoe_ds.config import load_config
 from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
@@ -132,10 +133,10 @@ def is_the_trained_model(name, run, exported, tokenizer):
     ids = torch.randint(6, 26, (2, 9), generator=torch.Generator().manual_seed(0))
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, 5:] = False
-    inputs = (ids, valid, torch.zeros_like(valid), {})
+    inputs = ModelInputs(ids, valid, torch.zeros_like(valid))
     ours.ctx.trace = True
     with torch.no_grad():
-        expected = ours.backbone.head(ours.hf)(ours.hidden(*inputs))[valid]
+        expected = ours.backbone.head(ours.hf)(ours.hidden(inputs))[valid]
     if not (exported / "modeling_gemoe.py").exists():
         assert not hasattr(transformers, type(ours.hf).__name__)
         again = load_config(

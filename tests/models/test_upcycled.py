@@ -21,7 +21,7 @@ from gemoe_ds.models.upcycled.model import UpcycledLlavaForConditionalGeneration
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_python, run_ranks
-from tests.tiny import WORDS, random_batch, write_tokenizer
+from tests.tiny import WORDS, model_inputs, random_batch, write_tokenizer
 from tests.train.resuming import BOUND, losses, train_all, write_data
 
 LAYERS = 4
@@ -94,9 +94,8 @@ def dense_logits(setting, batch):
 
 
 def logits_of(model, batch):
-    names = ("input_ids_BS", "is_valid_BS", "is_vision_BS", "images")
     with torch.no_grad():
-        return model.backbone.head(model.hf)(model.eval().hidden(*(batch[n] for n in names)))
+        return model.backbone.head(model.hf)(model.eval().hidden(model_inputs(batch)))
 
 
 @pytest.mark.parametrize("top_k", [2, 4])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.inputs import ModelInputs
 
 
 class _Reached(Exception):
@@ -78,21 +80,21 @@ def tower_bytes(
     backbone: Backbone,
     hf: nn.Module,
     text: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: ModelInputs,
     dtype: torch.dtype,
     *,
     trains: bool,
     recompute: bool,
 ) -> tuple[int, int]:
-    """At most at once, and while the language model runs; `inputs` as a model's forward has them.
+    """At most at once, and while the language model runs; on these inputs.
 
     The batch itself is not counted. `trains`: with all that the backward pass needs, and with it.
     """
-    model, text = _shell_of(hf, text, dtype, trains)
+    model, text = _meta_model_of(hf, text, dtype, trains)
     if trains and recompute:
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _InOneKernel())}
         model.gradient_checkpointing_enable(again)  # type: ignore[operator]
-    images = dict(inputs["images"])
+    images = dict(inputs.images)
     images["pixels"] = images["pixels"].to("meta")
     counted = _Counted([*model.parameters(), images["pixels"]])
     kept = 0
@@ -107,11 +109,11 @@ def tower_bytes(
 
     text.register_forward_pre_hook(reached, with_kwargs=True)
     with suppress(_Reached), torch.set_grad_enabled(trains), _InOneKernel(), counted:
-        backbone.hidden(model, inputs["input_ids_BS"], inputs["is_valid_BS"], images)
+        backbone.hidden(model, replace(inputs, images=images))
     return counted.most, kept
 
 
-def _shell_of(
+def _meta_model_of(
     hf: nn.Module, text: nn.Module, dtype: torch.dtype, trains: bool
 ) -> tuple[nn.Module, nn.Module]:
     """A copy whose parameters have no memory, and its language model."""

@@ -22,7 +22,8 @@ from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
-from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.kv_cache import attention_inputs
 from gemoe_ds.models.moe_llava.images import PaddedSquare
 from gemoe_ds.models.moe_llava.model import (
     MoeLlavaConfig,
@@ -120,21 +121,14 @@ class MoeLlavaBackbone(Backbone):
         config: Any = model.config
         return PaddedSquare(config.vision.image_size)
 
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         text = model.language_model.model
-        embedded_BSD = text.embed_tokens(input_ids_BS)
-        if images:
-            features = model.image_features(images["pixels"].to(embedded_BSD.dtype))
-            embedded_BSD = put_features(embedded_BSD, features, images["feature_BS"])
+        embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
+        if inputs.images:
+            features = model.image_features(inputs.images["pixels"].to(embedded_BSD.dtype))
+            embedded_BSD = put_features(embedded_BSD, features, inputs.images["feature_BS"])
         hidden_BSD: Tensor = text(
-            inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past)
+            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
         ).last_hidden_state
         return hidden_BSD
 

@@ -12,7 +12,8 @@ from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_q
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import add_features
-from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.kv_cache import attention_inputs
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
@@ -119,22 +120,15 @@ class MolmoeBackbone(Backbone):
         config: MolmoeConfig = model.config  # type: ignore[assignment]
         return MolmoeImages(patch=PATCH, crop=config.image_size // PATCH)
 
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         text = model.language_model.model
-        embedded_BSD = text.embed_tokens(input_ids_BS)
-        if images:
-            pixels = images["pixels"].to(embedded_BSD.dtype)
-            features = model.image_features(pixels, images["mask"])
-            embedded_BSD = add_features(embedded_BSD, features, images["feature_BS"])
+        embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
+        if inputs.images:
+            pixels = inputs.images["pixels"].to(embedded_BSD.dtype)
+            features = model.image_features(pixels, inputs.images["mask"])
+            embedded_BSD = add_features(embedded_BSD, features, inputs.images["feature_BS"])
         hidden_BSD: Tensor = text(
-            inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past)
+            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
         ).last_hidden_state
         return hidden_BSD
 

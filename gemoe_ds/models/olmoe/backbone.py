@@ -18,7 +18,8 @@ from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
 from gemoe_ds.models.backbone import Backbone, Golden
 from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
-from gemoe_ds.models.kv_cache import DecodeState, attention_inputs
+from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.kv_cache import attention_inputs
 
 OLMOE_BLOCKS = {OlmoeSparseMoeBlock: stock_block}
 
@@ -53,16 +54,9 @@ class OlmoeBackbone(Backbone):
         config = OlmoeConfig(intermediate_size=1024, architectures=["OlmoeForCausalLM"])
         return meta_model(OlmoeForCausalLM, config)
 
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         hidden_BSD: Tensor = model.model(
-            input_ids_BS, **attention_inputs(is_valid_BS, past)
+            inputs.input_ids_BS, **attention_inputs(inputs.is_valid_BS, inputs.past)
         ).last_hidden_state
         return hidden_BSD
 

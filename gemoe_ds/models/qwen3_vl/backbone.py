@@ -24,7 +24,8 @@ from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
-from gemoe_ds.models.kv_cache import DecodeState, attended, attention_inputs
+from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.kv_cache import attended, attention_inputs
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
 from gemoe_ds.registry import ConfigModel
 
@@ -128,38 +129,31 @@ class Qwen3VLBackbone(Backbone):
             end_id=config.vision_end_token_id,
         )
 
-    def hidden(
-        self,
-        model: nn.Module,
-        input_ids_BS: Tensor,
-        is_valid_BS: Tensor,
-        images: dict[str, Tensor],
-        past: DecodeState | None = None,
-    ) -> Tensor:
+    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         inner: Any = model.model
-        embedded_BSD = inner.get_input_embeddings()(input_ids_BS)
-        if not images:
+        embedded_BSD = inner.get_input_embeddings()(inputs.input_ids_BS)
+        if not inputs.images:
             hidden_BSD: Tensor = inner.language_model(
-                inputs_embeds=embedded_BSD, **attention_inputs(is_valid_BS, past)
+                inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
             ).last_hidden_state
             return hidden_BSD
-        feature_BS, grid = images["feature_BS"], images["grid_thw"]
+        feature_BS, grid = inputs.images["feature_BS"], inputs.images["grid_thw"]
         is_image_BS = feature_BS >= 0
         seen = inner.get_image_features(
-            images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
+            inputs.images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
         )
         embedded_BSD = put_features(embedded_BSD, torch.cat(seen.pooler_output), feature_BS)
         position_3BS, _ = inner.get_rope_index(
-            input_ids_BS,
+            inputs.input_ids_BS,
             is_image_BS.long(),
             image_grid_thw=grid,
-            attention_mask=attended(is_valid_BS),
+            attention_mask=attended(inputs.is_valid_BS),
         )
         hidden_BSD = inner.language_model(
             inputs_embeds=embedded_BSD,
             visual_pos_masks=is_image_BS,
             deepstack_visual_embeds=[f[feature_BS[is_image_BS]] for f in seen.deepstack_features],
-            **attention_inputs(is_valid_BS, past, position_3BS),
+            **attention_inputs(inputs.is_valid_BS, inputs.past, position_3BS),
         ).last_hidden_state
         return hidden_BSD
 

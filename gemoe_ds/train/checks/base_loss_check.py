@@ -21,6 +21,7 @@ from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.engine.world import World, sum_over_ranks
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
@@ -156,7 +157,7 @@ def _golden(model: MoEModel) -> Iterator[str]:
     next_BS = torch.tensor([golden.prompt], device=next(model.parameters()).device)
     for _ in golden.continuation:
         valid_BS = torch.ones_like(next_BS, dtype=torch.bool)
-        logits_BV = model.next_logits(next_BS, valid_BS, ~valid_BS, {}, past)
+        logits_BV = model.next_logits(ModelInputs(next_BS, valid_BS, ~valid_BS, past=past))
         next_BS = logits_BV.argmax(-1, keepdim=True)
         found.append(int(next_BS))
     result = f"as {golden.model} does"

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.cost.flops import flops_per_token
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
 from tests.models.cases import CASES, write_case
@@ -39,7 +40,7 @@ def test_flops_are_those_that_torch_counts(name, router_name, tmp_path):
     text = model.hf.get_submodule(model.block_paths[0].partition(".layers.")[0])
     text.config._attn_implementation = "eager"
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
-        hidden = model.hidden(ids, valid, vision, {})
+        hidden = model.hidden(ModelInputs(ids, valid, vision))
         model.backbone.head(model.hf)(hidden)
     mean_k = [float(record.k_T.float().mean()) for record in model.ctx.layers]
     flops = flops_per_token(model, mean_k, context=LENGTH)

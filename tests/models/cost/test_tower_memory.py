@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.cost.tower_memory import tower_bytes
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
 from tests.models.cases import CASES, write_case
@@ -39,9 +40,7 @@ def allocated(model, text, inputs, *, trains):
         torch.set_grad_enabled(trains),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
     ):
-        model.backbone.hidden(
-            model.hf, inputs["input_ids_BS"], inputs["is_valid_BS"], inputs["images"]
-        )
+        model.backbone.hidden(model.hf, inputs)
     now = most = kept = 0
     events = profiled.profiler.kineto_results.events()
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -71,7 +70,8 @@ def test_bytes_are_those_that_the_tower_allocates(name, train, tmp_path):
         "feature_BS": torch.from_numpy(image.feature_P)[None],
         **{name: torch.from_numpy(extra) for name, extra in image.extras.items()},
     }
-    inputs = {"input_ids_BS": ids, "is_valid_BS": torch.ones_like(ids).bool(), "images": images}
+    valid = torch.ones_like(ids).bool()
+    inputs = ModelInputs(ids, valid, images["feature_BS"] >= 0, images)
     trains = train == "all"
     meta_model = backbone.load(folder, tokenizer)
     path = backbone.moe_blocks(meta_model)[0].path.partition(".layers.")[0]
