@@ -60,24 +60,22 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
 
 
 def parameter_groups(model: MoEModel, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Named groups: `router` (gates), `predictor` (the routers' other parameters), `backbone`.
+    """Named groups: those of `Router.param_groups`, and `backbone`.
 
     Experts that are sharded over ranks stand apart, under the name that DeepSpeed wants.
     """
-    router_names = {
-        id(p): name for layer in model.moe_layers for name, p in layer.router.named_parameters()
+    group_of = {
+        id(p): group
+        for layer in model.moe_layers
+        for group, params in layer.router.param_groups().items()
+        for p in params
     }
     sharded = {id(p) for p in model.sharded_parameters().values()}
     experts = expert_group_name(model.shard.num_ranks)
     members: dict[str, list[nn.Parameter]] = {"router": [], "predictor": [], "backbone": []}
     for parameter in model.trainable().values():
-        name = router_names.get(id(parameter))
-        if id(parameter) in sharded:
-            members.setdefault(experts, []).append(parameter)
-        elif name is None:
-            members["backbone"].append(parameter)
-        else:
-            members["router" if name == "gate.weight" else "predictor"].append(parameter)
+        group = experts if id(parameter) in sharded else group_of.get(id(parameter), "backbone")
+        members.setdefault(group, []).append(parameter)
     groups = []
     for name, params in members.items():
         if params:

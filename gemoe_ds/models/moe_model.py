@@ -202,10 +202,7 @@ class MoEModel(nn.Module):
     def router_only_names(self) -> set[str]:
         """Parameters that the backbone does not have: those of the routers beside the gate."""
         added = {
-            id(p)
-            for layer in self.moe_layers
-            for name, p in layer.router.named_parameters()
-            if name != "gate.weight"
+            id(p) for layer in self.moe_layers for p in layer.router.param_groups()["predictor"]
         }
         return {name for name, p in self.named_parameters() if id(p) in added}
 

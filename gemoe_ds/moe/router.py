@@ -99,7 +99,19 @@ class Router(Registered, nn.Module):
         """
 
     def after_step(self, step_context: StepContext) -> None:
-        """Upkeep after an optimizer step: controllers, thresholds, opening and closing experts."""
+        """What follows an optimizer step: controllers, thresholds, opening and closing experts."""
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Which parameters take which learning rate: all of them, each once, by group.
+
+        `router` takes `optim.lr` and is what the backbone has too (its gate); `predictor` takes
+        `optim.predictor_lr` and is what the routing method adds.
+        """
+        gate = {id(p) for p in self.gate.parameters()}
+        groups: dict[str, list[nn.Parameter]] = {"router": [], "predictor": []}
+        for parameter in self.parameters():
+            groups["router" if id(parameter) in gate else "predictor"].append(parameter)
+        return groups
 
     def rollouts(self) -> tuple[str, ...]:
         """Forwards without gradient that each forward with gradient needs before it, by name.
