@@ -21,6 +21,9 @@ class Parser(argparse.ArgumentParser):
         self._exits = False
 
     def error(self, message: str) -> NoReturn:
+        for action in self._actions:
+            if action.nargs == "*":  # argparse's mixed parsing counts these as required
+                message = message.removesuffix(f", {action.metavar}")
         with exit_on_error() if self._exits else nullcontext():
             raise ConfigError(f"{message}{self._hint(message)}; --help lists what is accepted")
 

@@ -43,6 +43,7 @@ HEAVY = [
     f"train launch/recipes/olmoe_gemoe_8_gpus.yaml deepspeed=zero3 {BASE}",
     f"train olmoe_gemo_8_gpus {BASE}",
     "train olmoe_gemoe_8_gpus optim.rate=1",
+    "data convert --json rows.json --images gone --out data",
     "submit olmoe_gemoe_4_nodes --nodes 4 --dry-run",
     "submit olmoe_gemoe_8_gpus --launcher deepspeed --dry-run",
 ]
@@ -156,6 +157,7 @@ def info(installed: Path) -> Path:
         (HEAVY[1], "model.checkpoint=checkpoints/OLMoE-1B-7B-0924-Instruct: no such file"),
         (HEAVY[2], "ships (did you mean olmoe_gemoe_8_gpus?): deepseek_vl2_gemoe_4_nodes, "),
         (HEAVY[3], "optim.rate: no such option"),
+        (HEAVY[4], "--images gone: no such folder"),
     ],
 )
 def test_a_mistake_is_one_line(said, line, words):
@@ -166,10 +168,10 @@ def test_a_mistake_is_one_line(said, line, words):
 
 
 def test_submit_starts_the_installed_package(said, installed):
-    code, text = said[HEAVY[4]]
+    code, text = said[HEAVY[5]]
     assert code == 0
     assert f"\nsource {installed}/gemoe_ds/slurm/run.sh\n" in text
     assert "\nrun -m gemoe_ds.cli.train olmoe_gemoe_4_nodes --resume auto\n" in text
     assert f'\n[ -n "$GEMOE_PYTHON" ] || GEMOE_PYTHON={sys.executable}\n' in text
-    code, text = said[HEAVY[5]]
+    code, text = said[HEAVY[6]]
     assert code == 0 and " --module gemoe_ds.cli.train olmoe_gemoe_8_gpus\n" in text

@@ -63,6 +63,6 @@ def _first_line(folder: Path, module: str) -> str:
 
 def _unknown(program: str, word: str, options: list[str], commands: list[str]) -> str:
     kind, known = ("option", options) if word.startswith("-") else ("command", commands)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, [*commands, *options], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{word!r}: no such {kind}{hint}; {program} has {', '.join(known)}"

@@ -52,6 +52,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
         ("trian recipe.yaml", "'trian': no such command (did you mean train?); gemoe has analyze,"),
         ("main", "'main': no such command"),
         ("TRAIN", "'TRAIN': no such command"),
+        ("help", "(did you mean --help?)"),
         ("--verison", "'--verison': no such option (did you mean --version?)"),
         ("-n 4 train", "'-n': no such option; gemoe has --help, --version"),
         ("data convrt", "'convrt': no such command (did you mean convert?); gemoe data has"),
@@ -62,7 +63,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
         ("generate", "the following arguments are required: --data, --out"),
         ("export --out x", "the following arguments are required: --trained"),
         ("analyze --out x", "give evaluation folders, or --results FILE"),
-        ("submit", "the following arguments are required: recipe"),
+        ("submit", "the following arguments are required: recipe; --help lists"),
     ],
 )
 def test_a_wrong_word_is_one_line(
