@@ -129,6 +129,7 @@ class MoEHandle:
             for name, tensor in wanted.items():
                 tensor.copy_(found[name])
 
+    @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():  # the whole model is recomputed: its layers find the forward it was
             return
@@ -162,6 +163,7 @@ class MoEHandle:
         valid_BS = None if is_valid_BS is None else is_valid_BS.to(device) != 0
         self.ctx.begin(valid_BS, is_vision_BS.to(device) != 0)
 
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: object, output: object) -> None:
         if in_backward():
             return
@@ -188,18 +190,21 @@ class MoEHandle:
 def valid_tokens(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """bool [B, S] of what an attention mask says; None: there is no padding.
 
-    With a cache the mask covers the P tokens before as well. A mask [B, 1, S, S] says what sees
-    what, and padding does not see itself.
+    With a cache the mask covers the P tokens before as well. A mask [B, 1, S, P + S] (with a static
+    cache wider) says what sees what, and padding does not see itself.
     """
     mask = given.get("attention_mask")
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= shape[1]:
-        return mask[:, -shape[1] :] != 0
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == mask.shape[3] == shape[1]:
-        itself_BS = mask[:, 0].diagonal(dim1=1, dim2=2)
+    num_tokens, past = shape[1], given.get("past_key_values")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= num_tokens:
+        return mask[:, -num_tokens:] != 0
+    before = 0 if past is None else int(past.get_seq_length())
+    wide = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == num_tokens
+    if wide and mask.shape[3] >= before + num_tokens:
+        itself_BS = mask[:, 0].diagonal(before, dim1=1, dim2=2)
         sees_BS = itself_BS if mask.dtype == torch.bool else itself_BS == 0
-        return sees_BS.expand(shape)
+        return sees_BS[:, :num_tokens].expand(shape)
     said = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise RuntimeError(
         f"attention_mask {said} does not say which of {list(shape)} tokens are padding: call "

@@ -107,6 +107,7 @@ class MoELayer(nn.Module):
         before_steps([(layer.router, layer.experts)])
         return layer
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every expert gets another shape
     def forward(
         self, x: Tensor, is_valid: Tensor | None = None, is_vision: Tensor | None = None
     ) -> Tensor:
@@ -247,6 +248,7 @@ class MoELayer(nn.Module):
 
 def _mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
     """Of the tokens of x: bool [B, S]."""
+    mask = torch.as_tensor(mask, device=x.device)
     if mask.shape != x.shape[:-1] or mask.is_floating_point() or mask.is_complex():
         raise ValueError(
             f"{name} is {mask.dtype} of shape {list(mask.shape)}; bool of shape "
@@ -254,4 +256,4 @@ def _mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
         )
     length = mask.shape[-1] if mask.dim() else 1
     num_sequences = mask.numel() // length if length else 0
-    return (mask.to(x.device) != 0).reshape(num_sequences, length)
+    return (mask != 0).reshape(num_sequences, length)

@@ -322,6 +322,24 @@ def test_generation_tells_cache_and_left_padding():
     assert [k.shape for k in handle.k_per_layer] == [(1, 1), (1, 1)]
 
 
+def test_a_static_cache_changes_nothing():
+    model, handle = converted()
+    given = {n: t.flip(1) for n, t in batch(labels=False).items()}  # padding on the left
+    options = given | {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    want = model.eval().generate(**options)
+    assert torch.equal(model.generate(**options, cache_implementation="static"), want)
+
+
+@pytest.mark.slow  # for what torch.compile is
+def test_a_compiled_model_has_the_same_gradients():
+    want = step(*converted())
+    model, handle = converted()
+    compiled = torch.compile(model, backend="eager")
+    (compiled(**batch()).loss + handle.aux_loss()).backward()
+    for name, p in handle.trainable_parameters().items():
+        assert torch.equal(p.grad, want[name])
+
+
 def test_images_are_told_by_their_token():
     model, handle = converted("ltdr", "qwen3_vl", k=1, tail_k=8)
     given = batch(labels=False)
