@@ -8,7 +8,7 @@ mean k is what its fresh predictor gives.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.random_checkpoint import write_word_tokenizer
 from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
-from gemoe_ds.train.monitor import Monitor, StatSum
+from gemoe_ds.train.metric_writers import JsonLines, MetricWriter, TensorBoard
+from gemoe_ds.train.monitor import StatSum
 
 LAYERS, LENGTH, VOCABULARY = 2, 1024, 1000
 
@@ -46,14 +47,15 @@ def steps_suite(
             engine = initialize(model, _config(router), world)
             model.train()
             runs[name] = _step(engine, batch)
-        monitor = Monitor(Path(folder), 0, tensorboard=True)
-        runs["with statistics"] = _collecting(adaptive, runs["adaptive"], monitor, world)
+        writers: list[MetricWriter] = [JsonLines(Path(folder), 0), TensorBoard(Path(folder), 0)]
+        runs["with statistics"] = _collecting(adaptive, runs["adaptive"], writers, world)
         for implementation in ("eager", "grouped_mm"):
             runs[f"hf_{implementation.removesuffix('_mm')}"] = _stock_step(
                 shape, static, implementation, batch
             )
         timings = measure(runs, rounds)
-        monitor.close()
+        for writer in writers:
+            writer.close()
     mean_k = _mean_k(adaptive, batch)
     every = _config("gemoe").monitor.every
     own = timings["adaptive"]
@@ -176,7 +178,7 @@ def _step(engine: Any, batch: dict[str, Any]) -> Callable[[], None]:
 
 
 def _collecting(
-    model: MoEModel, step: Callable[[], Any], monitor: Monitor, world: World
+    model: MoEModel, step: Callable[[], Any], writers: Sequence[MetricWriter], world: World
 ) -> Callable[[], None]:
     """The same step, with the statistics that TensorBoard shows, and their way to its files."""
     sums, number = StatSum(), count()
@@ -186,7 +188,10 @@ def _collecting(
         step()
         model.ctx.collect = False
         sums.add_layers(model.ctx)
-        monitor.write(next(number), dict(sums.reduced(sum_over_ranks, world.device)))
+        values = dict(sums.reduced(sum_over_ranks, world.device))
+        step_number = next(number)
+        for writer in writers:
+            writer.write(step_number, values)
 
     return run
 

@@ -6,6 +6,7 @@
       manifest.json               step, identity of the run, and of every tensor its file, shape,
                                   dtype and sha256
     checkpoints/latest            the name of the newest one, moved last
+    checkpoints/best              a link to the best one, which stays until there is a better one
 
 Every rank that owns tensors writes its own two files. Frozen weights are never stored; the
 identity holds the checksum of the base checkpoint.
@@ -34,6 +35,7 @@ from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored, refuse_dead_li
 SCHEMA = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
 _CONTENTS = {
@@ -244,14 +246,17 @@ def find(
 
 
 def newest(run: Path) -> Path:
-    """The newest whole checkpoint of a run folder; CheckpointError if there is none."""
+    """The newest whole checkpoint of a run folder, or the checkpoint itself that is given, such as
+    RUN/checkpoints/best; CheckpointError if there is none."""
+    if (run / MANIFEST).exists():
+        return verify(run).folder
     found, _ = find("auto", run, {})
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint there; give the output_dir of a training run")
     return found.folder
 
 
-def commit(temporary: Path, final: Path, keep: int) -> None:
+def commit(temporary: Path, final: Path, keep: int, *, is_best: bool = False) -> None:
     """Make a filled folder the newest checkpoint, then delete what is too old.
 
     Renamed after everything in it is on disk, so that a crash at any point leaves either nothing
@@ -263,8 +268,16 @@ def commit(temporary: Path, final: Path, keep: int) -> None:
     verify(final)
     write_text(root / LATEST, final.name)
     fsync_path(root)
+    if is_best:
+        link = root / f".{BEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, root / BEST)
+        fsync_path(root)
+    best = os.path.realpath(root / BEST)
     for old in candidates(root.parent)[keep:]:
-        _remove(old)
+        if os.path.realpath(old) != best:
+            _remove(old)
 
 
 def clean(output: Path) -> None:
@@ -284,6 +297,9 @@ def set_aside(output: Path, step: int) -> list[Path]:
                 _remove(target)
             os.replace(folder, target)
             moved.append(target)
+    best = output / "checkpoints" / BEST
+    if moved and best.is_symlink() and not best.exists():
+        best.unlink()
     return moved
 
 

@@ -58,8 +58,20 @@ class Saver:
         self._owners = owners(model, world)
         self._token = gather_objects(secrets.token_hex(4))[0]
 
-    def save(self, step: int, updates: int, empty_steps: int = 0) -> None:
-        """Start saving; waits for an earlier save to end first. Collective."""
+    def save(
+        self,
+        step: int,
+        updates: int,
+        empty_steps: int = 0,
+        *,
+        hooks: dict[str, dict[str, Any]] | None = None,
+        is_best: bool = False,
+    ) -> None:
+        """Start saving; waits for an earlier save to end first. Collective.
+
+        `hooks`: what those of the run remember, by their names; the first rank's are kept. The
+        newest one that `is_best` stays beside the `keep` newest of all.
+        """
         self.wait()
         weights, adam = self._snapshot()
         final = self.root / f"step-{step:06d}"
@@ -69,6 +81,7 @@ class Saver:
             "step": step,
             "updates": updates,
             "empty_steps": empty_steps,
+            "hooks": hooks or {},
             "identity": self.identity,
         }
         self.last = final
@@ -84,6 +97,7 @@ class Saver:
                     self._owners.ranks,
                     header,
                     self.keep,
+                    is_best=is_best,
                     all_written=self._all_written,
                     cancel=self._cancel,
                 )
@@ -166,6 +180,7 @@ def commit_parts(
     header: dict[str, Any],
     keep: int,
     *,
+    is_best: bool = False,
     all_written: threading.Event,
     cancel: threading.Event,
 ) -> None:
@@ -191,7 +206,7 @@ def commit_parts(
         note.unlink()
     content = header | {"tensors": tensors}
     write_text(temporary / manifest.MANIFEST, json.dumps(content, indent=1))
-    manifest.commit(temporary, final, keep)
+    manifest.commit(temporary, final, keep, is_best=is_best)
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ def _export(arguments: argparse.Namespace) -> None:
     check_new(arguments.out)
     config = load_config(arguments.recipe, arguments.overrides)
     config.check_paths("model.", "data.tokenizer")
-    given = arguments.trained
-    step = given if (given / manifest.MANIFEST).exists() else manifest.newest(given)
-    found = manifest.verify(step)
+    step = manifest.newest(arguments.trained)
+    found = manifest.read(step)
     base = Path(config.model.checkpoint) if config.model.checkpoint else None
     stored = found.manifest["identity"].get("base checkpoint")
     actual = manifest.checksum_folder(base)

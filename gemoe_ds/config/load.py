@@ -183,7 +183,7 @@ def _expected(detail: ErrorDetails, keys: Sequence[str], tree: Mapping[str, Any]
         return f"be a mapping of options; {owner} has {', '.join(valid)}"
     words = {
         "string_type": "be text; quote it if it looks like something else",
-        "tuple_type": "be a list, such as [0.9, 0.999]",
+        "tuple_type": "be a list, such as [0.9, 0.999] or [my_module:MyHook]",
         "too_long": f"be a list of {detail.get('ctx', {}).get('max_length')}",
         "int_parsing": "be a whole number",
         "int_type": "be a whole number",

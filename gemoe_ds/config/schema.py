@@ -135,7 +135,7 @@ class DataConfig(ConfigModel):
         description="training data: a folder written by `gemoe data convert`"
     )
     validation_path: Annotated[str | None, Reads()] = Field(
-        None, description="such a folder, held out; null: none"
+        None, description="such a folder, held out, for train.eval_every and budgets; null: none"
     )
     tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
         description="Hugging Face tokenizer: a folder, or owner/name[@revision] in the Hub cache"
@@ -201,16 +201,41 @@ class TrainConfig(ConfigModel):
     max_skipped_steps: int = Field(
         10, ge=0, description="steps skipped for a NaN or Inf before the run saves and stops"
     )
+    eval_every: int = Field(
+        0, ge=0, description="steps between evaluations on data.validation_path; 0: none"
+    )
+    early_stop: int = Field(
+        0,
+        ge=0,
+        description="evaluations in a row after which the run ends if none was the best; 0: never",
+    )
+    hooks: tuple[str, ...] = Field(
+        (), description="your own: classes by import path, [my_package.my_module:MyHook]"
+    )
 
 
 class CheckpointConfig(ConfigModel):
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    keep_best: str | None = Field(
+        None,
+        min_length=1,
+        description="metric that says which evaluation is the best, whose checkpoint stays too: "
+        "validation/loss, validation/accuracy, validation/mean_k; null: none",
+    )
+    keep_best_mode: Literal["min", "max"] | None = Field(
+        None, description="what is better; null: less loss and k, more accuracy"
+    )
 
 
 class MonitorConfig(ConfigModel):
     every: int = Field(10, ge=1, description="steps between metrics")
     tensorboard: bool = Field(True, description="write TensorBoard events as well")
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="project of Weights & Biases to write metrics to as well; null: none",
+    )
     sample_log: bool = Field(False, description="log which samples each step saw (sample_log/)")
     stall_seconds: Positive | None = Field(
         120.0,
@@ -258,6 +283,29 @@ class RunConfig(ConfigModel):
             raise ConfigError(
                 f"train.gradient_accumulation_steps={self.train.gradient_accumulation_steps} and "
                 f"train.global_batch_size={self.train.global_batch_size}: set only one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_it_evaluates(self) -> Self:
+        train, keep_best = self.train, self.checkpoint.keep_best
+        if train.eval_every and self.data.validation_path is None:
+            raise ConfigError(
+                f"train.eval_every={train.eval_every}: needs data.validation_path, a folder of "
+                "held-out samples; set it, or train.eval_every=0"
+            )
+        if self.checkpoint.keep_best_mode and keep_best is None:
+            raise ConfigError(
+                f"checkpoint.keep_best_mode={self.checkpoint.keep_best_mode}: goes with "
+                "checkpoint.keep_best=METRIC"
+            )
+        asks = f"train.early_stop={train.early_stop}" if train.early_stop else ""
+        asks = f"checkpoint.keep_best={keep_best}" if keep_best else asks
+        is_ours = (keep_best or "validation/").startswith("validation/")
+        if asks and is_ours and not train.eval_every:
+            raise ConfigError(
+                f"{asks}: nothing is evaluated; set train.eval_every to the steps between "
+                "evaluations"
             )
         return self
 

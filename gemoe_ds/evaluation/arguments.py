@@ -34,7 +34,9 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
         "--data", type=Path, required=True, help="samples: a folder that `gemoe data convert` wrote"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--trained", type=Path, help="run folder; its trained weights are loaded")
+    parser.add_argument(
+        "--trained", type=Path, help="run folder, or one checkpoint; its trained weights are loaded"
+    )
     parser.add_argument(
         "--k", type=int, nargs="+", help="fixed k of the base model, one or several"
     )

@@ -41,6 +41,37 @@ def fit_budget_to(
     earlier budget has set is forgotten. Raises ConfigError for a target that is out of reach, or
     missed by more than 2 %.
     """
+    low_k, high_k = _range_of_k(routers, target)
+    for router in routers:
+        router.k_scale, router.k_shift = 1.0, 0.0  # type: ignore[assignment]
+    width = high_k - low_k
+    # At these two every token gets the smallest k, or the largest.
+    ends = (-width - 1, width + 1) if how == "shift" else (0.0, 2 * high_k / max(low_k, 0.5))
+
+    def put(value: float) -> None:
+        for router in routers:
+            setattr(router, f"k_{how}", value)
+
+    def off_at(value: float) -> float:
+        put(value)
+        return measure() - target
+
+    value, off, passes = _nearest(off_at, ends, (low_k - target, high_k - target), target)
+    put(value)
+    reached = target + off
+    if abs(off) > MOST_OFF * target:
+        other = "--rescale" if how == "shift" else "no --rescale"
+        raise ConfigError(
+            f"--mean-k {target:g} is not met: {reached:.3g} is the nearest in {passes} passes, "
+            f"more than {MOST_OFF:.0%} off, as the predicted k hardly differ; ask for "
+            f"{reached:.3g}, try {other}, or more --calibration-samples"
+        )
+    first = routers[0]
+    return Budget(reached, first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]
+
+
+def _range_of_k(routers: list[Router], target: float) -> tuple[float, float]:
+    """The smallest and the largest mean k; ConfigError if the target is not between them."""
     for router in routers:
         if not hasattr(router, "k_shift"):
             raise ConfigError(
@@ -54,21 +85,23 @@ def fit_budget_to(
             f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
             "(model.router.k_low and k_high)"
         )
-    for router in routers:
-        router.k_scale, router.k_shift = 1.0, 0.0  # type: ignore[assignment]
-    attribute = f"k_{how}"
-    width = high_k - low_k
-    # At these two every token gets the smallest k, or the largest.
-    low, high = (-width - 1, width + 1) if how == "shift" else (0.0, 2 * high_k / max(low_k, 0.5))
-    below, above = low_k - target, high_k - target
+    return low_k, high_k
+
+
+def _nearest(
+    off_at: Callable[[float], float],
+    ends: tuple[float, float],
+    off_at_ends: tuple[float, float],
+    target: float,
+) -> tuple[float, float, int]:
+    """The value found at which the mean k is the least off, by how much, and passes taken."""
+    (low, high), (below, above) = ends, off_at_ends
     best: tuple[float, float] | None = None
     last_side = passes = 0
     while passes < MOST_PASSES:
         passes += 1
         value = low - below * (high - low) / (above - below)
-        for router in routers:
-            setattr(router, attribute, value)
-        off = measure() - target
+        off = off_at(value)
         if best is None or abs(off) < abs(best[1]):
             best = value, off
         if abs(off) <= TOLERANCE * target:
@@ -82,15 +115,4 @@ def fit_budget_to(
             above /= 2 if side == last_side else 1
         last_side = side
     assert best is not None
-    for router in routers:
-        setattr(router, attribute, best[0])
-    reached = target + best[1]
-    if abs(best[1]) > MOST_OFF * target:
-        other = "--rescale" if how == "shift" else "no --rescale"
-        raise ConfigError(
-            f"--mean-k {target:g} is not met: {reached:.3g} is the nearest in {passes} passes, "
-            f"more than {MOST_OFF:.0%} off, as the predicted k hardly differ; ask for "
-            f"{reached:.3g}, try {other}, or more --calibration-samples"
-        )
-    first = routers[0]
-    return Budget(reached, first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]
+    return *best, passes

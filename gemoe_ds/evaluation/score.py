@@ -1,9 +1,10 @@
-"""Exact-match accuracy by question kind, and how tokens were routed, over all ranks."""
+"""Exact-match accuracy by question kind, loss, and how tokens were routed, over all ranks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,9 @@ class Scores:
     not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
     cut_answers: int = 0  # of those
     bad: dict[int, BadSample] = field(default_factory=dict)  # by row
+    ce_sum: float = 0.0  # of all targets
+    num_targets: int = 0
+    num_tokens: int = 0  # valid ones
     entropy_LN: list[np.ndarray] = field(default_factory=list)
     k_LN: list[np.ndarray] = field(default_factory=list)
     is_vision_N: list[np.ndarray] = field(default_factory=list)
@@ -43,6 +47,9 @@ class Scores:
             total.not_asked.update(part.not_asked)
             total.cut_answers += part.cut_answers
             total.bad |= part.bad
+            total.ce_sum += part.ce_sum
+            total.num_targets += part.num_targets
+            total.num_tokens += part.num_tokens
             total.entropy_LN += part.entropy_LN
             total.k_LN += part.k_LN
             total.is_vision_N += part.is_vision_N
@@ -63,6 +70,16 @@ class Scores:
     def accuracy_micro(self) -> float:
         return self.right.total() / max(self.asked.total(), 1)
 
+    @property
+    def loss(self) -> float:
+        """Cross-entropy of a target, each weighing the same."""
+        return self.ce_sum / max(self.num_targets, 1)
+
+    @property
+    def mean_k(self) -> float:
+        """Experts of a token, over all layers."""
+        return float(np.mean(self.load_LE.sum(1))) / max(self.num_tokens, 1)  # type: ignore[union-attr]
+
     def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """entropy_LN (bits), k_LN and is_vision_N of every valid token."""
         return (
@@ -78,37 +95,56 @@ def evaluate(
     batches: Iterable[Batch | None],
     device: torch.device,
     gather: Gather,
+    *,
+    run: Callable[..., dict[str, Tensor]] | None = None,
+    spare: Batch | None = None,
+    keep_tokens: bool = True,
 ) -> Scores:
-    """Score every batch; None stands where a rank has run out but the others have not.
+    """Score every batch; None stands where a rank has run out but the others have not. Collective.
 
-    A rank without a batch still runs the model on an empty one, because the exchange between
-    expert-parallel ranks needs everyone. Greedy exact match without a generation loop: see
-    `MoEModel.predictions`.
+    A rank without a batch still runs the model on one that is not counted, its last or `spare`,
+    because the exchange between expert-parallel ranks needs everyone. Greedy exact match without a
+    generation loop: see `MoEModel._score`. `run`: the engine that holds the model, if one does.
+    Without `keep_tokens` there are sums only, and there may be no question among them. The model
+    and the random state are left as they were.
     """
-    model.eval()
-    ctx, scores = model.ctx, Scores()
-    ctx.trace, ctx.collect = True, True
-    last: Batch | None = None
-    for batch in batches:
-        counted = batch is not None
-        current = batch if batch is not None else last
-        if current is None:
-            raise ConfigError("a rank has no batch at all: use fewer ranks")
-        last = current
-        on_device = current.to(device)
-        correct_BS = model.predictions(on_device.model_inputs, on_device.labels_BS)
-        if counted:
-            _count_answers(scores, current, correct_BS.cpu(), samples)
-            _count_routing(scores, model)
-    ctx.trace, ctx.collect = False, False
+    scores, last = Scores(), spare
+    with _evaluating(model, device):
+        for batch in batches:
+            counted = batch is not None
+            current = batch if batch is not None else last
+            if current is None:
+                raise ConfigError("a rank has no batch at all: use fewer ranks")
+            last = current
+            found = (run or model)(**current.to(device).inputs, score=True)
+            if counted:
+                _count_answers(scores, current, found["correct_BS"].cpu(), samples)
+                scores.ce_sum += found["ce_sum"].item()
+                scores.num_targets += current.num_targets
+                _count_routing(scores, model, keep_tokens=keep_tokens)
     total = Scores.merged(gather(scores))
-    if not total.asked:
+    if keep_tokens and not total.asked:
         example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
         raise DataError(
             f"{samples.path}: none of {total.not_asked.total():,} questions can be asked, raise "
             f"data.max_length or give other samples: {example}"
         )
     return total
+
+
+@contextmanager
+def _evaluating(model: MoEModel, device: torch.device) -> Iterator[None]:
+    ctx = model.ctx
+    before, training = (ctx.trace, ctx.collect), [m for m in model.modules() if m.training]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.eval()
+        ctx.trace, ctx.collect = True, True
+        try:
+            yield
+        finally:
+            ctx.trace, ctx.collect = before
+            for module in training:
+                module.training = True
 
 
 def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: SampleFolder) -> None:
@@ -129,14 +165,17 @@ def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: Sa
             scores.right[kind] += bool(right_S[answer_S].all())
 
 
-def _count_routing(scores: Scores, model: MoEModel) -> None:
+def _count_routing(scores: Scores, model: MoEModel, *, keep_tokens: bool) -> None:
     ctx = model.ctx
     valid_T = ctx.is_valid_T
+    scores.num_tokens += int(valid_T.sum())
+    load = torch.stack([record.stats["tokens_per_expert"].total for record in ctx.layers])
+    scores.load_LE = scores.load_LE + load.double().cpu().numpy()
+    if not keep_tokens:
+        return
     entropy = [record.entropy_T for record in ctx.layers]
     k = [record.k_T for record in ctx.layers]
     assert all(t is not None for t in [*entropy, *k])
     scores.entropy_LN.append(torch.stack([e[valid_T] for e in entropy]).float().cpu().numpy())  # type: ignore[index]
     scores.k_LN.append(torch.stack([e[valid_T] for e in k]).to(torch.int16).cpu().numpy())  # type: ignore[index]
     scores.is_vision_N.append(ctx.is_vision_T[valid_T].cpu().numpy())
-    load = torch.stack([record.stats["tokens_per_expert"].total for record in ctx.layers])
-    scores.load_LE = scores.load_LE + load.double().cpu().numpy()

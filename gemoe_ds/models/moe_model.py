@@ -50,6 +50,9 @@ def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
 
 
+_AT_ONCE = 1024  # targets whose logits are float32 at a time, where nothing is trained
+
+
 class _Source(BlockWeights):
     """This rank's shard; what is to be read from a folder is in `targets` by its stock name."""
 
@@ -266,6 +269,7 @@ class MoEModel(nn.Module):
         auxiliary_weight: float = 1.0,
         rolled_out: dict[str, Rollout] | None = None,
         roll_out: bool = False,
+        score: bool = False,
     ) -> dict[str, Any]:
         """The loss of a micro-batch and its parts by name (scalars).
 
@@ -276,9 +280,12 @@ class MoEModel(nn.Module):
         `auxiliary_weight` makes them means over the micro-batches of the step that have a token.
 
         With `roll_out` the result is that of the forwards which the routers want before, to be
-        handed in as `rolled_out` with the same inputs.
+        handed in as `rolled_out` with the same inputs; with `score` that of `_score`. Both come
+        this way since ZeRO 3 gathers the weights of a model that is called as a whole.
         """
         inputs = ModelInputs(input_ids_BS, is_valid_BS, is_vision_BS, images)
+        if score:
+            return dict(self._score(inputs, labels_BS))
         if roll_out:
             return dict(self._roll_out(inputs, labels_BS))
         self.ctx.rolled_out = rolled_out or {}
@@ -325,8 +332,9 @@ class MoEModel(nn.Module):
         return logits, next_BS[is_target]
 
     @torch.no_grad()
-    def predictions(self, inputs: ModelInputs, labels_BS: Tensor) -> Tensor:
-        """Whether the greedy choice equals the label, bool [B, S]; False where there is no label.
+    def _score(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Tensor]:
+        """`correct_BS`: whether the greedy choice equals the label, bool; False where there is no
+        label. `ce_sum`: the sum of the cross-entropies of all labels, float64.
 
         An answer whose every token is predicted given the ones before is what greedy generation
         would have written, so no generation loop is needed to score exact matches.
@@ -335,4 +343,7 @@ class MoEModel(nn.Module):
         logits, targets = self._target_logits(inputs, labels_BS)
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
-        return correct_BS
+        ce_sum = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for some, wanted in zip(logits.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True):
+            ce_sum += nn.functional.cross_entropy(some.float(), wanted, reduction="sum").double()
+        return {"correct_BS": correct_BS, "ce_sum": ce_sum}

@@ -6,7 +6,7 @@ The package itself can be called: `gemoe_ds.train("trial", "train.steps=10")` ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemoe_ds.cluster.stopping import StopRequest
     from gemoe_ds.config import RunConfig
+    from gemoe_ds.train.hooks import Hook
 
 
 def start(
@@ -21,6 +22,7 @@ def start(
     *overrides: str,
     dry_run: bool = False,
     stop: StopRequest | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Path:
     """Train a recipe, as `gemoe train` does: alone, or on every rank of a launcher.
 
@@ -29,6 +31,7 @@ def start(
         overrides: `key.path=value`, e.g. "train.steps=10".
         dry_run: build everything, take one step, write nothing.
         stop: ask it to stop, from a signal handler, and the run saves and ends.
+        hooks: your own, beside those of `train.hooks` (gemoe_ds.train.hooks.Hook).
 
     Returns:
         The folder of the run: checkpoints/, metrics.jsonl, config.yaml.
@@ -47,7 +50,7 @@ def start(
     validate_run(run, world_size)
     from gemoe_ds.train.run import train
 
-    train(run, dry_run=dry_run, stop=stop)
+    train(run, dry_run=dry_run, stop=stop, hooks=hooks)
     return Path(run.output_dir)
 
 

@@ -1,17 +1,18 @@
-"""Metrics of a run: reduced over ranks, then to TensorBoard and metrics.jsonl."""
+"""Metrics of a run: added up over its micro-batches and ranks."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from gemoe_ds.checkpoint.manifest import MANIFEST, read
 from gemoe_ds.moe.context import Stat, TokenContext
-from gemoe_ds.train.sample_log import whole_lines
+from gemoe_ds.moe.metrics import layer_stats
 
 METRICS = "metrics.jsonl"
 
@@ -36,9 +37,8 @@ class StatSum:
 
     def add_layers(self, ctx: TokenContext) -> None:
         """What the routers of the last forward pass recorded, by layer."""
-        for layer, record in enumerate(ctx.layers):
-            for name, stat in record.stats.items():
-                self.add(f"{name}/layer_{layer:02d}", stat)
+        for name, stat in layer_stats(ctx):
+            self.add(name, stat)
 
     def reduced(self, sum_over_ranks: Sum, device: torch.device) -> dict[str, Tensor]:
         """Values by name, and a fresh start; a mean over nothing is left out. Collective."""
@@ -60,60 +60,13 @@ class StatSum:
         return values
 
 
-class Monitor:
-    """Writer of scalars and histograms; only the first rank makes one.
-
-    On resume, what a lost stretch of the run had written after `start_step` is dropped, so that no
-    step appears twice.
-    """
-
-    def __init__(self, output: Path, start_step: int, tensorboard: bool) -> None:
-        self.path = output / METRICS
-        kept = []
-        if start_step and self.path.exists():
-            kept = [x for x in whole_lines(self.path) if json.loads(x)["step"] <= start_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
-        self.board = (
-            SummaryWriter(output / "tensorboard", purge_step=start_step + 1)
-            if tensorboard
-            else None
-        )
-
-    def write(self, step: int, values: dict[str, float | Tensor]) -> None:
-        """Scalars and vectors of one step; a vector is a histogram on TensorBoard."""
-        tensors = {n: torch.as_tensor(value, dtype=torch.float64) for n, value in values.items()}
-        line = {"step": step} | {name: tensor.tolist() for name, tensor in tensors.items()}
-        self.file.write(json.dumps(line) + "\n")
-        for name, tensor in tensors.items() if self.board else ():
-            if tensor.dim() == 0:
-                self.board.add_scalar(name, tensor.item(), step)
-            elif tensor.sum() > 0:
-                self._histogram(name, tensor, step)
-
-    def _histogram(self, name: str, counts_N: Tensor, step: int) -> None:
-        """Counts of the values 0..N-1 as a TensorBoard histogram, without expanding them."""
-        assert self.board is not None
-        values = torch.arange(counts_N.numel()).double()
-        self.board.add_histogram_raw(
-            name,
-            min=0.0,
-            max=float(counts_N.numel() - 1),
-            num=counts_N.sum().item(),
-            sum=(counts_N * values).sum().item(),
-            sum_squares=(counts_N * values.square()).sum().item(),
-            bucket_limits=(values + 0.5).tolist(),
-            bucket_counts=counts_N.tolist(),
-            global_step=step,
-        )
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def seconds_in(run: Path) -> float:
-    """Wall time of the steps that a run's metrics.jsonl holds, over all its restarts."""
-    lines = (run / METRICS).read_text().splitlines()
-    return sum(json.loads(line)["throughput/seconds"] for line in lines)
+def seconds_in(run: Path) -> float | None:
+    """Wall time of the steps that a run's metrics.jsonl holds, over all its restarts; of one of its
+    checkpoints up to there. None where there is no such file."""
+    last: float = math.inf
+    if (run / MANIFEST).exists():
+        run, last = run.resolve().parent.parent, read(run).step
+    if not (run / METRICS).is_file():
+        return None
+    lines = map(json.loads, (run / METRICS).read_text().splitlines())
+    return sum(line.get("throughput/seconds", 0.0) for line in lines if line["step"] <= last)

@@ -10,16 +10,29 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemoe_ds.data.collate import Batch
+from gemoe_ds.errors import writing_to
+from gemoe_ds.train.hooks import Hook
+from gemoe_ds.train.trainer import Trainer
+
 FOLDER = "sample_log"
 
 
-class SampleLog:
-    """Writes `sample_log/rank-00000.jsonl`: step, number of the micro-batch, sample ids."""
+class SampleLog(Hook):
+    """Writes `sample_log/rank-00000.jsonl`: step, number of the micro-batch, sample ids.
+
+    Before a step computes: one that fails is in it.
+    """
 
     def __init__(self, output: Path, rank: int) -> None:
         folder = output / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank-{rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def before_step(self, trainer: Trainer, step: int, batches: Sequence[Batch]) -> None:
+        with writing_to(trainer.config.output_dir):
+            for index, batch in enumerate(batches):
+                self.write(step, trainer.block(step, index, len(batches)), batch.ids)
 
     def write(self, step: int, block: int, ids: Sequence[str]) -> None:
         line = {"step": step, "micro_batch": block, "ids": list(ids)}

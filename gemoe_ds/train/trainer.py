@@ -1,17 +1,17 @@
-"""The training loop: data, loss, DeepSpeed step, upkeep, metrics, checkpoints, in reading order."""
+"""The training loop: data, loss, DeepSpeed step, upkeep, metrics, hooks, in reading order."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemoe_ds.checkpoint.writer import Saver
+from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.cluster.signals import who_asked
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
@@ -21,18 +21,19 @@ from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
 from gemoe_ds.engine.world import World, gather_objects, sum_over_ranks
 from gemoe_ds.engine.zero import assign_, full_value
-from gemoe_ds.errors import DataError, Stopped, writing_to
+from gemoe_ds.errors import DataError, Stopped
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe import metrics
 from gemoe_ds.moe.context import Rollout, Stat
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.moe.step_counts import StepCounts
 from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
-from gemoe_ds.train.monitor import Monitor, StatSum
-from gemoe_ds.train.sample_log import SampleLog
+from gemoe_ds.train.hooks import Hook, StepResult, by_name
+from gemoe_ds.train.monitor import StatSum
 
 
 class Trainer:
-    """Runs the steps after `start_step` to `config.train.steps`, and saves where it is due.
+    """Runs the steps after `step` to `config.train.steps`; what goes on around them is for hooks.
 
     A step is one global batch, and one update of the optimizer unless the router wants more of the
     same samples (`Router.updates_per_batch`). An update whose gradient holds a NaN or Inf anywhere
@@ -48,13 +49,9 @@ class Trainer:
         engine: Engine,
         steps: Iterator[list[Batch]],
         world: World,
-        monitor: Monitor | None,
-        saver: Saver | None,
+        hooks: Sequence[Hook] = (),
         *,
-        start_step: int = 0,
-        updates: int = 0,
-        empty_steps: int = 0,
-        sample_log: SampleLog | None = None,
+        resumed: Checkpoint | None = None,
         stop: StopRequest | None = None,
         bad_samples: BadSampleLog | None = None,
     ) -> None:
@@ -63,21 +60,21 @@ class Trainer:
         self.engine = engine
         self.steps = steps
         self.world = world
-        self.monitor = monitor
-        self.saver = saver
-        self.start_step = start_step
-        self.updates = updates
+        self.hooks = by_name(hooks)
+        self.resumed = resumed
+        self.step = resumed.step if resumed else 0  # the last whole one
+        self.updates = resumed.updates if resumed else 0
         self.updates_per_batch = model.updates_per_batch
-        self.empty_steps = empty_steps
-        self.skipped = (start_step - empty_steps) * self.updates_per_batch - updates
-        self.sample_log = sample_log
+        self.empty_steps = resumed.empty_steps if resumed else 0
+        self.skipped = (self.step - self.empty_steps) * self.updates_per_batch - self.updates
         self.stop = stop or StopRequest()
         if bad_samples is None:
             bad_samples = BadSampleLog(config.data.max_bad_samples, 2**63, gather_objects)
         self.bad_samples = bad_samples
-        self.saved = start_step
+        self.end_reason: str | None = None
         self.stalled = 0.0  # seconds that saving has kept this rank from training, in all
         self.timed: list[tuple[int, float]] = []  # tokens and seconds of each step since a report
+        self.is_warm = False  # the first step after a start warms everything up
         self.rates: dict[str, float] = {}  # of every group, as the last update found them
         self.stats = StatSum()
         self.step_counts = StepCounts(len(model.moe_layers))
@@ -85,69 +82,69 @@ class Trainer:
             layer.router.before_steps(layer.experts, full_value, model.shard.broadcast_from_first)
 
     def run(self) -> None:
+        """All steps that are left, if no hook ends them early; `finish` is to follow."""
         config, total = self.config, self.config.train.steps
         moved = None if self.updates else MovedCheck(self.model, config.optim)
+        states = self.resumed.manifest.get("hooks", {}) if self.resumed else {}
+        for name, hook in self.hooks.items():
+            if name in states:
+                hook.load_state_dict(states[name])
+        for hook in self.hooks.values():
+            hook.before_run(self)
         bar = Progress(
-            initial=self.start_step,
+            initial=self.step,
             total=total,
             desc="training",
             unit="step",
             disable=not self.world.is_first,
         )
+        shown: dict[str, str] = {}
         self.engine.train()
-        for step in range(self.start_step + 1, total + 1):
+        while self.step < total and self.end_reason is None:
+            step = self.step + 1
             due = step % config.monitor.every == 0 or step == total
             began = time.perf_counter()
             PROGRESS.enter(DATA, step)
             batches = next(self.steps)
             tokens = self.train_step(step, batches, collect=due)
-            self.timed.append((tokens, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            self.step = step
+            self.timed.append((tokens, seconds))
             if moved and self.updates:
                 moved = moved.check()
-            if self.skipped > config.train.max_skipped_steps:
-                self._give_up(step)
             bar.update()
-
-            # once in a while: metrics
-            if due:
-                bar.set_postfix(self._summary(self._report(step)))
-
-            # once in a while: checkpoint
-            if step == total or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                assert self.saver is not None, "a dry run takes its step without `run`"
-                began = time.perf_counter()
-                self._save(step)
-                self.stalled += time.perf_counter() - began
+            result = StepResult(step, tokens, seconds, self._metrics() if due else {})
+            for hook in self.hooks.values():
+                hook.after_step(self, result)
+            shown |= _in_short(result.metrics)
+            if result.metrics:
+                bar.set_postfix(shown)
+            if self.skipped > config.train.max_skipped_steps:
+                self._give_up()
         bar.close()
 
-    def _save(self, step: int) -> None:
-        assert self.saver is not None
-        PROGRESS.enter("saving")
-        self.saver.save(step, self.updates, self.empty_steps)
-        self.saved = step
+    def end(self, reason: str) -> None:
+        """Take no further step; `reason` ends a line. All ranks must call it at the same step."""
+        self.end_reason = reason
 
-    def _save_last(self, step: int) -> None:
-        """Before the run ends early after this step."""
-        if self.saver:
-            if step > self.saved:
-                self._save(step)
-            PROGRESS.enter("saving")
-            self.saver.wait()
+    def finish(self) -> None:
+        """After `run`, or instead of its next step: save and close. Collective."""
+        for hook in self.hooks.values():
+            hook.after_run(self)
 
-    def _stop_after(self, step: int) -> NoReturn:
-        """Collective, as a rank was asked to stop."""
-        self._save_last(step)
-        raise Stopped(f"{who_asked(self.stop)}, after step {step}; resume=auto goes on from there")
+    def end_with(self, error: Exception) -> NoReturn:
+        """Save what there is, and raise; on all ranks. Collective."""
+        self.finish()
+        raise error
 
-    def _give_up(self, step: int) -> None:
-        assert self.saver is not None
-        self._save(step)
-        self.saver.wait()
-        raise DataError(
-            f"step {step}: the gradient is not finite (NaN or Inf), the {self.skipped}th time, and "
-            f"train.max_skipped_steps={self.config.train.max_skipped_steps}; look at the samples "
-            "of that step (monitor.sample_log=true) or lower optim.lr"
+    def _give_up(self) -> NoReturn:
+        limit = self.config.train.max_skipped_steps
+        error = DataError(
+            f"step {self.step}: the gradient is not finite (NaN or Inf), the {self.skipped}th "
+            f"time, and train.max_skipped_steps={limit}; look at the samples of that step "
+            "(monitor.sample_log=true) or lower optim.lr"
         )
+        self.end_with(error)
 
     def _after_update(self, step: int) -> None:
         """Count it, and let the routers do their upkeep; all ranks must come here."""
@@ -178,32 +175,20 @@ class Trainer:
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
         averages over both. Auxiliary losses are averaged over those that have a token.
         """
-        new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
-        here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
-        here.append(sum(batch.has_tokens for batch in batches))
-        agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
-        sum_over_ranks(agreed)
-        targets, num_new, stops, used = agreed.tolist()
-        if stops:
-            self._stop_after(step - 1)
-        if num_new:
-            self._leave_out(new, step)
+        targets, used = self._agree(step, batches)
         PROGRESS.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
-            block = ((step - 1) * len(batches) + index) * self.world.size + self.world.rank
-            seeds.append(micro_batch_seed(self.config.seed, block))
+            seeds.append(micro_batch_seed(self.config.seed, self.block(step, index, len(batches))))
             self.stats.add("data/cut_answers", Stat(torch.tensor(batch.cut_answers), "sum"))
             self.stats.add("data/left_out", Stat(torch.tensor(len(batch.bad)), "sum"))
-            if self.sample_log:
-                with writing_to(self.config.output_dir):
-                    self.sample_log.write(step, block, batch.ids)
+        for hook in self.hooks.values():
+            hook.before_step(self, step, batches)
         if targets == 0:
             self._pass_over(step)
             return 0
         micro_batches = len(batches) * self.world.size
         per_micro_batch = targets / micro_batches
-        tokens = sum(int(batch.is_valid_BS.sum()) for batch in batches)
         rolled_out: list[dict[str, Rollout]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
             for index, batch in enumerate(batches):
@@ -230,7 +215,27 @@ class Trainer:
                 self.model.ctx.collect = False
                 PROGRESS.enter(COMPUTE)
             self._after_update(step)
-        return tokens
+        return sum(int(batch.is_valid_BS.sum()) for batch in batches)
+
+    def _agree(self, step: int, batches: list[Batch]) -> tuple[float, float]:
+        """Targets, and micro-batches that have a token, over all ranks; ends the run if a rank was
+        asked to stop, or has met too many bad samples. One collective, as a rule."""
+        new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
+        here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
+        here.append(sum(batch.has_tokens for batch in batches))
+        agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
+        sum_over_ranks(agreed)
+        targets, num_new, stops, used = agreed.tolist()
+        if stops:
+            asked = f"{who_asked(self.stop)}, after step {self.step}"
+            self.end_with(Stopped(f"{asked}; resume=auto goes on from there"))
+        if num_new:
+            self._leave_out(new, step)
+        return targets, used
+
+    def block(self, step: int, index: int, num_micro_batches: int) -> int:
+        """The number in the run of a micro-batch of this rank and step."""
+        return ((step - 1) * num_micro_batches + index) * self.world.size + self.world.rank
 
     def _leave_out(self, new: list[BadSample], step: int) -> None:
         """List bad samples that a rank has met in this step; DataError, with all before it saved,
@@ -238,9 +243,14 @@ class Trainer:
         for line in listed(self.bad_samples.record(new, step)):
             if self.world.is_first:
                 Progress.write(line)
-        if not self.bad_samples.allows(len(self.bad_samples)):
-            self._save_last(step - 1)
-            self.bad_samples.check()
+        self.check_bad_samples(self.bad_samples)
+
+    def check_bad_samples(self, log: BadSampleLog) -> None:
+        """End the run if too many are listed. Collective."""
+        try:
+            log.check()
+        except DataError as error:
+            self.end_with(error)
 
     def _pass_over(self, step: int) -> None:
         """A step of which no sample can be used, on no rank: nothing is computed or updated."""
@@ -252,9 +262,9 @@ class Trainer:
         if self.world.is_first:
             Progress.write(f"step {step} is left out: none of its samples can be used")
 
-    def first_step(self, step: int) -> int:
-        """The first step from this one on that is not empty; valid tokens of this rank."""
-        empty = self.empty_steps
+    def first_step(self) -> int:
+        """Take the first of the next steps that is not empty; valid tokens of this rank."""
+        step, empty = self.step + 1, self.empty_steps
         while True:
             tokens = self.train_step(step, next(self.steps), collect=True)
             if self.empty_steps == empty:
@@ -281,54 +291,34 @@ class Trainer:
             self.stats.add(name, Stat(value * counts, count=float(counts)))
         self.stats.add_layers(self.model.ctx)
 
-    def _report(self, step: int) -> dict[str, float | Tensor]:
-        """Reduce the collected statistics over ranks and write them; all ranks must come here.
-
-        The rate of tokens leaves out the first step after a start, which warms everything up.
-        """
-        begins = len(self.timed) == step - self.start_step > 1
-        tokens, seconds = zip(*self.timed[begins:], strict=True)
+    def _metrics(self) -> dict[str, float | Tensor]:
+        """Of the step that was collected and the time since the last ones, of all ranks together.
+        Collective."""
+        is_warm = self.is_warm or len(self.timed) == 1  # one step must do, if there is no other
+        tokens, seconds = zip(*self.timed[not is_warm :], strict=True)
         self.stats.add("throughput/tokens", Stat(torch.tensor(sum(tokens)), "sum"))
-        values: dict[str, float | Tensor] = dict(
-            self.stats.reduced(sum_over_ranks, self.world.device)
-        )
-        total = torch.as_tensor(values.pop("throughput/tokens")).item()
+        summed = self.stats.reduced(sum_over_ranks, self.world.device)
+        total = summed.pop("throughput/tokens").item()
+        values = metrics.derived(summed)
         values["throughput/tokens_per_second"] = total / sum(seconds)
         values["throughput/seconds"] = sum(spent for _, spent in self.timed)
-        self.timed = []
-        for name in [n for n in values if n.startswith("tokens_per_expert/")]:
-            load_E = torch.as_tensor(values.pop(name))
-            layer = name.split("/")[1]
-            values[f"load_max_over_mean/{layer}"] = (
-                load_E.max() / load_E.mean().clamp_min(1e-9)
-            ).item()
-            values[f"idle_experts/{layer}"] = float((load_E == 0).sum())
-        mean_k = [v for n, v in values.items() if n.startswith("mean_k/")]
-        if mean_k:  # not in a step that was left out
-            values["mean_k"] = torch.stack(
-                [torch.as_tensor(v).double().squeeze() for v in mean_k]
-            ).mean()
+        values["throughput/checkpoint_stall_seconds"] = self.stalled
+        self.timed, self.is_warm = [], True
         values |= {f"lr/{title}": rate for title, rate in self.rates.items()}
         values["skipped_steps"] = self.skipped
         values["empty_steps"] = self.empty_steps
         values["data/bad_samples"] = len(self.bad_samples)
-        values["throughput/checkpoint_stall_seconds"] = self.stalled
         norm = self.engine.get_global_grad_norm()
-        if norm is not None and mean_k:
+        if norm is not None and self.rates:  # not in a step that was left out
             values["grad_norm"] = float(norm)
-        if self.monitor:
-            with writing_to(self.config.output_dir):
-                self.monitor.write(step, values)
         return values
 
-    @staticmethod
-    def _summary(values: dict[str, float | Tensor]) -> dict[str, str]:
-        shown = {
-            "loss": "loss/total",
-            "mean_k": "mean_k",
-            "tokens/s": "throughput/tokens_per_second",
-        }
-        return {name: f"{float(values[key]):.4g}" for name, key in shown.items() if key in values}
+
+def _in_short(values: dict[str, float | Tensor]) -> dict[str, str]:
+    """For the progress bar."""
+    shown = {"loss": "loss/total"} | {name: name for name in metrics.IN_SHORT}
+    shown |= {"tokens/s": "throughput/tokens_per_second", "validation": "validation/loss"}
+    return {name: f"{float(values[key]):.4g}" for name, key in shown.items() if key in values}
 
 
 def micro_batch_seed(seed: int, block: int) -> int:

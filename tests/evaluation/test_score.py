@@ -56,6 +56,31 @@ def test_batching_and_ranks_change_no_score(setting, batch, world):
     assert np.array_equal(other.load_LE, reference.load_LE)
     for a, b in zip(other.tokens(), reference.tokens(), strict=True):
         assert np.allclose(np.sort(a, axis=-1), np.sort(b, axis=-1), atol=1e-5)
+    assert other.loss == pytest.approx(reference.loss, rel=1e-5)
+    assert other.mean_k == pytest.approx(reference.tokens()[1].mean(), rel=1e-9)
+
+
+def test_a_model_that_trains_is_left_as_it_was(setting):
+    """Its modes, flags, weights and buffers, and the random numbers that follow."""
+    model, *_ = setting
+    model.train().hf.lm_head.eval()
+    model.ctx.collect = True
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+
+    def draws(*_) -> None:
+        torch.rand(3)
+
+    hook = model.hf.lm_head.register_forward_hook(draws)
+    try:
+        scored(setting, 4)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(tensor, state[n]) for n, tensor in model.state_dict().items())
+        assert [n for n, m in model.named_modules() if not m.training] == ["hf.lm_head"]
+        assert model.ctx.collect and not model.ctx.trace
+    finally:
+        hook.remove()
+        model.eval().ctx.collect = False
 
 
 def test_right_answers_equal_greedy_generation(setting, tmp_path):

@@ -75,7 +75,7 @@ def test_predictions_mark_correct_targets(base):
     target[:, 0] = False
     expected = torch.zeros_like(target)
     expected[:, 1:] = (best[:, :-1] == batch["labels_BS"][:, 1:]) & target[:, 1:]
-    assert torch.equal(model.predictions(model_inputs(batch), batch["labels_BS"]), expected)
+    assert torch.equal(model(**batch, score=True)["correct_BS"], expected)
 
 
 @pytest.mark.parametrize("router", ["top_k", "gemoe"])

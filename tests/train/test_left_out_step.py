@@ -84,12 +84,12 @@ def step_on_rank(rank, setting, config, *steps):
             (setting["hf"], setting["tokenizer"]), router.name, vars(router.config), shard
         )
         engine = initialize(model.train(), config, world)
-        trainer = Trainer(config, model, engine, iter(()), world, None, None)
+        trainer = Trainer(config, model, engine, iter(()), world)
         found = []
         for number, rows in enumerate(steps, 1):
             trainer.timed.append((1, 1.0))
             trainer.train_step(number, batches_of(setting, model, *rows[rank]), collect=True)
-            values = trainer._report(number)
+            values = trainer._metrics()
             seen = {n: float(v) for n, v in values.items() if torch.as_tensor(v).numel() == 1}
             seen |= {"updates": trainer.updates, "global_steps": engine.global_steps}
             params = {n: full_value(p).clone() for n, p in model.trainable().items()}

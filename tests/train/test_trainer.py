@@ -171,7 +171,7 @@ def test_a_skipped_update_moves_no_rate(setting, updates):
 def train_by_a_clock(rank: int, config) -> list[int]:
     """Every step takes a second, the first one ten; a checkpoint takes a hundred. Returns the
     random state of every forward pass."""
-    from gemoe_ds.train import trainer
+    from gemoe_ds.train import saving, trainer
 
     class Clock:
         now = 0.0
@@ -179,7 +179,7 @@ def train_by_a_clock(rank: int, config) -> list[int]:
         def perf_counter(self) -> float:
             return self.now
 
-    clock, train_step, save = Clock(), trainer.Trainer.train_step, trainer.Trainer._save
+    clock, train_step, save = Clock(), trainer.Trainer.train_step, saving.Saving._save
     seeds: list[int] = []
 
     def timed_step(self, step, batches, *, collect):
@@ -188,11 +188,12 @@ def train_by_a_clock(rank: int, config) -> list[int]:
             self.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
         return train_step(self, step, batches, collect=collect)
 
-    def timed_save(self, step):
+    def timed_save(self, trainer, **options):
         clock.now += 100
-        save(self, step)
+        save(self, trainer, **options)
 
-    trainer.time, trainer.Trainer.train_step, trainer.Trainer._save = clock, timed_step, timed_save
+    trainer.time = saving.time = clock
+    trainer.Trainer.train_step, saving.Saving._save = timed_step, timed_save
     assert train_all(rank, [config]) is None
     return seeds
 

@@ -1,0 +1,141 @@
+"""Loss, accuracy and mean k on held-out samples while training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemoe_ds.cluster.signals import until_stopped
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.config import RunConfig
+from gemoe_ds.console import Progress
+from gemoe_ds.data.bad_samples import BadSampleLog, listed
+from gemoe_ds.data.collate import Batch, Collator
+from gemoe_ds.data.lengths import Lengths, known_lengths
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
+from gemoe_ds.errors import ConfigError, Stopped
+from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.progress import EVALUATE
+from gemoe_ds.train.assemble import build_collator
+from gemoe_ds.train.checks.samples import leave_out_known
+from gemoe_ds.train.hooks import Hook, StepResult
+from gemoe_ds.train.trainer import Trainer
+
+
+class Validation(Hook):
+    """Evaluates every `train.eval_every` steps and after the last one, as `gemoe evaluate` does.
+
+    Training goes on as if nothing had been. An evaluation that a signal cuts off comes after the
+    next step, in the continuation of the run.
+    """
+
+    name = "validation"
+    metrics = {"validation/loss": "min", "validation/accuracy": "max", "validation/mean_k": "min"}
+
+    def __init__(
+        self, config: RunConfig, collator: Collator, world: World, stop: StopRequest
+    ) -> None:
+        """Look for samples that cannot be used; DataError if they are too many. Collective."""
+        assert config.data.validation_path is not None, "checked with the recipe"
+        self.config, self.world, self.stop = config, world, stop
+        self.samples = open_samples(config.data.validation_path)
+        self.bad = BadSampleLog(config.data.max_bad_samples, len(self.samples), gather_objects)
+        lengths, _ = known_lengths(
+            self.samples,
+            collator,
+            rank=world.rank,
+            world=world.size,
+            gather=gather_objects,
+            others=[Path(config.output_dir)],
+            stops=lambda: bool(stop.by),
+        )
+        leave_out_known(lengths, self.samples, collator, self.bad)
+        if config.checkpoint.keep_best == "validation/accuracy":
+            broadcast_from_first(lambda: self._refuse_no_question(lengths), world)
+        self.evaluated: int | None = None  # the step of the last evaluation
+
+    def _refuse_no_question(self, lengths: Lengths | None) -> None:
+        limit = self.config.data.max_length
+        if lengths and len(lengths.turns_T3) == lengths.cut(limit).cut_answers_N.sum():
+            raise ConfigError(
+                f"checkpoint.keep_best=validation/accuracy: data.max_length={limit} cuts all "
+                f"answers of {self.samples.path}; raise it, or take validation/loss"
+            )
+
+    def before_run(self, trainer: Trainer) -> None:
+        collator = build_collator(self.config, trainer.model)
+        self.stream = EvalStream(
+            self.samples,
+            collator,
+            batch=self.config.train.micro_batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        first = collator.encode_or_leave_out(0, self.samples[0])
+        self.spare = collator.batch([first])  # of a rank that has no samples
+        if self.evaluated is None:
+            self.evaluated = trainer.step
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        step, every = result.step, self.config.train.eval_every
+        assert self.evaluated is not None
+        if step // every == self.evaluated // every and step < self.config.train.steps:
+            return
+        began = time.perf_counter()
+        try:
+            scores = self._scores(trainer)
+        except Stopped:
+            return  # the trainer saves, and stops before its next step
+        self.evaluated = step
+        self._leave_out(trainer, scores)
+        seconds = time.perf_counter() - began
+        result.metrics |= {
+            "validation/loss": scores.loss,
+            "validation/mean_k": scores.mean_k,
+            "validation/seconds": seconds,
+        }
+        said = f"step {step}: validation loss {scores.loss:.4f}, mean k {scores.mean_k:.3f}"
+        if scores.asked:
+            result.metrics["validation/accuracy"] = scores.accuracy
+            said += f", accuracy {100 * scores.accuracy:.2f} %"
+        if self.world.is_first:
+            Progress.write(f"{said} ({seconds:.1f} s)")
+
+    def _scores(self, trainer: Trainer) -> Scores:
+        return evaluate(
+            trainer.model,
+            self.samples,
+            self._batches(),
+            self.world.device,
+            gather_objects,
+            run=trainer.engine,
+            spare=self.spare,
+            keep_tokens=False,
+        )
+
+    def _batches(self) -> Iterator[Batch | None]:
+        bar = Progress(
+            self.stream,
+            desc="validation",
+            unit="batch",
+            leave=False,
+            disable=not self.world.is_first,
+        )
+        return until_stopped(bar, EVALUATE, self.stop, self.world, "while validating")
+
+    def _leave_out(self, trainer: Trainer, scores: Scores) -> None:
+        """Tell of samples that turned out to be bad; end the run if they are too many."""
+        for line in listed(self.bad.record(scores.bad.values())):
+            if self.world.is_first:
+                Progress.write(f"{self.samples.path}: {line}")
+        trainer.check_bad_samples(self.bad)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluated": self.evaluated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluated = state["evaluated"]
