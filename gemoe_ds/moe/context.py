@@ -153,8 +153,6 @@ class TokenContext:
         self.in_forward = False
         if failed:
             self._ran = set()
-        if self._pass:
-            self._pass.end()
 
     @contextmanager
     def alone(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> Iterator[None]:
@@ -291,6 +289,8 @@ class TokenContext:
                 "train nothing: leave torch.no_grad() away, recompute with use_reentrant=False, "
                 "or ask under torch.no_grad() for the value alone"
             )
+        if not torch.is_grad_enabled():
+            return
         if self._unasked():
             gc.collect()  # a forward that nobody holds any more may hang in a cycle
         if others := self._unasked():

@@ -40,8 +40,9 @@ class Pass:
         self._graph: ReferenceType[_Graph] | None = None
 
     def end(self) -> None:
-        """No node that is made from now on belongs to it."""
-        self._end_node = min(self._end_node, next_node())
+        """No node that is made from now on belongs to it. Those that are made between its layers
+        and the next forward do: they may be recomputed together with it."""
+        self._end_node = next_node()
 
     def made(self, node: int) -> bool:
         return self._first_node <= node < self._end_node

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -235,6 +237,28 @@ def test_recomputation_changes_nothing_for_any_router(name):
         assert torch.equal(plain[n], again[n]), n
 
 
+def test_a_model_may_be_recomputed_as_a_whole():
+    """With what is made of its output, and with its auxiliary losses."""
+    found = []
+    for recompute in (False, True):
+        model, handle = converted(trainable="experts")
+
+        def loss(one, given, model=model, handle=handle):
+            out = model(**given | {"labels": None})
+            return out.logits.log_softmax(-1).square().mean() * one + handle.aux_loss()
+
+        one = torch.ones((), requires_grad=True)
+        total = torch.zeros(())
+        for given in (batch(), batch(1)):
+            if recompute:
+                total = total + checkpoint(loss, one, given, use_reentrant=False)
+            else:
+                total = total + loss(one, given)
+        total.backward()
+        found.append([p.grad for p in handle.trainable_parameters().values()])
+    assert all(map(torch.equal, *found))
+
+
 def test_deepspeed_gives_the_gradients_of_plain_pytorch():
     import deepspeed
 
@@ -431,10 +455,11 @@ def test_what_cannot_be_converted_is_refused_and_left_alone(make, options, told)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
 
 
-def test_a_copy_of_a_converted_model_is_independent():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_converted_model_is_independent(copied):
     model, handle = converted()
     step(model, handle)
-    other = copy.deepcopy(model)
+    other = copied(model)
     with torch.no_grad():
         want = other(**batch()).loss
         for p in handle.trainable_parameters().values():

@@ -200,7 +200,11 @@ def test_a_stale_record_is_refused():
     layer(x)  # its output is dropped: nothing is lost
     gc.collect()
     y1 = layer(x)
+    with torch.no_grad():
+        layer.aux_loss()  # a value for the log trains nothing
     y2 = layer(x)
+    with torch.no_grad():
+        assert layer.aux_loss() > 0
     with pytest.raises(RuntimeError, match="1 earlier forward.*not asked"):
         layer.aux_loss()
     del y1
