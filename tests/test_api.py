@@ -112,3 +112,14 @@ def test_train_is_a_package_and_a_function():
     from gemoe_ds import train
 
     assert train is gemoe_ds.train and callable(train) and train.run.train
+
+
+def test_the_readme_s_lines_run():
+    (source,) = re.findall(
+        r"^```python\n(.*?)^```",
+        (repository() / "README.md").read_text("utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    names: dict = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert names["moe"].router.eap.weight.grad.any()
