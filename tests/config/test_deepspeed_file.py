@@ -9,46 +9,11 @@ from typing import Any
 
 import pytest
 
-from gemoe_ds.config import (
-    RunConfig,
-    deepspeed_config,
-    load_config,
-    parse_cli,
-    validate_evaluation,
-    validate_run,
-)
-from gemoe_ds.config.deepspeed import check_deepspeed, summary
+from gemoe_ds.config import deepspeed_config
+from gemoe_ds.config.deepspeed import check_deepspeed
 from gemoe_ds.errors import ConfigError
-from tests.config.test_load import MINIMAL
-
-ZERO = "zero_optimization"
-
-
-def loaded(folder: Path, content: Any, *overrides: str) -> RunConfig:
-    """A run with this DeepSpeed file: bytes, text, or what becomes JSON."""
-    file, recipe = folder / "ds.json", folder / "recipe.yaml"
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        file.write_text(content if isinstance(content, str) else json.dumps(content))
-    recipe.write_text(MINIMAL)
-    return load_config(recipe, [f"deepspeed={file}", *overrides])
-
-
-def resolved(folder: Path, content: Any, *overrides: str) -> dict[str, Any]:
-    return deepspeed_config(loaded(folder, content, *overrides), 2, hidden_size=20)
-
-
-def refusal(folder: Path, content: Any, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check_deepspeed(loaded(folder, content, *overrides), 2)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def ignored(folder: Path, content: Any, *overrides: str) -> list[str]:
-    config = loaded(folder, content, *overrides)
-    return [line.partition("ds.json: ")[2] for line in check_deepspeed(config, 2)]
+from tests.config.deepspeed_files import ZERO, ignored, loaded, refusal, resolved
+from tests.config.minimal import load
 
 
 @pytest.mark.parametrize(
@@ -192,23 +157,6 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     ]
 
 
-def test_auto_is_what_hugging_face_fills_in(tmp_path: Path) -> None:
-    names = ("reduce_bucket_size", "prefetch_bucket_size", "stage3_param_persistence_threshold")
-    config = loaded(
-        tmp_path, {ZERO: {"stage": 3, "overlap_comm": "auto"} | dict.fromkeys(names, "auto")}
-    )
-    assert deepspeed_config(config, 2, hidden_size=20)[ZERO] == {
-        "stage": 3,
-        "reduce_bucket_size": 400,
-        "stage3_prefetch_bucket_size": 360,
-        "stage3_param_persistence_threshold": 200,
-    }
-    assert summary(config, 2, 2048).endswith(
-        "ZeRO 3; bfloat16, what trains float32; reduce_bucket_size 4,194,304; "
-        "stage3_prefetch_bucket_size 3,774,873; stage3_param_persistence_threshold 20,480"
-    )
-
-
 def test_former_names_mean_what_they_meant(tmp_path: Path) -> None:
     assert resolved(tmp_path, {ZERO: True})[ZERO] == {"stage": 1}
     zero = resolved(tmp_path, {ZERO: {"stage": 2, "cpu_offload": True}})[ZERO]
@@ -216,96 +164,12 @@ def test_former_names_mean_what_they_meant(tmp_path: Path) -> None:
     assert "bf16.enabled=false" in refusal(tmp_path, {"bfloat16": {"enabled": False}})
 
 
-AUTO_WARMUP = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "a JSON object")])
+def test_damaged_deepspeed_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "verdict"),
-    [
-        ({"type": "WarmupLR", "params": AUTO_WARMUP}, None),
-        ({"type": "WarmupDecayLR", "params": AUTO_WARMUP | {"total_num_steps": "auto"}}, None),
-        ({"type": "WarmupCosineLR", "params": {"total_num_steps": 10}}, None),
-        ({"type": "WarmupLR", "params": AUTO_WARMUP | {"warmup_num_steps": 9}}, ["=9", "steps=0"]),
-        ({"type": "WarmupLR", "params": AUTO_WARMUP | {"warmup_max_lr": 1}}, ["=1", "lr=0.001"]),
-        ({"type": "WarmupDecayLR", "params": {"total_num_steps": 10}}, ["DecayLR", "=cosine"]),
-        ({"type": "OneCycle", "params": {"cycle_min_lr": 0.1}}, ["OneCycle", "=cosine"]),
-    ],
-)
-def test_a_scheduler_is_filled_in_agrees_or_is_refused_with_both_values(
-    tmp_path: Path, scheduler: Any, verdict: list[str] | None
-) -> None:
-    if verdict is None:
-        (line,) = ignored(tmp_path, {"scheduler": scheduler})
-        assert "optim.schedule=cosine, optim.warmup_steps=0" in line
-    else:
-        message = refusal(tmp_path, {"scheduler": scheduler})
-        assert all(words in message for words in verdict)
-
-
-def test_an_optimizer_agrees_in_deepspeed_s_own_terms(tmp_path: Path) -> None:
-    agreed = {"lr": "1e-3", "betas": [0.9, 0.999], "weight_decay": 0, "torch_adam": True}
-    assert ignored(tmp_path, {"optimizer": {"type": "Adam", "params": agreed}}) == []
-    other = {"type": "Adam", "params": {"adam_w_mode": False}}
-    assert "adam_w_mode=false contradicts" in refusal(tmp_path, {"optimizer": other})
-
-
-def test_sharded_experts_need_the_way_that_deepspeed_reduces_rightly(tmp_path: Path) -> None:
-    content = {ZERO: {"stage": 1, "contiguous_gradients": False}}
-    trains = ["model.trainable=experts", "parallel.ep_size=2"]
-    assert "over the wrong ranks" in refusal(tmp_path, content, *trains)
-    assert ignored(tmp_path, content, "parallel.ep_size=2") == []
-
-
-def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> None:
-    config = loaded(tmp_path, {"gradient_clipping": 0.5}, "parallel.ep_size=1")
-    for name in ("train", "tokenizer", "base"):
-        (tmp_path / name).mkdir()
-    here = [f"data.{n}={tmp_path}/{n}" for n in ("train", "tokenizer")]
-    here.append(f"model.checkpoint={tmp_path}/base")
-    config = loaded(tmp_path, {"gradient_clipping": 0.5}, *here)
-    for check in (lambda: validate_run(config, 2), lambda: validate_evaluation(config)):
-        with pytest.raises(ConfigError, match="gradient_clipping=0.5 contradicts"):
-            check()
-    config = loaded(tmp_path, {"train_batch_size": 64}, *here)  # as on the ranks it trained on
-    validate_evaluation(config)
-    with pytest.raises(ConfigError, match="train_batch_size=64 contradicts"):
-        validate_run(config, 2)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["RECIPE", "--deepspeed", "--deepspeed_config", "F"],
-        ["--deepspeed", "RECIPE", "--deepspeed_config=F"],
-        ["--deepspeed_config", "F", "RECIPE", "--deepspeed"],
-        ["RECIPE", "--deepspeed", "F", "--deepspeed_config", "F"],
-        ["RECIPE", "--deepspeed", "train.steps=3", "--deepspeed_config", "F"],
-        ["RECIPE", "--deepspeed=F"],
-    ],
-)
-def test_command_lines_with_deepspeed_s_own_flags(tmp_path: Path, words: list[str]) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(MINIMAL)
-    config, _ = parse_cli([str(recipe) if word == "RECIPE" else word for word in words])
-    assert config.deepspeed == "F"
-
-
-def test_two_files_on_a_command_line_are_refused(tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(MINIMAL)
-    with pytest.raises(ConfigError, match="--deepspeed a and --deepspeed_config b name two files"):
-        parse_cli([str(recipe), "--deepspeed", "a", "--deepspeed_config", "b"])
-
-
-def test_without_zero_the_recipe_s_optimizer_clips_and_nothing_is_offloaded(tmp_path: Path) -> None:
-    assert deepspeed_config(loaded(tmp_path, {ZERO: {"stage": 0}}), 2, 8)["gradient_clipping"] == 0
-    assert deepspeed_config(loaded(tmp_path, {ZERO: {"stage": 1}}), 2, 8)["gradient_clipping"] == 1
-    offload = {ZERO: {"stage": 0, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ConfigError, match="offload_optimizer needs stage 1, 2 or 3: with ZeRO 0"):
-        deepspeed_config(loaded(tmp_path, offload), 2, 8)
-
-
-def test_both_betas_must_agree(tmp_path: Path) -> None:
-    betas = {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}
-    with pytest.raises(ConfigError, match="optimizer.params.betas=.*0.95.*contradicts"):
-        deepspeed_config(loaded(tmp_path, betas), 2, 8)
+def test_absent_deepspeed_file(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="^deepspeed=absent.json: cannot read it"):
+        deepspeed_config(load(recipe, "deepspeed=absent.json"), 1, 16)

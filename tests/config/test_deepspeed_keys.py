@@ -16,9 +16,7 @@ from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime import config as deepspeed_config
-from deepspeed.runtime.activation_checkpointing.config import (
-    DeepSpeedActivationCheckpointingConfig,
-)
+from deepspeed.runtime.activation_checkpointing.config import DeepSpeedActivationCheckpointingConfig
 from deepspeed.runtime.data_pipeline.config import get_data_efficiency_config
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor.aio_config import get_aio_config

@@ -12,7 +12,7 @@ from gemoe_ds.checkpoint.state import run_identity
 from gemoe_ds.config import RunConfig, load_config
 from gemoe_ds.config.paths import CHECKOUT, Places
 from gemoe_ds.errors import ConfigError
-from tests.config.test_load import MINIMAL
+from tests.config.minimal import MINIMAL
 
 
 @pytest.fixture

@@ -1,0 +1,30 @@
+"""What is checked of a run before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gemoe_ds.config import (
+    validate_evaluation,
+    validate_run,
+)
+from gemoe_ds.errors import ConfigError
+from tests.config.deepspeed_files import loaded
+
+
+def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> None:
+    config = loaded(tmp_path, {"gradient_clipping": 0.5}, "parallel.ep_size=1")
+    for name in ("train", "tokenizer", "base"):
+        (tmp_path / name).mkdir()
+    here = [f"data.{n}={tmp_path}/{n}" for n in ("train", "tokenizer")]
+    here.append(f"model.checkpoint={tmp_path}/base")
+    config = loaded(tmp_path, {"gradient_clipping": 0.5}, *here)
+    for check in (lambda: validate_run(config, 2), lambda: validate_evaluation(config)):
+        with pytest.raises(ConfigError, match="gradient_clipping=0.5 contradicts"):
+            check()
+    config = loaded(tmp_path, {"train_batch_size": 64}, *here)  # as on the ranks it trained on
+    validate_evaluation(config)
+    with pytest.raises(ConfigError, match="train_batch_size=64 contradicts"):
+        validate_run(config, 2)
