@@ -115,9 +115,9 @@ class MoEHandle:
         for file in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 names = [name for name in tensors.keys() if ".router." in name]  # noqa: SIM118
-                found |= {name: tensors.get_tensor(name) for name in names}
+                found |= {_from_layer(name): tensors.get_tensor(name) for name in names}
         state = self.model.state_dict()
-        wanted = {name: tensor for name, tensor in state.items() if ".router." in name}
+        wanted = {_from_layer(name): t for name, t in state.items() if ".router." in name}
         for name in sorted(wanted.keys() | found.keys()):
             shapes = [tuple(side[name].shape) if name in side else "no" for side in (found, wanted)]
             if shapes[0] != shapes[1]:
@@ -210,3 +210,9 @@ def valid_tokens(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         f"attention_mask {said} does not say which of {list(shape)} tokens are padding: call "
         "handle.begin(is_valid) before the model"
     )
+
+
+def _from_layer(name: str) -> str:
+    """A folder may name the modules above the decoder layers as an older class did."""
+    _, layers, rest = name.partition(".layers.")
+    return f"layers.{rest}" if layers else name

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    CLIPVisionConfig,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -98,6 +101,15 @@ def deepseek_vl2():
     )
 
 
+def llava():
+    text = OlmoeConfig(**SIZES | {"num_experts": 8, "num_experts_per_tok": 4})
+    vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "image_size": 8}
+    vision = CLIPVisionConfig(**vision, num_attention_heads=2, patch_size=4)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    )
+
+
 def qwen3_vl():
     text = {k: v for k, v in (SIZES | MOE).items() if not k.endswith("_token_id")}
     text |= {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
@@ -108,7 +120,8 @@ def qwen3_vl():
 
 
 FAMILIES = {
-    f.__name__: f for f in (olmoe, mixtral, qwen2, qwen3, qwen3_vl, deepseek_v2, deepseek_vl2)
+    f.__name__: f
+    for f in (olmoe, mixtral, qwen2, qwen3, qwen3_vl, deepseek_v2, deepseek_vl2, llava)
 }
 
 
@@ -169,7 +182,7 @@ def test_top_k_is_the_untouched_model(name):
         assert state[n].data_ptr() == pointer or n.endswith("gate.weight"), n
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl", "deepseek_v2", "llava"])
 def test_a_saved_folder_is_the_stock_models_and_takes_the_routers_back(name, tmp_path):
     model, handle = converted(name=name)
     with torch.no_grad():
