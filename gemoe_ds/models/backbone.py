@@ -36,7 +36,7 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
-    block_adapters: ClassVar[Mapping[type[nn.Module], Adapter]]  # of the classes of its MoE blocks
+    block_adapters: ClassVar[Mapping[type[nn.Module], Adapter]] = {}  # by class of its MoE blocks
     may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     published_part: ClassVar[str] = ""  # what that counts: names that begin so

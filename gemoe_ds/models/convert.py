@@ -107,6 +107,7 @@ def convert(
     blocks = _blocks(model)
     _probe(blocks[0], (router_class, config), trainable=trainable != "routers")
     names = [block.stock_names for block in blocks]
+    trained = [(b.gate_up_EGD.requires_grad, b.down_EDF.requires_grad) for b in blocks]
     ctx = TokenContext(len(blocks))
     ctx.losses_without_gradient = ctx.trace = True
     layers = convert_blocks(
@@ -114,15 +115,26 @@ def convert(
     )
     for layer, of_layer in zip(layers, names, strict=True):
         speak_stock(layer, of_layer)
-    if trainable != "all":
-        ours = {
-            id(p) for layer in layers for m in (layer.router, layer.experts) for p in m.parameters()
-        }
-        for parameter in model.parameters():
-            if id(parameter) not in ours:
-                parameter.requires_grad_(False)
+    _freeze(model, layers, trainable, trained)
     before_steps([(layer.router, layer.experts) for layer in layers])
     return MoEHandle(model, ctx, layers)
+
+
+def _freeze(
+    model: nn.Module, layers: list[MoELayer], trainable: str, trained: list[tuple[bool, bool]]
+) -> None:
+    """All that is not asked for; of experts, with "all", what was frozen before."""
+    if trainable == "all":
+        for layer, (gate_up, down) in zip(layers, trained, strict=True):
+            layer.experts.gate_up_EGD.requires_grad_(gate_up)
+            layer.experts.down_EDF.requires_grad_(down)
+        return
+    ours = {
+        id(p) for layer in layers for m in (layer.router, layer.experts) for p in m.parameters()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
 
 
 def _probe(block: BlockSpec, router: tuple[type[Router], Any], *, trainable: bool) -> None:

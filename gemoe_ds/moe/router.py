@@ -50,6 +50,10 @@ class Decision:
 class Router(Registered, nn.Module):
     """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`.
 
+    A subclass sets `name`, nests its options as `Config` (pydantic), and overrides what differs:
+    `score` -> logits, `select` -> a `Decision`, `losses`, `after_step`. CONTRIBUTING.md has one in
+    full. It is made of its options and a `RoutingSpec`.
+
     Padding is 0 in what the steps are given (`TokenContext.without_padding`), so that
     `* ctx.is_valid_T` leaves it out of a sum.
 
@@ -80,12 +84,31 @@ class Router(Registered, nn.Module):
 
     @abstractmethod
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        """Choose experts and weights for every token."""
+        """Choose experts and weights for every token.
+
+        Args:
+            logits_TE: [T, E] (with free experts [T, N]), what `score` gave.
+            x_TD: [T, D], the tokens, 0 where they are padding.
+            ctx: `is_valid_T`, `is_vision_T` (bool) and `sequence_T` (int64) of the tokens, and the
+                records of the layers below.
+
+        Returns:
+            A decision about all columns; what it says of padding is ignored.
+        """
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
-        """The auxiliary losses of this layer by name; padding must not enter them."""
+        """The auxiliary losses of this layer by name; padding must not enter them.
+
+        Args:
+            decision: what `select` gave, with k = 0 for padding.
+            logits_TE: as there.
+            ctx: as there.
+
+        Returns:
+            By name: a scalar with gradient, and the weight that it has in the training loss.
+        """
         return {}
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:

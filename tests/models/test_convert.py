@@ -221,9 +221,11 @@ def test_routers_alone_train_unless_more_is_asked_for():
     assert kinds == {"router", "experts"}
     model = stock("qwen2")
     model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.experts.requires_grad_(False)
     handle = convert(model, trainable="all")
     frozen = set(dict(model.named_parameters())) - handle.trainable_parameters().keys()
-    assert frozen == {"model.embed_tokens.weight"}
+    experts = {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_EGD", "down_EDF")}
+    assert frozen == {"model.embed_tokens.weight", *experts}
     step(model.train(), handle)
 
 
