@@ -12,10 +12,10 @@ from pathlib import Path
 
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.errors import writing_to
-from gemoe_ds.train.hooks import Hook
-from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.hooks import Hook, Training
 
 FOLDER = "sample_log"
+_OLD_FOLDER = "ledger"  # of the version before, with the same lines
 
 
 class SampleLog(Hook):
@@ -29,7 +29,7 @@ class SampleLog(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank-{rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
 
-    def before_step(self, trainer: Trainer, step: int, batches: Sequence[Batch]) -> None:
+    def before_step(self, trainer: Training, step: int, batches: Sequence[Batch]) -> None:
         with writing_to(trainer.config.output_dir):
             for index, batch in enumerate(batches):
                 self.write(step, trainer.block(step, index, len(batches)), batch.ids)
@@ -43,7 +43,9 @@ class SampleLog(Hook):
 
 
 def forget_after(output: Path, step: int) -> None:
-    """Drop what a lost stretch of the run has written after `step`."""
+    """Drop what a lost stretch of the run has written after `step`; adopt a log of old name."""
+    if (output / _OLD_FOLDER).is_dir() and not (output / FOLDER).exists():
+        (output / _OLD_FOLDER).rename(output / FOLDER)
     for path in (output / FOLDER).glob("rank-*.jsonl"):
         kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")

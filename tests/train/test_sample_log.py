@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from gemoe_ds.train.sample_log import FOLDER, SampleLog, forget_after, read_sample_log
 
 
@@ -17,3 +19,18 @@ def test_ranks_are_put_in_order_and_a_lost_stretch_is_dropped(tmp_path):
         file.write('{"step": 2, "micro')  # cut by a crash
     forget_after(tmp_path, 2)
     assert read_sample_log(tmp_path) == {1: ["11", "10"], 2: ["21", "20"]}
+
+
+def test_a_run_goes_on_in_the_log_of_the_version_before(tmp_path):
+    old = tmp_path / "ledger"
+    old.mkdir()
+    lines = [json.dumps({"step": s, "micro_batch": s - 1, "ids": [str(s)]}) + "\n" for s in (1, 2)]
+    (old / "rank-00000.jsonl").write_text("".join(lines))
+    forget_after(tmp_path, 1)
+    log = SampleLog(tmp_path, 0)
+    log.write(2, 1, ["again"])
+    log.close()
+    assert read_sample_log(tmp_path) == {1: ["1"], 2: ["again"]} and not old.exists()
+    old.mkdir()  # whoever made it: the new one stays
+    forget_after(tmp_path, 2)
+    assert read_sample_log(tmp_path) == {1: ["1"], 2: ["again"]} and old.exists()
