@@ -1,13 +1,12 @@
 """A Hugging Face folder and the model it fills: every rank reads what it keeps, and nothing else.
 
 `Weights` is checked as a whole (headers, keys, shapes) before the first byte of a tensor is read.
-`rewrite` goes the other way: the same folder with some parameters replaced.
+rewriter.py goes the other way.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,15 +14,13 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
-from gemoe_ds.hf_io.companions import companions, write_index
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
-from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor, open_stored
+from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
 from gemoe_ds.progress import PROGRESS
 
 _AHEAD = 16  # pieces, of a few megabytes as a rule, that the disk brings while others are read
@@ -193,58 +190,6 @@ class Weights:
                 f"{problem} (for {piece.name}, as {str(view.dtype).removeprefix('torch.')}); "
                 "download it again, or convert it again"
             )
-
-    def rewrite(self, changed: Mapping[str, Tensor], out: Path) -> None:
-        """The folder's files in `out`, these parameters (whole, by name) replaced.
-
-        Whatever is not changed is copied as it is stored; what trained in float32 stays float32.
-        What the folder lacks (`may_lack`) goes into its last file.
-        """
-        assert changed.keys() <= self.shapes.keys(), changed.keys() - self.shapes.keys()
-        out.mkdir(parents=True, exist_ok=True)
-        of_key: dict[str, list[StoredSlice]] = {}
-        for piece in (*self.pieces, *self.tied_copies):
-            if piece.name in changed:
-                of_key.setdefault(piece.key, []).append(piece)
-        files = sorted({tensor.file for tensor in self.stored.values()})
-        # servers look for weights in the folder itself, not below
-        names = {file: "-".join(file.relative_to(self.folder).parts) for file in files}
-        added = self._added(changed)
-        touched = {self.stored[key].file for key in of_key} | ({files[-1]} if added else set())
-        for path in companions(self.folder):
-            shutil.copyfile(path, out / path.name)
-        for file in files:
-            if file not in touched:
-                shutil.copyfile(file, out / names[file])
-                continue
-            tensors = dict(added) if file == files[-1] else {}
-            for key, stored in self.stored.items():
-                if stored.file == file:
-                    tensors[key] = tensor = stored.read()
-                    for piece in of_key.get(key, ()):
-                        rows = piece.stored_rows(stored.shape)
-                        ours = piece.to_stored(piece.ours(changed[piece.name]))
-                        wider = torch.promote_types(ours.dtype, tensor.dtype)
-                        tensors[key] = tensor = tensor.to(wider)
-                        tensor[rows or ...] = ours
-            save_file(tensors, out / names[file], metadata={"format": "pt"})
-        if (self.folder / INDEX).exists():
-            file_of = {key: names[stored.file] for key, stored in self.stored.items()}
-            write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
-
-    def _added(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored tensors of the parameters that the folder has none of."""
-        there = {piece.name for piece in self.pieces}
-        tensors: dict[str, Tensor] = {}
-        for name in changed.keys() - there:
-            for key, shape in self.keys.stored_shapes({name: self.shapes[name]}).items():
-                tensors.setdefault(key, torch.empty(shape, dtype=changed[name].dtype))
-            for piece in self.keys.of(name, self.shapes[name]):
-                tensor = tensors[piece.key]
-                tensor[piece.stored_rows(tuple(tensor.shape)) or ...] = piece.to_stored(
-                    piece.ours(changed[name])
-                )
-        return tensors
 
 
 def problem_of(weight: Tensor) -> str | None:

@@ -15,6 +15,7 @@ from gemoe_ds.hf_io.hf_config import as_checkpoint_error, config_of, meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape
 from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.quiet import without_bars
+from gemoe_ds.hf_io.rewriter import rewrite
 from gemoe_ds.models.blocks import Adapter, BlockSpec, find_moe_blocks
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ImageLayout
@@ -133,4 +134,4 @@ class Backbone(Registered):
             self.save_pretrained(model, state, folder)
         else:
             plain = meta_model(type(model), model.config)
-            Weights(base, self.keys, plain, self.may_lack).rewrite(state, folder)
+            rewrite(Weights(base, self.keys, plain, self.may_lack), state, folder)

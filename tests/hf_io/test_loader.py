@@ -17,6 +17,7 @@ from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, swiglu_experts
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
+from gemoe_ds.hf_io.rewriter import rewrite
 from gemoe_ds.hf_io.safetensors_reader import open_stored
 from tests.helpers import repository
 
@@ -134,13 +135,13 @@ def test_rewriting_is_reading_backwards(folder, model, tmp_path):
     out = [tmp_path / "changed", tmp_path / "again"]
     for path in out:
         path.mkdir()
-    weights.rewrite(changed, out[0])
+    rewrite(weights, changed, out[0])
     other = meta_model(Model, None)
     Weights(out[0], KEYS, other).fill(materialise(other, torch.float32))
     for name, tensor in changed.items():
         assert torch.equal(other.get_parameter(name), tensor), name
     again = {name: p.detach() for name, p in model.named_parameters()}
-    Weights(out[0], KEYS, other).rewrite(again, out[1])
+    rewrite(Weights(out[0], KEYS, other), again, out[1])
     for file in folder.glob("*.safetensors"):
         before, after = load_file(file), load_file(out[1] / file.name)
         assert before.keys() == after.keys()
@@ -152,7 +153,7 @@ def test_what_was_not_changed_is_copied(folder, model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     head = {"head": torch.arange(9, dtype=torch.float64)}
-    Weights(folder, KEYS, meta_model(Model, None)).rewrite(head, out)
+    rewrite(Weights(folder, KEYS, meta_model(Model, None)), head, out)
     files = list(folder.glob("*.safetensors"))
     before, after = (
         {k: t for f in files for k, t in load_file(at / f.name).items()} for at in (folder, out)

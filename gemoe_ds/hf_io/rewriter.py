@@ -1,0 +1,78 @@
+"""The way back: a Hugging Face folder written anew, with some of its parameters replaced."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemoe_ds.hf_io.companions import companions, write_index
+from gemoe_ds.hf_io.key_rules import StoredSlice
+from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor
+
+
+def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
+    """The files of the folder of `weights` in `out`, these parameters (whole, by name) replaced.
+
+    Whatever is not changed is copied as it is stored; what trained in float32 stays float32.
+    What the folder lacks (`may_lack`) goes into its last file.
+    """
+    assert changed.keys() <= weights.shapes.keys(), changed.keys() - weights.shapes.keys()
+    out.mkdir(parents=True, exist_ok=True)
+    # 1. which stored tensors change, and in which files they are
+    pieces: dict[str, list[StoredSlice]] = {}
+    for piece in (*weights.pieces, *weights.tied_copies):
+        if piece.name in changed:
+            pieces.setdefault(piece.key, []).append(piece)
+    added = _added(weights, changed)
+    files = sorted({stored.file for stored in weights.stored.values()})
+    touched = {weights.stored[key].file for key in pieces} | ({files[-1]} if added else set())
+    # 2. all files but the weights; servers look for weights in the folder itself, not below
+    names = {file: "-".join(file.relative_to(weights.folder).parts) for file in files}
+    for path in companions(weights.folder):
+        shutil.copyfile(path, out / path.name)
+    # 3. the weights, one file in memory at a time
+    for file in files:
+        if file not in touched:
+            shutil.copyfile(file, out / names[file])
+            continue
+        tensors = dict(added) if file == files[-1] else {}
+        for key, stored in weights.stored.items():
+            if stored.file == file:
+                tensors[key] = _replaced(stored, pieces.get(key, []), changed)
+        save_file(tensors, out / names[file], metadata={"format": "pt"})
+    # 4. the index, if there was one
+    if (weights.folder / INDEX).exists():
+        file_of = {key: names[stored.file] for key, stored in weights.stored.items()}
+        write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
+
+
+def _replaced(
+    stored: StoredTensor, pieces: list[StoredSlice], changed: Mapping[str, Tensor]
+) -> Tensor:
+    """A stored tensor with these pieces of it changed, in the wider of the two dtypes."""
+    tensor = stored.read()
+    for piece in pieces:
+        ours = piece.to_stored(piece.ours(changed[piece.name]))
+        tensor = tensor.to(torch.promote_types(ours.dtype, tensor.dtype))
+        tensor[piece.stored_rows(stored.shape) or ...] = ours
+    return tensor
+
+
+def _added(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors of the parameters that the folder has none of."""
+    there = {piece.name for piece in weights.pieces}
+    tensors: dict[str, Tensor] = {}
+    for name in changed.keys() - there:
+        shape = weights.shapes[name]
+        for key, stored_shape in weights.keys.stored_shapes({name: shape}).items():
+            tensors.setdefault(key, torch.empty(stored_shape, dtype=changed[name].dtype))
+        for piece in weights.keys.of(name, shape):
+            rows = piece.stored_rows(tuple(tensors[piece.key].shape))
+            tensors[piece.key][rows or ...] = piece.to_stored(piece.ours(changed[name]))
+    return tensors
