@@ -120,8 +120,63 @@ def objection(room: str, name: str) -> str | None:
     return None
 
 
+def circles(root: Path) -> list[list[str]]:
+    """Groups of files of the package that import each other, by however long a way.
+
+    Imports inside functions do not count: they run when all is there. Those under TYPE_CHECKING do:
+    two files that need each other's types are one idea in two places.
+    """
+    files = {module_of(path.relative_to(root)): path for path in (root / PACKAGE).rglob("*.py")}
+    imports = {}
+    for module, path in files.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = []
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        names = {name for _, name in imported(tree, package)}
+        owners = {name if name in files else name.rpartition(".")[0] for name in names}
+        imports[module] = owners & files.keys() - {module}
+    reached = {module: reachable(module, imports) for module in files}
+    groups = {frozenset(m for m in reached[module] if module in reached[m]) for module in files}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
+def reachable(start: str, imports: dict[str, set[str]]) -> set[str]:
+    """What `start` imports, directly or not; itself only if it is in a circle."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = imports[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
 def test_imports_run_one_way() -> None:
     assert violations(repository()) == []
+
+
+def test_no_two_files_import_each_other() -> None:
+    assert circles(repository()) == []
+
+
+def test_a_circle_is_found_however_long_and_under_type_checking(tmp_path: Path) -> None:
+    files = {
+        "__init__": "",
+        "a": "from gemoe_ds.b import x",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .c import x",
+        "c": "import gemoe_ds.a\nfrom gemoe_ds import d",
+        "d": "def f():\n    from gemoe_ds import a",
+    }
+    (tmp_path / PACKAGE).mkdir()
+    for name, source in files.items():
+        (tmp_path / PACKAGE / f"{name}.py").write_text(source)
+    assert circles(tmp_path) == [["gemoe_ds.a", "gemoe_ds.b", "gemoe_ds.c"]]
 
 
 def test_every_part_of_the_package_is_a_room() -> None:

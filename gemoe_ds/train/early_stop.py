@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.train.hooks import Hook, StepResult
-from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.hooks import Hook, StepResult, Training
 
 
 class Best:
@@ -76,16 +75,16 @@ class EarlyStop(Hook):
         self.best, self.patience = best, patience
         self.waited = 0  # evaluations since the best one
 
-    def before_run(self, trainer: Trainer) -> None:
+    def before_run(self, trainer: Training) -> None:
         self._end_if_due(trainer)
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Training, result: StepResult) -> None:
         is_better = self.best.update(result)
         if is_better is not None:
             self.waited = 0 if is_better else self.waited + 1
             self._end_if_due(trainer)
 
-    def _end_if_due(self, trainer: Trainer) -> None:
+    def _end_if_due(self, trainer: Training) -> None:
         if self.waited >= self.patience:
             best = self.best
             found = (

@@ -8,15 +8,42 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.errors import ConfigError
 
-if TYPE_CHECKING:
-    from gemoe_ds.train.trainer import Trainer
+if TYPE_CHECKING:  # a hook of one's own imports this file, and none of these
+    from gemoe_ds.config import RunConfig
+    from gemoe_ds.data.bad_samples import BadSampleLog
+    from gemoe_ds.engine.world import World
+    from gemoe_ds.engine.zero import Engine
+    from gemoe_ds.models.moe_model import MoEModel
+
+
+class Training(Protocol):
+    """What hooks see of the `Trainer`."""
+
+    config: RunConfig
+    model: MoEModel
+    engine: Engine
+    world: World
+    hooks: dict[str, Hook]  # by the name of their state
+    step: int  # the last whole one
+    updates: int  # of the optimizer, without those that were skipped
+    empty_steps: int
+    stalled: float  # seconds that saving has kept this rank from training, in all
+
+    def end(self, reason: str) -> None:
+        """Take no further step; `reason` ends a line. All ranks must call it at the same step."""
+
+    def block(self, step: int, index: int, num_micro_batches: int) -> int:
+        """The number in the run of a micro-batch of this rank and step."""
+
+    def check_bad_samples(self, log: BadSampleLog) -> None:
+        """End the run if too many are listed. Collective."""
 
 
 @dataclass
@@ -47,16 +74,16 @@ class Hook:
     name: ClassVar[str] = ""  # of its state in checkpoints; by default "module:Class"
     metrics: ClassVar[dict[str, Literal["min", "max"]]] = {}  # that it adds, and what is better
 
-    def before_run(self, trainer: Trainer) -> None:
+    def before_run(self, trainer: Training) -> None:
         """Before the first step of a run, or of its continuation after `trainer.step`."""
 
-    def before_step(self, trainer: Trainer, step: int, batches: Sequence[Batch]) -> None:
+    def before_step(self, trainer: Training, step: int, batches: Sequence[Batch]) -> None:
         """Once the micro-batches of this rank are there; all ranks go on with the step."""
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Training, result: StepResult) -> None:
         """After each step. `trainer.end(reason)` makes it the last one, if all ranks call it."""
 
-    def after_run(self, trainer: Trainer) -> None:
+    def after_run(self, trainer: Training) -> None:
         """After `trainer.step`, the last one; also if all ranks stop early, on a signal for one.
 
         Not after an error that ends a single rank.

@@ -16,10 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.errors import ConfigError, writing_to
-from gemoe_ds.train.hooks import Hook, StepResult
+from gemoe_ds.train.hooks import Hook, StepResult, Training
 from gemoe_ds.train.monitor import METRICS
 from gemoe_ds.train.sample_log import whole_lines
-from gemoe_ds.train.trainer import Trainer
 
 Values = Mapping[str, float | Tensor]  # scalars, and counts of the values 0..N-1
 
@@ -175,7 +174,7 @@ class MetricsLog(Hook):
     def __init__(self, writers: Sequence[MetricWriter]) -> None:
         self.writers = writers
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Training, result: StepResult) -> None:
         for name, value in result.metrics.items():
             if not isinstance(value, (Real, Tensor)):
                 raise ConfigError(

@@ -12,8 +12,7 @@ from gemoe_ds.engine.world import gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.progress import PROGRESS
 from gemoe_ds.train.early_stop import Best
-from gemoe_ds.train.hooks import Hook, StepResult
-from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.hooks import Hook, StepResult, Training
 
 
 class Saving(Hook):
@@ -26,7 +25,7 @@ class Saving(Hook):
         self.saver, self.every, self.best = saver, every, best
         self.saved = 0  # the step of the newest checkpoint
 
-    def before_run(self, trainer: Trainer) -> None:
+    def before_run(self, trainer: Training) -> None:
         self.saved = trainer.step
         _states(trainer)
         best = self.best
@@ -34,20 +33,20 @@ class Saving(Hook):
             if not gather_objects((self.saver.root / BEST).exists())[0]:
                 best.value = None  # gone with an abandoned stretch, or deleted
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Training, result: StepResult) -> None:
         is_best = bool(self.best and self.best.update(result))
         if is_best or (self.every and result.step % self.every == 0):
             began = time.perf_counter()
             self._save(trainer, is_best=is_best)
             trainer.stalled += time.perf_counter() - began
 
-    def after_run(self, trainer: Trainer) -> None:
+    def after_run(self, trainer: Training) -> None:
         if trainer.step > self.saved:
             self._save(trainer)
         PROGRESS.enter("saving")
         self.saver.wait()
 
-    def _save(self, trainer: Trainer, *, is_best: bool = False) -> None:
+    def _save(self, trainer: Training, *, is_best: bool = False) -> None:
         PROGRESS.enter("saving")
         self.saver.save(
             trainer.step,
@@ -66,7 +65,7 @@ class Saving(Hook):
             self.best.load_state_dict(state["best"])
 
 
-def _states(trainer: Trainer) -> dict[str, dict[str, Any]]:
+def _states(trainer: Training) -> dict[str, dict[str, Any]]:
     """What the hooks want to be told when the run goes on, by name."""
     states = {}
     for name, hook in trainer.hooks.items():

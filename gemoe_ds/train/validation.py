@@ -22,8 +22,7 @@ from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.progress import EVALUATE
 from gemoe_ds.train.assemble import build_collator
 from gemoe_ds.train.checks.samples import leave_out_known
-from gemoe_ds.train.hooks import Hook, StepResult
-from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.hooks import Hook, StepResult, Training
 
 
 class Validation(Hook):
@@ -66,7 +65,7 @@ class Validation(Hook):
                 f"answers of {self.samples.path}; raise it, or take validation/loss"
             )
 
-    def before_run(self, trainer: Trainer) -> None:
+    def before_run(self, trainer: Training) -> None:
         collator = build_collator(self.config, trainer.model)
         self.stream = EvalStream(
             self.samples,
@@ -80,7 +79,7 @@ class Validation(Hook):
         if self.evaluated is None:
             self.evaluated = trainer.step
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Training, result: StepResult) -> None:
         step, every = result.step, self.config.train.eval_every
         assert self.evaluated is not None
         if step // every == self.evaluated // every and step < self.config.train.steps:
@@ -105,7 +104,7 @@ class Validation(Hook):
         if self.world.is_first:
             Progress.write(f"{said} ({seconds:.1f} s)")
 
-    def _scores(self, trainer: Trainer) -> Scores:
+    def _scores(self, trainer: Training) -> Scores:
         return evaluate(
             trainer.model,
             self.samples,
@@ -127,7 +126,7 @@ class Validation(Hook):
         )
         return until_stopped(bar, EVALUATE, self.stop, self.world, "while validating")
 
-    def _leave_out(self, trainer: Trainer, scores: Scores) -> None:
+    def _leave_out(self, trainer: Training, scores: Scores) -> None:
         """Tell of samples that turned out to be bad; end the run if they are too many."""
         for line in listed(self.bad.record(scores.bad.values())):
             if self.world.is_first:
