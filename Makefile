@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check format setup clean
+.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check lint format setup clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -91,6 +91,10 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Style, and nothing longer than can be read in one sitting: see tests/lint.py.
+lint: setup
+	$(BIN)/python -m tests.lint
 
 format: setup
 	$(BIN)/ruff check --fix

@@ -84,12 +84,7 @@ class MoELayer(nn.Module):
 
         Source: GeMoE, arXiv 2606.26287, Eqs. 8 to 13, for the default; docs/routers.md for others.
         """
-        sizes = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "top_k": top_k}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigError(f"{name}={size!r}: a whole number from 1 on is wanted")
-        if top_k > num_experts:
-            raise ConfigError(f"top_k={top_k} exceeds num_experts={num_experts}")
+        _check_sizes(d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k)
         router_class, config = Router.configured(router, options)
         spec = RoutingSpec(d_model, num_experts, top_k, norm_topk_prob)
         gate_up_EGD = torch.randn(num_experts, 2 * d_ff, d_model, device=device, dtype=dtype)
@@ -257,3 +252,11 @@ def _mask(name: str, mask: Tensor, x: Tensor) -> Tensor:
     length = mask.shape[-1] if mask.dim() else 1
     num_sequences = mask.numel() // length if length else 0
     return (mask != 0).reshape(num_sequences, length)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{name}={size!r}: a whole number from 1 on is wanted")
+    if sizes["top_k"] > sizes["num_experts"]:
+        raise ConfigError(f"top_k={sizes['top_k']} exceeds num_experts={sizes['num_experts']}")

@@ -95,20 +95,9 @@ def estimate(
     if lengths is None:
         lengths, _ = check_samples(config, samples, collator)
         assert lengths is not None
-    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch_size
-    longest = _largest(samples, collator, size, cut.length_N)
-    seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
+    on_gpu = device.type == "cuda"
+    shape, seen = _largest_step(config, samples, collator, lengths, routers, on_gpu)
     dtype = getattr(torch, config.model.dtype)
-    shape = StepShape(
-        tokens=longest.input_ids_BS.numel(),
-        targets=int(np.sort(cut.targets_N)[-size:].sum()),
-        itemsize=dtype.itemsize,
-        k=max(router.peak_mean_k for router in routers),
-        ep_size=config.parallel.ep_size,
-        train=config.model.trainable,
-        recompute=config.model.activation_checkpointing,
-        on_gpu=device.type == "cuda",
-    )
     if seen.images:
         shape = _with_images(shape, backbone, hf, blocks, seen, dtype)
     weights = _weights(config, hf, blocks, routers, dtype, num_ranks, shape.on_gpu)
@@ -138,6 +127,31 @@ def estimate(
         0 if shape.on_gpu else _common(config, hf, blocks, dtype),
         blocks[0].routing.d_model,
     )
+
+
+def _largest_step(
+    config: RunConfig,
+    samples: SampleFolder,
+    collator: Collator,
+    lengths: Lengths,
+    routers: list[Router],
+    on_gpu: bool,
+) -> tuple[StepShape, Batch]:
+    """A step of the longest samples, without images; and the micro-batch with most of those."""
+    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch_size
+    longest = _largest(samples, collator, size, cut.length_N)
+    seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
+    shape = StepShape(
+        tokens=longest.input_ids_BS.numel(),
+        targets=int(np.sort(cut.targets_N)[-size:].sum()),
+        itemsize=getattr(torch, config.model.dtype).itemsize,
+        k=max(router.peak_mean_k for router in routers),
+        ep_size=config.parallel.ep_size,
+        train=config.model.trainable,
+        recompute=config.model.activation_checkpointing,
+        on_gpu=on_gpu,
+    )
+    return shape, seen
 
 
 def _with_images(
