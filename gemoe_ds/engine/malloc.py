@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-MOST_KERNELS = 256  # more than ragged products have lengths in use: see moe/by_expert.py
+MOST_KERNELS = 256  # more than ragged products have lengths in use: see moe/experts/by_expert.py
 
 
 def keep_freed_memory() -> bool:

@@ -22,11 +22,11 @@ def fill() -> None:
 def test_a_phase_that_a_run_has_not_is_not_in_its_peak():
     cpu = torch.device("cpu")
     forget_peak(cpu)  # of the tests before
-    phases = PhaseTimer(World(0, 1, cpu))
+    timer = PhaseTimer(World(0, 1, cpu))
 
     def end(name: str) -> int:
-        phases.done.append(Phase(name, 0.0, [1, peak_host_memory()], [0, 0], [0, 0]))
-        return phases.done[-1].host_bytes[1]
+        timer.done.append(Phase(name, 0.0, [1, peak_host_memory()], [0, 0], [0, 0]))
+        return timer.done[-1].host_bytes[1]
 
     loading = end("loading")
     fill()
@@ -34,5 +34,5 @@ def test_a_phase_that_a_run_has_not_is_not_in_its_peak():
     forget_peak(cpu)
     step = end("one step")
     assert look - max(loading, step) > SIZE - (32 << 20)
-    assert phases.peak(False, without="a look") == max(loading, step)
-    assert phases.peak(True, without="a look") == 0
+    assert timer.peak(False, without="a look") == max(loading, step)
+    assert timer.peak(True, without="a look") == 0
