@@ -249,7 +249,7 @@ def newest(run: Path) -> Path:
     """The newest whole checkpoint of a run folder, or the checkpoint itself that is given, such as
     RUN/checkpoints/best; CheckpointError if there is none."""
     if (run / MANIFEST).exists():
-        return verify(run).folder
+        return verify(run.resolve()).folder  # `best` will be another one
     found, _ = find("auto", run, {})
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint there; give the output_dir of a training run")

@@ -207,10 +207,10 @@ class TrainConfig(ConfigModel):
     early_stop: int = Field(
         0,
         ge=0,
-        description="evaluations in a row after which the run ends if none was the best; 0: never",
+        description="evaluations in a row without a new best after which the run ends; 0: never",
     )
     hooks: tuple[str, ...] = Field(
-        (), description="your own: classes by import path, [my_package.my_module:MyHook]"
+        (), description="classes of your own hooks by import path, [my_package.my_module:MyHook]"
     )
 
 
