@@ -26,6 +26,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import distributed, gather_objects
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import (
     RoutingMode,
     check_evaluation,
@@ -44,8 +45,8 @@ def evaluate(
     data: str | Path,
     out: str | Path,
     trained: str | Path | None = None,
-    k: Sequence[int] = (),
-    mean_k: Sequence[float] = (),
+    k: int | Sequence[int] = (),
+    mean_k: float | Sequence[float] = (),
     batch: int | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, EvalRecord]:
@@ -76,14 +77,26 @@ def evaluate(
     arguments = evaluate_parser(None).parse_args(["-", "--data", str(data), "--out", str(out)])
     arguments.recipe, arguments.overrides = config, list(overrides)
     arguments.trained = None if trained is None else Path(trained)
-    arguments.k, arguments.mean_k = list(k) or None, list(mean_k) or None
-    arguments.batch = arguments.batch if batch is None else batch
+    arguments.k, arguments.mean_k = _listed("k", k), _listed("mean_k", mean_k)
+    if batch is not None:
+        if batch < 1:
+            raise ConfigError(f"batch={batch}: must be at least 1")
+        arguments.batch = batch
     adopt_launcher()
     check_evaluation(arguments)
     return {
         os.path.relpath(folder, out): read_record(folder)[0]
         for folder in evaluate_all(arguments, stop)
     }
+
+
+def _listed(name: str, given: Any) -> list[Any] | None:
+    """One number or several; None for none."""
+    numbers = [given] if isinstance(given, int | float) else list(given)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
+            raise ConfigError(f"{name}={given!r}: numbers above 0 are wanted")
+    return numbers or None
 
 
 def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
