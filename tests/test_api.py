@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import gemoe_ds
 from gemoe_ds.config.load import as_config
+from gemoe_ds.engine.world import distributed
 from gemoe_ds.errors import ConfigError
 from tests.helpers import repository
 from tests.train.resuming import make_config, write_data, write_setting
@@ -52,16 +55,12 @@ def test_a_layer_in_your_own_model(names, capsys):
 
 def test_a_transformers_model_under_pytorch_trainer_and_deepspeed(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # what another test's process group left
-        monkeypatch.delenv(name, raising=False)
     run("A transformers model that is in memory", names)
     assert all(".router." in name for name in names["handle"].trainable_parameters())
     before = {n: p.clone() for n, p in names["handle"].trainable_parameters().items()}
     pytest.importorskip("accelerate")
     run("With Trainer", names)
     assert (tmp_path / "trainer/checkpoint-2/model.safetensors").exists()
-    from gemoe_ds.engine.world import distributed
-
     with distributed():
         run("With DeepSpeed", names)
     for name, p in names["handle"].trainable_parameters().items():
@@ -73,12 +72,18 @@ def test_a_whole_run(names, tmp_path, monkeypatch):
     config = make_config(write_setting(tmp_path), tmp_path / "run", parallel__ep_size=1)
     (tmp_path / "recipe.yaml").write_text(config.dump_yaml())
     write_data(tmp_path / "data/test", 6)
+    environment = dict(os.environ)
+    with pytest.raises(ConfigError, match="k=9 exceeds"):
+        gemoe_ds.evaluate("recipe.yaml", data="data/test", out="results", k=9)
     run("A whole run", names)
     assert sorted(names["records"]) == ["mean_k_2", "mean_k_3"]
     for folder, record in names["records"].items():
         assert abs(record.mean_k - int(folder[-1])) < 0.1 and 0 <= record.accuracy <= 1
         assert (tmp_path / "results" / folder / "eval.json").exists()
     assert names["run"] == tmp_path / "run"
+    assert environment == dict(os.environ) and not torch.distributed.is_initialized()
+    with distributed(), pytest.raises(ConfigError, match="destroy_process_group"):
+        gemoe_ds.train("recipe.yaml", "output_dir=other")
     with pytest.raises(ConfigError, match="give --trained RUN"):
         gemoe_ds.evaluate("recipe.yaml", data="data/test", out="results")
 

@@ -18,7 +18,7 @@ from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.launcher_env import device_index, refuse_hidden_gpus
 from gemoe_ds.engine.malloc import bound_kernel_caches, keep_freed_memory
 from gemoe_ds.engine.rendezvous import init_process_group
-from gemoe_ds.errors import GemoeError
+from gemoe_ds.errors import ConfigError, GemoeError
 from gemoe_ds.progress import PROGRESS
 
 T = TypeVar("T")
@@ -37,17 +37,25 @@ class World:
         return self.rank == 0
 
 
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
 @contextmanager
 def distributed() -> Iterator[World]:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it at the end.
 
     Under `deepspeed`, `torchrun`, `srun` or `mpirun` the ranks come from the launcher; a process
-    started alone is a world of one.
+    started alone is a world of one, and leaves its environment and torch as they were.
     """
+    if torch.distributed.is_initialized():
+        raise ConfigError(
+            "this process is in a process group already, and a run makes its own: call "
+            "torch.distributed.destroy_process_group() before it"
+        )
     start = adopt_launcher()
+    before = {name: os.environ.get(name) for name in (*_ALONE, "MASTER_PORT", "LOCAL_RANK")}
     if start.port is None:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
     accelerator, index = get_accelerator(), start.local_rank or 0
     if accelerator.device_name() == "cpu":
         # Its shared-memory op is only for inference, and compiling it takes half a minute (or
@@ -66,10 +74,23 @@ def distributed() -> Iterator[World]:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants to find the same
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     init_process_group(start)
-    yield World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
-    # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
-    # after an exception: the other ranks may be waiting in a collective, and so would this one.
-    deepspeed.comm.destroy_process_group()
+    world = World(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
+    is_over = False
+    try:
+        yield world
+        is_over = True
+    finally:
+        # Without this, gloo's threads make the interpreter abort at exit once in a few runs. Not
+        # after an exception if there are other ranks: they may be waiting in a collective, and so
+        # would this one.
+        if is_over or world.size == 1:
+            deepspeed.comm.destroy_process_group()
+        if start.port is None:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _free_port() -> int:
