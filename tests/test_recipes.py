@@ -12,7 +12,7 @@ from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.models.images import SquareImages
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from tests.helpers import repository
-from tests.models.test_qwen3_vl_images import PUBLIC, layout
+from tests.models.qwen3_vl.small import PUBLIC, layout
 
 FOLDERS = ("gemoe_ds/recipes", "experiments/recipes")
 RECIPES = sorted(path for name in FOLDERS for path in (repository() / name).glob("*.yaml"))

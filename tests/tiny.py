@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.models.inputs import ModelInputs
@@ -102,3 +103,13 @@ def model_inputs(batch: dict) -> ModelInputs:
 
 def num_targets(batch: dict) -> int:
     return int((batch["labels_BS"][:, 1:] != -100).sum())
+
+
+def stock_logits(base: tuple[Path, Path], batch: dict) -> torch.Tensor:
+    model = LlavaForConditionalGeneration.from_pretrained(base[0], dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(
+            batch["input_ids_BS"],
+            pixel_values=batch["images"]["pixels"] if batch["is_vision_BS"].any() else None,
+            attention_mask=batch["is_valid_BS"].long(),
+        ).logits

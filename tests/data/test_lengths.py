@@ -19,7 +19,7 @@ from gemoe_ds.models.images import SquareImages
 from gemoe_ds.models.moe_llava.images import PaddedSquare
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.tokenizer import load_tokenizer
-from tests.models.test_qwen3_vl_images import layout as qwen3_vl_images
+from tests.models.qwen3_vl.small import layout as qwen3_vl_images
 from tests.tiny import write_tokenizer
 
 LAYOUTS = {

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.safetensors_reader import INDEX, SINGLE
 from tests.export.test_folder import as_links, below, tensors
+from tests.models.olmoe.small import write_olmoe
 from tests.models.small import make_model
-from tests.models.test_olmoe import write_olmoe
 from tests.tiny import write_tokenizer
 
 

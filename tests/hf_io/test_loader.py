@@ -19,7 +19,10 @@ from gemoe_ds.hf_io.key_rules import KeyMap, Rule, swiglu_experts
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
 from gemoe_ds.hf_io.rewriter import rewrite
 from gemoe_ds.hf_io.safetensors_reader import open_stored
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.moe_model import MoEModel
 from tests.helpers import repository
+from tests.hf_io.one_file import TOP_K, make, with_tensors
 
 E, D, F = 4, 6, 5
 KEYS = KeyMap(
@@ -298,3 +301,63 @@ def test_reading_a_shard_needs_no_more_memory_than_the_shard(tmp_path):
         check=True,
     )
     assert float(done.stdout) < 1.15
+
+
+NORM, EXPERTS_1 = "model.norm.weight", "model.layers.1.mlp.experts"
+
+
+VALUES = [
+    (with_tensors(lambda t: t[NORM].fill_(float("nan"))), "model.norm.weight holds NaN or inf"),
+    (
+        with_tensors(lambda t: t[f"{EXPERTS_1}.3.up_proj.weight"][2].fill_(-torch.inf)),
+        r"model.safetensors: model.layers.1.mlp.experts.3.up_proj.weight holds NaN or infinite",
+    ),
+    (
+        with_tensors(lambda t: t["model.layers.0.mlp.experts.7.down_proj.weight"].zero_()),
+        "experts.7.down_proj.weight holds nothing but zeros",
+    ),
+    (with_tensors(lambda t: t["lm_head.weight"].zero_()), "lm_head.weight holds nothing but zeros"),
+]
+
+
+@pytest.mark.parametrize("damage, words", VALUES)
+def test_weights_that_no_model_has(one_file, damage, words):
+    damage(one_file)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        make("olmoe", one_file)
+    assert f"model.checkpoint={one_file}" in str(caught.value)
+
+
+def test_vectors_of_zeros_are_weights(one_file):
+    """Biases and the like may be."""
+    with_tensors(lambda t: t[NORM].zero_())(one_file)
+    make("olmoe", one_file)
+
+
+def test_a_number_that_the_dtype_cannot_hold(one_file):
+    with_tensors(lambda t: t[NORM].fill_(1e6))(one_file)
+    make("olmoe", one_file)
+    backbone = Backbone.named("olmoe")
+    with pytest.raises(CheckpointError, match="holds NaN or infinite .* as float16"):
+        MoEModel.from_checkpoint(
+            backbone(backbone.Config()), one_file, one_file, TOP_K, dtype=torch.float16
+        )
+
+
+def test_a_head_that_is_tied_and_yet_another_one(one_file):
+    path = one_file / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    words = "lm_head.weight differs from model.embed_tokens.weight, .*tie_word_embeddings"
+    with pytest.raises(CheckpointError, match=words):
+        make("olmoe", one_file)
+    with_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(
+        one_file
+    )
+    model = make("olmoe", one_file)
+    assert model.hf.lm_head.weight is model.hf.model.embed_tokens.weight
+    state = {"model.embed_tokens.weight": model.hf.lm_head.weight.detach() + 1}
+    model.backbone.save_trained(model.hf, state, one_file, one_file / "out")
+    written = load_file(one_file / "out/model.safetensors")
+    assert torch.equal(written["lm_head.weight"], state["model.embed_tokens.weight"])
+    make("olmoe", one_file / "out")

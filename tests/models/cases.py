@@ -10,11 +10,11 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from gemoe_ds.models.backbone import Backbone
-from tests.models.test_deepseek_vl2 import write_deepseek_vl2
-from tests.models.test_moe_llava import write_moe_llava
-from tests.models.test_molmoe import write_molmoe
-from tests.models.test_olmoe import write_olmoe
-from tests.models.test_qwen3_vl import write_qwen3_vl
+from tests.models.deepseek_vl2.small import write_deepseek_vl2
+from tests.models.moe_llava.small import write_moe_llava
+from tests.models.molmoe.small import write_molmoe
+from tests.models.olmoe.small import write_olmoe
+from tests.models.qwen3_vl.small import write_qwen3_vl
 from tests.tiny import write_tokenizer
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.tokenizer import load_tokenizer
+
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden/chats.json").read_text(encoding="utf-8")
 )
@@ -58,3 +61,7 @@ def write_published(name: str, folder: Path, without: tuple[str, ...] = (), **co
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps(recipe["config"] | config))
     return folder
+
+
+def load(name, folder, image_token=None):
+    return load_tokenizer(folder, Backbone.named(name).chat, image_token)

@@ -18,7 +18,7 @@ from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
 from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.models.published import GOLDEN, write_published
-from tests.models.test_qwen3_vl_images import PUBLIC
+from tests.models.qwen3_vl.small import PUBLIC
 
 LAYOUTS = {
     "olmoe": lambda: None,

@@ -9,11 +9,12 @@ import torch
 from transformers import OlmoeForCausalLM
 
 from gemoe_ds.errors import CheckpointError
+from tests.hf_io.one_file import make
 from tests.hf_io.test_foreign_folders import with_config
 from tests.models import reference
 from tests.models.cases import CASES, write_case
+from tests.models.olmoe.small import logits_of, write_olmoe
 from tests.models.small import make_model
-from tests.models.test_olmoe import logits_of, write_olmoe
 
 THETA = {"rope_theta": 500000.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -64,3 +65,60 @@ def test_experts_of_another_activation_are_refused(name, tmp_path):
     with pytest.raises(CheckpointError, match=f"{where}='?gelu") as error:
         make_model(name, with_config(folder, **changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"olmoe"', "{", "[" * 200_000])
+@pytest.mark.parametrize("name", [*CASES, "upcycled"])
+def test_a_config_that_is_none(name, text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        make(name, tmp_path)
+
+
+HEADS = ["num_attention_heads", "num_key_value_heads", "n_heads"]
+
+
+EXPERTS = ["num_experts", "moe_num_experts", "n_routed_experts"]
+
+
+TOP = ["num_experts_per_tok", "moe_top_k", "top_k_experts"]
+
+
+LAYERS = ["num_hidden_layers", "n_layers"]
+
+
+WIDTH = ["hidden_size", "d_model"]
+
+
+def put(config, keys, value):
+    for key, old in config.items():
+        if isinstance(old, dict) and key != "vision_config":
+            put(old, keys, value)
+        elif key in keys:
+            config[key] = [value] * len(old) if isinstance(old, list) else value
+
+
+@pytest.mark.parametrize(
+    "keys, value, words",
+    [
+        (HEADS, 0, r"heads=0, a whole number"),
+        (HEADS, "2", r"heads='2', a whole number"),
+        (EXPERTS, -1, r"experts=\[?-1"),
+        (EXPERTS, "8", r"experts=\[?'8'"),
+        (TOP, 0, r"=0, a whole number from 1 on"),
+        (TOP, 99, r"99 experts a token, of \d; it must be from 1 to \d"),
+        (LAYERS, 1, r"unexpected: |there are 1 layers"),
+        (LAYERS, 2.0, r"config.json"),
+        (WIDTH, None, r"config.json"),
+        (HEADS, 5, r"heads|has shape"),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_of_no_possible_model(name, keys, value, words, tmp_path):
+    base, _ = write_case(name, tmp_path)
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    put(config, keys, value)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        make(name, base)

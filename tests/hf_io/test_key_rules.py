@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
-import tests.models.test_qwen3_vl as qwen3_vl
+import tests.models.qwen3_vl.small as qwen3_vl
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.models.upcycled.model import UpcycledLlavaForConditionalGeneration
 from gemoe_ds.moe.router import Router
 from tests.models.cases import CASES, write_case
-from tests.models.test_upcycled import write_dense
+from tests.models.upcycled.small import write_dense
 
 TOP_K = (Router.named("top_k"), Router.named("top_k").Config())
 LAYOUTS = ("per expert", "fused", "transposed")

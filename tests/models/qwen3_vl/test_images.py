@@ -9,23 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
+from tests.models.qwen3_vl.small import layout
 from tests.models.small import noise
-
-PUBLIC = {
-    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-    "patch_size": 16,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
-
-
-def layout(**changes) -> Qwen3VLImages:
-    return Qwen3VLImages(Qwen2VLImageProcessorPil(**PUBLIC | changes))
 
 
 def wanted_size(width: int, height: int, low=65536, high=16777216) -> tuple[int, int]:

@@ -1,69 +1,14 @@
-"""MolmoE-1B from a folder in its public layout: tower, connector and text from their formulas."""
+"""MolmoE-1B by formulas: tower, connector, text."""
 
 from __future__ import annotations
 
-import json
-import math
-from functools import partial
-
-import pytest
 import torch
 
-import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.errors import CheckpointError
-from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.molmoe.backbone import MolmoeBackbone
-from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from tests.models import reference
-from tests.models.small import check_shards, check_written_back, make_model, write_random
+from tests.models.molmoe.small import HEADS, LAYERS, TOP_K, VISION_HEADS, VOCABULARY, make
 
-VOCABULARY, LAYERS, HEADS, TOP_K, EPS, VISION_HEADS = 40, 2, 2, 3, 1e-5, 2
-CONFIG = {  # the public file's keys, and those of a small tower
-    "model_type": "molmo",
-    "architectures": ["OLMoForCausalLM"],
-    "d_model": 32,
-    "n_layers": LAYERS,
-    "n_heads": HEADS,
-    "n_kv_heads": None,
-    "mlp_ratio": 1,
-    "moe_num_experts": 8,
-    "moe_top_k": TOP_K,
-    "vocab_size": VOCABULARY,
-    "embedding_size": VOCABULARY,
-    "attention_layer_norm": True,
-    "include_bias": False,
-    "norm_after": False,
-    "weight_tying": False,
-    "image_size": 12 * 14,
-    "vision_width": 16,
-    "vision_heads": VISION_HEADS,
-    "vision_ffn": 24,
-    "vision_layers": [2, 1],
-    "connector_width": 16,
-}
-
-
-def write_molmoe(folder, vocabulary=None):
-    """All keys of the public folder, those that nobody reads included, with random weights."""
-    size = max(vocabulary.values()) + 1 if vocabulary else VOCABULARY
-    folder.mkdir(exist_ok=True)
-    config = CONFIG | {"vocab_size": size, "embedding_size": size}
-    (folder / "config.json").write_text(json.dumps(config))
-    model = meta_model(MolmoeModel, MolmoeConfig.from_json(config))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stored = MolmoeBackbone.keys.stored_shapes(shapes)
-    stored["model.transformer.wte.new_embedding"] = (128, 32)
-    stored["model.vision_backbone.image_vit.transformer.resblocks.22.ffn_norm.bias"] = (16,)
-    return write_random(stored, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_molmoe(tmp_path_factory.mktemp("molmoe"))
-
-
-make = partial(make_model, "molmoe")
+EPS = 1e-5
 
 
 def tower_by_hand(weights, pixels_CHW):
@@ -192,42 +137,3 @@ def test_logits_with_added_features_are_those_of_the_formulas(folder):
                 embedded[place] += features[feature[row, place]]
         expected = logits_by_hand(weights, embedded)
         reference.assert_same(ours[row, :length], expected)
-
-
-def test_each_rank_holds_its_own_experts_only(folder):
-    check_shards(partial(make, folder), 4)
-
-
-def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
-    model = make(folder, train="all")
-    check_written_back(model, folder, tmp_path, ("new_embedding", "resblocks.22"))
-
-
-def test_full_shape_has_the_published_number_of_parameters():
-    """7,221,875,712 in the folder: what is held, the unused rows and the unused layer."""
-    held = sum(p.numel() for p in MolmoeBackbone.published().parameters())
-    layer = 4 * (1024 * 1024 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
-    unused = sum(math.prod(shape) for shape in MolmoeBackbone.published_unused.values())
-    assert unused == 128 * 2048 + layer
-    assert held + unused == 7_221_875_712
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"moe_num_experts": 0}, "a dense Molmo"),
-        ({"model_type": "llama"}, "model_type 'llama', backbone 'molmoe' has 'molmo'"),
-        ({"weight_tying": True}, "weight_tying=True, backbone 'molmoe' has False"),
-        ({"n_kv_heads": 1}, "n_kv_heads=1"),
-        ({"rope_impl": "interleave"}, "rope_impl=interleave, backbone 'molmoe' has llama"),
-        ({"moe_dropless": False}, "moe_dropless=False, backbone 'molmoe' has True"),
-        ({"activation_type": "gelu"}, "activation_type=gelu, backbone 'molmoe' has swiglu"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-        ({"image_pooling_2d": "attention"}, "has attention-meanq"),
-        ({"d_model": None}, "config.json"),
-    ],
-)
-def test_other_models_are_refused(tmp_path, change, words):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
-    with pytest.raises(CheckpointError, match=words):
-        make(tmp_path)

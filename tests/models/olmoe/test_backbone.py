@@ -7,47 +7,17 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.errors import CheckpointError, ConfigError, DataError
-from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
 from tests.models import reference
+from tests.models.olmoe.small import EPS, HEADS, LAYERS, TOP_K, logits_of, write_olmoe
 from tests.models.small import check_shards, make_model
 from tests.tiny import WORDS, write_tokenizer
-
-LAYERS, HEADS, TOP_K, EPS = 2, 4, 3, 1e-5
-
-
-def write_olmoe(folder, vocabulary=WORDS, **options):
-    """As `save_pretrained` leaves it: three matrices an expert, several shards, random norms."""
-    config = OlmoeConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        num_experts=8,
-        num_experts_per_tok=TOP_K,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
-    torch.manual_seed(0)
-    model = OlmoeForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder, max_shard_size="40KB")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +54,6 @@ def reference_logits(folder, ids_S, norm_topk_prob=False):
         h = reference.rms_norm(x, w["post_attention_layernorm.weight"], EPS)
         x = x + reference.moe(h, reference.under(w, "mlp."), TOP_K, norm_topk_prob)
     return reference.rms_norm(x, weights["model.norm.weight"], EPS) @ weights["lm_head.weight"].t()
-
-
-def logits_of(model, ids_BS, valid_BS=None):
-    valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
-    with torch.no_grad():
-        hidden = model.eval().hidden(ModelInputs(ids_BS, valid_BS, torch.zeros_like(valid_BS)))
-        return model.backbone.head(model.hf)(hidden)
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
