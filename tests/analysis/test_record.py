@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gemoe_ds.analysis import record as module
-from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.analysis.record import (
     EvalRecord,
     TokenSample,
@@ -222,11 +221,3 @@ def test_a_modality_without_a_token_has_no_mean() -> None:
     assert summary["mean_k_text"] == 1.0
     with pytest.raises(ValueError, match="without tokens"):
         routing_summary(np.ones((1, 0)), np.ones((1, 0)), np.zeros(0, bool), np.ones((1, 4)))
-
-
-def test_provenance_fills_the_fields_of_a_record() -> None:
-    where = provenance()
-    assert set(where) == {"command", "commit", "machine", "date"}
-    assert " x " in where["machine"]
-    assert where["date"].endswith("+00:00")
-    assert record("top_k", 8, {"fact": 0.9}, **where).command == where["command"]

@@ -26,8 +26,7 @@ from tqdm import tqdm
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.errors import REQUEUE
 from gemoe_ds.train.sample_log import read_sample_log
-from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 
@@ -35,6 +34,7 @@ RESULTS = repository() / "results/faults.json"
 WATCH, STOP = "tests/cluster/test_watchdog.py", "tests/cluster/test_signals.py"
 DISK, TORCHRUN = "tests/cluster/test_disk.py", "tests/cluster/test_torchrun.py"
 RESUME, MANIFEST = "tests/train/test_resume.py", "tests/checkpoint/test_manifest.py"
+WRITER = "tests/checkpoint/test_writer.py"
 
 
 @dataclass
@@ -99,7 +99,7 @@ FAULTS = [
         7,
         "a full, read-only, too small or vanished disk (tmpfs), a write that fails on one rank",
         "all stop with the reason; older checkpoints stay; the run goes on when there is room",
-        [DISK, f"{RESUME}::test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing"],
+        [DISK, f"{WRITER}::test_a_save_that_fails_on_one_rank_stops_all_and_harms_nothing"],
     ),
     Fault(
         8,
@@ -111,7 +111,7 @@ FAULTS = [
         9,
         "idle experts, all tokens to one expert, k = 0 everywhere",
         "the same collectives on every rank, exact gradients",
-        ["tests/engine/test_collectives.py", "tests/moe/test_dispatch.py"],
+        ["tests/engine/test_collectives.py", "tests/moe/test_all_to_all.py"],
     ),
     Fault(
         10,
@@ -124,7 +124,7 @@ FAULTS = [
         "broken and missing images",
         "dropped when data are converted, left out when they break later; listed, order kept",
         [
-            "tests/data_prep/test_convert_llava.py",
+            "tests/data/sources/test_llava.py",
             "tests/data/test_stream.py",
             "tests/train/test_bad_samples.py",
         ],

@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.helpers import Forked, free_port, repository
+from tests.train.resuming import make_config
 
 TRAIN = "launch/train.py"
+
+
+STEPS = 40
 
 
 HARM = """
@@ -117,3 +121,16 @@ def metrics(output: Path) -> list[dict]:
     path = output / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_recipe(setting, folder, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {
+        "train": {"steps": STEPS, "micro_batch_size": 1, "global_batch_size": 2},
+        "checkpoint": {"every": 0, "keep": 50},
+        "monitor__sample_log": True,
+        "resume": "auto",
+    } | changes
+    config = make_config(setting, folder / "run", **changes)
+    (folder / "recipe.yaml").write_text(config.dump_yaml())
+    return folder / "recipe.yaml", folder / "run"

@@ -13,8 +13,7 @@ import pytest
 from gemoe_ds.checkpoint.manifest import newest, step_of
 from gemoe_ds.errors import MISTAKE
 from gemoe_ds.train.sample_log import read_sample_log
-from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.train.resuming import write_setting
 
 pytestmark = [

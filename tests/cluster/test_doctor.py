@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from tests.cluster.launches import ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import ranks, write_recipe
 from tests.helpers import free_port, repository
 from tests.train.resuming import write_setting
 

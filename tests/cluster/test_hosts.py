@@ -12,8 +12,7 @@ import pytest
 
 from gemoe_ds.cluster.job import Job
 from tests.cluster.hosts import hosts, why_not
-from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from tests.cluster.launches import metrics, ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 

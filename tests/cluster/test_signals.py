@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gemoe_ds.checkpoint.manifest import newest
-from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import REQUEUE
 from gemoe_ds.train.sample_log import read_sample_log
-from tests.cluster.launches import metrics, ranks
-from tests.train.resuming import make_config, write_data, write_setting
-
-STEPS = 40
+from tests.cluster.launches import STEPS, metrics, ranks, write_recipe
+from tests.train.resuming import write_data, write_setting
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     return write_setting(tmp_path_factory.mktemp("stopping"))
-
-
-def write_recipe(setting, folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    changes = {
-        "train": {"steps": STEPS, "micro_batch_size": 1, "global_batch_size": 2},
-        "checkpoint": {"every": 0, "keep": 50},
-        "monitor__sample_log": True,
-        "resume": "auto",
-    } | changes
-    config = make_config(setting, folder / "run", **changes)
-    (folder / "recipe.yaml").write_text(config.dump_yaml())
-    return folder / "recipe.yaml", folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +59,6 @@ def test_one_rank_is_asked_and_all_save_and_the_run_goes_on(setting, uncut, tmp_
     shown = {event.step: event.value for event in board.Scalars("loss/lm")}
     assert len(board.Scalars("loss/lm")) == STEPS, "each step once"
     assert shown == pytest.approx(losses, rel=1e-6)
-
-
-def test_ctrl_c_stops_and_a_second_one_ends_at_once(monkeypatch, capfd):
-    """One Ctrl-C may arrive twice: from the terminal, and from the launcher."""
-    stop, ended, now = StopRequest(), [], [100.0]
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.delenv("RANK", raising=False)
-    for later, codes in ((0.0, []), (0.4, []), (2.0, [130])):
-        now[0] = 100.0 + later
-        stop._note(signal.SIGINT, None)
-        assert (stop.by, ended) == ("SIGINT", codes)
-    assert capfd.readouterr().err == "\nSIGINT: stops after this step; again: ends at once\n"
 
 
 @pytest.mark.parametrize("words", ["MoE layers of backbone", "frozen "])

@@ -20,8 +20,7 @@ from gemoe_ds.analysis.record import write_record
 from gemoe_ds.cli.analyze import main as analyze
 from gemoe_ds.errors import REQUEUE
 from tests.analysis.evaluations import evaluation
-from tests.cluster.launches import ranks
-from tests.cluster.test_signals import STEPS, write_recipe
+from tests.cluster.launches import STEPS, ranks, write_recipe
 from tests.helpers import free_port
 from tests.train.resuming import write_setting
 

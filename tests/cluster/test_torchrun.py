@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from gemoe_ds.train.sample_log import read_sample_log
-from tests.cluster.launches import harmed, metrics, ranks
-from tests.cluster.test_signals import write_recipe
+from tests.cluster.launches import harmed, metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
 

@@ -10,8 +10,7 @@ import pytest
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.errors import BUG, STALLED
-from tests.cluster.launches import harmed, metrics, ranks
-from tests.cluster.test_signals import STEPS, write_recipe
+from tests.cluster.launches import STEPS, harmed, metrics, ranks, write_recipe
 from tests.train.resuming import write_data, write_setting
 
 BOUND = 6.0

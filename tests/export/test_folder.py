@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import gemoe_ds.export.folder as module
 from gemoe_ds.errors import OutputError
 from gemoe_ds.export.folder import export
-from gemoe_ds.hf_io.safetensors_reader import open_stored
+from tests.hf_io.folders import as_links, below, tensors
 from tests.models.cases import CASES, write_case
 from tests.models.small import make_model
 
@@ -32,10 +32,6 @@ def written(name: str, base: Path, tokenizer: Path, out: Path, router: str = "ge
     options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
     export(model, dict(trained), router={"name": router}, out=out, **options)
     return out
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: stored.read() for key, stored in open_stored(folder).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,31 +68,6 @@ def test_every_backbone_has_an_index_its_own_code_and_the_router(name, tmp_path)
 
 def olmoe(tmp_path: Path) -> tuple[Path, Path]:
     return write_case("olmoe", tmp_path)
-
-
-def as_links(base: Path, root: Path) -> Path:
-    """As the Hub's cache has it: links to files of other names that nobody may write to."""
-    snapshot = root / "snapshots" / "abc"
-    (root / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, path in enumerate(sorted(base.iterdir())):
-        blob = root / "blobs" / str(number)
-        shutil.copyfile(path, blob)
-        blob.chmod(0o444)
-        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    return snapshot
-
-
-def below(base: Path, root: Path) -> Path:
-    """Shards in a folder, under names of their own."""
-    shutil.copytree(base, root)
-    index = json.loads((root / INDEX).read_text())
-    (root / "w").mkdir()
-    for name in set(index["weight_map"].values()):
-        (root / name).rename(root / "w" / f"part-{name}")
-    index["weight_map"] = {key: f"w/part-{file}" for key, file in index["weight_map"].items()}
-    (root / INDEX).write_text(json.dumps(index))
-    return root
 
 
 @pytest.mark.parametrize("layout", [as_links, below])

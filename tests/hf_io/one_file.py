@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from safetensors.torch import load_file, save_file
 
+import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.safetensors_reader import INDEX, SINGLE
-from tests.export.test_folder import as_links, below, tensors
+from tests.hf_io.folders import as_links, below, tensors, with_config
 from tests.models.olmoe.small import write_olmoe
 from tests.models.small import make_model
 from tests.tiny import write_tokenizer
@@ -33,12 +33,6 @@ def single(base: Path, folder: Path, prefix: str = "", file: str = SINGLE, drop:
         f"{prefix}{k}".removeprefix("-model."): t for k, t in tensors(base).items() if k != drop
     }
     save_file(kept, folder / file)
-    return folder
-
-
-def with_config(folder: Path, **changes: object) -> Path:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

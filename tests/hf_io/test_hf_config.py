@@ -9,8 +9,8 @@ import torch
 from transformers import OlmoeForCausalLM
 
 from gemoe_ds.errors import CheckpointError
+from tests.hf_io.folders import with_config
 from tests.hf_io.one_file import make
-from tests.hf_io.test_foreign_folders import with_config
 from tests.models import reference
 from tests.models.cases import CASES, write_case
 from tests.models.olmoe.small import logits_of, write_olmoe

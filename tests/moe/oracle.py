@@ -1,9 +1,19 @@
-"""The obvious, slow definition of an MoE layer: every expert on every token, then masked."""
+"""The obvious, slow definition of an MoE layer, and problems for it."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+
+from gemoe_ds.moe.dispatch import Dispatcher
+
+RAGGED = {
+    "seed": st.integers(0, 2**31),
+    "tokens": st.integers(0, 12),
+    "experts": st.integers(1, 6),
+    "density": st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+}
 
 
 def dense_moe(
@@ -33,3 +43,12 @@ def ragged_problem(seed: int, tokens: int, experts: int, density: float, d: int 
         gate_up.requires_grad_(),
         down.requires_grad_(),
     )
+
+
+def grads_of(loss, leaves):
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True)]
+
+
+def dispatch(dispatcher: Dispatcher, x, mask, weights, experts, shared=None):
+    return dispatcher(x, weights, dispatcher.dispatch_preprocess(mask), experts, shared)

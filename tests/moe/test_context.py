@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.context import LayerRecord, LossTerm, TokenContext
 from gemoe_ds.moe.dispatch import LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
@@ -120,3 +120,13 @@ def test_reentrant_recomputation_is_the_same_or_refused():
     ctx.begin(SOME, ~VALID)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         checkpoint(layers.train(), x_BSD, use_reentrant=True)
+
+
+def test_context_averages_losses_over_layers_that_have_them():
+    ctx = TokenContext(3)
+    for slot, value in ((0, 1.0), (2, 3.0)):
+        ctx.layers[slot] = LayerRecord(losses={"x": LossTerm(torch.tensor(value), 0.5)})
+    term = ctx.mean_losses()["x"]
+    assert (term.value.item(), term.weight) == (2.0, 0.5)
+    ctx.begin(torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool))
+    assert not ctx.mean_losses() and ctx.sequence_T.tolist() == [0, 0, 0, 1, 1, 1]

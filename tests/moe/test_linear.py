@@ -1,11 +1,10 @@
-"""The router's linear map and oneDNN's equal the plain product, in value and gradients."""
+"""The router's linear map equals the plain product, in value and gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gemoe_ds.moe.experts import onednn
 from gemoe_ds.moe.linear import RouterLinear, fused_linear
 
 
@@ -34,7 +33,7 @@ def test_router_linear_equals_the_plain_product(rows, outputs, dtype):
 
 @pytest.mark.parametrize("is_partitioned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_is_each_of_them(dtype, is_partitioned):
+def test_fused_is_each_of_them(dtype, is_partitioned):
     torch.manual_seed(0)
     layers = [RouterLinear(40, outputs) for outputs in (64, 8, 1)]
     if is_partitioned:  # as ZeRO 3 marks it
@@ -69,19 +68,3 @@ def test_what_is_not_used_or_does_not_train_has_no_gradient(used, frozen):
         assert (have is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_onednn_means_what_its_name_says(dtype):
-    """Private operations of torch: a new version that changes them must turn this red."""
-    rows, weight = torch.randn(70, 48).to(dtype), torch.randn(24, 48).to(dtype)
-    if not onednn.usable(rows):
-        pytest.skip("this CPU has no oneDNN for it")
-    want = rows.double() @ weight.double().t()
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 0.1}
-    )
-    for form in (weight, onednn.packed(weight)):
-        torch.testing.assert_close(onednn.linear(rows, form).double(), want, **tolerance)
-    assert onednn.linear(rows.t().contiguous().t(), weight).dtype == dtype
-    assert not onednn.usable(rows.double())

@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 
 from gemoe_ds.moe import losses
-from gemoe_ds.moe.context import LayerRecord, LossTerm, TokenContext
 from gemoe_ds.moe.monotonic import monotonic_loss
 
 
@@ -84,13 +83,3 @@ def test_spearman_equals_scipy_with_ties():
     assert math.isclose(losses.spearman(a, b).item(), stats.spearmanr(a, b).statistic, rel_tol=1e-9)
     assert losses.spearman(a, torch.full((200,), 8)) is None
     assert losses.spearman(a[:1], b[:1]) is None
-
-
-def test_context_averages_losses_over_layers_that_have_them():
-    ctx = TokenContext(3)
-    for slot, value in ((0, 1.0), (2, 3.0)):
-        ctx.layers[slot] = LayerRecord(losses={"x": LossTerm(torch.tensor(value), 0.5)})
-    term = ctx.mean_losses()["x"]
-    assert (term.value.item(), term.weight) == (2.0, 0.5)
-    ctx.begin(torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool))
-    assert not ctx.mean_losses() and ctx.sequence_T.tolist() == [0, 0, 0, 1, 1, 1]

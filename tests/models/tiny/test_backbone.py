@@ -11,6 +11,11 @@ from gemoe_ds.models.tiny.backbone import TinyBackbone
 from tests.tiny import make_model, model_inputs, random_batch, stock_logits, write_base
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
 @pytest.mark.parametrize("images", [True, False])
 def test_native_routing_reproduces_the_unmodified_model(base, images):
     batch = random_batch(3, images=images)
@@ -54,8 +59,3 @@ def test_wrong_checkpoints_are_refused_in_one_line(base, tmp_path):
         make_model((broken, base[1]))
     with pytest.raises(ConfigError, match="hidden_size=32, but .* has 16"):
         TinyBackbone(TinyBackbone.Config(hidden_size=32)).load(base[0], base[1])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))

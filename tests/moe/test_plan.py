@@ -1,0 +1,22 @@
+"""The plan of a step lists what the mask chose, expert by expert."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from gemoe_ds.moe.plan import RoutingPlan
+from tests.moe.oracle import RAGGED, ragged_problem
+
+
+@settings(max_examples=30, deadline=None)
+@given(**RAGGED)
+def test_plan_lists_the_mask(seed, tokens, experts, density):
+    _, mask, weights, *_ = ragged_problem(seed, tokens, experts, density)
+    plan = RoutingPlan.from_mask(mask, weights)
+    listed = [(e, t) for e in range(experts) for t in range(tokens) if mask[t, e]]
+    assert plan.tokens_per_expert_E.tolist() == [
+        sum(e == i for e, _ in listed) for i in range(experts)
+    ]
+    assert plan.token_ids_A.tolist() == [t for _, t in listed]
+    assert plan.weights_A.tolist() == [weights[t, e].item() for e, t in listed]
+    assert (plan.num_tokens, plan.num_experts) == (tokens, experts)
