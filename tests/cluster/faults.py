@@ -145,7 +145,7 @@ FAULTS = [
         14,
         "a port that is taken, a wrong interface, a missing node, version skew",
         "one line before anything is loaded",
-        ["tests/cluster/test_doctor.py", "tests/cluster/test_preflight.py"],
+        ["tests/cli/test_doctor.py", "tests/cluster/test_preflight.py"],
     ),
     Fault(15, "out of memory on one GPU", "all stop with a report"),
     Fault(16, "poisoned memory under grouped products", "no NaN, zero gradients"),

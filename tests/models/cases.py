@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.models.backbone import Backbone
 from tests.models.deepseek_vl2.small import write_deepseek_vl2
 from tests.models.moe_llava.small import write_moe_llava
@@ -67,3 +68,10 @@ def write_case(name: str, folder: Path) -> tuple[Path, Path]:
     tokenizer = write_tokenizer(folder / "tokenizer", case.plain, case.specials)
     vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
     return case.write(folder / "base", vocabulary), tokenizer
+
+
+def write_text(folder):
+    turns = [Turn("a b", "c d"), Turn("e", "f"), Turn("g h", "a")]
+    samples = (Sample(f"s{i}", None, (turns[i % 3],)) for i in range(20))
+    write_samples(samples, folder, source="test")
+    return folder

@@ -16,24 +16,16 @@ from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cli.export import main as export
 from gemoe_ds.config import load_config
-from gemoe_ds.data.sample import Sample, Turn, write_samples
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks
-from tests.models.cases import CASES, write_case
+from tests.models.cases import CASES, write_case, write_text
 from tests.train.resuming import losses, make_config, train_all, write_data
 
 TOP_K = (Router.named("top_k"), Router.named("top_k").Config())
-
-
-def write_text(folder):
-    turns = [Turn("a b", "c d"), Turn("e", "f"), Turn("g h", "a")]
-    samples = (Sample(f"s{i}", None, (turns[i % 3],)) for i in range(20))
-    write_samples(samples, folder, source="test")
-    return folder
 
 
 ALIKE = pytest.param("moe_llava_qwen", marks=pytest.mark.slow)  # but for its layout: moe_llava_*

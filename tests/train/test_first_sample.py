@@ -6,7 +6,7 @@ import pytest
 
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.train.first_sample import first_sample
-from tests.models.test_chats import make, picture
+from tests.models.collators import make_collator, picture
 
 TURNS = (Turn("What is it?", "A dog.\n"), Turn("Where?", "At home."))
 SYSTEM = (
@@ -55,7 +55,9 @@ SYSTEM = (
     ],
 )
 def test_the_first_sample(name, lines, tmp_path):
-    shown = "\n".join(first_sample(make(name, tmp_path), [Sample("s", picture(640, 480), TURNS)]))
+    shown = "\n".join(
+        first_sample(make_collator(name, tmp_path), [Sample("s", picture(640, 480), TURNS)])
+    )
     assert shown.startswith("sample s, the first one, as the model sees it: ")
     place = 0
     for line in lines:
@@ -66,12 +68,14 @@ def test_one_that_can_be_shown(tmp_path):
     """A broken one is named, the next is shown; of a long text the middle is left out."""
     long = Turn("a" * 3000, "b")
     samples = [Sample("bad", b"...", TURNS), Sample("t", None, (long,)), Sample("u", None, TURNS)]
-    left_out, head, asked, answer = first_sample(make("molmoe", tmp_path), samples)
+    left_out, head, asked, answer = first_sample(make_collator("molmoe", tmp_path), samples)
     assert left_out.startswith("left out: sample bad: its image cannot be")
     assert head.startswith("sample t") and answer == "  target |  b<|endoftext|>"
     assert len(asked) < 500 and " characters ...] a" in asked and asked.endswith("a Assistant:")
 
 
 def test_no_sample_that_can_be_shown(tmp_path):
-    lines = list(first_sample(make("molmoe", tmp_path), [Sample("bad", b"...", TURNS)] * 200))
+    lines = list(
+        first_sample(make_collator("molmoe", tmp_path), [Sample("bad", b"...", TURNS)] * 200)
+    )
     assert len(lines) == 10 and all(line.startswith("left out") for line in lines)

@@ -21,8 +21,7 @@ from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.checks.base_loss_check import gate_and_up_exchanged, unmodified
 from gemoe_ds.train.monitor import StatSum
 from tests.helpers import run_python, run_ranks
-from tests.models.cases import write_case
-from tests.models.test_training import write_text
+from tests.models.cases import write_case, write_text
 from tests.train.resuming import make_config
 
 
