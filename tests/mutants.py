@@ -113,9 +113,9 @@ def main() -> int:
         compileall.compile_dir(root / "gemoe_ds", quiet=1)
         for mutant in chosen:
             start = time.monotonic()
-            verdict = "SURVIVED" if survives(mutant, root) else "killed"
-            survivors += verdict == "SURVIVED"
-            print(f"{verdict:8} {mutant.name} ({time.monotonic() - start:.0f} s)", flush=True)
+            outcome = "SURVIVED" if survives(mutant, root) else "killed"
+            survivors += outcome == "SURVIVED"
+            print(f"{outcome:8} {mutant.name} ({time.monotonic() - start:.0f} s)", flush=True)
     seconds = time.monotonic() - began
     print(f"{len(chosen) - survivors} of {len(chosen)} killed in {seconds:.0f} s")
     return 1 if survivors else 0

@@ -28,7 +28,7 @@ def found(*reports: RankReport, needed: int | None = None, on_gpu: bool = True) 
     return list(errors(list(reports), OUTPUT, needed, FREE_DISK, on_gpu=on_gpu))
 
 
-def test_fit_ranks_have_no_fault():
+def test_fit_ranks_have_no_error():
     assert found(FIT, replace(FIT, device="GPU-2"), replace(FIT, host="b")) == []
 
 
@@ -45,13 +45,13 @@ def test_fit_ranks_have_no_fault():
         ({"free_memory": 2**30}, "has 1.00 GiB of memory free, 3.00 GiB more are"),
     ],
 )
-def test_a_fault_names_rank_host_value_and_way_out(changes, words):
+def test_an_error_names_rank_host_value_and_way_out(changes, words):
     other = replace(FIT, host="b", **changes)
     (line,) = found(FIT, other, needed=3 * 2**30)
     assert line.startswith("rank 1 (host b) ") and words in line and "; " in line
 
 
-def test_a_fault_of_many_ranks_is_said_once():
+def test_an_error_of_many_ranks_is_said_once():
     full = [replace(FIT, device=f"GPU-{n}", cannot_write="No space left") for n in range(8)]
     (line,) = found(*full[:2])
     assert line.startswith("rank 0 (host a) cannot write") and line.count("cannot write") == 1

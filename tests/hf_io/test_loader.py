@@ -95,7 +95,7 @@ def folder(model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_filled_shell_is_the_model(folder, model, dtype):
+def test_a_filled_meta_model_is_the_model(folder, model, dtype):
     empty = meta_model(Model, None)
     assert all(p.is_meta for p in empty.parameters()) and empty.table.tolist() == [0, 1, 2]
     empty.requires_grad_(False)
@@ -123,7 +123,7 @@ def test_the_folder_that_would_fit(model):
     assert KEYS.stored_shapes(shapes) == wanted
 
 
-def test_a_shell_draws_no_random_numbers():
+def test_a_meta_model_draws_no_random_numbers():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)

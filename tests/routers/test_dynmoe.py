@@ -29,7 +29,7 @@ def assign_(parameter, value):
         parameter.copy_(value)
 
 
-def upkeep(router, ctx, step=1):
+def after_step(router, ctx, step=1):
     layer = {n: t.double() for n, t in ctx.layers[0].step_counts.items()}
     router.after_step(StepContext(step, 10, layer, layer, assign_, lambda p: p.detach(), None))
 
@@ -64,7 +64,7 @@ def test_start_k_is_reached_after_the_first_step():
     ctx = make_context(torch.ones(1, 500, dtype=torch.bool))
     x_TD = torch.randn(500, 64)
     router(x_TD, ctx)
-    upkeep(router, ctx)
+    after_step(router, ctx)
     plan = router(x_TD, ctx)
     assert math.isclose(plan.token_ids_A.numel() / 500, 8, rel_tol=0.02)
     assert plan.tokens_per_expert_E.max() <= 64, "each expert has its share"
@@ -99,7 +99,7 @@ def test_idle_experts_close_and_the_first_opens_for_the_unserved():
     router, x_TD, ctx = made(tokens, adapt="close", adapt_every=2)
     for step in (1, 2):
         router(x_TD, ctx)
-        upkeep(router, ctx, step)
+        after_step(router, ctx, step)
     assert router.is_open_E.tolist() == [1, 0, 1]
     assert router(
         torch.tensor([[0.1, 5.0, 0.1]]), make_context(torch.ones(1, 1, dtype=torch.bool))
@@ -107,7 +107,7 @@ def test_idle_experts_close_and_the_first_opens_for_the_unserved():
 
     router, x_TD, ctx = made(tokens, adapt="both", adapt_every=1)
     router(x_TD, ctx)
-    upkeep(router, ctx, 1)
+    after_step(router, ctx, 1)
     assert router.is_open_E.tolist() == [1, 1, 1]
     torch.testing.assert_close(router.gate.weight[1].detach(), torch.tensor([-1.0, -2.0, -2.0]) / 3)
     assert 2 in router(x_TD, ctx).token_ids_A.tolist(), "now it has one"
@@ -118,7 +118,7 @@ def test_of_two_closed_experts_the_first_opens_and_none_that_is_closed_is_the_be
     with torch.no_grad():
         router.threshold.value_E.fill_(0.25)
     router(x_TD, ctx)
-    upkeep(router, ctx)
+    after_step(router, ctx)
     assert router.is_open_E.tolist() == [1, 0, 1]
     assert router.threshold.value_E.tolist() == [0.0, 0.25, 0.25], "of the new one it starts anew"
     with torch.no_grad():
@@ -140,7 +140,7 @@ def ctx_of(tokens):
 def test_one_stays_open_though_nobody_chose_any():
     router, x_TD, ctx = made([[-1.0, -2.0, -3.0]], adapt="close", adapt_every=1)
     router(x_TD, ctx)
-    upkeep(router, ctx)
+    after_step(router, ctx)
     assert router.is_open_E.tolist() == [1, 1, 1]
     assert router.eval()(x_TD, ctx).tokens_per_expert_E.sum() == 1
 

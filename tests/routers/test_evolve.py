@@ -26,7 +26,7 @@ def made(**options):
 
 
 def step(router, experts, number):
-    """An update of expert 0, and the upkeep after it."""
+    """An update of expert 0, and what the router does after it."""
     with torch.no_grad():
         experts.gate_up_EGD[0] += number
         experts.down_EDF[0] -= number

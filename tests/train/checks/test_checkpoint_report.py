@@ -49,19 +49,19 @@ def test_every_backbone_says_something(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, verdict",
+    "template, said",
     [
         (OLMOE, "gives the sequences that are trained on"),
         (OLMOE.replace("user|>", "human|>"), "its chat template differs: '<s>"),
         ("{{ raise_exception('no') }}", "cannot be rendered for comparison: no"),
     ],
 )
-def test_the_tokenizer_s_own_chat_template(template, verdict, tmp_path):
+def test_the_tokenizer_s_own_chat_template(template, said, tmp_path):
     def with_template(base, tokenizer):
         path = tokenizer / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
 
-    assert verdict in lines("olmoe", tmp_path, with_template)[-1]
+    assert said in lines("olmoe", tmp_path, with_template)[-1]
 
 
 @pytest.mark.parametrize("name", ["molmoe", "deepseek_vl2", "moe_llava_qwen"])
@@ -166,9 +166,9 @@ def test_deepseek_vl2_has_as_many_tensors_as_published(tmp_path, monkeypatch):
     assert backbone.published_tensors == 2582
     monkeypatch.setattr(backbone, "published", classmethod(lambda cls: hf))
     monkeypatch.setattr(backbone, "published_parameters", numbers)
-    for wanted, verdict in ((len(tensors), "as published"), (7, "were published, in 7 tensors")):
+    for wanted, said in ((len(tensors), "as published"), (7, "were published, in 7 tensors")):
         monkeypatch.setattr(backbone, "published_tensors", wanted)
-        assert lines("deepseek_vl2", tmp_path / str(wanted))[0].endswith(verdict)
+        assert lines("deepseek_vl2", tmp_path / str(wanted))[0].endswith(said)
 
 
 @pytest.mark.parametrize("name", ["moe_llava_stablelm", "moe_llava_qwen"])
@@ -191,7 +191,7 @@ def test_totals_of_the_published_shape(tmp_path, monkeypatch):
     hf = backbone(backbone.Config()).load(base, tokenizer)
     monkeypatch.setattr(backbone, "published", classmethod(lambda cls: hf))
     number = sum(p.numel() for p in hf.parameters())
-    for published, verdict in ((number, "as published"), (number + 5, f"differs: {number + 5:,}")):
+    for published, said in ((number, "as published"), (number + 5, f"differs: {number + 5:,}")):
         monkeypatch.setattr(backbone, "published_parameters", published)
         (line, *_) = lines("olmoe", tmp_path / str(published))
-        assert f"{number:,} parameters in" in line and verdict in line
+        assert f"{number:,} parameters in" in line and said in line
