@@ -40,7 +40,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(setting, tmp_path, train):
     drawn = []
     for seed, ranks, dtype in ((0, 1, "float32"), (0, 2, "bfloat16"), (1, 1, "float32")):
         torch.rand(7)
-        config = make_config(setting, tmp_path, router, 1, 0, train=train, dtype=dtype)
+        config = make_config(setting, tmp_path, router, 1, 0, trainable=train, dtype=dtype)
         model = build_model(config.model_copy(update={"seed": seed}), ExpertShard(ranks - 1, ranks))
         drawn.append([t for layer in model.moe_layers for t in layer.router.parameters()])
     first, sharded, other = drawn

@@ -68,7 +68,7 @@ def test_evolved_then_routed(setting, tmp_path):
         2,
         2,
         checkpoint=str(tmp_path / "hf"),
-        train="routers",
+        trainable="routers",
     )
     assert run_ranks(train_all, 2, [routed]) == [None, None]
 
