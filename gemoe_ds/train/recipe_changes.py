@@ -26,7 +26,10 @@ def described(config: RunConfig) -> dict[str, Any]:
 
 
 def changes(found: Checkpoint, config: RunConfig, num_ranks: int) -> str:
-    """A line for each option that differs from those of the checkpoint; "" if none does."""
+    """A line for each option that differs from those of the checkpoint; "" if none does.
+
+    An option that the version of then did not have differs only if it is set now.
+    """
     recipe, new = _recipe_of(found), described(config)
     if not recipe:  # nothing is known of it
         return ""
@@ -34,7 +37,9 @@ def changes(found: Checkpoint, config: RunConfig, num_ranks: int) -> str:
         del new[_DEEPSPEED]
     before = found.manifest.get("written by", {}).get("ranks", num_ranks)
     old, new = _flat(recipe | {"ranks": before}), _flat(new | {"ranks": num_ranks})
-    keys = [k for k in (*new, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
+    given = _flat(config.model_dump(mode="json", exclude_unset=True)) | {"ranks": num_ranks}
+    known = [k for k in new if k in old or k in given or k.startswith(_DEEPSPEED)]
+    keys = [k for k in (*known, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
     if not keys:
         return ""
     pairs = [(k, *(as_written(side.get(k, _MISSING)) for side in (old, new))) for k in keys]

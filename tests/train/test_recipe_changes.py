@@ -50,6 +50,16 @@ def test_an_option_that_is_gone_is_named_too(setting, tmp_path):
     assert rows(changes(found, config, 2)) == ["former.option 3 -> not set"]
 
 
+def test_an_option_that_is_new_counts_only_if_it_is_set(setting, tmp_path):
+    config = make_config(setting, tmp_path)
+    recipe = described(config)
+    del recipe["train"]["max_skipped_steps"]
+    found = found_of(config, tmp_path, recipe=recipe)
+    assert changes(found, config, 2) == ""
+    again = make_config(setting, tmp_path, train__max_skipped_steps=3)
+    assert rows(changes(found, again, 2)) == ["train.max_skipped_steps not set -> 3"]
+
+
 def test_nothing_changed_is_silent(setting, tmp_path):
     config = make_config(setting, tmp_path)
     again = make_config(setting, tmp_path / "moved", resume="auto")
