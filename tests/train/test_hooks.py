@@ -74,7 +74,7 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early_on_all_ranks(setting):
             setting,
             output,
             train={"steps": 8, "micro_batch_size": 2, "early_stop": patience},
-            checkpoint={"every": 1, "keep": 1, "keep_best": "test/score"},
+            checkpoint={"every": 0, "keep": 1, "keep_best": "test/score"},
             monitor={"every": 100, "tensorboard": False},
             resume="auto",
         )
