@@ -121,4 +121,4 @@ def test_a_run_that_skips_too_often_saves_and_stops(setting, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["updates"]) == (4, 0)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["skipped_steps"] for line in lines] == [1, 2, 3]
+    assert [json.loads(line)["skipped_steps"] for line in lines] == [1, 2, 3, 4]
