@@ -87,13 +87,13 @@ full-size: setup
 full-size-gpu: setup
 	$(BIN)/python -m experiments.full_size --backbones molmoe deepseek_vl2 --ranks 1 --steps 20 --out results/full_size_gpu.json
 
-check: setup
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+check: lint
 	$(BIN)/mypy
 
 # Style, and nothing longer than can be read in one sitting: see tests/lint.py.
 lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/python -m tests.lint
 
 format: setup

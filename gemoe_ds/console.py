@@ -16,7 +16,7 @@ _TOO_SHORT = 1.0  # seconds, for a line at all
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left, {rate_fmt}{postfix}"
 
 
-class Progress(tqdm):
+class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm; where there is no terminal, a line now and then and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -26,7 +26,7 @@ class Progress(tqdm):
             options |= {"bar_format": _LINE, "dynamic_ncols": False}
         super().__init__(*args, **({"dynamic_ncols": True} | options))
 
-    def refresh(self, *args: Any, **options: Any) -> bool | None:
+    def refresh(self, *args: Any, **options: Any) -> Any:
         if self.is_terminal:
             return super().refresh(*args, **options)
         if not self.disable and time.monotonic() - self.said >= EVERY:

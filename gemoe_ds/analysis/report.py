@@ -22,10 +22,7 @@ class Column:
 
 
 def _columns(results: Results) -> list[Column]:
-    kinds = [
-        Column(kind, lambda row, kind=kind: 100 * row.accuracy_by_kind[kind], 1)
-        for kind in results.kinds
-    ]
+    kinds = [Column(kind, _accuracy(kind), 1) for kind in results.kinds]
     most = max(row.activated_parameters for row in results.rows)
     return kinds + [
         Column("Average", lambda row: 100 * row.accuracy, 2),
@@ -202,18 +199,30 @@ def _layers(group: Group, results: Results) -> str:
     ]
     for layer in range(group.rows[0].num_layers):
         columns: list[tuple[Group, Callable[[Row], float | None], int]] = [
-            (group, lambda r, i=layer: r.mean_k_per_layer[i], 2),
-            (group, lambda r, i=layer: _sparsity(r.mean_k_per_layer[i], r), 1),
-            (group, lambda r, i=layer: r.entropy_per_layer[i], 2),
-            (group, lambda r, i=layer: r.spearman_per_layer[i], 3),
-            (group, lambda r, i=layer: r.load_max_over_mean_per_layer[i], 2),
-            (group, lambda r, i=layer: r.idle_experts_per_layer[i], 0),
-            (base, lambda r, i=layer: r.load_max_over_mean_per_layer[i], 2),
-            (base, lambda r, i=layer: r.idle_experts_per_layer[i], 0),
+            (group, _of_layer(layer, "mean_k"), 2),
+            (group, _sparsity_of(layer), 1),
+            (group, _of_layer(layer, "entropy"), 2),
+            (group, _of_layer(layer, "spearman"), 3),
+            (group, _of_layer(layer, "load_max_over_mean"), 2),
+            (group, _of_layer(layer, "idle_experts"), 0),
+            (base, _of_layer(layer, "load_max_over_mean"), 2),
+            (base, _of_layer(layer, "idle_experts"), 0),
         ]
         cells = [_number(g, value, d) for g, value, d in columns]
         table.append([str(layer + 1), *cells])
     return markdown(table)
+
+
+def _accuracy(kind: str) -> Callable[[Row], float]:
+    return lambda row: 100 * row.accuracy_by_kind[kind]
+
+
+def _of_layer(layer: int, name: str) -> Callable[[Row], float | None]:
+    return lambda row: getattr(row, f"{name}_per_layer")[layer]
+
+
+def _sparsity_of(layer: int) -> Callable[[Row], float]:
+    return lambda row: _sparsity(row.mean_k_per_layer[layer], row)
 
 
 def _sparsity(mean_k: float, row: Row) -> float:

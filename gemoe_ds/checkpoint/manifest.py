@@ -74,7 +74,7 @@ class Checkpoint:
 def sha256(tensor: Tensor) -> str:
     """Of the bytes of a contiguous CPU tensor."""
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def describe(tensors: dict[str, Tensor], file: str) -> dict[str, dict[str, Any]]:

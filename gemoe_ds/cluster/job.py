@@ -71,7 +71,8 @@ class Job:
             ("source launch/slurm", f"source {shlex.quote(self.scripts)}"),
             ("run launch/train.py", f"run {shlex.join(self.program)}"),
         ):
-            template = re.sub(f"^{ours}", lambda _, own=own: own, template, flags=re.MULTILINE)
+            literal = own.replace("\\", r"\\")
+            template = re.sub(f"^{ours}", literal, template, flags=re.MULTILINE)
         if self.python:
             line = f'[ -n "$GEMOE_PYTHON" ] || GEMOE_PYTHON={shlex.quote(self.python)}'
             template = template.replace("\nsource ", f"\n{line}\nsource ", 1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.models.chat import END, IMAGE, TEXT, ChatTemplate
@@ -22,10 +22,10 @@ class Tokenizer(Protocol):
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool
-    ) -> dict[str, list[list[int]]]:
-        """Token ids of several texts."""
+    ) -> Mapping[str, Any]:
+        """`input_ids` of several texts, lists of int."""
 
-    def convert_tokens_to_ids(self, token: str) -> int:
+    def convert_tokens_to_ids(self, tokens: str) -> Any:
         """The id of a special token."""
 
     def get_vocab(self) -> dict[str, int]:

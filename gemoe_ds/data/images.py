@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import ImageError
@@ -74,7 +76,7 @@ def display_size(encoded: bytes) -> tuple[int, int]:
     """Width and height of `read_image(encoded)`, without its pixels."""
     with _opened(encoded) as image:
         width, height = image.size
-        by_pillow = image.format == "TIFF" and ORIENTATION in image.tag_v2
+        by_pillow = isinstance(image, TiffImageFile) and ORIENTATION in image.tag_v2
         if not by_pillow and _orientation(image, encoded) >= 5:
             return height, width
         return width, height
@@ -138,7 +140,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 def _scale_transparent_colour(image: Image.Image) -> None:
     """A PNG gives its transparent colour in its own depth, Pillow its pixels in 8 bits."""
     key = image.info.get("transparency")
-    if key is None or image.format != "PNG":
+    if key is None or not isinstance(image, PngImageFile):
         return
     raw_mode = image.tile[0].args
     if raw_mode in ("L;2", "L;4"):
@@ -157,7 +159,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
             f"{white:g} (white) has a meaning; store it with 8 bits"
         )
     scaled = np.rint(grey * (255 / white)).astype(np.uint8)
-    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0:
         scaled = 255 - scaled  # white is 0: Pillow heeds it for 8 bits and less
     levels = Image.fromarray(scaled)
     if (key := image.info.get("transparency")) is not None:
@@ -169,7 +171,7 @@ def _white(image: Image.Image) -> float:
     """The value of white where the format has one: its highest number, or 1.0."""
     if image.mode.startswith("I;16") and image.format in ("PNG", "JPEG2000"):
         return 65535
-    if image.mode.startswith("I;16") and image.format == "TIFF":
+    if image.mode.startswith("I;16") and isinstance(image, TiffImageFile):
         return 2.0 ** image.tag_v2[BITS_PER_SAMPLE][0] - 1
     if image.mode == "I" and image.format == "PPM":  # Pillow scales any maximum to this one
         return 65535

@@ -115,7 +115,8 @@ class Lengths:
     def joined(cls, parts: Sequence[Lengths]) -> Lengths:
         """Of rows that follow each other."""
         first, row = 0, 0
-        firsts, broken = [], {}
+        firsts: list[np.ndarray] = []
+        broken: dict[int, str] = {}
         for part in parts:
             firsts.append(part.first_N + first)
             broken |= {row + at: reason for at, reason in part.broken.items()}
@@ -137,7 +138,8 @@ def measured(
     stops: Callable[[], bool] = lambda: False,
 ) -> Lengths | None:
     """Of these rows; None if it was asked to stop."""
-    firsts, turns, images = [], [], []
+    firsts, images = [], []
+    turns: list[tuple[int, int, int]] = []
     broken: dict[int, str] = {}
     laid = collator.layout
     tokens_of = cache(lambda size: laid.num_tokens(*size) if laid else 0)
@@ -161,8 +163,8 @@ def measured(
             images.append(tokens)
             turns += [turn.lengths for turn in of_sample]
             if of_sample:
-                question, *rest = turns[firsts[-1]]
-                turns[firsts[-1]] = (question + tokens, *rest)
+                question, answer, end = turns[firsts[-1]]
+                turns[firsts[-1]] = (question + tokens, answer, end)
         bar.update(len(some))
     bar.close()
     return Lengths(
@@ -242,10 +244,7 @@ def _read(file: Path, samples: SampleFolder, collator: Collator) -> Lengths | No
     try:
         with np.load(file, allow_pickle=False) as arrays:
             broken = {int(row): str(why) for row, why in json.loads(str(arrays["broken"])).items()}
-            found = Lengths(
-                *(arrays[name] for name in ("first_N", "turns_T3", "image_N")),
-                broken,
-            )
+            found = Lengths(arrays["first_N"], arrays["turns_T3"], arrays["image_N"], broken)
         rows = np.linspace(0, len(samples) - 1, _LOOKED_AT, dtype=int).tolist()
         now = measured(samples, collator, rows)
         if len(found) != len(samples) or now is None:
@@ -267,7 +266,7 @@ def fingerprint(samples: SampleFolder, collator: Collator) -> str:
     """Of all that lengths depend on."""
     tokenizer, layout = collator.tokenizer, collator.layout
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))  # type: ignore[attr-defined]
+    vocabulary = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
     settings = [] if layout is None else [type(layout).__name__, *map(_said, vars(layout).values())]
     parts = [SCHEMA, samples.fingerprint, vocabulary, repr(collator.conversations.chat), settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -71,14 +71,14 @@ def write_samples(
     with whole_folder(out) as folder:
         dropped = DropList()
         shards: list[tuple[Path, int]] = []
-        kept = (row for row in samples if isinstance(row, Sample) or dropped.append(row))
+        kept = _kept(samples, dropped)
         while first := list(itertools.islice(kept, 1)):
             path = folder / f"part-{len(shards):05d}"
             rest = itertools.islice(kept, shard_size - 1)
             shards.append((path, _write_shard(itertools.chain(first, rest), path)))
         num_samples = sum(count for _, count in shards)
         dropped.check(source, num_samples + len(dropped), max_bad_fraction)
-        listed = []
+        listed: list[dict[str, Any]] = []
         for index, (path, count) in enumerate(shards):
             final = folder / f"shard-{index:05d}-of-{len(shards):05d}.parquet"
             path.rename(final)
@@ -102,6 +102,15 @@ def write_samples(
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return manifest
+
+
+def _kept(rows: Iterable[Sample | Dropped], dropped: DropList) -> Iterator[Sample]:
+    """The samples; `dropped` takes the other rows."""
+    for row in rows:
+        if isinstance(row, Sample):
+            yield row
+        else:
+            dropped.append(row)
 
 
 def _write_shard(samples: Iterator[Sample], path: Path) -> int:

@@ -37,11 +37,14 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     mark_trainable_experts(model)
     choose_grouped_gemm(model, world.device)
     groups = parameter_groups(model, config.optim)
-    options = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
+    options: dict[str, Any] = {key: getattr(config.optim, key) for key in ("lr", "betas", "eps")}
+    optimizer: torch.optim.Optimizer
     if config.zero_stage == 0:
-        optimizer = GlobalNormAdamW(groups, max_grad_norm=config.optim.max_grad_norm, **options)
+        optimizer = own = GlobalNormAdamW(
+            groups, max_grad_norm=config.optim.max_grad_norm, **options
+        )
         if model.sharded_parameters():
-            optimizer.expert_group = expert_parallel_group(model.shard.num_ranks)
+            own.expert_group = expert_parallel_group(model.shard.num_ranks)
     else:
         optimizer = torch.optim.AdamW(groups, **options)
     for name in _OLD_NAMES:
@@ -80,8 +83,8 @@ def parameter_groups(model: MoEModel, optim: OptimConfig) -> list[dict[str, Any]
     for name, params in members.items():
         if params:
             lr = optim.predictor_lr if name == "predictor" and optim.predictor_lr else optim.lr
-            group = {"name": name, "params": params, "lr": lr, "weight_decay": optim.weight_decay}
-            groups.append(group | ({"moe": True} if name == experts else {}))
+            options = {"name": name, "params": params, "lr": lr, "weight_decay": optim.weight_decay}
+            groups.append(options | ({"moe": True} if name == experts else {}))
     return groups
 
 

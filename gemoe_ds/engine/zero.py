@@ -40,7 +40,7 @@ def full_value(parameter: Tensor) -> Tensor:
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter; ZeRO 3 leaves an empty tensor in its place between steps."""
-    return tuple(parameter.ds_shape if _stage_3(parameter) else parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_gradient(parameter: nn.Parameter) -> Tensor:
@@ -56,7 +56,7 @@ def is_held(engine: Engine, parameter: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
-def assign_(parameter: nn.Parameter, value: Tensor) -> None:
+def assign_(parameter: Tensor, value: Tensor) -> None:
     """Write `value` into the parameter AND its master copy, so that no step undoes it.
 
     Under ZeRO 1 and 2 the next step overwrites the parameter with the master; writing only the
@@ -64,10 +64,11 @@ def assign_(parameter: nn.Parameter, value: Tensor) -> None:
     """
     value = value.to(torch.float32)
     if _stage_3(parameter):
-        mine = _my_part(parameter, value)
+        own: Any = parameter  # to which DeepSpeed has given attributes
+        mine = _my_part(own, value)
         safe_set_local_fp32_param(parameter, mine)
         # What the next forward gathers from, else stale until the next step.
-        parameter.ds_tensor.data.copy_(mine.view_as(parameter.ds_tensor))
+        own.ds_tensor.data.copy_(mine.view_as(own.ds_tensor))
         if parameter.shape == value.shape:  # small ones stay gathered all the time
             parameter.data.copy_(value)
         return
@@ -136,7 +137,7 @@ def flat_partitions(engine: Engine) -> list[Tensor]:
     return list(optimizer.single_partition_of_fp32_groups)
 
 
-def _my_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def _my_part(parameter: Any, value: Tensor) -> Tensor:
     """This rank's part of a value, padded at the end like ZeRO 3's own.
 
     The public setters for full values do not pad: they fail unless the ranks divide the size.

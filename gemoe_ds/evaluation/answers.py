@@ -34,8 +34,8 @@ class ModeResult:
 
     answers: list[dict[str, Any]] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)  # samples that are left out, by row
-    prompts: GenerationStats | None = None
-    steps: GenerationStats | None = None
+    prompts: GenerationStats = field(default_factory=GenerationStats)
+    steps: GenerationStats = field(default_factory=GenerationStats)
     rounds: list[tuple[float, float]] = field(default_factory=list)
     memory: int = 0
 
@@ -149,13 +149,12 @@ def report(session: EvalSession, found: dict[RoutingMode, ModeResult], out: Path
         lines = (json.dumps(answer, ensure_ascii=False) for answer in answers)
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         by_round = zip(*(rank.rounds for rank in ranks), strict=True)
-        rounds = [tuple(map(max, zip(*together, strict=True))) for together in by_round]
-        counts = [
-            sum((getattr(r, n) for r in ranks), GenerationStats()) for n in ("prompts", "steps")
-        ]
+        rounds = [(max(p for p, _ in spent), max(s for _, s in spent)) for spent in by_round]
+        prompts = sum((rank.prompts for rank in ranks), GenerationStats())
+        steps = sum((rank.steps for rank in ranks), GenerationStats())
         memory = max(rank.memory for rank in ranks)
         costs.append(
-            Cost.of(str(mode), session.model, *counts, len(answers), rounds, memory)  # type: ignore[arg-type]
+            Cost.of(str(mode), session.model, prompts, steps, len(answers), rounds, memory)
         )
     if session.world.is_first:
         shape = {"ranks": session.world.size, "batch": session.arguments.batch}

@@ -25,7 +25,7 @@ class RoutingMode:
         return "as trained" if self.mean_k is None else f"mean k {self.mean_k:g}"
 
 
-def session_parser(description: str | None) -> argparse.ArgumentParser:
+def session_parser(description: str | None) -> Parser:
     """A recipe, what was trained, the ways to route, the data."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe, or the config.yaml of a run")
@@ -67,7 +67,7 @@ def session_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate_parser(description: str | None) -> argparse.ArgumentParser:
+def evaluate_parser(description: str | None) -> Parser:
     """These, and those of `gemoe evaluate` alone."""
     parser = session_parser(description)
     parser.add_argument("--name", help="name of the method in eval.json (default: the router's)")

@@ -36,7 +36,7 @@ class Scores:
     entropy_LN: list[np.ndarray] = field(default_factory=list)
     k_LN: list[np.ndarray] = field(default_factory=list)
     is_vision_N: list[np.ndarray] = field(default_factory=list)
-    load_LE: np.ndarray | int = 0
+    load_LE: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
     @classmethod
     def merged(cls, parts: Iterable[Scores]) -> Scores:
@@ -78,7 +78,7 @@ class Scores:
     @property
     def mean_k(self) -> float:
         """Experts of a token, over all layers."""
-        return float(np.mean(self.load_LE.sum(1))) / max(self.num_tokens, 1)  # type: ignore[union-attr]
+        return float(np.mean(self.load_LE.sum(1))) / max(self.num_tokens, 1)
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """entropy_LN (bits), k_LN and is_vision_N of every valid token."""

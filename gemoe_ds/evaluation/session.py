@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
@@ -161,7 +162,7 @@ class EvalSession:
         def measured() -> float:
             return float(self.scored(known, arguments.calibration_samples).tokens()[1].mean())
 
-        how = "scale" if arguments.rescale else "shift"
+        how: Literal["shift", "scale"] = "scale" if arguments.rescale else "shift"
         budget = fit_budget_to(self.routers, mean_k, measured, how)
         self.say(
             f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: "

@@ -29,15 +29,21 @@ class GemoeForConditionalGeneration(Stock):
     Routing is computed in float32 whatever the dtype of the model, as in training.
     """
 
+    ctx: TokenContext
+    _batch_size: int
+
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         # Loaded as the stock class and then made ours: transformers maps the names in a checkpoint
         # for its own classes only.
-        loaded = Stock.from_pretrained(folder, *args, **kwargs)
+        folder = pretrained_model_name_or_path
+        loaded: Any = Stock.from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls
         where = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
-        model.attach_routers(load_file(cached_file(folder, ROUTERS, **where)))
+        file = cached_file(folder, ROUTERS, **where)
+        assert file is not None  # or it has raised
+        model.attach_routers(load_file(file))
         return loaded
 
     def attach_routers(self, tensors: dict[str, Tensor]) -> None:
@@ -63,7 +69,8 @@ class GemoeForConditionalGeneration(Stock):
     @property
     def k_per_layer(self) -> list[Tensor]:
         """k of every token of the last forward, int64 [B, S] a layer; 0 for padding."""
-        return [record.k_T.view(self._batch_size, -1) for record in self.ctx.layers]
+        k_LT = (record.k_T for record in self.ctx.layers)
+        return [k_T.view(self._batch_size, -1) for k_T in k_LT if k_T is not None]
 
 
 def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -101,6 +108,8 @@ def _block_forward(ctx: TokenContext) -> Any:
 
 class _BlockExperts(Experts):
     """The block's own expert weights, wherever they are moved to."""
+
+    _names: tuple[nn.Module, str, str]
 
     def __init__(self, block: nn.Module, gate_up: str, down: str) -> None:
         nn.Module.__init__(self)

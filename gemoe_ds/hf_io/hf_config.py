@@ -45,7 +45,7 @@ def meta_model(model_class: type[nn.Module], config: object) -> nn.Module:
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
     try:
         with torch.random.fork_rng(devices=[]):
-            return model_class(config)  # type: ignore[call-arg]
+            return model_class(config)
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

@@ -96,7 +96,7 @@ class StoredTensor:
         return all(torch.equal(self.read(p).to(dtype), other.read(p).to(dtype)) for p in parts)
 
     def _read_bytes(self, target: Tensor, offset: int) -> None:
-        left = memoryview(target.detach().view(-1).view(torch.uint8).numpy())
+        left = target.detach().view(-1).view(torch.uint8).numpy().data
         with open(self.file, "rb", buffering=0) as file:
             while left:
                 got = os.preadv(file.fileno(), [left], offset)

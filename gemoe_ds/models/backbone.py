@@ -16,11 +16,13 @@ from gemoe_ds.hf_io.key_rules import KeyMap, Shape
 from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.quiet import without_bars
 from gemoe_ds.hf_io.rewriter import rewrite
-from gemoe_ds.models.blocks import Adapter, BlockSpec, find_moe_blocks
+from gemoe_ds.models.blocks import Adapters, BlockSpec, find_moe_blocks
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ImageLayout
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.registry import ConfigModel, Registered
+
+HFModel = Any  # the nn.Module of a family, whose parts are known to its backbone alone
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Backbone(Registered):
     """One model family. An instance is cheap: it holds options and knows how to load and read."""
 
     name: ClassVar[str]
-    block_adapters: ClassVar[Mapping[type[nn.Module], Adapter]] = {}  # by class of its MoE blocks
+    block_adapters: ClassVar[Adapters] = {}
     may_lack: ClassVar[tuple[str, ...]] = ()  # our names that all of a folder's may be without
     published_parameters: ClassVar[int | None] = None  # in its public folder, unused ones included
     published_part: ClassVar[str] = ""  # what that counts: names that begin so
@@ -101,16 +103,16 @@ class Backbone(Registered):
             length = int(length * (rope.get("factor") or 1))
         return length
 
-    def image_layout(self, model: nn.Module) -> ImageLayout | None:
+    def image_layout(self, model: HFModel) -> ImageLayout | None:
         """How an image is laid into a sequence; None: this model reads text only."""
         return None
 
     @abstractmethod
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         """The last hidden states [B, S, D] through the model's own forward."""
 
     @abstractmethod
-    def head(self, model: nn.Module) -> nn.Module:
+    def head(self, model: HFModel) -> nn.Module:
         """The module from hidden states to vocabulary logits."""
 
     def save_pretrained(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
@@ -118,10 +120,10 @@ class Backbone(Registered):
 
         Only models that transformers has can be, those that may start without a folder.
         """
-        plain = meta_model(type(model), model.config)
+        plain: HFModel = meta_model(type(model), model.config)
         plain.load_state_dict(state, strict=True, assign=True)
         with without_bars():
-            plain.save_pretrained(folder)  # type: ignore[operator]
+            plain.save_pretrained(folder)
 
     def save_trained(
         self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path

@@ -65,11 +65,10 @@ class BlockSpec:
 
 
 Adapter = Callable[[Any], dict[str, Any]]  # block -> the fields of its BlockSpec after `attribute`
+Adapters = Mapping[type[nn.Module], Adapter]  # by the class of the blocks
 
 
-def find_moe_blocks(
-    model: nn.Module, adapters: Mapping[type[nn.Module], Adapter]
-) -> list[BlockSpec]:
+def find_moe_blocks(model: nn.Module, adapters: Adapters) -> list[BlockSpec]:
     """Every block of these classes, or of classes below them, in order of depth."""
     blocks = []
     for path, module in model.named_modules():

@@ -26,7 +26,7 @@ def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: i
     """Weights of standard deviation 0.02 and norms of 1 in bfloat16; config.json comes last."""
     model = backbone.published()
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    shapes = backbone.keys.stored_shapes(ours) | backbone.published_unused
+    shapes = {**backbone.keys.stored_shapes(ours), **backbone.published_unused}
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_NOISE, generator=generator).mul_(0.02).bfloat16()
     folder.mkdir(parents=True, exist_ok=True)

@@ -84,10 +84,10 @@ class PhaseTimer:
         PROGRESS.enter(name)
         yield
         seconds, device = time.perf_counter() - began, self.world.device
-        on_device = peak_memory(device) if device.type == "cuda" else 0
-        mine = (seconds, peak_host_memory(), peak_share(), on_device)
-        seconds, *memory = zip(*gather_objects(mine), strict=True)
-        self.done.append(Phase(name, max(seconds), *map(list, memory)))
+        allocated = peak_memory(device) if device.type == "cuda" else 0
+        mine = (seconds, peak_host_memory(), peak_share(), allocated)
+        took, host, share, on_device = map(list, zip(*gather_objects(mine), strict=True))
+        self.done.append(Phase(name, max(took), host, share, on_device))
         if self.world.is_first:
             print(self.line(self.done[-1]), flush=True)
 

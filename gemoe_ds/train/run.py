@@ -169,7 +169,7 @@ def fit(
             run.timer.write(output)
     if trainer.end_reason and trainer.step < config.train.steps:
         say(world, f"ended early, after step {trainer.step}: {trainer.end_reason}")
-    last = saver.last or (found and found.folder)
+    last = saver.last or (found.folder if found else None)
     say(world, f"saved {last}" if last else "nothing to save")
     if config.model.trainable == "all" and saver.last:
         base = Path(config.model.checkpoint) if config.model.checkpoint else None

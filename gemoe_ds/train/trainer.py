@@ -111,7 +111,8 @@ class Trainer:
             self.step = step
             self.timed.append((tokens, seconds))
             if moved and self.updates:
-                moved = moved.check()
+                moved.check()
+                moved = None
             bar.update()
             result = StepResult(step, tokens, seconds, self._metrics() if due else {})
             for hook in self.hooks.values():

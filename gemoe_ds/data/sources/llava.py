@@ -14,7 +14,7 @@ import argparse
 import itertools
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -79,7 +79,7 @@ def convert_rows(
     min_size: int,
     workers: int,
     counted: Counter[str],
-) -> Iterator[Sample | Dropped]:
+) -> Generator[Sample | Dropped, None, None]:
     """The rows in order, converted by `workers` threads; `counted` takes the notes on them.
 
     Threads, not processes: Pillow decodes without the interpreter lock, and a process that is

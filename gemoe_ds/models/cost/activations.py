@@ -9,6 +9,7 @@ Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def activation_bytes(
 ) -> dict[str, int]:
     """By what it is for; the sum is the peak of one micro-batch's forward and backward pass."""
     root = blocks[0].path.partition(".layers.")[0]
-    text, prefix = hf.get_submodule(root), len(f"{root}.layers.")
+    text: Any = hf.get_submodule(root)
+    prefix = len(f"{root}.layers.")
     of_layer = {block.path[prefix:].partition(".")[0]: block for block in blocks}
     d_model = blocks[0].routing.d_model
     kept, largest, seen = 0.0, 0.0, shape.train == "all"
@@ -85,6 +87,7 @@ def activation_bytes(
 def _of_layer(layer: nn.Module, shape: StepShape) -> float:
     """A token's bytes in all of a decoder layer but its MoE block."""
     total = 0.0
+    module: Any
     for name, module in layer.named_modules():
         if ".experts" in name:
             continue
@@ -92,18 +95,15 @@ def _of_layer(layer: nn.Module, shape: StepShape) -> float:
         if width:
             total += width * _norm_bytes(module, shape)
         elif _has_linear(module, "q_proj", "k_proj", "v_proj"):
-            query, key, value = (
-                getattr(module, f"{n}_proj").out_features  # type: ignore[union-attr]
-                for n in "qkv"
-            )
+            query, key, value = (getattr(module, f"{n}_proj").out_features for n in "qkv")
             total += (2 * query + key + value) * shape.itemsize  # and the result
             if shape.train == "all":
-                total += shape.copies(3) * module.q_proj.in_features * shape.itemsize  # type: ignore[union-attr, operator]
+                total += shape.copies(3) * module.q_proj.in_features * shape.itemsize
         elif _has_linear(module, "gate_proj", "up_proj", "down_proj"):
-            inner = module.gate_proj.out_features  # type: ignore[union-attr, operator]
+            inner = module.gate_proj.out_features
             total += 3 * inner * shape.itemsize  # gate, its activation, up
             if shape.train == "all":
-                total += (inner + shape.copies(2) * module.gate_proj.in_features) * shape.itemsize  # type: ignore[union-attr, operator]
+                total += (inner + shape.copies(2) * module.gate_proj.in_features) * shape.itemsize
     return total
 
 

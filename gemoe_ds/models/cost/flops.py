@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from gemoe_ds.models.moe_model import MoEModel
@@ -16,7 +18,7 @@ def flops_per_token(model: MoEModel, mean_k_L: list[float], context: float) -> d
     which works by image, is left out too.
     """
     layers = model.moe_layers
-    text = model.hf.get_submodule(model.block_paths[0].partition(".layers.")[0])
+    text: Any = model.hf.get_submodule(model.block_paths[0].partition(".layers.")[0])
     of_moe = {id(m) for layer in layers for m in layer.router.modules()}
     dense = [m for m in text.modules() if isinstance(m, nn.Linear) and id(m) not in of_moe]
     widths = [m.q_proj.out_features for m in text.modules() if _attends(m)]

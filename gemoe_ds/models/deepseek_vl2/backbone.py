@@ -10,7 +10,7 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
-from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.blocks import deepseek_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
@@ -101,12 +101,12 @@ class DeepseekVl2Backbone(Backbone):
         """DeepSeek-VL2-Tiny."""
         return meta_model(DeepseekVl2Model, DeepseekVl2Config())
 
-    def image_layout(self, model: nn.Module) -> DeepseekVl2Images:
-        config: DeepseekVl2Config = model.config  # type: ignore[assignment]
+    def image_layout(self, model: HFModel) -> DeepseekVl2Images:
+        config: DeepseekVl2Config = model.config
         patches = config.image_size // PATCH
         return DeepseekVl2Images(tile=config.image_size, side=-(-patches // 2))
 
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         text = model.language_model
         embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
         if inputs.images:
@@ -118,6 +118,5 @@ class DeepseekVl2Backbone(Backbone):
         ).last_hidden_state
         return hidden_BSD
 
-    def head(self, model: nn.Module) -> nn.Module:
-        head: nn.Module = model.lm_head
-        return head
+    def head(self, model: HFModel) -> nn.Module:
+        return model.lm_head

@@ -58,9 +58,8 @@ class DeepseekVl2Images:
         tiles = [self._padded(rgb, (self.tile, self.tile))]
         for y in range(rows):
             for x in range(columns):
-                corner = (x * self.tile, y * self.tile)
-                box = (*corner, *(c + self.tile for c in corner))
-                tiles.append(mosaic.crop(box))
+                left, top = x * self.tile, y * self.tile
+                tiles.append(mosaic.crop((left, top, left + self.tile, top + self.tile)))
         pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles])
         feature_P = self._sequence(rows, columns)
         return ProcessedImage(

@@ -19,7 +19,7 @@ from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables, fused_qkv
 from gemoe_ds.hf_io.quiet import without_report
 from gemoe_ds.hf_io.safetensors_reader import open_stored
-from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
 from gemoe_ds.models.inputs import ModelInputs
@@ -88,7 +88,7 @@ class MoeLlavaBackbone(Backbone):
     def published(cls) -> nn.Module:
         return meta_model(MoeLlavaModel, cls.config_class.published())
 
-    def _tower(self, model: nn.Module, checkpoint: Path) -> CLIPVisionModel:
+    def _tower(self, model: HFModel, checkpoint: Path) -> nn.Module:
         if self.config.vision_tower is None:
             raise ConfigError(
                 f"model.backbone.vision_tower: {checkpoint} has no image tower; give the folder "
@@ -97,19 +97,20 @@ class MoeLlavaBackbone(Backbone):
         folder = Path(self.config.vision_tower)
         try:
             with without_report():  # of a whole CLIP: its text tower is not used
-                tower, report = CLIPVisionModel.from_pretrained(
+                loaded: Any = CLIPVisionModel.from_pretrained(  # typed without its report
                     folder, output_loading_info=True, trust_remote_code=False
                 )
         except Exception as error:  # any error in reading: the folder is at fault
             raise CheckpointError(f"model.backbone.vision_tower={folder}: {error}") from error
+        tower, report = loaded
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise CheckpointError(
                 f"model.backbone.vision_tower={folder}: missing: {missing[0]} ({len(missing)} keys)"
             )
         wanted, found = (
-            {name: tuple(p.shape) for name, p in tower.named_parameters()}
-            for tower in (model.vision_tower, tower)
+            {name: tuple(p.shape) for name, p in of.named_parameters()}
+            for of in (model.vision_tower, tower)
         )
         if wanted != found:
             raise CheckpointError(
@@ -117,11 +118,10 @@ class MoeLlavaBackbone(Backbone):
             )
         return tower
 
-    def image_layout(self, model: nn.Module) -> PaddedSquare:
-        config: Any = model.config
-        return PaddedSquare(config.vision.image_size)
+    def image_layout(self, model: HFModel) -> PaddedSquare:
+        return PaddedSquare(model.config.vision.image_size)
 
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         text = model.language_model.model
         embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
         if inputs.images:
@@ -132,9 +132,8 @@ class MoeLlavaBackbone(Backbone):
         ).last_hidden_state
         return hidden_BSD
 
-    def head(self, model: nn.Module) -> nn.Module:
-        head: nn.Module = model.language_model.lm_head
-        return head
+    def head(self, model: HFModel) -> nn.Module:
+        return model.language_model.lm_head
 
 
 class MoeLlavaStableLmBackbone(MoeLlavaBackbone):

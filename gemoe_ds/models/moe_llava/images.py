@@ -37,7 +37,8 @@ class PaddedSquare:
         square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
         square = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
         pixels_HWC = np.asarray(square, dtype=np.float32) / 255
-        pixels_HWC = (pixels_HWC - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        pixels_HWC -= np.array(CLIP_MEAN, np.float32)
+        pixels_HWC /= np.array(CLIP_STD, np.float32)
         tokens = self.num_tokens(*rgb.size)
         return ProcessedImage(
             [0] * tokens,

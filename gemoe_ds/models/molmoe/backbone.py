@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
-from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import add_features
 from gemoe_ds.models.inputs import ModelInputs
@@ -116,11 +116,11 @@ class MolmoeBackbone(Backbone):
         """MolmoE-1B-0924."""
         return meta_model(MolmoeModel, MolmoeConfig())
 
-    def image_layout(self, model: nn.Module) -> MolmoeImages:
-        config: MolmoeConfig = model.config  # type: ignore[assignment]
+    def image_layout(self, model: HFModel) -> MolmoeImages:
+        config: MolmoeConfig = model.config
         return MolmoeImages(patch=PATCH, crop=config.image_size // PATCH)
 
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         text = model.language_model.model
         embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
         if inputs.images:
@@ -132,6 +132,5 @@ class MolmoeBackbone(Backbone):
         ).last_hidden_state
         return hidden_BSD
 
-    def head(self, model: nn.Module) -> nn.Module:
-        head: nn.Module = model.language_model.lm_head
-        return head
+    def head(self, model: HFModel) -> nn.Module:
+        return model.language_model.lm_head

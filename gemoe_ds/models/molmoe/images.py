@@ -132,7 +132,7 @@ class MolmoeImages:
         canvas[here] = resized.clamp(0, 1).numpy()
         inside = np.zeros((high, wide), dtype=bool)
         inside[here] = True
-        mean, std = np.float32(CLIP_MEAN), np.float32(CLIP_STD)
+        mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
         return (canvas - mean) / std, inside
 
     def _cut(self, canvas: np.ndarray, row: int, column: int) -> np.ndarray:

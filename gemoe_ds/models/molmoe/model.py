@@ -82,7 +82,10 @@ class MolmoeConfig:
         d_model, num_heads = found["d_model"], found["n_heads"]
         if found.get("n_kv_heads") not in (None, num_heads):
             raise CheckpointError(f"n_kv_heads={found['n_kv_heads']}, 'molmoe' has {num_heads}")
-        options = {name: found[name] for name in _OWN_KEYS if name in found}
+        own = {name: found[name] for name in _OWN_KEYS if name in found}
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in own.items()
+        }
         return cls(
             vocab_size=found.get("embedding_size") or found["vocab_size"],
             d_model=d_model,
@@ -94,7 +97,7 @@ class MolmoeConfig:
             norm_eps=found.get("layer_norm_eps", 1e-5),
             rope_theta=found.get("rope_theta", 10000.0),
             max_position=found.get("max_sequence_length", 4096),
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()},
+            **options,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +166,8 @@ class MolmoeModel(nn.Module):
         vision_width = len(config.vision_layers) * config.vision_width
         self.language_model = OlmoeForCausalLM(config.text())
         self.vision_tower = CLIPVisionModel(config.vision())
-        self.vision_tower.post_layernorm = nn.Identity()  # the checkpoint has none
+        # the checkpoint has none
+        self.vision_tower.add_module("post_layernorm", nn.Identity())
         self.pad_embed = nn.Parameter(torch.zeros(2, vision_width))
         self.pooling = Pooling(vision_width, config.connector_width, config.vision_heads)
         self.projector = Projector(config.connector_width, config.d_model // 2, config.d_model)

@@ -15,13 +15,14 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
-from gemoe_ds.models.backbone import Backbone, Golden
-from gemoe_ds.models.blocks import stock_block
+from gemoe_ds.models.backbone import Backbone, Golden, HFModel
+from gemoe_ds.models.blocks import Adapters, stock_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import attention_inputs
 
-OLMOE_BLOCKS = {OlmoeSparseMoeBlock: stock_block}
+OLMOE_BLOCKS: Adapters = {OlmoeSparseMoeBlock: stock_block}
+_EXPERTS = "model.layers.{l}.mlp.experts"
 
 
 class OlmoeBackbone(Backbone):
@@ -36,7 +37,7 @@ class OlmoeBackbone(Backbone):
         (12092,),
         (13, 309, 717, 247, 747, 17782, 281, 436, 12209, 285, 309, 717, 2820, 281, 755),
     )
-    keys = KeyMap(experts=expert_tables(*["model.layers.{l}.mlp.experts"] * 2))
+    keys = KeyMap(experts=expert_tables(_EXPERTS, _EXPERTS))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(
         question="<|user|>\n{text}\n<|assistant|>\n",
@@ -54,12 +55,11 @@ class OlmoeBackbone(Backbone):
         config = OlmoeConfig(intermediate_size=1024, architectures=["OlmoeForCausalLM"])
         return meta_model(OlmoeForCausalLM, config)
 
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         hidden_BSD: Tensor = model.model(
             inputs.input_ids_BS, **attention_inputs(inputs.is_valid_BS, inputs.past)
         ).last_hidden_state
         return hidden_BSD
 
-    def head(self, model: nn.Module) -> nn.Module:
-        head: nn.Module = model.lm_head
-        return head
+    def head(self, model: HFModel) -> nn.Module:
+        return model.lm_head

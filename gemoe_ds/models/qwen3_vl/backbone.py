@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
-from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
@@ -120,7 +120,7 @@ class Qwen3VLBackbone(Backbone):
         }
         return processor
 
-    def image_layout(self, model: nn.Module) -> Qwen3VLImages:
+    def image_layout(self, model: HFModel) -> Qwen3VLImages:
         config: Any = model.config
         return Qwen3VLImages(
             self.processor,
@@ -129,7 +129,7 @@ class Qwen3VLBackbone(Backbone):
             end_id=config.vision_end_token_id,
         )
 
-    def hidden(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
+    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         inner: Any = model.model
         embedded_BSD = inner.get_input_embeddings()(inputs.input_ids_BS)
         if not inputs.images:
@@ -157,6 +157,5 @@ class Qwen3VLBackbone(Backbone):
         ).last_hidden_state
         return hidden_BSD
 
-    def head(self, model: nn.Module) -> nn.Module:
-        head: nn.Module = model.lm_head
-        return head
+    def head(self, model: HFModel) -> nn.Module:
+        return model.lm_head

@@ -7,7 +7,7 @@ top-8, weights not renormalised, as in OLMoE-1B-7B.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -18,11 +18,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     OlmoeConfig,
+    PreTrainedTokenizerBase,
 )
 
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
 from gemoe_ds.hf_io.quiet import without_bars
+from gemoe_ds.models.backbone import HFModel
 from gemoe_ds.models.llava import LlavaBackbone
 from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
 from gemoe_ds.models.tiny.vision import vision_config
@@ -84,7 +86,7 @@ class TinyBackbone(LlavaBackbone):
         )
 
     @torch.no_grad()
-    def _scale_initial_weights(self, model: nn.Module) -> None:
+    def _scale_initial_weights(self, model: HFModel) -> None:
         """Signals of unit variance, and experts that are heard from the start.
 
         Scores are not renormalised: over 64 experts each weighs about 1/64 at first, and with the
@@ -96,10 +98,10 @@ class TinyBackbone(LlavaBackbone):
                 gain = 2.0 if name.endswith("experts.down_proj") else 1.0
                 weight.normal_(0, gain * weight.shape[-1] ** -0.5)
 
-    def _fresh_config(self, tokenizer: object) -> LlavaConfig:
+    def _fresh_config(self, tokenizer: PreTrainedTokenizerBase) -> LlavaConfig:
         config = self.config
         text = OlmoeConfig(
-            vocab_size=len(tokenizer),  # type: ignore[arg-type]
+            vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=config.expert_width,
             num_hidden_layers=config.num_layers,
@@ -109,15 +111,15 @@ class TinyBackbone(LlavaBackbone):
             num_experts_per_tok=config.top_k,
             norm_topk_prob=False,
             max_position_embeddings=config.max_position,
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
-            bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
-            eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
-        image_token_id = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[attr-defined]
+        image_token: Any = tokenizer.convert_tokens_to_ids("<image>")
         return LlavaConfig(
             vision_config=self.vision_config(),
             text_config=text,
-            image_token_id=image_token_id,
+            image_token_index=image_token,
             vision_feature_layer=-1,
             image_seq_length=(config.image_size // config.patch_size) ** 2,
         )
@@ -133,7 +135,8 @@ class TinyBackbone(LlavaBackbone):
         return model
 
     def _refuse_contradictions(self, stored: LlavaConfig, folder: Path) -> None:
-        text, vision = stored.text_config, stored.vision_config
+        text: Any = stored.text_config
+        vision: Any = stored.vision_config
         shapes = {
             "hidden_size": text.hidden_size,
             "num_layers": text.num_hidden_layers,

@@ -20,6 +20,8 @@ from gemoe_ds.hf_io.hf_config import as_checkpoint_error, read_config
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables
 from gemoe_ds.hf_io.loader import problem_of
 from gemoe_ds.hf_io.quiet import without_report
+from gemoe_ds.models.backbone import HFModel
+from gemoe_ds.models.blocks import Adapters
 from gemoe_ds.models.llava import LlavaBackbone
 from gemoe_ds.models.upcycled.model import (
     UpcycledLlavaForConditionalGeneration,
@@ -41,7 +43,7 @@ def _upcycled_block(block: UpcycledMoEBlock) -> dict[str, Any]:
     }
 
 
-UPCYCLED_BLOCKS = {UpcycledMoEBlock: _upcycled_block}
+UPCYCLED_BLOCKS: Adapters = {UpcycledMoEBlock: _upcycled_block}
 
 
 class UpcycledBackbone(LlavaBackbone):
@@ -84,26 +86,27 @@ class UpcycledBackbone(LlavaBackbone):
             dense, self._wanted(dense, checkpoint)
         )
 
-    def _read_dense(self, folder: Path) -> nn.Module:
+    def _read_dense(self, folder: Path) -> LlavaForConditionalGeneration:
         """The whole float32 model, by transformers, which knows the key names of every version."""
         self.meta_model(folder)
         with as_checkpoint_error(folder, "cannot be read"), without_report():
-            model, report = LlavaForConditionalGeneration.from_pretrained(
+            loaded: Any = LlavaForConditionalGeneration.from_pretrained(  # typed without its report
                 folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
+        model: LlavaForConditionalGeneration
+        model, report = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report.get(problem):
                 raise CheckpointError(
                     f"model.checkpoint={folder}: {problem.replace('_', ' ')}: "
                     f"{sorted(map(str, report[problem]))[:3]}; it is not a complete LLaVA"
                 )
-        loaded: nn.Module = model
-        for name, parameter in loaded.named_parameters():
-            if problem := problem_of(parameter.detach()):
-                raise CheckpointError(f"model.checkpoint={folder}: {name} {problem}")
-        return loaded
+        for name, parameter in model.named_parameters():
+            if wrong := problem_of(parameter.detach()):
+                raise CheckpointError(f"model.checkpoint={folder}: {name} {wrong}")
+        return model
 
-    def _wanted(self, dense: nn.Module, folder: Path) -> dict[str, object]:
+    def _wanted(self, dense: HFModel, folder: Path) -> dict[str, object]:
         config = self.config
         layers = dense.model.language_model.layers
         chosen = list(range(config.first, len(layers), config.every))

@@ -46,12 +46,12 @@ class UpcycledMoEBlock(nn.Module):
         return y_TD.view_as(hidden_states)
 
 
-class UpcycledLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+class UpcycledLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """`config.upcycled` says which layers are MoE ones, how many experts they have, and k."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
-        text = config.text_config
+        text: Any = config.text_config
         for layer in config.upcycled["layers"]:
             block = UpcycledMoEBlock(config.upcycled, text.hidden_size, text.intermediate_size)
             self.model.language_model.layers[layer].mlp = block

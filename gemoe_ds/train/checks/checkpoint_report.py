@@ -123,7 +123,7 @@ def _rounded(value: Any) -> Any:
 
 def _frame(tokens: dict[str, int], collator: Collator) -> Iterator[str]:
     """Tokens that stand around an image, by id; that of the features is checked on loading."""
-    vocabulary: dict[str, int] = collator.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    vocabulary: dict[str, int] = collator.tokenizer.get_vocab()
     for token, wanted in tokens.items():
         found = vocabulary.get(token)
         result = "as the model's" if found == wanted else f"differs: the model's is {wanted}"
@@ -132,7 +132,7 @@ def _frame(tokens: dict[str, int], collator: Collator) -> Iterator[str]:
 
 def _embedding(backbone: Backbone, hf: nn.Module, collator: Collator) -> str:
     """Every token must have a row; some of the model's rows may have no token."""
-    largest = max(collator.tokenizer.get_vocab().values())  # type: ignore[attr-defined]
+    largest = max(collator.tokenizer.get_vocab().values())
     rows = next(p.shape[0] for p in backbone.head(hf).parameters() if p.dim() == 2)
     result = "each has its row" if largest < rows else "differs: a text with those ends the run"
     return f"tokenizer: ids up to {largest:,}, the model has {rows:,} rows: {result}"
