@@ -10,9 +10,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule
 from gemoe_ds.models.backbone import Backbone, HFModel
-from gemoe_ds.models.images import SquareImages, put_features
-from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.kv_cache import attention_inputs
+from gemoe_ds.models.images import SquareImages
+from gemoe_ds.models.inputs import ModelInputs, run_text
 
 
 class LlavaBackbone(Backbone):
@@ -38,16 +37,9 @@ class LlavaBackbone(Backbone):
         return SquareImages(vision.image_size, tokens, model.config.image_token_id)
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        # The merge is ours, not Llava's: a rank without images runs the same modules as the others,
-        # on a dummy one, because ZeRO gathers and reduces module by module on all ranks.
-        embedded_BSD = model.get_input_embeddings()(inputs.input_ids_BS)
-        if inputs.images:
-            features = self._image_features(model, inputs.images["pixels"].to(embedded_BSD.dtype))
-            embedded_BSD = put_features(embedded_BSD, features, inputs.images["feature_BS"])
-        output = model.model(
-            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
+        return run_text(
+            model.model, inputs, lambda images: self._image_features(model, images["pixels"])
         )
-        return output.last_hidden_state
 
     @staticmethod
     def _image_features(model: HFModel, pixels_NCHW: Tensor) -> Tensor:

@@ -15,9 +15,7 @@ from gemoe_ds.models.blocks import deepseek_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
 from gemoe_ds.models.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
-from gemoe_ds.models.images import put_features
-from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.kv_cache import attention_inputs
+from gemoe_ds.models.inputs import ModelInputs, run_text
 
 _VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
 _VISION = (
@@ -107,16 +105,11 @@ class DeepseekVl2Backbone(Backbone):
         return DeepseekVl2Images(tile=config.image_size, side=-(-patches // 2))
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        text = model.language_model
-        embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
-        if inputs.images:
-            pixels = inputs.images["pixels"].to(embedded_BSD.dtype)
-            features = model.image_features(pixels, inputs.images["tiles"])
-            embedded_BSD = put_features(embedded_BSD, features, inputs.images["feature_BS"])
-        hidden_BSD: Tensor = text(
-            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
-        ).last_hidden_state
-        return hidden_BSD
+        return run_text(
+            model.language_model,
+            inputs,
+            lambda images: model.image_features(images["pixels"], images["tiles"]),
+        )
 
     def head(self, model: HFModel) -> nn.Module:
         return model.lm_head

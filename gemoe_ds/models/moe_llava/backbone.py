@@ -21,9 +21,7 @@ from gemoe_ds.hf_io.quiet import without_report
 from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.chat import ChatTemplate
-from gemoe_ds.models.images import put_features
-from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.kv_cache import attention_inputs
+from gemoe_ds.models.inputs import ModelInputs, run_text
 from gemoe_ds.models.moe_llava.images import PaddedSquare
 from gemoe_ds.models.moe_llava.model import (
     MoeLlavaConfig,
@@ -122,15 +120,11 @@ class MoeLlavaBackbone(Backbone):
         return PaddedSquare(model.config.vision.image_size)
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        text = model.language_model.model
-        embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
-        if inputs.images:
-            features = model.image_features(inputs.images["pixels"].to(embedded_BSD.dtype))
-            embedded_BSD = put_features(embedded_BSD, features, inputs.images["feature_BS"])
-        hidden_BSD: Tensor = text(
-            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
-        ).last_hidden_state
-        return hidden_BSD
+        return run_text(
+            model.language_model.model,
+            inputs,
+            lambda images: model.image_features(images["pixels"]),
+        )
 
     def head(self, model: HFModel) -> nn.Module:
         return model.language_model.lm_head

@@ -12,8 +12,7 @@ from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_q
 from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import add_features
-from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.kv_cache import attention_inputs
+from gemoe_ds.models.inputs import ModelInputs, run_text
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
@@ -121,16 +120,12 @@ class MolmoeBackbone(Backbone):
         return MolmoeImages(patch=PATCH, crop=config.image_size // PATCH)
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        text = model.language_model.model
-        embedded_BSD = text.embed_tokens(inputs.input_ids_BS)
-        if inputs.images:
-            pixels = inputs.images["pixels"].to(embedded_BSD.dtype)
-            features = model.image_features(pixels, inputs.images["mask"])
-            embedded_BSD = add_features(embedded_BSD, features, inputs.images["feature_BS"])
-        hidden_BSD: Tensor = text(
-            inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
-        ).last_hidden_state
-        return hidden_BSD
+        return run_text(
+            model.language_model.model,
+            inputs,
+            lambda images: model.image_features(images["pixels"], images["mask"]),
+            put=add_features,
+        )
 
     def head(self, model: HFModel) -> nn.Module:
         return model.language_model.lm_head
