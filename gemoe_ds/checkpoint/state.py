@@ -58,14 +58,14 @@ def find_together(
 
     def check(folder: Path) -> Checkpoint:
         try:
-            found, failure = manifest.verify(folder, (world.rank, world.size)), None
+            checkpoint, failure = manifest.verify(folder, (world.rank, world.size)), None
         except CheckpointError as error:
-            found, failure = None, str(error)
+            checkpoint, failure = None, str(error)
         failures = [f for f in gather_objects(failure) if f]
         if failures:
             raise CheckpointError(failures[0])
-        assert found is not None
-        return found
+        assert checkpoint is not None
+        return checkpoint
 
     return manifest.find(resume, output, identity, check, folders)
 
@@ -78,11 +78,11 @@ def load_trained(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_trained_weights(model: MoEModel, folder: Path) -> None:
     """Load the trained parameters into a converted model that is not in an engine yet."""
-    found = manifest.read(folder)
-    _check_keys(model, found)
+    checkpoint = manifest.read(folder)
+    _check_keys(model, checkpoint)
     wanted: dict[str, Tensor] = dict(model.router_state())
     wanted |= {p.key: p.of(p.parameter) for _, some in by_parameter(model) for p in some}
-    for key, tensor in found.tensors(WEIGHTS, set(wanted)):
+    for key, tensor in checkpoint.tensors(WEIGHTS, set(wanted)):
         into = wanted[key]
         if into.shape != tensor.shape:
             raise CheckpointError(
@@ -92,31 +92,31 @@ def load_trained_weights(model: MoEModel, folder: Path) -> None:
         into.copy_(tensor)
 
 
-def load_optimizer_state(engine: Engine, model: MoEModel, found: Checkpoint) -> None:
+def load_optimizer_state(engine: Engine, model: MoEModel, checkpoint: Checkpoint) -> None:
     """Adam's moments, its count of updates and the schedule; the weights are there already.
 
     Checks by value that the engine has kept the weights that were loaded. Collective.
     """
     wanted = {p.key: p for _, some in by_parameter(model) for p in some}
-    stored = dict(found.tensors(WEIGHTS, set(wanted)))
+    stored = dict(checkpoint.tensors(WEIGHTS, set(wanted)))
     for parameter, some in by_parameter(model):
         value = full_value(parameter).cpu()
         for piece in some:
             if not torch.equal(piece.of(value), stored[piece.key]):
-                raise CheckpointError(f"{found.folder}: the engine holds another {piece.key}")
+                raise CheckpointError(f"{checkpoint.folder}: the engine holds another {piece.key}")
     keys = {f"{moment}/{key}" for moment in MOMENTS for key in wanted}
-    missing = sorted(keys - found.keys(ADAM))
+    missing = sorted(keys - checkpoint.keys(ADAM))
     if missing:
-        raise CheckpointError(f"{found.folder}: no {missing[0]} there; use another checkpoint")
-    set_moments(engine, _moments(model, dict(found.tensors(ADAM, keys))), found.updates)
+        raise CheckpointError(f"{checkpoint.folder}: no {missing[0]} there; use another checkpoint")
+    set_moments(engine, _moments(model, dict(checkpoint.tensors(ADAM, keys))), checkpoint.updates)
     scheduler = engine.lr_scheduler
-    scheduler.last_epoch = found.updates
+    scheduler.last_epoch = checkpoint.updates
     for group, base, factor in zip(
         engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
-        group["lr"] = base * factor(found.updates)
-    engine.global_steps = found.step * model.updates_per_batch
-    engine.skipped_steps = engine.global_steps - found.updates
+        group["lr"] = base * factor(checkpoint.updates)
+    engine.global_steps = checkpoint.step * model.updates_per_batch
+    engine.skipped_steps = engine.global_steps - checkpoint.updates
 
 
 def _moments(
@@ -131,12 +131,12 @@ def _joined(tensors: list[Tensor], some: list[StateShard]) -> Tensor:
     return tensors[0] if some[0].index is None else torch.stack(tensors)
 
 
-def _check_keys(model: MoEModel, found: Checkpoint) -> None:
-    expected, stored = all_keys(model) | set(model.router_state()), found.keys(WEIGHTS)
+def _check_keys(model: MoEModel, checkpoint: Checkpoint) -> None:
+    expected, stored = all_keys(model) | set(model.router_state()), checkpoint.keys(WEIGHTS)
     if expected != stored:
         key = min(expected ^ stored)
         where = "is not in it" if key in expected else "is not in this model"
         raise CheckpointError(
-            f"{found.folder} does not fit this model: {len(expected ^ stored)} tensors differ; "
-            f"{key} {where}"
+            f"{checkpoint.folder} does not fit this model: {len(expected ^ stored)} tensors "
+            f"differ; {key} {where}"
         )

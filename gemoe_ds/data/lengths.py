@@ -141,8 +141,8 @@ def measured(
     firsts, images = [], []
     turns: list[tuple[int, int, int]] = []
     broken: dict[int, str] = {}
-    laid = collator.layout
-    tokens_of = cache(lambda size: laid.num_tokens(*size) if laid else 0)
+    layout = collator.layout
+    tokens_of = cache(lambda size: layout.num_tokens(*size) if layout else 0)
     bar = Progress(
         total=len(rows), desc="lengths", unit="sample", disable=not show_progress, delay=1.0
     )

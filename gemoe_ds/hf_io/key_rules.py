@@ -140,19 +140,19 @@ class KeyMap:
         found = []
         for table in self.experts:
             keys = KeyMap((*table, *self.rules), self.unused)
-            pieces = [
+            slices = [
                 piece
                 for name, shape in ours.items()
                 if any(rule.fields(name) is not None for rule in table)
                 for piece in keys.of(name, shape)
             ]
-            there = [p for p in pieces if p.key in stored]
+            there = [p for p in slices if p.key in stored]
             fit = [p for p in there if _fits(p.rule, stored[p.key], ours[p.name])]
-            total = max(len(pieces), 1)
+            total = max(len(slices), 1)
             found.append(((len(there) / total, len(fit) / total), keys))
         return max(found, key=lambda scored: scored[0])[1] if found else self
 
-    def pieces(
+    def slices(
         self,
         stored: Mapping[str, Shape],
         ours: Mapping[str, Shape],
@@ -163,9 +163,9 @@ class KeyMap:
         Every key must be there and of the right shape, and every stored one used, on the list of
         unused ones or that of an `optional` name.
         """
-        pieces = [piece for name, shape in ours.items() for piece in self.of(name, shape)]
-        wanted = {piece.key for piece in pieces}
-        missing = [piece for piece in pieces if piece.key not in stored]
+        slices = [piece for name, shape in ours.items() for piece in self.of(name, shape)]
+        wanted = {piece.key for piece in slices}
+        missing = [piece for piece in slices if piece.key not in stored]
         if missing:
             number = len({piece.key for piece in missing})
             raise CheckpointError(
@@ -180,9 +180,9 @@ class KeyMap:
         ]
         if extra:
             raise CheckpointError(f"unexpected: {extra[0]} ({len(extra)} of {len(stored)} keys)")
-        for piece in pieces:
+        for piece in slices:
             _check_shape(piece, stored[piece.key], ours[piece.name])
-        return pieces
+        return slices
 
     def stored_shapes(self, ours: Mapping[str, Shape]) -> dict[str, Shape]:
         """The folder that would fit: every key and its shape."""
@@ -199,7 +199,7 @@ class KeyMap:
         return found
 
     def of(self, name: str, shape: Shape) -> Iterable[StoredSlice]:
-        """The pieces of one of our parameters, whose (whole) shape this is."""
+        """The slices of one of our parameters, whose (whole) shape this is."""
         for rule in self.all_rules:
             fields = rule.fields(name)
             if fields is None:
@@ -210,7 +210,7 @@ class KeyMap:
         return [StoredSlice(name, name, None, Rule("{*}", "{*}"))]
 
 
-@lru_cache(maxsize=2**14)  # a stack has thousands of pieces, all alike
+@lru_cache(maxsize=2**14)  # a stack has thousands of slices, all alike
 def _fits(rule: Rule, stored: Shape, ours: Shape) -> bool:
     """Whether a stored tensor of this shape makes its part of ours, by shapes alone."""
     if rule.stored_part and (not stored or stored[0] % rule.stored_part[1]):

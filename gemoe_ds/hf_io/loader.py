@@ -23,7 +23,7 @@ from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
 from gemoe_ds.progress import PROGRESS
 
-_AHEAD = 16  # pieces, of a few megabytes as a rule, that the disk brings while others are read
+_AHEAD = 16  # slices, of a few megabytes as a rule, that the disk brings while others are read
 _WORTH_SHARING = 2**16  # bytes; pages of 4096 are shared
 
 
@@ -64,14 +64,14 @@ class Weights:
             shapes = {key: tensor.shape for key, tensor in self.stored.items()}
             self.keys = keys.fitting(shapes, self.shapes)
             wanted = self._present(may_lack)
-            self.pieces = self.keys.pieces(shapes, wanted, optional=tied)
+            self.slices = self.keys.slices(shapes, wanted, optional=tied)
             self.tied_copies = self._tied_copies(tied)
             self._refuse_integers()
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{folder}: ")
             raise CheckpointError(f"model.checkpoint={folder}: {reason}") from error
         place = {key: number for number, key in enumerate(self.stored)}
-        self.pieces.sort(key=lambda piece: (place[piece.key], piece.row or 0))
+        self.slices.sort(key=lambda piece: (place[piece.key], piece.row or 0))
 
     def _present(self, may_lack: Sequence[str]) -> dict[str, Shape]:
         """The parameters without those that may be left out and are."""
@@ -85,7 +85,7 @@ class Weights:
         found = []
         for also, name in tied.items():
             for piece in self.keys.of(also, self.shapes[name]):
-                (first, *_) = (p.key for p in self.pieces if p.name == name)
+                (first, *_) = (p.key for p in self.slices if p.name == name)
                 if piece.key in self.stored and piece.key != first:
                     if not self.stored[piece.key].equals(self.stored[first]):
                         raise CheckpointError(
@@ -96,7 +96,7 @@ class Weights:
         return found
 
     def _refuse_integers(self) -> None:
-        for piece in self.pieces:
+        for piece in self.slices:
             dtype = self.stored[piece.key].dtype
             if not dtype.is_floating_point:
                 raise CheckpointError(
@@ -129,21 +129,21 @@ class Weights:
             raise CheckpointError(problem)
 
     def _mine(self, targets: Mapping[str, Target], memory: WeightAllocator) -> list[StoredSlice]:
-        """The pieces that this rank reads: of the common ones as many bytes as every other."""
-        pieces = [p for p in self.pieces if p.name in targets and targets[p.name].holds(p)]
-        common = [p for p in pieces if targets[p.name].is_common]
+        """The slices that this rank reads: of the common ones as many bytes as every other."""
+        slices = [p for p in self.slices if p.name in targets and targets[p.name].holds(p)]
+        common = [p for p in slices if targets[p.name].is_common]
         sizes = [self._view(p, targets).nbytes for p in common]
         begins = accumulate(sizes, initial=0)
         readers = [
             memory.num_ranks * begin // sum(sizes) for begin, _ in zip(begins, sizes, strict=False)
         ]
         of_others = {id(p) for p, r in zip(common, readers, strict=True) if r != memory.rank}
-        return [p for p in pieces if id(p) not in of_others]
+        return [p for p in slices if id(p) not in of_others]
 
     def _fill(
-        self, pieces: list[StoredSlice], targets: Mapping[str, Target], show_progress: bool
+        self, slices: list[StoredSlice], targets: Mapping[str, Target], show_progress: bool
     ) -> None:
-        sizes = [self._view(p, targets).nbytes for p in pieces]
+        sizes = [self._view(p, targets).nbytes for p in slices]
         with Progress(
             total=sum(sizes),
             desc="loading",
@@ -151,9 +151,9 @@ class Weights:
             unit_scale=True,
             disable=not show_progress,
         ) as bar:
-            ahead = iter(pieces)
+            ahead = iter(slices)
             self._prefetch(islice(ahead, _AHEAD))
-            for piece, size in zip(pieces, sizes, strict=True):
+            for piece, size in zip(slices, sizes, strict=True):
                 self._prefetch(islice(ahead, 1))
                 view = self._view(piece, targets)
                 self._read_piece(piece, view)
@@ -161,8 +161,8 @@ class Weights:
                 bar.update(size)
                 PROGRESS.num_events += 1
 
-    def _prefetch(self, pieces: Iterable[StoredSlice]) -> None:
-        for piece in pieces:
+    def _prefetch(self, slices: Iterable[StoredSlice]) -> None:
+        for piece in slices:
             stored = self.stored[piece.key]
             stored.prefetch(piece.stored_rows(stored.shape))
 

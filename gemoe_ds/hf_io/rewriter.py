@@ -25,13 +25,13 @@ def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
     assert changed.keys() <= weights.shapes.keys(), changed.keys() - weights.shapes.keys()
     out.mkdir(parents=True, exist_ok=True)
     # 1. which stored tensors change, and in which files they are
-    pieces: dict[str, list[StoredSlice]] = {}
-    for piece in (*weights.pieces, *weights.tied_copies):
+    slices: dict[str, list[StoredSlice]] = {}
+    for piece in (*weights.slices, *weights.tied_copies):
         if piece.name in changed:
-            pieces.setdefault(piece.key, []).append(piece)
+            slices.setdefault(piece.key, []).append(piece)
     added = _added(weights, changed)
     files = sorted({stored.file for stored in weights.stored.values()})
-    touched = {weights.stored[key].file for key in pieces} | ({files[-1]} if added else set())
+    touched = {weights.stored[key].file for key in slices} | ({files[-1]} if added else set())
     # 2. all files but the weights; servers look for weights in the folder itself, not below
     names = {file: "-".join(file.relative_to(weights.folder).parts) for file in files}
     for path in companions(weights.folder):
@@ -44,7 +44,7 @@ def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
         tensors = dict(added) if file == files[-1] else {}
         for key, stored in weights.stored.items():
             if stored.file == file:
-                tensors[key] = _replaced(stored, pieces.get(key, []), changed)
+                tensors[key] = _replaced(stored, slices.get(key, []), changed)
         save_file(tensors, out / names[file], metadata={"format": "pt"})
     # 4. the index, if there was one
     if (weights.folder / INDEX).exists():
@@ -53,11 +53,11 @@ def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
 
 
 def _replaced(
-    stored: StoredTensor, pieces: list[StoredSlice], changed: Mapping[str, Tensor]
+    stored: StoredTensor, slices: list[StoredSlice], changed: Mapping[str, Tensor]
 ) -> Tensor:
-    """A stored tensor with these pieces of it changed, in the wider of the two dtypes."""
+    """A stored tensor with these slices of it changed, in the wider of the two dtypes."""
     tensor = stored.read()
-    for piece in pieces:
+    for piece in slices:
         ours = piece.to_stored(piece.ours(changed[piece.name]))
         tensor = tensor.to(torch.promote_types(ours.dtype, tensor.dtype))
         tensor[piece.stored_rows(stored.shape) or ...] = ours
@@ -66,7 +66,7 @@ def _replaced(
 
 def _added(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors of the parameters that the folder has none of."""
-    there = {piece.name for piece in weights.pieces}
+    there = {piece.name for piece in weights.slices}
     tensors: dict[str, Tensor] = {}
     for name in changed.keys() - there:
         shape = weights.shapes[name]

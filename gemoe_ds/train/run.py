@@ -58,14 +58,14 @@ def train(
         # Another run's folder is refused before anything is measured, loaded or written.
         unread = dict.fromkeys(_model_folders(config))
         identity = state.run_identity(config, world.size, samples.fingerprint, unread)
-        found = _checkpoint_to_resume(config, Path(config.output_dir), identity, world)
-        if found and found.step >= config.train.steps:
-            say(world, f"already finished: {found.folder}")
-            return found.folder
+        checkpoint = _checkpoint_to_resume(config, Path(config.output_dir), identity, world)
+        if checkpoint and checkpoint.step >= config.train.steps:
+            say(world, f"already finished: {checkpoint.folder}")
+            return checkpoint.folder
         run = prepare(config, samples, world, stop or StopRequest(), hooks, may_write=not dry_run)
         identity |= _checksums(config, world)
-        if found:
-            manifest.check_identity(found, identity)
+        if checkpoint:
+            manifest.check_identity(checkpoint, identity)
         if dry_run:
             _look_first(run)
         model = build(run)
@@ -75,12 +75,14 @@ def train(
                     say(world, line)
             give_back_freed_memory()
             forget_peak(world.device)  # a run does not look at it
-        engine = resume(run, model, found)
-        stream = _stream(run, model, found.step if found else 0)
+        engine = resume(run, model, checkpoint)
+        stream = _stream(run, model, checkpoint.step if checkpoint else 0)
         if dry_run:
-            take_dry_step(run, Trainer(config, model, engine, stream, world, **_common(run, found)))
+            take_dry_step(
+                run, Trainer(config, model, engine, stream, world, **_common(run, checkpoint))
+            )
             return None
-        return fit(run, model, engine, stream, identity, found)
+        return fit(run, model, engine, stream, identity, checkpoint)
 
 
 def check(config: RunConfig) -> None:
@@ -99,20 +101,20 @@ def build(run: Prepared) -> MoEModel:
     return model
 
 
-def resume(run: Prepared, model: MoEModel, found: Checkpoint | None) -> Engine:
+def resume(run: Prepared, model: MoEModel, checkpoint: Checkpoint | None) -> Engine:
     """The engine, with what the checkpoint holds if there is one. Collective."""
     config, world = run.config, run.world
-    if found:
-        state.load_trained_weights(model, found.folder)
+    if checkpoint:
+        state.load_trained_weights(model, checkpoint.folder)
     with run.timer("engine"):
         engine = initialize(model, config, world)
-        if found:
-            state.load_optimizer_state(engine, model, found)
+        if checkpoint:
+            state.load_optimizer_state(engine, model, checkpoint)
     stop_together(run.stop, world, BEFORE)
     say(world, group_summary(model, config.optim))
-    if found:
-        since = changes(found, config, world.size)
-        say(world, "\n".join(filter(None, [f"resumed from {found.folder}", since])))
+    if checkpoint:
+        since = changes(checkpoint, config, world.size)
+        say(world, "\n".join(filter(None, [f"resumed from {checkpoint.folder}", since])))
     return engine
 
 
@@ -136,11 +138,11 @@ def fit(
     engine: Engine,
     stream: TrainStream,
     identity: dict[str, Any],
-    found: Checkpoint | None,
+    checkpoint: Checkpoint | None,
 ) -> Path | None:
     """Train, and write what the run leaves behind; its newest checkpoint. Collective."""
     config, world, output = run.config, run.world, run.output
-    start_step = found.step if found else 0
+    start_step = checkpoint.step if checkpoint else 0
     with writing_to(output):
         writers = _open_output(config, output, start_step) if world.is_first else []
         run.bad_samples.keep_in(output if world.is_first else None, start_step)
@@ -152,7 +154,7 @@ def fit(
     saving = Saving(saver, config.checkpoint.every, best)
     stops = early_stops(config, run.hooks)
     hooks = [*logs, *run.hooks, *stops, MetricsLog(writers), saving]
-    trainer = Trainer(config, model, engine, stream, world, hooks, **_common(run, found))
+    trainer = Trainer(config, model, engine, stream, world, hooks, **_common(run, checkpoint))
     try:
         with run.timer("training"):
             trainer.run()
@@ -169,7 +171,7 @@ def fit(
             run.timer.write(output)
     if trainer.end_reason and trainer.step < config.train.steps:
         say(world, f"ended early, after step {trainer.step}: {trainer.end_reason}")
-    last = saver.last or (found.folder if found else None)
+    last = saver.last or (checkpoint.folder if checkpoint else None)
     say(world, f"saved {last}" if last else "nothing to save")
     if config.model.trainable == "all" and saver.last:
         base = Path(config.model.checkpoint) if config.model.checkpoint else None
@@ -177,8 +179,8 @@ def fit(
     return last
 
 
-def _common(run: Prepared, found: Checkpoint | None) -> dict[str, Any]:
-    return {"resumed": found, "stop": run.stop, "bad_samples": run.bad_samples}
+def _common(run: Prepared, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    return {"resumed": checkpoint, "stop": run.stop, "bad_samples": run.bad_samples}
 
 
 def _saver(run: Prepared, model: MoEModel, engine: Engine, identity: dict[str, Any]) -> Saver:
@@ -200,15 +202,15 @@ def _checkpoint_to_resume(
     config: RunConfig, output: Path, identity: dict[str, Any], world: World
 ) -> Checkpoint | None:
     """The verified checkpoint that `config.resume` means; None to start anew. Collective."""
-    found, skipped = state.find_together(config.resume, output, identity, world)
+    checkpoint, skipped = state.find_together(config.resume, output, identity, world)
     for reason in skipped:
         say(world, f"skipped: {reason}")
-    if found is None and gather_objects(bool(manifest.candidates(output)))[0]:
+    if checkpoint is None and gather_objects(bool(manifest.candidates(output)))[0]:
         raise ConfigError(
             f"output_dir={output} already holds a run; continue it with resume=auto, "
             "or choose another folder"
         )
-    return found
+    return checkpoint
 
 
 def _open_output(config: RunConfig, output: Path, start_step: int) -> list[MetricWriter]:
