@@ -211,6 +211,7 @@ def materialise(
     Parameters that have memory stay as they are. Collective if the memory is common.
     """
     on_meta = {n: p for n, p in model.named_parameters() if p.is_meta}
+    # 1. memory for large parameters that do not train
     large = [
         name
         for name, p in on_meta.items()
@@ -218,16 +219,16 @@ def materialise(
     ]
     allocated = memory.allocate([tuple(on_meta[name].shape) for name in large], dtype)
     common = dict(zip(large, allocated, strict=True))
+    # 2. a parameter there, or in memory of its own
     targets, made = {}, {}
-    for name, meta_model in on_meta.items():
-        kept = torch.float32 if meta_model.requires_grad else dtype
-        tensor = common[name] if name in common else torch.empty(meta_model.shape, dtype=kept)
-        made[id(meta_model)] = nn.Parameter(tensor, requires_grad=meta_model.requires_grad)
-        targets[name] = Target(
-            made[id(meta_model)], tuple(meta_model.shape), is_common=name in common
-        )
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta:
+    for name, p in on_meta.items():
+        kept = torch.float32 if p.requires_grad else dtype
+        tensor = common[name] if name in common else torch.empty(p.shape, dtype=kept)
+        made[id(p)] = nn.Parameter(tensor, requires_grad=p.requires_grad)
+        targets[name] = Target(made[id(p)], tuple(p.shape), is_common=name in common)
+    # 3. in the place of the old one, under all of its names
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        if p.is_meta:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, made[id(parameter)])
+            setattr(model.get_submodule(parent), leaf, made[id(p)])
     return targets
