@@ -121,12 +121,12 @@ def _meta_model_of(
     of_text = {id(p) for p in text.parameters()}
     for p in hf.parameters():
         seen = trains and id(p) not in of_text
-        meta_model = nn.Parameter(
+        without_memory = nn.Parameter(
             torch.empty_like(p, device="meta", dtype=dtype), requires_grad=seen
         )
         if seen:
-            meta_model.register_post_accumulate_grad_hook(_forget_gradient)
-        memo[id(p)] = meta_model
+            without_memory.register_post_accumulate_grad_hook(_forget_gradient)
+        memo[id(p)] = without_memory
     path = next(name for name, module in hf.named_modules() if module is text)
     model = copy.deepcopy(hf, memo).train()
     return model, model.get_submodule(path)
