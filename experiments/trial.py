@@ -71,7 +71,7 @@ def main() -> int:
     steps = trial_steps(root)
     code = run_steps(steps, Progress(root / "steps", steps))
     if code == 0 and root == TRIAL:
-        print("   now, for example: launch/train.py launch/recipes/trial.yaml")
+        print("   now, for example: launch/train.py launch/recipes/trial.yaml parallel.ep_size=1")
     return code
 
 

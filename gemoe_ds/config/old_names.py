@@ -52,4 +52,6 @@ def with_new_names(tree: Any, above: str = "", *, warn: bool = True) -> Any:
 @functools.cache
 def _say_once(old: str, new: str) -> None:
     if int(os.environ.get("RANK") or 0) == 0:
-        print(f"warning: {old} is called {new} now; the old name goes in 0.3", file=sys.stderr)
+        print(
+            f"warning: {old} is called {new} now; the old name is removed in 0.3", file=sys.stderr
+        )

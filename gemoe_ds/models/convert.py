@@ -103,6 +103,10 @@ def convert(
     """
     if trainable not in ("routers", "experts", "all"):
         raise ConfigError(f"trainable={trainable!r}: one of 'routers', 'experts', 'all' is wanted")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model={model!r}: a model in memory is wanted, from from_pretrained(...)"
+        )
     router_class, config = Router.configured(router, options)
     blocks = _blocks(model)
     _probe(blocks[0], (router_class, config), trainable=trainable != "routers")

@@ -111,6 +111,8 @@ class MoEHandle:
         With its other weights, `from_pretrained` of the stock class has read the gates; what the
         routers have more it leaves. Raises ConfigError for a folder without these routers.
         """
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{folder}: no such folder")
         found: dict[str, Tensor] = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:

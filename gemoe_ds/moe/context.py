@@ -282,11 +282,11 @@ class TokenContext:
             state = "is not over" if self.in_forward else "has not run"
             raise RuntimeError(f"aux_loss(): the forward that it is to be of {state}; {how}")
         if self._pass and self._pass.went_backward:
-            raise RuntimeError(f"aux_loss(): the last forward has had its backward pass, {how}")
+            raise RuntimeError(f"aux_loss(): the last forward has had its backward pass; {how}")
         if not self.has_gradient and self._trains and torch.is_grad_enabled():
             raise RuntimeError(
-                "aux_loss(): the last forward ran without gradients, its auxiliary losses would "
-                "train nothing: leave torch.no_grad() away, recompute with use_reentrant=False, "
+                "aux_loss(): the last forward ran without gradients, so its auxiliary losses "
+                "would train nothing: remove torch.no_grad(), recompute with use_reentrant=False, "
                 "or ask under torch.no_grad() for the value alone"
             )
         if not torch.is_grad_enabled():

@@ -105,6 +105,10 @@ def test_load_state_dict_takes_frozen_experts_too():
         other.load_state_dict(state)
     with pytest.raises(ConfigError, match="no router"):
         convert(stock()).load_routers(".")
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        convert(stock()).load_routers("nowhere")
+    with pytest.raises(ConfigError, match="a model in memory is wanted"):
+        convert("allenai/OLMoE-1B-7B-0924")  # type: ignore[arg-type]
 
 
 def test_routers_alone_train_unless_more_is_asked_for():
