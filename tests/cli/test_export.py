@@ -104,11 +104,15 @@ def trained_model_with_fixed_k(run, gates):
 
 ALONE = """
 import sys
-class Blocked:
+class Without:  # as if these were not installed
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("deepspeed", "gemoe_ds"):
-            raise ImportError(name + " is not installed here")
-sys.meta_path.insert(0, Blocked())
+        if name.split(".")[0] not in ("deepspeed", "gemoe_ds"):
+            return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
 import torch
 from transformers import AutoModelForImageTextToText
 folder, batches, out = sys.argv[1:]
