@@ -37,8 +37,15 @@ def test_it_vanishes_whatever_ends_the_block(tmp_path, raised, expected):
     assert (error.value is raised) == (type(raised) is expected)
 
 
-def test_it_vanishes_when_the_process_is_asked_to_end(tmp_path):
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+@pytest.fixture
+def nobody_listens():
+    """To SIGTERM, as in a process that has just started."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_it_vanishes_when_the_process_is_asked_to_end(tmp_path, nobody_listens):
     with pytest.raises(SystemExit) as left, whole_folder(tmp_path / "out"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert left.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())

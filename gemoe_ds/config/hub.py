@@ -14,6 +14,7 @@ _PAGE = re.compile(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf://(model
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|bin)$")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+_FOLDER = "checkpoints/"  # where the recipes that ship look for models: no owner's name
 _SMALL = {  # of these the Hub's own list of files, where it is here too, must be complete
     "model": ["*.json"],
     "tokenizer": ["tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "chat*"],
@@ -38,6 +39,9 @@ def snapshot_of(name: str, said: str, of_hub: str, not_found: str) -> Path:
     except HFValidationError:
         raise ConfigError(not_found) from None
     except LocalEntryNotFoundError:
+        if repository.startswith(_FOLDER):
+            fetch = f"hf download OWNER/{repository.removeprefix(_FOLDER)} --local-dir {repository}"
+            raise ConfigError(f"{not_found}; to have the model there: `{fetch}`") from None
         root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
         known = f"it is not in {root.parent}"
         if root.is_dir():

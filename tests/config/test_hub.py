@@ -90,11 +90,17 @@ def test_a_folder_of_the_cache_is_its_snapshot(cache: Path) -> None:
     assert locate(str(root)) == older
 
 
-@pytest.mark.parametrize("name", ["org/moe", "gpt2", "checkpoints/OLMoE-1B-7B"])
+@pytest.mark.parametrize("name", ["org/moe", "gpt2"])
 def test_what_is_not_in_the_cache_costs_a_command(cache: Path, name: str) -> None:
     said = refusal(name)
     assert said.startswith(f"model.checkpoint={name}: no such file or folder (looked in ")
     assert said.endswith(f"it is not in {cache}: `hf download {name}`")
+
+
+def test_the_folder_of_the_recipes_is_nobody_s_name(cache: Path) -> None:
+    said = refusal("checkpoints/OLMoE-1B-7B")
+    command = "hf download OWNER/OLMoE-1B-7B --local-dir checkpoints/OLMoE-1B-7B"
+    assert said.endswith(f"to have the model there: `{command}`")
 
 
 @pytest.mark.parametrize(
