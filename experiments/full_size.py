@@ -126,8 +126,8 @@ class FullSize:
         options += [f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
         options += [f"train.steps={steps}", f"checkpoint.every={self.steps}", *more]
         self.launched("train.py", RECIPE, *options)
-        phases: list[dict[str, Any]] = json.loads((self.root / "run/profile.json").read_text())
-        return phases
+        measured: list[dict[str, Any]] = json.loads((self.root / "run/profile.json").read_text())
+        return measured
 
     def generate(self, top_k: int) -> list[dict[str, Any]]:
         run, out = self.root / "run", self.root / "answers"

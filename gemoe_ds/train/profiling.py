@@ -107,5 +107,5 @@ class PhaseTimer:
 
     def write(self, folder: Path) -> None:
         """profile.json, of the last start only."""
-        phases = [asdict(phase) for phase in self.done]
-        (folder / FILE).write_text(json.dumps(phases, indent=1) + "\n")
+        entries = [asdict(phase) for phase in self.done]
+        (folder / FILE).write_text(json.dumps(entries, indent=1) + "\n")
