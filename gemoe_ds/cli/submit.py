@@ -62,13 +62,12 @@ def _port(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     with exit_on_error():
-        if arguments.ranks_per_node < 1 or (arguments.nodes is not None and arguments.nodes < 1):
-            raise ConfigError("--nodes and --ranks-per-node are 1 at least")
-        if not 1 <= arguments.master_port <= 65535:
-            raise ConfigError(f"--master-port {arguments.master_port}: ports go from 1 to 65535")
         job = _job(arguments)
-        _check(arguments, job)
-        (_submit if arguments.launcher == "srun" else _launch)(arguments, job)
+        output = _check(arguments, job)
+        if arguments.launcher == "srun":
+            _submit(arguments, job, output)
+        else:
+            _launch(arguments, job)
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -100,8 +99,8 @@ def _program() -> dict[str, Any]:
     return {"program": (f"{there}launch/train.py",), "scripts": f"{there}launch/slurm"}
 
 
-def _check(arguments: argparse.Namespace, job: Job) -> None:
-    """Whatever can be known before the job waits in a queue for hours."""
+def _check(arguments: argparse.Namespace, job: Job) -> Path:
+    """Whatever can be known before the job waits in a queue for hours; the run's folder."""
     from gemoe_ds.config import load_config, validate_run
 
     config = load_config(job.recipe, list(job.overrides))
@@ -110,15 +109,14 @@ def _check(arguments: argparse.Namespace, job: Job) -> None:
     if arguments.launcher == "srun" and job.hosts:
         raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
     validate_run(config, job.nodes * job.ranks_per_node, inputs_are_here=not arguments.dry_run)
+    return Path(config.output_dir)
 
 
-def _submit(arguments: argparse.Namespace, job: Job) -> None:
-    from gemoe_ds.config import load_config
+def _submit(arguments: argparse.Namespace, job: Job, output: Path) -> None:
     from gemoe_ds.config.paths import TEMPLATE, Places
 
     template = Places.beside().locate("template", "launch/slurm/train.sbatch", TEMPLATE)
     script = job.sbatch_script(template.read_text(encoding="utf-8"))
-    output = Path(load_config(job.recipe, list(job.overrides)).output_dir)
     path = output.with_name(f"{output.name}.sbatch")
     if arguments.dry_run:
         print(f"# {path}\n{script}\n$ sbatch {path}")

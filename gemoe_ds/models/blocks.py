@@ -47,7 +47,7 @@ class BlockSpec:
     @property
     def names(self) -> tuple[str, str, str]:
         """What the block itself calls gate_ED, gate_up_EGD, down_EDF; asked before its change."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        names = self._names
         return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
 
     @property
@@ -55,9 +55,14 @@ class BlockSpec:
         """What our layer calls its tensors -> what the block does; asked before its change."""
         names = dict(zip(OUR_NAMES, self.names, strict=True))
         if self.shared is not None:
-            theirs = {id(p): name for name, p in self.module.named_parameters()}
+            theirs = self._names
             names |= {f"shared.{n}": theirs[id(p)] for n, p in self.shared.named_parameters()}
         return names
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """The block's own name of every parameter in it, by the parameter's id."""
+        return {id(parameter): name for name, parameter in self.module.named_parameters()}
 
     @property
     def params_per_expert(self) -> int:
