@@ -45,7 +45,7 @@ ROOMS = [
 # Libraries that are welcome in some rooms only. Scripts count as rooms by their folder's name.
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
-    "deepspeed": {"engine", "cluster", "benchmarks"},  # whose layers run beside ours
+    "deepspeed": {"engine", "benchmarks"},  # whose layers run beside ours
     "transformers": {"hf_io", "models", "data", "data_prep", "export", "benchmarks"},
     "datasets": {"data"},
     "grain": {"data"},

@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
 import psutil
 import torch
+import torch.distributed as dist
 
 from gemoe_ds.engine.world import World, gather_objects, waiting
 from gemoe_ds.errors import ConfigError
