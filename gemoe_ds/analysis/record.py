@@ -1,4 +1,4 @@
-"""What one evaluation leaves behind: `eval.json` and `tokens.npz`, written and read here.
+"""What an evaluation leaves: `eval.json`, `tokens.npz`, `questions.npz`; written and read here.
 
 Shapes: L MoE layers, N tokens, K = largest k + 1 columns of a k histogram, E experts.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
 from gemoe_ds.registry import ConfigModel
 
 M = TypeVar("M", bound=ConfigModel)
-RECORD, TOKENS = "eval.json", "tokens.npz"
+A = TypeVar("A")
+RECORD, TOKENS, QUESTIONS = "eval.json", "tokens.npz", "questions.npz"
 MAX_TOKENS = 20_000  # of every layer, kept for the figures
 
 
@@ -198,30 +201,56 @@ def _mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean(dtype=np.float64)) if values.size else None
 
 
-def write_record(folder: Path, record: EvalRecord, tokens: TokenSample) -> None:
-    """Write both files into `folder`; eval.json comes last and is there only when all is."""
+def write_record(
+    folder: Path, record: EvalRecord, tokens: TokenSample, questions: Questions | None = None
+) -> None:
+    """Write all files into `folder`; eval.json comes last and is there only when all is."""
     tokens.check(record.num_layers)
+    if questions:
+        questions.check(record.num_questions_by_kind, record.accuracy_by_kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)  # never an old record beside new tokens
-    partial = folder / f"{TOKENS}.tmp"
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **vars(tokens))
-    os.replace(partial, folder / TOKENS)
+    (folder / QUESTIONS).unlink(missing_ok=True)
+    _write_arrays(folder / TOKENS, tokens)
+    if questions:
+        _write_arrays(folder / QUESTIONS, questions)
     write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
 
 
 def read_record(folder: Path) -> tuple[EvalRecord, TokenSample]:
     """The record and tokens of an evaluation; DataError names the file and what is wrong in it."""
     record = load_json(folder / RECORD, EvalRecord, "run the evaluation again")
-    path = folder / TOKENS
+    tokens = _read_arrays(
+        folder / TOKENS, TokenSample, lambda found: found.check(record.num_layers)
+    )
+    return record, tokens
+
+
+def read_questions(folder: Path, record: EvalRecord) -> Questions:
+    """The questions of the evaluation in `folder`, whose record is given; DataError as above."""
+    return _read_arrays(
+        folder / QUESTIONS,
+        Questions,
+        lambda found: found.check(record.num_questions_by_kind, record.accuracy_by_kind),
+    )
+
+
+def _write_arrays(path: Path, arrays: object) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **vars(arrays))
+    os.replace(partial, path)
+
+
+def _read_arrays(path: Path, kind: type[A], check: Callable[[A], None]) -> A:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            tokens = TokenSample(**arrays)
-        tokens.check(record.num_layers)
+            found = kind(**arrays)
+        check(found)
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         raise DataError(f"{path} {reason}: run the evaluation again") from None
-    return record, tokens
+    return found
 
 
 def load_json(path: Path, model: type[M], way_out: str) -> M:

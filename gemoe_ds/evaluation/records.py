@@ -1,4 +1,4 @@
-"""Evaluate with every routing that is asked for; each leaves eval.json and tokens.npz."""
+"""Evaluate with every routing that is asked for; each leaves a record (analysis/record.py)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import (
     RECORD,
     EvalRecord,
@@ -153,7 +154,7 @@ def write_scores(
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
         checkpoint=str(session.checkpoint or session.config.model.checkpoint),
     )
-    write_record(out, record, tokens)
+    write_record(out, record, tokens, Questions.of(scores.questions))
     session.say(
         f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
         f"({record.seconds:.1f} s)"

@@ -29,6 +29,8 @@ class Scores:
     asked: Counter[str] = field(default_factory=Counter)
     not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
     cut_answers: int = 0  # of those
+    # Row, turn, kind, and whether it was right, of every question that was asked.
+    questions: list[tuple[int, int, str, bool]] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)  # by row
     ce_sum: float = 0.0  # of all targets
     num_targets: int = 0
@@ -46,6 +48,7 @@ class Scores:
             total.asked.update(part.asked)
             total.not_asked.update(part.not_asked)
             total.cut_answers += part.cut_answers
+            total.questions += part.questions
             total.bad |= part.bad
             total.ce_sum += part.ce_sum
             total.num_targets += part.num_targets
@@ -161,8 +164,10 @@ def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: Sa
                 scores.not_asked[kind] += 1
                 scores.cut_answers += row not in scores.bad
                 continue
+            right = bool(right_S[answer_S].all())
             scores.asked[kind] += 1
-            scores.right[kind] += bool(right_S[answer_S].all())
+            scores.right[kind] += right
+            scores.questions.append((row, index, kind, right))
 
 
 def _count_routing(scores: Scores, model: MoEModel, *, keep_tokens: bool) -> None:

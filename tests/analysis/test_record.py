@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gemoe_ds.analysis import record as module
+from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import (
     EvalRecord,
     TokenSample,
+    read_questions,
     read_record,
     routing_summary,
     spearman,
@@ -55,6 +57,59 @@ def test_an_interrupted_write_leaves_no_old_record_beside_new_tokens(
         write_record(tmp_path, made, sample)
     with pytest.raises(DataError, match="eval.json is missing: run the evaluation again"):
         read_record(tmp_path)
+
+
+ASKED = [(2, 0, "x", True), (0, 1, "y", False), (0, 0, "x", False), (1, 0, "x", True)]
+
+
+def asked_record(**changed: Any) -> EvalRecord:
+    values = {"num_questions_by_kind": {"x": 3, "y": 1}} | changed
+    return record("top_k", 8, {"x": 2 / 3, "y": 0.0}, **values)
+
+
+def test_questions_come_back_sorted_and_belong_to_their_record(tmp_path: Path) -> None:
+    sample = TokenSample.draw(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
+    write_record(tmp_path, asked_record(), sample, Questions.of(ASKED))
+    found = read_questions(tmp_path, read_record(tmp_path)[0])
+    assert found.row_Q.tolist() == [0, 0, 1, 2] and found.turn_Q.tolist() == [0, 1, 0, 0]
+    assert found.kinds_C[found.kind_Q].tolist() == ["x", "y", "x", "x"]
+    assert found.right_Q.tolist() == [False, False, True, True]
+    dtypes = {name: array.dtype for name, array in vars(found).items() if name != "kinds_C"}
+    assert dtypes == {"row_Q": "int32", "turn_Q": "int16", "kind_Q": "int16", "right_Q": "bool"}
+    write_record(tmp_path, asked_record(), sample)
+    with pytest.raises(DataError, match="questions.npz is missing: run the evaluation again"):
+        read_questions(tmp_path, asked_record())
+    with pytest.raises(ValueError, match="other counts"):
+        write_record(tmp_path, asked_record(), sample, Questions.of(ASKED[1:]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"row_Q": np.array([0, 0, 2, 1], np.int32)}, "not sorted by row and turn"),
+        ({"turn_Q": np.array([0, 0, 0, 0], np.int16)}, "not sorted by row and turn, each once"),
+        ({"turn_Q": np.array([0, 1, 0], np.int16)}, "different lengths"),
+        ({"kind_Q": np.array([0, 2, 0, 0], np.int16)}, "a kind is not one of 2"),
+        ({"kind_Q": np.array([0, -1, 0, 0], np.int16)}, "a kind is not one of 2"),
+        ({"kind_Q": np.array([0, 0, 0, 1], np.int16)}, "other counts by kind than eval.json's"),
+        ({"right_Q": np.array([True, True, True, False])}, "other counts by kind"),
+        ({"right_Q": np.array([0, 0, 1, 1])}, "right_Q must be bool"),
+        ({"kinds_C": np.array([1, 2])}, "kinds_C text"),
+        ({"kinds_C": np.array(["x", "z"])}, "other counts by kind"),
+        ({"kinds_C": np.array(["x", "y", "z"])}, "other counts by kind"),
+        ({"row_Q": np.array([0.0, 0.0, 1.0, 2.0])}, "must be integers"),
+        ({"more": np.zeros(1)}, "unexpected keyword"),
+        ({"right_Q": np.array([None] * 4)}, "pickle"),
+    ],
+)
+def test_damaged_questions_are_named_in_one_line(
+    tmp_path: Path, changed: dict[str, np.ndarray], expected: str
+) -> None:
+    np.savez(tmp_path / "questions.npz", **vars(Questions.of(ASKED)) | changed)
+    with pytest.raises(DataError, match=expected) as caught:
+        read_questions(tmp_path, asked_record())
+    assert str(caught.value).startswith(f"{tmp_path}/questions.npz is damaged (")
+    assert str(caught.value).endswith("): run the evaluation again")
 
 
 def edit_json(folder: Path, **changed: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream
@@ -54,6 +55,10 @@ def scored(setting, batch, world=1):
 def test_batching_and_ranks_change_no_score(setting, batch, world):
     reference, other = scored(setting, 2), scored(setting, batch, world)
     assert other.right == reference.right and other.asked == reference.asked
+    for a, b in zip(
+        *(vars(Questions.of(s.questions)).values() for s in (other, reference)), strict=True
+    ):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
     assert np.array_equal(other.load_LE, reference.load_LE)
     for a, b in zip(other.tokens(), reference.tokens(), strict=True):
         assert np.allclose(np.sort(a, axis=-1), np.sort(b, axis=-1), atol=1e-5)
@@ -153,6 +158,11 @@ def test_an_answer_is_right_if_all_its_tokens_are(setting, tmp_path):
             assert scores.right == {"x": 1, "y": 1, "question": 1}
             assert scores.accuracy == pytest.approx((1 / 3 + 1 / 2 + 1) / 3)
             assert scores.accuracy_micro == 3 / 6
+            asked = [("x", True), ("y", False), ("x", False), ("y", True), ("x", False)]
+            assert sorted(scores.questions) == [
+                *((i // 2, i % 2, kind, right) for i, (kind, right) in enumerate(asked)),
+                (2, 1, "question", True),
+            ]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +237,9 @@ def test_what_is_not_asked_is_counted_apart(setting, harmed, batch, world):
     scores, whole = scored(harmed, batch, world), scored(setting, 2)
     assert whole.asked == {"x": 11, "y": 11} and not whole.not_asked and not whole.bad
     assert scores.asked == {"x": 9, "y": 8} and scores.not_asked == {"x": 2, "y": 3}
+    assert {turn[:2] for turn in scores.questions} == {
+        turn[:2] for turn in whole.questions if turn[0] not in (1, 4) and turn[:2] != (6, 1)
+    }
     assert sorted(scores.bad) == [1, 4] and scores.bad[4].needs > 90
     assert scores.bad[1].reason.startswith("sample s1: its image cannot be decoded")
 
