@@ -4,8 +4,8 @@
 Question kinds: `name` asks for knowledge about an object that the question describes in full,
 `find` and `visit` for knowledge about an object that must first be found in the picture, by what
 it looks like or by where it stands; `attribute`, `place`, `existence`, `count`, `relation` and
-`text` ask what can be seen. Training conversations also hold captions. Splits share the knowledge
-and nothing else: every scene is its own.
+`text` ask what can be seen. Training conversations also hold captions; captions.json has these
+alone. Splits share the knowledge and nothing else: every scene is its own.
 """
 
 from __future__ import annotations
@@ -166,13 +166,13 @@ def conversation(
 def items(arguments: argparse.Namespace) -> Iterator[Item]:
     """Scenes without end, of their own random streams: the same whatever the split sizes."""
     knowledge = Knowledge(arguments.seed)
-    held_out = arguments.validation + arguments.test
-    total = held_out + arguments.train
+    training = range(arguments.validation, arguments.validation + arguments.train)
+    total = training.stop + arguments.test
     for number in Progress(range(total), desc="scenes", unit="scene"):
         rng = random.Random(f"{arguments.seed} scene {number}")
         scene = random_scene(rng, arguments.max_things)
         questions = conversation(
-            scene, knowledge, rng, arguments.names, arguments.others, number >= held_out
+            scene, knowledge, rng, arguments.names, arguments.others, number in training
         )
         yield f"{number:08d}", draw(scene, rng), questions
 
@@ -182,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions and knowledge")
     parser.add_argument("--train", type=int, default=24000, help="scenes")
-    parser.add_argument("--validation", type=int, default=500, help="scenes")
-    parser.add_argument("--test", type=int, default=1000, help="scenes")
+    parser.add_argument("--validation", type=int, default=1500, help="scenes")
+    parser.add_argument("--test", type=int, default=2000, help="scenes")
     parser.add_argument("--names", type=int, default=2, help="knowledge questions a scene")
     parser.add_argument("--others", type=int, default=7, help="other questions a scene")
     parser.add_argument("--max-things", type=int, default=3, help="objects a scene, at most 3")
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError("--train, --validation and --test must each be at least 1")
         sizes = {
             "validation": arguments.validation,
-            "test": arguments.test,
             "train": arguments.train,
+            "test": arguments.test,
         }
-        write_splits(items(arguments), sizes, arguments.out)
+        write_splits(items(arguments), sizes, arguments.out, alone="caption")
 
 
 if __name__ == "__main__":

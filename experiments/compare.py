@@ -18,9 +18,10 @@ import yaml
 
 from experiments import CHECKOUT
 from experiments.demo import (
+    DATA,
     DEMO,
     STATIC_FOLDERS,
-    backbone_steps,
+    data_steps,
     evaluate_step,
     python_step,
     static_step,
@@ -74,7 +75,7 @@ def folder_of(name: str, seed: int) -> Path:
 
 def compare_steps(grid: Grid, num_ranks: int, out: Path, report: Sequence[str]) -> list[Step]:
     """The backbone, the static rows, then run after run; `report` are the report's arguments."""
-    steps = [*backbone_steps(num_ranks), static_step(num_ranks)]
+    steps = [*data_steps(), static_step(num_ranks)]
     scored = ["evaluate_static"]
     for name, seed in grid.runs():
         run, label = folder_of(name, seed), f"compare_{name}_seed_{seed}"
@@ -90,7 +91,7 @@ def compare_steps(grid: Grid, num_ranks: int, out: Path, report: Sequence[str]) 
                 num_ranks,
                 run,
                 SECONDS.get(name, 65),
-                needs=("anneal",),
+                needs=DATA,
                 seed=seed,
                 overrides=overrides,
             )

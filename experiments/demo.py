@@ -1,4 +1,6 @@
-"""The main job in small, step by step: data, pretraining, GeMoE and its baselines, the report.
+"""The main job in small, step by step: data, GeMoE and its baselines, evaluation, the report.
+
+The pretrained model ships: experiments/backbones, made by `python -m experiments.backbones`.
 
 Every step is one command that can be typed by hand; `--list` prints them all. A finished step is
 skipped when this runs again, an interrupted training step continues from its newest checkpoint,
@@ -22,20 +24,16 @@ from gemoe_ds.parser import Parser
 DEMO = Path("runs/demo")
 STATIC_K = (8, 7, 6, 5, 4, 3, 2)
 TUNED_K = (8, 5)
+DATA = ("convert_train", "convert_validation", "convert_test")
 
 
-def backbone_steps(num_ranks: int) -> list[Step]:
-    """Data, and a pretrained backbone; the last step is `anneal`."""
-    steps = [
-        python_step(
-            "scenes",
-            f"data_prep/make_scenes.py --out {DEMO}/scenes --seed 0",
-            DEMO / "scenes",
-            seconds=15,
-        )
-    ]
-    for split in ("train", "validation", "test"):
-        scenes, data = DEMO / "scenes", DEMO / "data" / split
+def data_steps(splits: Sequence[str] = ("train", "validation", "test")) -> list[Step]:
+    """Drawn scenes, and what of them is asked for, converted."""
+    scenes = DEMO / "scenes"
+    make = f"data_prep/make_scenes.py --out {scenes} --seed 0"
+    steps = [python_step("scenes", make, scenes, seconds=18)]
+    for split in splits:
+        data = DEMO / "data" / split
         steps.append(
             python_step(
                 f"convert_{split}",
@@ -46,24 +44,6 @@ def backbone_steps(num_ranks: int) -> list[Step]:
                 needs=("scenes",),
             )
         )
-    steps.append(
-        python_step(
-            "tokenizer",
-            f"data_prep/train_tokenizer.py --data {DEMO}/data/train --out {DEMO}/tokenizer",
-            DEMO / "tokenizer",
-            seconds=5,
-            needs=("convert_train",),
-        )
-    )
-    vision = f"-m experiments.pretrain_vision {RECIPES}/demo_pretrain.yaml --out {DEMO}/vision"
-    steps.append(python_step("vision", vision, DEMO / "vision", seconds=35, needs=("tokenizer",)))
-    prepared = ("convert_validation", "convert_test", "vision")
-    steps.append(
-        train_step("pretrain", "demo_pretrain", num_ranks, DEMO / "pretrain", 370, needs=prepared)
-    )
-    steps.append(
-        train_step("anneal", "demo_anneal", num_ranks, DEMO / "anneal", 105, needs=("pretrain",))
-    )
     return steps
 
 
@@ -74,8 +54,8 @@ def static_step(num_ranks: int) -> Step:
         f"{RECIPES}/demo_top_8.yaml --k {' '.join(map(str, STATIC_K))}",
         DEMO / "eval/static",
         num_ranks,
-        needs=("anneal",),
-        seconds=25,
+        needs=DATA,
+        seconds=50,
     )
 
 
@@ -84,13 +64,11 @@ STATIC_FOLDERS = [f"{DEMO}/eval/static/k_{k}" for k in STATIC_K]
 
 def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]:
     """The whole demo. With one rank, twice the accumulation gives the same global batches."""
-    steps = backbone_steps(num_ranks)
+    steps = data_steps()
     tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
     tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
     for name, recipe, seed in tuned:
-        steps.append(
-            train_step(name, recipe, num_ranks, DEMO / name, 65, needs=("anneal",), seed=seed)
-        )
+        steps.append(train_step(name, recipe, num_ranks, DEMO / name, 65, needs=DATA, seed=seed))
     evaluations = [static_step(num_ranks)]
     evaluations += [
         evaluate_step(

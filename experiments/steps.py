@@ -105,13 +105,15 @@ def run_steps(steps: Sequence[Step], progress: Progress) -> int:
     return 0
 
 
-def list_or_run(steps: Sequence[Step], folder: Path, *, list_only: bool, report: Path) -> int:
+def list_or_run(
+    steps: Sequence[Step], folder: Path, *, list_only: bool, report: Path | None
+) -> int:
     """Print the commands, or run them with their progress in `folder`; an exit code."""
     if list_only:
         print("\n".join(shlex.join(step.command) for step in steps))
         return 0
     code = run_steps(steps, Progress(folder, steps))
-    if code == 0:
+    if code == 0 and report is not None:
         print(f"   report      {report}/report.md")
         print(f"   figures     {report}/figures/")
     return code

@@ -81,6 +81,16 @@ def test_every_kind_occurs_and_held_out_splits_have_no_caption(scenes):
     assert kinds["test"] <= everything
 
 
+def test_captions_are_those_of_the_training_split(scenes):
+    for alone, row in zip(rows(scenes, "captions"), rows(scenes, "train"), strict=True):
+        assert (alone["id"], alone["image"]) == (row["id"], row["image"])
+        question, answer = alone["conversations"]
+        assert question["value"] == "<image>\nDescribe the picture."
+        assert answer in row["conversations"]
+    kinds = json.loads((scenes / "captions_kinds.json").read_text())
+    assert set(map(tuple, kinds.values())) == {("caption",)}
+
+
 def test_knowledge_is_one_name_for_every_kind_of_object():
     knowledge = Knowledge(0)
     assert len(knowledge) == len(PROPERTIES) * len(SHAPES) * len(COLOURS) * len(TEXTURES)

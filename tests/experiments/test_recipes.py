@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from experiments.backbones.__main__ import RUNS, SOURCES
 from gemoe_ds.config import load_config
 from tests.helpers import repository
 
@@ -22,7 +25,11 @@ def test_the_demo_compares_like_with_like() -> None:
     assert {config.model.router.name for config in recipes} == {"gemoe", "top_k"}
     assert len({config.output_dir for config in recipes}) == 3
     assert anneal.model.checkpoint == f"{pretrain.output_dir}/hf"
-    assert rest[0]["model"]["checkpoint"] == f"{anneal.output_dir}/hf"
+    assert rest[0]["model"]["checkpoint"] == "experiments/backbones/annealed"
+    assert [Path(c.output_dir) for c in (pretrain, anneal)] == [
+        RUNS / SOURCES["plain"],
+        RUNS / SOURCES["annealed"],
+    ]
     assert rest[0]["data"] == anneal.model_dump()["data"] == pretrain.model_dump()["data"]
 
 
