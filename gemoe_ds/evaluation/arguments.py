@@ -44,10 +44,13 @@ def session_parser(description: str | None) -> Parser:
         "--mean-k",
         type=float,
         nargs="+",
-        help="mean experts per token, one or several; the trained router's k is shifted to it",
+        help="mean experts per token, one or several; one number of the router is moved to meet it",
     )
     parser.add_argument(
-        "--rescale", action="store_true", help="meet --mean-k by a factor on k, not by a shift"
+        "--per-layer", action="store_true", help="every layer meets --mean-k, each by a number"
+    )
+    parser.add_argument(
+        "--rescale", action="store_true", help="gemoe: meet --mean-k by a factor, not by a shift"
     )
     parser.add_argument(
         "--calibrate",
@@ -96,6 +99,13 @@ def check_evaluation(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
 
 
+def check_budgets(arguments: argparse.Namespace) -> None:
+    """ConfigError for options that say how --mean-k is met, without it."""
+    for option in ("per_layer", "rescale"):
+        if getattr(arguments, option) and not arguments.mean_k:
+            raise ConfigError(f"--{option.replace('_', '-')} says how --mean-k is met; give it too")
+
+
 def modes(arguments: argparse.Namespace) -> list[RoutingMode]:
     """The static ones, then the budgets; what was trained as it is where no budget is asked for."""
     if arguments.out.exists() and not arguments.out.is_dir():
@@ -103,6 +113,7 @@ def modes(arguments: argparse.Namespace) -> list[RoutingMode]:
     static = [RoutingMode(f"k_{k}", k=k) for k in arguments.k or []]
     if arguments.mean_k and not arguments.trained:
         raise ConfigError("--mean-k goes with --trained RUN")
+    check_budgets(arguments)
     budgets = [RoutingMode(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k or []]
     trained = budgets or ([RoutingMode("trained")] if arguments.trained else [])
     return static + trained

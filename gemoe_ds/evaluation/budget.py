@@ -1,13 +1,12 @@
-"""A budget of experts, met after training: one number of the model moved until its mean k fits.
+"""A budget of experts, met after training: the dial of the routers, moved until the mean k fits.
 
-Works for every router that has `k_shift` and `k_scale` (GeMoE's), whatever it was trained for.
+Works for every router that declares a `dial`, whatever it was trained for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
@@ -15,104 +14,147 @@ from gemoe_ds.moe.router import Router
 TOLERANCE = 0.005  # of the target, on the calibration samples: where the search stops
 MOST_OFF = 0.02  # the same: where it has failed
 MOST_PASSES = 15
+FACTOR = "k_scale"  # what `--rescale` moves in the place of the dial
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What was found: put `k_scale` and `k_shift` into a recipe's `model.router`."""
+    """What was found: put the options into a recipe's `model.router`."""
 
     mean_k: float  # on the calibration samples
-    k_scale: float
-    k_shift: float
+    options: dict[str, tuple[float, ...]]  # of every layer a value
     passes: int  # over the calibration samples
+
+    def __str__(self) -> str:
+        """The options, as a command line takes them."""
+        words = []
+        for option, values in self.options.items():
+            text = ",".join(f"{value:.6g}" for value in values)
+            one = len(set(values)) == 1
+            words.append(f"model.router.{option}={text.partition(',')[0] if one else f'[{text}]'}")
+        return " ".join(words)
+
+    def apply(self, routers: Sequence[Router]) -> None:
+        for option, values in self.options.items():
+            for router, value in zip(routers, values, strict=True):
+                setattr(router, option, value)
+
+
+def check_dial(router: type[Router], *, rescale: bool = False) -> None:
+    """ConfigError for a router that has no number to move."""
+    if router.dial is None:
+        able = ", ".join(known.name for known in Router.known() if known.dial)
+        raise ConfigError(
+            f"router {router.name!r} has no number that moves its mean k; --mean-k works for {able}"
+        )
+    if rescale and FACTOR not in router.Config.model_fields:
+        raise ConfigError(f"router {router.name!r} has no {FACTOR}; leave --rescale out")
 
 
 def fit_budget_to(
-    routers: list[Router],
-    target: float,
-    measure: Callable[[], float],
-    how: Literal["shift", "scale"] = "shift",
+    routers: Sequence[Router],
+    target: float | Sequence[float],
+    measure: Callable[[], Sequence[float]],
+    *,
+    rescale: bool = False,
 ) -> Budget:
-    """Set `k_shift` (or `k_scale`) of all routers so that `measure()`, their mean k, is `target`.
+    """Set the dial of all routers so that the mean of `measure()`, their mean k, is `target`.
 
-    One number for the whole model: the layers keep their differences, and tokens their order.
-    Between two values that bracket the target the next one is where a straight line would meet it
-    (Illinois); k is rounded, so that no value need give the target exactly. What the recipe or an
-    earlier budget has set is forgotten. Raises ConfigError for a target that is out of reach, or
-    missed by more than 2 %.
+    One number for the whole model: the layers keep their differences, and tokens their order. With
+    a target for every layer each meets its own, by a number of its own. What the recipe or an
+    earlier budget has set is forgotten. `rescale` moves `k_scale`. Raises ConfigError for a target
+    that is out of reach, or missed by more than 2 %.
     """
-    low_k, high_k = _range_of_k(routers, target)
     for router in routers:
-        router.k_scale, router.k_shift = 1.0, 0.0  # type: ignore[assignment]
-    width = high_k - low_k
-    # At these two every token gets the smallest k, or the largest.
-    ends = (-width - 1, width + 1) if how == "shift" else (0.0, 2 * high_k / max(low_k, 0.5))
-
-    def put(value: float) -> None:
-        for router in routers:
-            setattr(router, f"k_{how}", value)
-
-    def off_at(value: float) -> float:
-        put(value)
-        return measure() - target
-
-    value, off, passes = _nearest(off_at, ends, (low_k - target, high_k - target), target)
-    put(value)
-    reached = target + off
-    if abs(off) > MOST_OFF * target:
-        other = "--rescale" if how == "shift" else "no --rescale"
-        raise ConfigError(
-            f"--mean-k {target:g} is not met: {reached:.3g} is the nearest in {passes} passes, "
-            f"more than {MOST_OFF:.0%} off, as the predicted k hardly differ; ask for "
-            f"{reached:.3g}, try {other}, or more --calibration-samples"
-        )
-    first = routers[0]
-    return Budget(reached, first.k_scale, first.k_shift, passes)  # type: ignore[arg-type]
-
-
-def _range_of_k(routers: list[Router], target: float) -> tuple[float, float]:
-    """The smallest and the largest mean k; ConfigError if the target is not between them."""
-    for router in routers:
-        if not hasattr(router, "k_shift"):
-            raise ConfigError(
-                f"router {router.name!r} predicts no k that a budget could move; --mean-k works "
-                "for gemoe"
-            )
-    low_k = sum(router.k_low for router in routers) / len(routers)  # type: ignore[misc]
-    high_k = sum(router.k_high for router in routers) / len(routers)  # type: ignore[misc]
-    if not low_k < target < high_k:
-        raise ConfigError(
-            f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
-            "(model.router.k_low and k_high)"
-        )
-    return low_k, high_k
-
-
-def _nearest(
-    off_at: Callable[[float], float],
-    ends: tuple[float, float],
-    off_at_ends: tuple[float, float],
-    target: float,
-) -> tuple[float, float, int]:
-    """The value found at which the mean k is the least off, by how much, and passes taken."""
-    (low, high), (below, above) = ends, off_at_ends
-    best: tuple[float, float] | None = None
-    last_side = passes = 0
-    while passes < MOST_PASSES:
+        check_dial(type(router), rescale=rescale)
+    if isinstance(target, float | int):
+        searches = [_Search(routers, slice(None), target, rescale)]
+    else:
+        searches = [
+            _Search(routers, slice(layer, layer + 1), goal, rescale)
+            for layer, goal in enumerate(target)
+        ]
+    best: tuple[float, list[tuple[float, float]]] | None = None  # the worst miss; values, mean ks
+    passes = 0
+    while passes < MOST_PASSES and (best is None or best[0] > TOLERANCE):
         passes += 1
-        value = low - below * (high - low) / (above - below)
-        off = off_at(value)
-        if best is None or abs(off) < abs(best[1]):
-            best = value, off
-        if abs(off) <= TOLERANCE * target:
-            break
+        for search in searches:
+            search.put(search.value)
+        k_L = measure()
+        found = [(search.value, search.mean(k_L)) for search in searches]
+        worst = max(search.learn(k) for search, (_, k) in zip(searches, found, strict=True))
+        if best is None or worst < best[0]:
+            best = worst, found
+    assert best is not None
+    for search, (value, k) in zip(searches, best[1], strict=True):
+        search.put(value)
+        search.check(k, passes)
+    names = [name for name in (FACTOR, routers[0].dial) if name and hasattr(routers[0], name)]
+    options = {name: tuple(float(getattr(router, name)) for router in routers) for name in names}
+    return Budget(sum(k for _, k in best[1]) / len(searches), options, passes)
+
+
+class _Search:
+    """For the one value of some layers. Between two values that bracket the target the next is
+    where a straight line would meet it (Illinois). k is whole: none need give the target exactly.
+    """
+
+    def __init__(
+        self, routers: Sequence[Router], layers: slice, target: float, rescale: bool
+    ) -> None:
+        self.routers, self.layers, self.target = routers[layers], layers, target
+        first = self.routers[0]
+        self.option, other = (FACTOR, first.dial) if rescale else (str(first.dial), FACTOR)
+        low_k, high_k = first.min_k, first.max_k
+        if not low_k < target < high_k:
+            raise ConfigError(
+                f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
+                "(model.router.k_low and k_high)"
+            )
+        for router in self.routers:
+            if hasattr(router, str(other)):
+                setattr(router, str(other), router.Config.model_fields[str(other)].default)
+        self.low, self.high = (0.0, 2 * high_k / max(low_k, 0.5)) if rescale else first.dial_ends
+        self.below, self.above = low_k - target, high_k - target
+        self.last_side = 0
+        self.value = self._next()
+
+    def put(self, value: float) -> None:
+        for router in self.routers:
+            setattr(router, self.option, value)
+
+    def mean(self, k_L: Sequence[float]) -> float:
+        mine = k_L[self.layers]
+        return float(sum(mine)) / len(mine)
+
+    def learn(self, mean_k: float) -> float:
+        """How far off the value is, as a share of the target. One that fits stays."""
+        off = mean_k - self.target
+        if abs(off) <= TOLERANCE * self.target:
+            return abs(off) / self.target
         side = 1 if off > 0 else -1
         if off > 0:
-            high, above = value, off
-            below /= 2 if side == last_side else 1
+            self.high, self.above = self.value, off
+            self.below /= 2 if side == self.last_side else 1
         else:
-            low, below = value, off
-            above /= 2 if side == last_side else 1
-        last_side = side
-    assert best is not None
-    return *best, passes
+            self.low, self.below = self.value, off
+            self.above /= 2 if side == self.last_side else 1
+        self.last_side = side
+        self.value = self._next()
+        return abs(off) / self.target
+
+    def check(self, mean_k: float, passes: int) -> None:
+        """ConfigError if the target is missed by too much."""
+        if abs(mean_k - self.target) <= MOST_OFF * self.target:
+            return
+        other = ""
+        if hasattr(self.routers[0], FACTOR):
+            other = "try no --rescale, " if self.option == FACTOR else "try --rescale, "
+        raise ConfigError(
+            f"--mean-k {self.target:g} is not met: {mean_k:.3g} is the nearest in {passes} "
+            f"passes, more than {MOST_OFF:.0%} off, as many tokens change their k at once; ask "
+            f"for {mean_k:.3g}, {other}or more --calibration-samples"
+        )
+
+    def _next(self) -> float:
+        return self.low - self.below * (self.high - self.low) / (self.above - self.below)

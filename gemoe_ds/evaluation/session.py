@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
@@ -28,7 +27,7 @@ from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode
-from gemoe_ds.evaluation.budget import Budget, fit_budget_to
+from gemoe_ds.evaluation.budget import Budget, check_dial, fit_budget_to
 from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import EVALUATE
@@ -148,26 +147,23 @@ class EvalSession:
         def again(mode: RoutingMode) -> None:
             self.set_routing(replace(mode, mean_k=None))
             if budget := budgets[mode]:
-                for router in self.routers:
-                    router.k_scale, router.k_shift = budget.k_scale, budget.k_shift  # type: ignore[assignment]
+                budget.apply(self.routers)
 
         return again
 
     def fit_budget(self, mean_k: float) -> Budget:
-        """Move the trained k until the model uses so many experts on the calibration samples."""
+        """Move the dial until the model uses so many experts on the calibration samples."""
         arguments, data = self.arguments, self.config.data
         place = arguments.calibrate or data.validation_path or data.train_path
         known = open_samples(place)
 
-        def measured() -> float:
-            return float(self.scored(known, arguments.calibration_samples).tokens()[1].mean())
+        def measured() -> list[float]:
+            k_LN = self.scored(known, arguments.calibration_samples).tokens()[1]
+            return [float(mean) for mean in k_LN.mean(1)]
 
-        how: Literal["shift", "scale"] = "scale" if arguments.rescale else "shift"
-        budget = fit_budget_to(self.routers, mean_k, measured, how)
-        self.say(
-            f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: "
-            f"model.router.k_scale={budget.k_scale:.6g} model.router.k_shift={budget.k_shift:.6g}"
-        )
+        target = [mean_k] * len(self.routers) if arguments.per_layer else mean_k
+        budget = fit_budget_to(self.routers, target, measured, rescale=arguments.rescale)
+        self.say(f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: {budget}")
         return budget
 
 
@@ -182,5 +178,7 @@ def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
     config = as_config(arguments.recipe, [*overrides, *more])
+    if arguments.mean_k:
+        check_dial(config.model.router.router_class, rescale=arguments.rescale)
     validate_evaluation(config)
     return config

@@ -150,7 +150,7 @@ def convert_blocks(
     routers = []
     for slot, block in enumerate(blocks):
         gate_ED = weights.gate(block)
-        new = router_class(config, replace(block.routing, slot=slot))
+        new = router_class(config, replace(block.routing, slot=slot, num_layers=len(blocks)))
         new.adopt_gate(gate_ED)
         routers.append(new.to(gate_ED.device))
     layers = []

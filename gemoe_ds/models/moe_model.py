@@ -94,7 +94,9 @@ class MoEModel(nn.Module):
         super().__init__()
         self.backbone, self.hf, self.shard, self.dtype = backbone, hf, shard, dtype
         blocks = backbone.moe_blocks(hf)
-        self.routing = [replace(block.routing, slot=n) for n, block in enumerate(blocks)]
+        self.routing = [
+            replace(block.routing, slot=n, num_layers=len(blocks)) for n, block in enumerate(blocks)
+        ]
         self.block_paths = [block.path for block in blocks]
         self.expert_names = [block.names[1:] for block in blocks]
         self._stock_names = {

@@ -9,15 +9,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.experts.zero_computation import ZeroComputationExperts, ZeroComputationKind
 from gemoe_ds.moe.linear import RouterLinear, fused_linear
+from gemoe_ds.moe.per_layer import of_layer
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.step_context import Read, StepContext
 from gemoe_ds.registry import ConfigModel, Registered
@@ -33,6 +36,7 @@ class RoutingSpec:
     norm_topk_prob: bool  # divide the chosen scores by their sum (norm_topk_prob)
     slot: int = 0  # which of the model's MoE layers, counted from the first
     routed_scaling_factor: float = 1.0  # of the weights, when they have been chosen
+    num_layers: int | None = None  # how many MoE layers the model has, where that is known
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Router(Registered, nn.Module):
 
     updates_per_batch = 1  # optimizer steps on the same samples
     static_k: int | None = None  # the k of every token, for methods in which it is constant
+    # The one number that moves the mean k after training: the name of a `PerLayer` option, and of
+    # the attribute that holds this layer's value of it. None: the method has none.
+    dial: ClassVar[str | None] = None
 
     def __init__(
         self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()
@@ -71,6 +78,8 @@ class Router(Registered, nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
+        if self.dial is not None:
+            setattr(self, self.dial, self.of_this_layer(self.dial))
         self.gate = RouterLinear(spec.d_model, spec.num_experts)
         self.free = ZeroComputationExperts(free, spec.d_model) if free else None
         self.free_gate = RouterLinear(spec.d_model, len(free)) if free else None
@@ -212,6 +221,23 @@ class Router(Registered, nn.Module):
         _, weights_TM = self.split(decision.weights_TE)
         y_TD: Tensor = self.free(x_TD, mask_TM, weights_TM)
         return y_TD
+
+    def of_this_layer(self, option: str) -> float:
+        """The value that a `PerLayer` option has for this layer."""
+        try:
+            return of_layer(getattr(self.config, option), self.spec.slot, self.spec.num_layers)
+        except ConfigError as error:
+            raise ConfigError(f"model.router.{option}: {error}") from None
+
+    @property
+    def dial_ends(self) -> tuple[float, float]:
+        """Of a method with a `dial`: where every token gets its `min_k`, and its `max_k`."""
+        raise NotImplementedError(f"{type(self).__name__} has a dial without ends")
+
+    @property
+    def min_k(self) -> int:
+        """The smallest k that `select` may give a token."""
+        return 0
 
     @property
     def max_k(self) -> int:

@@ -7,8 +7,9 @@ gives the reasons one by one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +20,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear, fused_linear
 from gemoe_ds.moe.monotonic import monotonic_loss
+from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.selection import k_range, top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
@@ -39,6 +41,8 @@ class GeMoERouter(Router):
     """
 
     name: ClassVar[str] = "gemoe"
+    dial: ClassVar[str | None] = "k_shift"
+    k_shift: float
 
     class Config(ConfigModel):
         k_low: int = Field(1, ge=0, description="smallest k that the predictor may give")
@@ -80,17 +84,20 @@ class GeMoERouter(Router):
         budget_weight: float = Field(
             1.0, ge=0, description="coefficient of (mean expected k - budget_k)^2; not in the paper"
         )
-        k_scale: float = Field(1.0, gt=0, description="factor on the expected k, before rounding")
-        k_shift: float = Field(
+        k_scale: Annotated[PerLayer, within(0, math.inf, above=True)] = Field(
+            1.0, description="factor on the expected k, before rounding; a list: one a layer"
+        )
+        k_shift: PerLayer = Field(
             0.0,
-            description="added after that, before rounding; `evaluate.py --mean-k` finds it",
+            description="added after that, before rounding; a list: one a layer; `gemoe evaluate "
+            "--mean-k` finds it",
         )
 
     config: Config
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.k_scale, self.k_shift = config.k_scale, config.k_shift
+        self.k_scale = self.of_this_layer("k_scale")
         self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.top_k, spec)
         if config.budget_k is not None and not self.k_low <= config.budget_k <= self.k_high:
             raise ConfigError(
@@ -174,6 +181,15 @@ class GeMoERouter(Router):
         soft_TK = (distance_TK / self.config.soft_mask_temperature).sigmoid()
         factor_TE = torch.ones_like(weights_TE).scatter(1, top_TK, 1 + soft_TK - soft_TK.detach())
         return weights_TE * factor_TE
+
+    @property
+    def dial_ends(self) -> tuple[float, float]:
+        width = self.k_high - self.k_low
+        return -width - 1, width + 1
+
+    @property
+    def min_k(self) -> int:
+        return self.k_low
 
     @property
     def max_k(self) -> int:

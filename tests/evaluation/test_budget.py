@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.budget import TOLERANCE, fit_budget_to
-from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.router import Router, RoutingSpec
 from tests.routers.cases import make_context, make_router
 
 TOKENS = 4000
 SPEC = RoutingSpec(d_model=16, num_experts=64, top_k=8, norm_topk_prob=False)
 
 
-def model(layers=3, **options):
-    """Routers whose expected k differ from layer to layer, and the mean k of the lot."""
-    routers = [make_router("gemoe", options, SPEC, seed=layer) for layer in range(layers)]
+def model(layers=3, name="gemoe", **options):
+    """Routers whose expected k differ from layer to layer, and the k of all tokens."""
+    routers = [make_router(name, options, SPEC, seed=layer) for layer in range(layers)]
     for layer, router in enumerate(routers):
         with torch.no_grad():
-            router.eap.weight.mul_(1 + 2 * layer)
+            (router.eap if name == "gemoe" else router.gate).weight.mul_(1 + 2 * layer)
     x_TD = torch.randn(TOKENS, 16)
     ctx = make_context(torch.ones(1, TOKENS, dtype=torch.bool))
 
@@ -30,22 +33,27 @@ def model(layers=3, **options):
     return routers, k_LT
 
 
-@pytest.mark.parametrize("how", ["shift", "scale"])
+def mean_k_L(k_LT):
+    return k_LT().double().mean(1).tolist()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("target", [1.5, 3.0, 4.0, 6.2, 7.5])
-def test_target_is_met(target, how):
+def test_target_is_met(target, rescale):
     routers, k_LT = model()
-    found = fit_budget_to(routers, target, lambda: k_LT().double().mean().item(), how)
+    found = fit_budget_to(routers, target, lambda: mean_k_L(k_LT), rescale=rescale)
     assert k_LT().double().mean().item() == pytest.approx(target, rel=TOLERANCE)
     assert found.mean_k == pytest.approx(target, rel=TOLERANCE) and found.passes <= 12
-    assert {r.k_shift for r in routers} == {found.k_shift}
-    assert {r.k_scale for r in routers} == {found.k_scale}
-    assert (found.k_scale == 1) == (how == "shift") and (found.k_shift == 0) == (how == "scale")
+    assert found.options == {o: tuple(getattr(r, o) for r in routers) for o in found.options}
+    (k_scale,), (k_shift,) = (set(values) for values in found.options.values())
+    assert (k_scale == 1) != rescale and (k_shift == 0) == rescale
+    assert str(found) == f"model.router.k_scale={k_scale:.6g} model.router.k_shift={k_shift:.6g}"
 
 
 def test_tokens_and_layers_keep_their_order():
     routers, k_LT = model()
     before = k_LT()
-    fit_budget_to(routers, 3.0, lambda: k_LT().double().mean().item())
+    fit_budget_to(routers, 3.0, lambda: mean_k_L(k_LT))
     after = k_LT()
     assert (after <= before).all()
     for first, second in zip(before, after, strict=True):
@@ -58,18 +66,18 @@ def test_tokens_and_layers_keep_their_order():
 def test_out_of_reach(target):
     routers, k_LT = model()
     with pytest.raises(ConfigError, match="k goes from 1 to 8"):
-        fit_budget_to(routers, target, lambda: k_LT().double().mean().item())
+        fit_budget_to(routers, target, lambda: mean_k_L(k_LT))
 
 
-@pytest.mark.parametrize("how, other", [("shift", "try --rescale"), ("scale", "no --rescale")])
-def test_a_miss_is_no_success(how, other):
+@pytest.mark.parametrize("rescale, other", [(False, "try --rescale"), (True, "no --rescale")])
+def test_a_miss_is_no_success(rescale, other):
     """A predictor that gives every token 4.5: all of them get 4, or all get 5."""
     routers, k_LT = model()
     for router in routers:
         torch.nn.init.zeros_(router.eap.weight)
     with pytest.raises(ConfigError, match=rf"--mean-k 4.4 is not met: [45] is .*{other}"):
-        fit_budget_to(routers, 4.4, lambda: k_LT().double().mean().item(), how)
-    assert fit_budget_to(routers, 4.0, lambda: k_LT().double().mean().item(), how).mean_k == 4
+        fit_budget_to(routers, 4.4, lambda: mean_k_L(k_LT), rescale=rescale)
+    assert fit_budget_to(routers, 4.0, lambda: mean_k_L(k_LT), rescale=rescale).mean_k == 4
 
 
 def test_the_nearest_of_all_passes_is_taken():
@@ -77,31 +85,68 @@ def test_the_nearest_of_all_passes_is_taken():
     routers, _ = model()
     mean_ks, tried = iter([3.03, *[5.0, 1.0] * 7]), []
 
-    def measure() -> float:
+    def measure() -> list[float]:
         tried.append(routers[0].k_shift)
-        return next(mean_ks)
+        return [next(mean_ks)] * 3
 
     found = fit_budget_to(routers, 3.0, measure)
     assert found.mean_k == pytest.approx(3.03) and found.passes == 15
-    assert {r.k_shift for r in routers} == {found.k_shift} == {tried[0]}
+    assert {r.k_shift for r in routers} == set(found.options["k_shift"]) == {tried[0]}
     assert tried[-1] != tried[0]
 
 
-@pytest.mark.parametrize("how", ["shift", "scale"])
-def test_what_was_set_before_is_forgotten(how):
+@pytest.mark.parametrize("rescale", [False, True])
+def test_what_was_set_before_is_forgotten(rescale):
     """A recipe's numbers, or those of an earlier budget: the one that is found stands alone."""
     fresh, k_LT = model()
-    expected = fit_budget_to(fresh, 3.0, lambda: k_LT().double().mean().item(), how)
+    expected = fit_budget_to(fresh, 3.0, lambda: mean_k_L(k_LT), rescale=rescale)
     routers, _ = model(k_scale=2.0, k_shift=-1.5)
     for router, other in zip(routers, fresh, strict=True):
         router.load_state_dict(other.state_dict())
     fresh[:] = routers  # k_LT's own list
-    assert fit_budget_to(routers, 3.0, lambda: k_LT().double().mean().item(), how) == expected
+    assert fit_budget_to(routers, 3.0, lambda: mean_k_L(k_LT), rescale=rescale) == expected
 
 
 def test_other_routers_have_nothing_to_move():
-    with pytest.raises(ConfigError, match="'top_k' predicts no k"):
-        fit_budget_to([make_router("top_k", {})], 3.0, lambda: 4.0)
+    with pytest.raises(ConfigError, match="'top_k' has no number .* works for .*gemoe.* score"):
+        fit_budget_to([make_router("top_k", {})], 3.0, lambda: [4.0])
+    with pytest.raises(ConfigError, match="'score' has no k_scale; leave --rescale out"):
+        fit_budget_to([make_router("score", {})], 3.0, lambda: [4.0], rescale=True)
+
+
+@pytest.mark.parametrize("name", ["gemoe", "score"])
+def test_every_layer_meets_its_own_target(name):
+    """A list of numbers, which a recipe takes as it is printed."""
+    routers, k_LT = model(name=name)
+    targets = [2.5, 4.0, 3.0]
+    found = fit_budget_to(routers, targets, lambda: mean_k_L(k_LT))
+    assert mean_k_L(k_LT) == pytest.approx(targets, rel=TOLERANCE)
+    assert found.mean_k == pytest.approx(sum(targets) / 3, rel=TOLERANCE)
+    dial = Router.named(name).dial
+    text = str(found).split(f"{dial}=")[1]
+    values = tuple(json.loads(text))
+    assert values == pytest.approx(found.options[dial], rel=1e-5) and len(set(values)) == 3
+    again = [
+        make_router(name, {dial: values}, replace(SPEC, slot=slot, num_layers=3))
+        for slot in range(3)
+    ]
+    assert [getattr(r, dial) for r in again] == list(values)
+    with pytest.raises(ConfigError, match=f"{dial}: 2 values for 3 MoE layers; give one for each"):
+        make_router(name, {dial: values[:2]}, replace(SPEC, num_layers=3))
+
+
+def test_a_layer_is_found_though_those_below_still_move():
+    """What a layer gets depends on the number of the one below it, as in a model."""
+    routers, _ = model(name="score")
+
+    def measure() -> list[float]:
+        low, mid, high = (1 - router.threshold for router in routers)
+        k_low = 1 + 7 * low**8
+        k_mid = 1 + 7 * mid ** (8 - k_low / 2)
+        return [k_low, k_mid, 1 + 7 * high ** (12 - k_mid)]
+
+    fit_budget_to(routers, [3.0] * 3, measure)
+    assert measure() == pytest.approx([3.0] * 3, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("monotonic_weight", [0.1, 0.0])

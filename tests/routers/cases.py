@@ -38,6 +38,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
     },
     "ltdr": {"paper": {"norm_topk_prob": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},
+    "score": {
+        "half": {"threshold": 0.15},
+        "share": {"threshold": 0.25, "share": "yes", "k_low": 0},
+    },
     "evolve": {"two_ranges": {"beta": ((0.0, 0.0), (0.5, 0.9))}},
     "evomoe": {"paper": {"k": 1, "gate": "none"}, "frozen": {"gate": "frozen"}},
 }
