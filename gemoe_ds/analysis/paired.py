@@ -137,14 +137,16 @@ class Bootstrap:
 
         Two or three seeds are too few to be resampled themselves: the interval that three give
         holds the truth in 75 % of the cases. So the mean is moved by its standard error times
-        Student's t, S - 1 degrees of freedom. The error leaves out by how much seeds differ because
-        questions are a sample: that part is in the resamples already.
+        Student's t, S - 1 degrees of freedom. Seeds differ, too, because questions are a sample,
+        and the resamples hold that already; half of it is left out of the error. (All of it: the
+        intervals are too short where seeds matter, 91 % in simulations; none of it: too long where
+        they do not, 99.6 %; half: 94 to 98 %.)
         """
         drawn_B, num_seeds = drawn_BS.mean(1), found_S.size
         if num_seeds > 1:
             apart_BS = drawn_BS - drawn_B[:, None]
             of_questions = apart_BS.var(0).sum() / (num_seeds - 1)
-            error = np.sqrt(max(0.0, found_S.var(ddof=1) - of_questions) / num_seeds)
+            error = np.sqrt(max(0.0, found_S.var(ddof=1) - of_questions / 2) / num_seeds)
             rng = np.random.default_rng(num_seeds)  # the same for all pairs
             drawn_B = drawn_B + error * rng.standard_t(num_seeds - 1, drawn_B.size)
         low, high = np.percentile(drawn_B, ENDS)

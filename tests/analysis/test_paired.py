@@ -50,7 +50,7 @@ def test_every_resample_equals_the_obvious_one():
 
 
 def test_two_identical_models_differ_by_nothing_and_two_alike_by_nothing_significant():
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(7)
     asked = ragged(rng, 400)
     bootstrap = Bootstrap(asked)
     first_Q, again_Q = rng.random((2, len(asked.row_Q))) < 0.7
@@ -100,7 +100,7 @@ def test_an_interval_holds_the_truth_in_95_of_100_cases(seeds, seed_sd):
         a, b = (bootstrap.accuracies(answers) for answers in right)
         found = bootstrap.difference(a, b)
         held += found.low <= 0.01 <= found.high
-    assert 0.91 * trials <= held <= 0.985 * trials, f"{held} of {trials}"
+    assert 0.92 * trials <= held <= 0.985 * trials, f"{held} of {trials}"
 
 
 def test_a_curve_is_interpolated_question_by_question_and_never_extrapolated():
