@@ -38,6 +38,28 @@ def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec
     return scores_TE
 
 
+def mass_before(scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """What the better ones add up to, from the best score to the worst, and the experts' order."""
+    sorted_TE, order_TE = scores_TE.sort(stable=True, dim=-1, descending=True)
+    return sorted_TE.cumsum(-1) - sorted_TE, order_TE
+
+
+def share_for_mean_k(before_TE: Tensor, valid_T: Tensor, mean_k: float) -> Tensor:
+    """The share p of the mass that `mean_k` experts a token hold on average, a scalar.
+
+    An expert counts where `before_TE`, of `mass_before`, is below p. Bisection on the device,
+    without a wait for the host; to 0.001 and no finer, lest it end at a token's own sum, where
+    rounding decides.
+    """
+    low, high = before_TE.new_tensor(0.0), before_TE.new_tensor(1.0)
+    count = valid_T.sum().clamp_min(1)
+    for _ in range(10):
+        middle = (low + high) / 2
+        too_many = ((before_TE < middle).sum(1) * valid_T).sum() / count > mean_k
+        low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
+    return (low + high) / 2
+
+
 def k_range(k_low: int, k_high: int | None, default: int, spec: RoutingSpec) -> tuple[int, int]:
     """The smallest and the largest k; ConfigError if there are no two of them to choose from."""
     high = default if k_high is None else k_high

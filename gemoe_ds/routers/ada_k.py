@@ -4,10 +4,12 @@ Yue et al. (ICLR 2025); its repository is a README. From the paper: a linear all
 softmax over 1..E, everything else frozen; reward = log-probability of the true token, less that of
 a second forward with the default k; clipped ratio, two updates a batch, the regulariser 3e-3 * mean
 expected k; "P-Warm": first the allocator learns to give as many experts as hold a share p of the
-router's mass, p such that the mean is the default k. Second-hand: argmax at inference. Not in the
-paper: gamma and epsilon (1 and 0.2 here). Our reading, for vision-language data, in which few
-tokens are targets: one that is none gets the mean reward of its sequence (`credit`), as its k shows
-in the answer.
+router's mass, p such that the mean is the default k; learning rate 1e-3. Second-hand: argmax at
+inference. Not in the paper: gamma and epsilon (1 and 0.2 here). Our reading, for vision-language
+data, in which few tokens are targets: one that is none gets the mean reward of its sequence
+(`credit`), as its k shows in the answer. And for a k_high below E, which the paper has not: p is
+found on counts from 1 to E, as there, and the labels are cut to k_low..k_high afterwards. Found on
+cut counts, p would be 1 and every label k_high, wherever k_high is the default k or less.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, Rollout, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import k_range, topk_weights
+from gemoe_ds.moe.selection import k_range, mass_before, share_for_mean_k, topk_weights
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
@@ -50,7 +53,13 @@ class AdaKRouter(Router):
             None,
             gt=0,
             lt=1,
-            description="p of P-Warm; null: the p that gives the backbone's k on average",
+            description="p of P-Warm; null: the p that gives `warm_mean_k` on average",
+        )
+        warm_mean_k: float | None = Field(
+            None,
+            gt=0,
+            description="mean k of P-Warm before it is cut to k_low..k_high; null: the backbone's "
+            "k (paper), or k_high where that is smaller",
         )
         updates: int = Field(2, ge=1, description="PPO updates per batch")
         clip: float = Field(0.2, gt=0, description="epsilon of PPO")
@@ -74,6 +83,7 @@ class AdaKRouter(Router):
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
         self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.num_experts, spec)
+        self.warm_mean_k = _warm_mean_k(config, self.k_low, self.k_high, spec)
         self.updates_per_batch = config.updates
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
@@ -146,24 +156,12 @@ class AdaKRouter(Router):
 
     @torch.no_grad()
     def _warm_k(self, scores_TE: Tensor, valid_T: Tensor) -> Tensor:
-        """How many experts hold a share p of the mass, in k_low..k_high, int64 [T]."""
-        before_TE = scores_TE.sort(-1, descending=True).values
-        before_TE = before_TE.cumsum(-1) - before_TE
-
-        def k_of(p: float | Tensor) -> Tensor:
-            return (before_TE < p).sum(1).clamp(self.k_low, self.k_high)
-
-        if self.config.warm_top_p is not None:
-            return k_of(self.config.warm_top_p)
-        low, high = scores_TE.new_tensor(0.0), scores_TE.new_tensor(1.0)
-        count = valid_T.sum().clamp_min(1)
-        # Bisection on the device, without a wait for the host; to 0.001 and no finer, lest it end
-        # at a token's own sum, where rounding decides.
-        for _ in range(10):
-            middle = (low + high) / 2
-            too_many = (k_of(middle) * valid_T).sum() / count > self.spec.top_k
-            low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
-        return k_of((low + high) / 2)
+        """How many experts hold a share p of the mass, cut to k_low..k_high, int64 [T]."""
+        before_TE, _ = mass_before(scores_TE)
+        p: float | Tensor | None = self.config.warm_top_p
+        if p is None:
+            p = share_for_mean_k(before_TE, valid_T, self.warm_mean_k)
+        return (before_TE < p).sum(1).clamp(self.k_low, self.k_high)
 
     def after_step(self, step_context: StepContext) -> None:
         self.warm_left.sub_(1).clamp_(min=0)  # once an update, of which a step has several
@@ -176,3 +174,20 @@ class AdaKRouter(Router):
     def peak_mean_k(self) -> float:
         """The default k, or that of an allocator that prefers none."""
         return max(self.spec.top_k, (self.k_low + self.k_high) / 2)
+
+
+def _warm_mean_k(config: AdaKRouter.Config, k_low: int, k_high: int, spec: RoutingSpec) -> float:
+    """The mean of P-Warm's counts; ConfigError for one whose labels would all be the same."""
+    if config.warm_mean_k is None:
+        return min(spec.top_k, k_high)
+    if config.warm_top_p is not None:
+        raise ConfigError(
+            f"model.router: warm_top_p={config.warm_top_p:g} and "
+            f"warm_mean_k={config.warm_mean_k:g} both set P-Warm's labels; give one of them"
+        )
+    if not max(k_low, 1) <= config.warm_mean_k <= k_high:
+        raise ConfigError(
+            f"model.router.warm_mean_k={config.warm_mean_k:g} must be from k_low={k_low} to "
+            f"k_high={k_high}: beyond them P-Warm gives most tokens the same k"
+        )
+    return config.warm_mean_k

@@ -2,9 +2,11 @@
 
 Zeng et al. (Findings of EMNLP 2024). From the paper: the softmax over true and null experts, the
 balance loss that averages over the nulls, its annealing, weights over the chosen true experts.
-Against the code: its Mixtral version averages over the wrong dimension, which does nothing; the
-formula of the paper is implemented. Our reading, for frozen native backbones: 4 nulls and the
-backbone's k as in GeMoE's comparison, and weights on the backbone's own scale (`norm_topk_prob`).
+From the code: null rows start as copies of the gate's, M / E of each, so that k starts near
+k E / (E + M). Against the code: its Mixtral version averages over the wrong dimension, which does
+nothing; the formula of the paper is implemented. Our reading, for frozen native backbones: 4 nulls
+and the backbone's k as in GeMoE's comparison, weights on the backbone's own scale
+(`norm_topk_prob`), and an M that is no multiple of E: the rows left over are spread evenly.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class AdaMoERouter(Router):
     balance: Tensor  # the coefficient as it stands
 
     class Config(ConfigModel):
-        nulls: int = Field(4, ge=1, description="null experts")
+        nulls: int = Field(4, ge=1, description="null experts; k starts near k E / (E + nulls)")
         k: int | None = Field(
             None, ge=1, description="choices a token, nulls included; default: the backbone's k"
         )
@@ -57,11 +59,11 @@ class AdaMoERouter(Router):
 
     @torch.no_grad()
     def adopt_gate(self, gate_ED: Tensor) -> None:
-        """Null rows are copies of true ones, drawn at random, so that they start as likely."""
+        """Null rows are copies of true ones, each of them copied equally often or once more."""
         super().adopt_gate(gate_ED)
         assert self.free_gate is not None
-        drawn = torch.randint(gate_ED.shape[0], (self.config.nulls,))
-        self.free_gate.weight.copy_(gate_ED[drawn])
+        copied_M = torch.arange(self.config.nulls) * gate_ED.shape[0] // self.config.nulls
+        self.free_gate.weight.copy_(gate_ED[copied_M])
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TN = logits_TE.softmax(-1)

@@ -3,15 +3,17 @@
 Guo et al. (ICLR 2025) and its released code. From both: cosine similarity, learned thresholds, the
 straight-through sign, equal weights 1/k, the argmax where no expert passes at inference, the
 diversity and simplicity losses, experts closed when idle and opened for the tokens that nobody
-served. From the code: the temperature, and that gradients reach chosen experts only. Left out: two
-more loss terms that are in the code but not in the paper. Our reading, for frozen native backbones
-(GeMoE's comparison says nothing): rows start at the pretrained gate; thresholds are set after the
-first step to give `start_k`, for the paper's G = 0 takes half of all experts; `weights: scores`
-keeps the backbone's scale; nothing is closed or opened unless `adapt` asks for it.
+served. From the code, and not in the paper: the temperature, that gradients reach chosen experts
+only, and two more losses, a load balance and the mean gate ("efficiency"). Its sum of the four,
+times 0.01, is summed over layers; here it is their mean, as all losses are. Our reading, for frozen
+native backbones (GeMoE's comparison says nothing): rows start at the pretrained gate; thresholds
+are set after the first step to give `start_k`, for the paper's G = 0 takes half of all experts;
+`weights: scores` keeps the backbone's scale; nothing closes or opens unless `adapt` asks for it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +26,13 @@ from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
+
+
+@dataclass(frozen=True)
+class DynMoEDecision(Decision):
+    """With 1 for every expert, [T, E], whose gradient is that of the margin above its threshold."""
+
+    passed_TE: Tensor
 
 
 class DynMoERouter(Router):
@@ -48,6 +57,12 @@ class DynMoERouter(Router):
             0.01, ge=0, description="coefficient of |W^T W - I|, unit rows"
         )
         simplicity_weight: float = Field(0.01, ge=0, description="coefficient of the mean row norm")
+        balance_weight: float = Field(
+            0.01, ge=0, description="coefficient of the load balance (code; paper: 0)"
+        )
+        efficiency_weight: float = Field(
+            0.01, ge=0, description="coefficient of mean k / experts (code; paper: 0)"
+        )
         adapt: Literal["no", "close", "both"] = Field(
             "no",
             description="close: close idle experts; both: also open one for tokens that have none",
@@ -79,7 +94,7 @@ class DynMoERouter(Router):
         plain_TE: Tensor = logits_TE
         return plain_TE
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> DynMoEDecision:
         t, is_open_E = self.config.temperature, self.is_open_E > 0
         cache = self.record_of(ctx).cache
         cos_TE = cache["cos_TE"]
@@ -97,16 +112,23 @@ class DynMoERouter(Router):
             )
         scores_TE = logits_TE.softmax(-1)
         if self.config.weights == "scores":
-            return Decision(scores_TE, mask_TE, scores_TE * passed_TE)
-        return Decision(scores_TE, mask_TE, passed_TE / mask_TE.sum(1, keepdim=True).clamp_min(1))
+            weights_TE = scores_TE * passed_TE
+        else:
+            weights_TE = passed_TE / mask_TE.sum(1, keepdim=True).clamp_min(1)
+        return DynMoEDecision(scores_TE, mask_TE, weights_TE, passed_TE)
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
+        assert isinstance(decision, DynMoEDecision)
         cache = self.record_of(ctx).cache
+        gates_TE = decision.passed_TE * decision.mask_TE
+        balance, efficiency = balance_and_efficiency(gates_TE, decision.mask_TE, ctx.is_valid_T)
         return {
             "diversity": LossTerm(cache["diversity"], self.config.diversity_weight),
             "simplicity": LossTerm(cache["simplicity"], self.config.simplicity_weight),
+            "load_balance": LossTerm(balance, self.config.balance_weight),
+            "efficiency": LossTerm(efficiency, self.config.efficiency_weight),
         }
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
@@ -163,6 +185,22 @@ class DynMoERouter(Router):
             self.is_open_E.copy_(before_E)
         self.chosen_E.zero_()
         self.unserved_D.zero_()
+
+
+def balance_and_efficiency(
+    gates_TE: Tensor, mask_TE: Tensor, valid_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """E sum_e m_e c_e over the tokens that have an expert, and the mean gate over all tokens.
+
+    m_e is the mean of the gates, divided by their sum per token; c_e the share of tokens that chose
+    e, without gradient. Gates are 0 where the mask is false, and for padding.
+    """
+    num_experts = gates_TE.shape[1]
+    served = mask_TE.any(1).sum().clamp_min(1)
+    mean_E = (gates_TE / gates_TE.sum(1, keepdim=True).clamp_min(1)).sum(0) / served
+    share_E = mask_TE.sum(0) / served
+    efficiency = gates_TE.sum() / (valid_T.sum().clamp_min(1) * num_experts)
+    return num_experts * (mean_E * share_E.to(mean_E.dtype)).sum(), efficiency
 
 
 class CosineGate(RouterLinear):

@@ -4,7 +4,9 @@ Huang et al., "Harder Tasks Need More Experts" (ACL 2024); released code: infere
 paper: the rule, raw scores as weights, L_d, its coefficients. From the code: `sum > threshold`, so
 that the expert which crosses it is in (the paper writes >=: `strict: false`). Our reading: the
 learned threshold of GeMoE's comparison ("a learnable module adjusts the threshold"), whose gradient
-comes through a soft mask of value 1; L_b on the project's common scale (docs/routers.md).
+comes through a soft mask of value 1; it can be set after the first step to give `start_k`, for at
+a pretrained gate one p means another k in every layer, and a threshold travels slowly; L_b on the
+project's common scale (docs/routers.md).
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import topk_weights
+from gemoe_ds.moe.selection import mass_before, share_for_mean_k, topk_weights
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
 
@@ -28,6 +32,7 @@ class TopPRouter(Router):
     """The smallest number of experts whose scores add up to more than the threshold, at least 1."""
 
     name: ClassVar[str] = "top_p"
+    is_calibrated: Tensor
 
     class Config(ConfigModel):
         threshold: float = Field(
@@ -36,6 +41,9 @@ class TopPRouter(Router):
         learn: Literal["no", "layer", "token"] = Field(
             "no",
             description="no: fixed p; layer: one learned per layer; token: one predicted per token",
+        )
+        start_k: float | None = Field(
+            None, gt=1, description="mean k of a learned p after the first step; null: `threshold`"
         )
         temperature: float = Field(
             0.1, gt=0, description="width of the soft mask that trains a learned threshold"
@@ -57,6 +65,9 @@ class TopPRouter(Router):
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
         self.most = min(config.max_k or spec.num_experts, spec.num_experts)
+        if config.start_k is not None:
+            self._check_start(config.start_k)
+            self.register_buffer("is_calibrated", torch.tensor(0.0))
         self.threshold = (
             None
             if config.learn == "no"
@@ -65,8 +76,7 @@ class TopPRouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
-        sorted_TE, order_TE = scores_TE.sort(stable=True, dim=-1, descending=True)
-        before_TE = sorted_TE.cumsum(-1) - sorted_TE  # what the better ones add up to
+        before_TE, order_TE = mass_before(scores_TE)
         threshold: float | Tensor = self.config.threshold
         if self.threshold is not None:
             threshold = self.threshold(x_TD)
@@ -93,6 +103,34 @@ class TopPRouter(Router):
             "entropy": LossTerm(entropy, self.config.entropy_weight),
         }
 
+    def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        if self.config.start_k is None or self.is_calibrated:
+            return {}
+        before_TE = mass_before(decision.scores_TE)[0][:, : self.most]
+        tokens = ctx.is_valid_T.sum()
+        share = share_for_mean_k(before_TE, ctx.is_valid_T, self.config.start_k)
+        return {"tokens": tokens, "share": share * tokens}
+
+    def after_step(self, step_context: StepContext) -> None:
+        if self.config.start_k is None or self.is_calibrated:
+            return
+        assert self.threshold is not None
+        share = step_context.layer["share"] / step_context.layer["tokens"].clamp_min(1)
+        step_context.assign_(self.threshold.bias, share.logit().reshape(1))
+        self.is_calibrated.fill_(1.0)
+
+    def _check_start(self, start_k: float) -> None:
+        if self.config.learn == "no":
+            raise ConfigError(
+                f"model.router.start_k={start_k:g} is where a learned threshold starts; set "
+                "learn=layer or learn=token too, or give a fixed one by threshold"
+            )
+        if start_k >= self.most:
+            raise ConfigError(
+                f"model.router.start_k={start_k:g} must be below the largest k, {self.most} "
+                "(max_k, or all experts)"
+            )
+
     @property
     def max_k(self) -> int:
         return self.most
@@ -100,7 +138,8 @@ class TopPRouter(Router):
     @property
     def peak_mean_k(self) -> float:
         """If all scores are equal; of a learned threshold, where it starts."""
-        return min(self.most, int(self.config.threshold * self.spec.num_experts) + 1)
+        first = min(self.most, int(self.config.threshold * self.spec.num_experts) + 1)
+        return max(first, self.config.start_k or 0)
 
 
 class Threshold(nn.Module):

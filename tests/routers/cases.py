@@ -19,7 +19,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "no_mono": {"monotonic_weight": 0.0},
         "soft_mask": {"ce_to_k": "soft_mask", "k_low": 0},
     },
-    "top_p": {"layer": {"learn": "layer"}, "token": {"learn": "token", "max_k": 3}},
+    "top_p": {
+        "layer": {"learn": "layer", "start_k": 2.5},
+        "token": {"learn": "token", "max_k": 3},
+    },
     "adamoe": {
         "sum": {"norm_topk_prob": "sum", "k": 6},
         "all": {"norm_topk_prob": "all", "nulls": 9},
@@ -34,7 +37,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "scores": {"weights": "scores", "adapt": "close", "adapt_every": 2},
     },
     "ada_k": {
-        "default": {"warm_steps": 2, "k_high": 6},
+        "default": {"warm_steps": 2, "k_high": 6, "warm_mean_k": 3.0},
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
     },
     "ltdr": {"paper": {"norm_topk_prob": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},

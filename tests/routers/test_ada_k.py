@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import Rollout
 from gemoe_ds.moe.router import RoutingSpec
 from tests.routers.cases import make_context, make_router
@@ -121,6 +122,58 @@ def test_warm_start_gives_the_mass_that_holds_the_default_k():
     torch.testing.assert_close(ctx.layers[0].losses["warm"].value, expected)
     router.warm_left.zero_()
     assert router.rollouts() == ("sampled", "default")
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.8])  # mean entropy of a peaked and of a flat backbone
+@pytest.mark.parametrize(
+    "options, mean",
+    [({"k_high": None}, 8), ({"k_high": 8}, 8), ({"k_high": 4}, 4)]
+    + [({"k_high": 8, "warm_mean_k": 3.0}, 3)],
+)
+def test_warm_labels_are_found_on_counts_that_are_cut_afterwards(bits, options, mean):
+    spec = RoutingSpec(d_model=4, num_experts=64, top_k=8, norm_topk_prob=False)
+    router = make_router("ada_k", options, spec)
+    scores_TE = scores_like_a_model_s(bits)
+    valid_T = torch.arange(400) % 5 > 0
+    before_TE = scores_TE.sort(descending=True).values.cumsum(1)[:, :-1]  # of all but the first
+
+    def counts(p):  # how many it takes until the better ones hold p
+        return [1 + sum(b < p for b in row) for row in before_TE.tolist()]
+
+    labels_T = router._warm_k(scores_TE, valid_T)
+    low, high = 0.0, 1.0
+    for _ in range(10):  # the oracle: token after token
+        middle = (low + high) / 2
+        kept = [n for n, valid in zip(counts(middle), valid_T.tolist(), strict=True) if valid]
+        low, high = (low, middle) if sum(kept) / len(kept) > mean else (middle, high)
+    most = options["k_high"] or 64
+    assert labels_T.tolist() == [min(n, most) for n in counts((low + high) / 2)]
+    assert labels_T.bincount().max() < 0.6 * 400, "they vary"
+    assert losses.spearman(losses.entropy_bits(scores_TE), labels_T) > 0.9
+
+
+def scores_like_a_model_s(bits):
+    """[400, 64], of mean entropy `bits`: tokens are sure or unsure, as in the demo's backbones."""
+    torch.manual_seed(1)
+    scale_T1 = 2 ** torch.empty(400, 1).uniform_(-0.7, 0.7)
+    logits_TE = torch.randn(400, 64) * scale_T1
+    factor = {2.5: 3.1, 3.8: 2.0}[bits]
+    scores_TE = (logits_TE * factor).softmax(1)
+    assert abs(losses.entropy_bits(scores_TE).mean() - bits) < 0.2
+    return scores_TE
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"warm_mean_k": 5.0, "k_high": 4}, "warm_mean_k=5 must be from k_low=1 to k_high=4"),
+        ({"warm_mean_k": 1.5, "k_low": 2}, "warm_mean_k=1.5 must be from k_low=2 to k_high=4"),
+        ({"warm_mean_k": 2.0, "warm_top_p": 0.3}, "warm_top_p=0.3 and warm_mean_k=2 both set"),
+    ],
+)
+def test_a_warm_up_without_a_choice_is_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        make_router("ada_k", options, SPEC)
 
 
 def test_at_inference_the_most_likely_k():

@@ -9,6 +9,7 @@ import torch
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.selection import top_k_mask
 from gemoe_ds.moe.step_context import StepContext
 from tests.routers.cases import make_context, make_router
 
@@ -67,10 +68,24 @@ def test_perfect_balance_gives_alpha_times_k():
     assert math.isclose(value.item(), 0.02 * 2, rel_tol=1e-5)
 
 
-def test_null_rows_start_as_copies_of_true_ones():
-    router = make_router("adamoe", {}, SPEC)
-    rows = {tuple(row.tolist()) for row in router.gate.weight}
-    assert all(tuple(row.tolist()) in rows for row in router.free_gate.weight)
+@pytest.mark.parametrize("nulls", [1, 3, 4, 6, 8, 11])
+def test_null_rows_start_as_copies_of_every_true_one_equally_often(nulls):
+    router = make_router("adamoe", {"nulls": nulls, "k": 2}, SPEC)
+    rows = [tuple(row.tolist()) for row in router.gate.weight]
+    times = [[tuple(row.tolist()) for row in router.free_gate.weight].count(row) for row in rows]
+    assert sum(times) == nulls and max(times) - min(times) <= 1
+    copied = [e for e, count in enumerate(times) if count > min(times)]
+    gaps = [b - a for a, b in zip(copied, copied[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1, "those copied once more are spread evenly"
+
+
+@pytest.mark.parametrize("nulls", [16, 64, 128])
+def test_k_starts_near_the_share_of_true_rows(nulls):
+    spec = RoutingSpec(d_model=32, num_experts=64, top_k=8, norm_topk_prob=False)
+    router = make_router("adamoe", {"nulls": nulls}, spec)
+    mask_TN = top_k_mask(router.score(torch.randn(500, 32), None), 8)
+    mean_k = mask_TN[:, :64].sum().item() / 500
+    assert mean_k == pytest.approx(8 * 64 / (64 + nulls), rel=0.05)
 
 
 def test_coefficient_falls_at_half_time():

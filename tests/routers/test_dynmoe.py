@@ -10,6 +10,7 @@ import torch
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import RoutingSpec
 from gemoe_ds.moe.step_context import StepContext
+from gemoe_ds.routers.dynmoe import balance_and_efficiency
 from tests.routers.cases import make_context, make_router
 
 SPEC = RoutingSpec(d_model=3, num_experts=3, top_k=1, norm_topk_prob=False)
@@ -91,6 +92,60 @@ def test_losses_by_hand():
     assert math.isclose(terms["diversity"].value.item(), 1.0, rel_tol=1e-5)
     mean_length = (2 + math.sqrt(2) + 3) / 3
     assert math.isclose(terms["simplicity"].value.item(), mean_length, rel_tol=1e-5)
+
+
+def released_losses(gates, valid):
+    """The load balance and the "efficiency" of the released code, token by token."""
+    rows = [row for row, is_valid in zip(gates, valid, strict=True) if is_valid]
+    served = [[g / sum(row) for g in row] for row in rows if sum(row) > 0]
+    num_experts = len(gates[0])
+    mean = [sum(column) / len(served) for column in zip(*served, strict=True)] if served else []
+    chosen = [row for row in rows if sum(row) > 0]
+    share = [sum(column) / len(served) for column in zip(*chosen, strict=True)]
+    balance = num_experts * sum(m * c for m, c in zip(mean, share, strict=True))
+    return balance, sum(map(sum, rows)) / max(1, len(rows) * num_experts)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_load_balance_and_efficiency_are_the_released_ones(seed):
+    """Ragged: padding, tokens and whole batches without experts, experts without tokens."""
+    torch.manual_seed(seed)
+    tokens, num_experts = 1 + 3 * seed, 5
+    valid_T = torch.rand(tokens) < 0.8
+    mask_TE = (torch.rand(tokens, num_experts) < [0.0, 0.2, 0.5][seed % 3]) & valid_T[:, None]
+    mask_TE[:, 1] = False
+    balance, efficiency = balance_and_efficiency(mask_TE.float(), mask_TE, valid_T)
+    expected = released_losses(mask_TE.long().tolist(), valid_T.tolist())
+    assert (balance.item(), efficiency.item()) == pytest.approx(expected)
+
+
+def test_golden_values_of_the_released_losses():
+    """k = 2, 1, 0: gates / k average to 3/4, 1/4, 0 over two tokens, choices to 1, 1/2, 0."""
+    router, x_TD, ctx = made([[1.0, 2.0, -1.0], [1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+    router(x_TD, ctx)
+    terms = ctx.layers[0].losses
+    assert terms["load_balance"].value.item() == pytest.approx(3 * (3 / 4 + 1 / 8))
+    assert terms["efficiency"].value.item() == pytest.approx(3 / 9)
+    assert {term.weight for term in terms.values()} == {0.01}
+    # both pull at the thresholds of chosen experts only, the second at every choice alike
+    (grad_E,) = torch.autograd.grad(terms["efficiency"].value, router.threshold.value_E)
+    torch.testing.assert_close(grad_E, -torch.tensor([2.0, 1.0, 0.0]) * 10 / 4 / 9)
+
+
+def test_the_load_balance_pulls_as_in_the_released_code():
+    """Its gates are divided by their own sum, with gradient; the choices have none."""
+    mask_TE = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    gates_TE = mask_TE.double().requires_grad_()
+    balance, _ = balance_and_efficiency(gates_TE, mask_TE, torch.ones(3, dtype=torch.bool))
+    (grad_TE,) = torch.autograd.grad(balance, gates_TE)
+    share = [1.0, 0.5, 0.0]
+    expected = torch.zeros(3, 3).double()
+    for t, k in ((0, 2), (1, 1)):
+        for j in range(3):
+            for e in range(3):
+                ratio = mask_TE[t, e].item() / k
+                expected[t, j] += 3 * share[e] / 2 * ((e == j) - ratio) / k
+    torch.testing.assert_close(grad_TE[:2], expected[:2])
 
 
 def test_idle_experts_close_and_the_first_opens_for_the_unserved():
