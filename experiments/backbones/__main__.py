@@ -25,6 +25,7 @@ from gemoe_ds.parser import Parser
 RUNS = Path("runs/backbones")
 SOURCES = {  # folder that ships: the run that makes it
     "annealed": "anneal_0",
+    "annealed_seed_1": "anneal_1",
     "plain": "pretrain_0",
 }
 
