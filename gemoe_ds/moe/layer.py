@@ -217,9 +217,8 @@ class MoELayer(nn.Module):
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
         router = self.router
         decision, logits_TE = router.decide(x_TD, self.ctx)
-        mask_TE, _ = router.split(decision.mask_TE)
         weights_TE, _ = router.split(decision.weights_TE)
-        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE)
+        preprocessed = self.dispatcher.dispatch_preprocess(router.dispatched(decision))
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):

@@ -205,9 +205,16 @@ class Router(Registered, nn.Module):
         return self.plan(decision)
 
     def plan(self, decision: Decision) -> RoutingPlan:
-        mask_TE, _ = self.split(decision.mask_TE)
         weights_TE, _ = self.split(decision.weights_TE)
-        return RoutingPlan.from_mask(mask_TE, weights_TE)
+        return RoutingPlan.from_mask(self.dispatched(decision), weights_TE)
+
+    def dispatched(self, decision: Decision) -> Tensor:
+        """The experts that run, bool [T, E]: those chosen, which is what k counts.
+
+        In training there may be more, of weight 0, whose outputs the gradient of a weight needs.
+        """
+        mask_TE, _ = self.split(decision.mask_TE)
+        return mask_TE
 
     def split(self, columns_TN: Tensor) -> tuple[Tensor, Tensor]:
         """Columns of the routed experts, and of the free ones."""
