@@ -1,12 +1,13 @@
 """DTop-p: top-p whose threshold a PI controller moves, so that the mean k is what was asked for.
 
-Jin et al. (arXiv 2512.13996); no public code. From the paper's abstract, all that we could read: one
-threshold p for the whole model, moved by a proportional-integral controller towards a target of
-activated experts; a normalisation of the logits that lets layers differ under the common p. Our
-reading: the controller's gains and its error, (target - mean k) / target over the tokens of a step;
-p starts at the quantile that meets the target on the first step's tokens, as few steps follow; a
-layer multiplies its logits by a learned number from 1 (`scale`), which keeps a pretrained gate as it
-is (`standardise` first divides by their deviation over the experts, for gates that have no scale).
+Jin et al. (arXiv 2512.13996); no public code, and of the paper we could read the abstract only.
+From it: one threshold p for the whole model, which a proportional-integral controller moves towards
+a target of activated experts; a normalisation of the logits that lets layers differ under the
+common p. Our reading: the controller's gains, and its error, (target - mean k) / target over the
+tokens of a step; p starts at what meets the target on the first step's tokens, as few steps follow;
+every layer multiplies its logits by a learned number, at first 1 (`scale`), so that a pretrained
+gate starts as it is. `standardise` divides by their deviation over the experts before, for gates
+whose scale means nothing.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ class DTopPRouter(Router):
             None, gt=0, description="mean k that p is moved towards; default: the backbone's k"
         )
         threshold: float | None = Field(
-            None, gt=0, lt=1, description="initial p; default: what meets target_k in the first step"
+            None,
+            gt=0,
+            lt=1,
+            description="initial p; default: what meets target_k on the first step's tokens",
         )
         proportional: float = Field(
-            0.05, ge=0, description="change of p for a change of the error (target - k) / target"
+            0.02, ge=0, description="change of p for a change of the error (target - k) / target"
         )
-        integral: float = Field(0.02, ge=0, description="change of p a step for an error of 1")
+        integral: float = Field(0.04, ge=0, description="change of p a step for an error of 1")
         normalize: Literal["scale", "standardise", "none"] = Field(
             "scale",
             description="scale: logits times a number learned per layer; standardise: divided by "

@@ -7,9 +7,9 @@ by the sum of all that were chosen, zero experts included, where the backbone di
 code). Our reading, for frozen experts: a backbone that does not divide keeps its own scale, the
 softmax over the real experts (the code's softmax over all columns is `raw`).
 
-Its two stages distil the frozen original: on text that the original wrote, then, at a quarter of
-the learning rate, on text that the student wrote. The router and its loss are the same in both. In
-this project both stages are one: `train.distill` on the training data (docs/routers.md).
+It trains in two stages that distil the frozen original: on text that the original wrote, then, at
+a quarter of the learning rate, on text that the student wrote. The router and its loss are the same
+in both; where the text comes from is no matter of a router.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ZEDARouter(Router):
         zero_weight: float = Field(
             2.0,
             gt=0,
-            description="w: the balance loss asks for a share w M / (E + w M) of zero experts among "
-            "the choices, so for a mean k of k E / (E + w M)",
+            description="w: the balance loss asks for a mean k of k E / (E + w M), with E real and "
+            "M zero experts; default: half of k",
         )
         k: int | None = Field(
             None, ge=1, description="choices a token, zero experts included; default: backbone's k"

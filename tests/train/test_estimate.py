@@ -91,6 +91,8 @@ def test_zero_divides_what_it_divides(setting, tmp_path):
         ({"name": "top_p", "threshold": 0.7}, 6),
         ({"name": "ada_k"}, 4.5),
         ({"name": "remoe", "target_k": 5.0}, 5),
+        ({"name": "beam"}, 4),  # closed masks run too
+        ({"name": "dtop_p", "target_k": 5.0}, 6),
     ],
 )
 def test_activations_are_those_of_the_most_experts_that_a_method_takes(
