@@ -110,5 +110,5 @@ class Mask(nn.Module):
         self.bias = nn.Parameter(torch.full((num_experts,), math.log(start / (1 - start))))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        soft_TE = (self.map(x_TD) + self.bias).sigmoid()
+        soft_TE: Tensor = (self.map(x_TD) + self.bias).sigmoid()
         return (soft_TE > 0.5).to(soft_TE.dtype) + (soft_TE - soft_TE.detach())
