@@ -102,6 +102,7 @@ class TokenContext:
         self.losses_without_gradient = False  # work out the losses under torch.no_grad() too
         self.rollout: str | None = None  # the pass that is under way, if it does not train
         self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains
+        self.memory: dict[str, Tensor] = {}  # what routers keep from one forward to the next
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins with empty records: those here hang in a graph."""

@@ -33,7 +33,7 @@ def top_k_decision(logits_TE: Tensor, k: int, how: str, spec: RoutingSpec) -> De
 
 def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
     """The combine weights: raw scores, or divided by the sum of the chosen ones."""
-    if how == "sum" or (how == "backbone" and spec.norm_topk_prob):
+    if divides_by_sum(how, spec):
         return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
     return scores_TE
 
@@ -58,6 +58,11 @@ def share_for_mean_k(before_TE: Tensor, valid_T: Tensor, mean_k: float) -> Tenso
         too_many = ((before_TE < middle).sum(1) * valid_T).sum() / count > mean_k
         low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
     return (low + high) / 2
+
+
+def divides_by_sum(how: str, spec: RoutingSpec) -> bool:
+    """Whether the combine weights of a token add up to 1."""
+    return how == "sum" or (how == "backbone" and spec.norm_topk_prob)
 
 
 def k_range(k_low: int, k_high: int | None, default: int, spec: RoutingSpec) -> tuple[int, int]:

@@ -1,0 +1,150 @@
+"""Threshold: the experts whose score passes one number, the same for all layers and tokens.
+
+Ours, not from a paper. What leaving an expert out costs is about its weight times the norm of its
+output, so that one number for the weights loses least at a mean k (see `score`, the same rule
+without training). Here a mean k stands for the number: a running histogram of the scores of all
+layers says which number so many experts pass. In training every sequence draws a mean k of its
+own, so that one training serves every budget; afterwards `mean_k` is the dial.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.per_layer import PerLayer, within
+from gemoe_ds.moe.router import Decision, RoutingSpec
+from gemoe_ds.moe.score_histogram import NUM_BINS, count_scores, passed_by
+from gemoe_ds.moe.score_rule import ScoreRule
+from gemoe_ds.moe.selection import divides_by_sum, top_k_mask, topk_weights
+from gemoe_ds.moe.step_context import StepContext
+
+GOLDEN = 0.6180339887498949
+
+
+class ThresholdRouter(ScoreRule):
+    """k = the number of scores that pass the threshold of a mean k, from k_low to k_high.
+
+    Until the first step nothing is known of the scores, and every token gets k_high experts.
+    """
+
+    name: ClassVar[str] = "threshold"
+    dial: ClassVar[str | None] = "mean_k"
+    mean_k: float
+    scores_H: Tensor  # how many of a token's k_high best scores lie where, in all layers
+
+    class Config(ScoreRule.Config):
+        mean_k: Annotated[PerLayer, within(0, math.inf)] = Field(
+            4.0,
+            description="mean k in evaluation and generation, of tokens such as those of training; "
+            "a list: one a layer; `gemoe evaluate --mean-k` finds what gives a mean k of others",
+        )
+        train_mean_k: tuple[float, float] | None = Field(
+            None,
+            description="range in which every sequence draws its mean k in training, evenly in "
+            "the logarithm; default: 1.5 to k_high",
+        )
+        memory: float = Field(
+            0.95, ge=0, lt=1, description="what a step leaves of the running histogram"
+        )
+        hold: bool = Field(
+            False,
+            description="in evaluation and generation let the threshold follow the scores, so "
+            "that their mean k stays at mean_k; a token's k then depends on those before it",
+        )
+        hold_tokens: int = Field(
+            4096, ge=1, description="how many of the last tokens decide with `hold`, about"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, spec: RoutingSpec) -> None:
+        super().__init__(config, spec)
+        low, high = config.train_mean_k or (min(1.5, self.k_high / 2), self.k_high)
+        if not 0 < low <= high <= self.k_high:
+            raise ConfigError(
+                f"model.router.train_mean_k=[{low:g}, {high:g}] must satisfy 0 < low <= high <= "
+                f"{self.k_high} (k_high)"
+            )
+        self.train_mean_k = low, high
+        self.register_buffer("scores_H", torch.zeros(NUM_BINS))
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
+        scores_TE = logits_TE.softmax(-1)
+        log_TK = self._log_weights(scores_TE.detach())
+        self._count(log_TK, ctx)
+        k_T = (log_TK >= self._log_threshold(ctx)).sum(-1).clamp(self.k_low, self.k_high)
+        mask_TE = top_k_mask(scores_TE, self.k_high, k_T)
+        weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
+        return Decision(scores_TE, mask_TE, weights_TE)
+
+    def _log_weights(self, scores_TE: Tensor) -> Tensor:
+        """Of the k_high best, falling: the weights that they would have if all of them were used.
+
+        0 for the first k_low, which pass every threshold.
+        """
+        best_TK = scores_TE.topk(self.k_high, dim=-1).values
+        if divides_by_sum(self.config.norm_topk_prob, self.spec):
+            best_TK = best_TK / best_TK.sum(-1, keepdim=True)
+        log_TK = best_TK.clamp_min(torch.finfo(best_TK.dtype).tiny).log()
+        log_TK[:, : self.k_low] = 0.0
+        return log_TK
+
+    def _log_threshold(self, ctx: TokenContext) -> Tensor:
+        """[T, 1] in training, else [1]."""
+        if self.training:
+            return passed_by(self.scores_H, self._drawn_mean_k(ctx) / self.k_high)[:, None]
+        known_H = self._followed(ctx) if self.config.hold else self.scores_H
+        return passed_by(known_H, known_H.new_tensor([self.mean_k / self.k_high]))
+
+    def _drawn_mean_k(self, ctx: TokenContext) -> Tensor:
+        """Of the sequence of every token, [T]; the same in all layers.
+
+        One number is drawn for the micro-batch; sequences go on from it in steps of the golden
+        ratio, which cover the range evenly however many they are.
+        """
+        cache, (low, high) = ctx.layers[0].cache, self.train_mean_k
+        if "mean_k_T" not in cache:
+            place_T = (torch.rand(()).item() + ctx.sequence_T.double() * GOLDEN) % 1
+            cache["mean_k_T"] = low * (high / low) ** place_T
+        return cache["mean_k_T"]
+
+    def _count(self, log_TK: Tensor, ctx: TokenContext) -> None:
+        if self.training:
+            self.record_of(ctx).cache["scores_H"] = count_scores(log_TK, ctx.is_valid_T)
+        elif self.config.hold:
+            self._followed(ctx)
+            ctx.memory["fresh_H"] += count_scores(log_TK, ctx.is_valid_T)
+
+    def _followed(self, ctx: TokenContext) -> Tensor:
+        """The running histogram of all layers before this forward; at first that of training."""
+        memory, cache = ctx.memory, ctx.layers[0].cache
+        if "followed_H" not in cache:  # the first layer of this forward
+            most = float(self.config.hold_tokens * self.k_high * len(ctx.layers))
+            known_H = memory.get("followed_H", self.scores_H.double() * most)
+            fresh_H = memory.get("fresh_H", torch.zeros_like(known_H))
+            memory["followed_H"] = known_H * (-fresh_H.sum() / most).exp() + fresh_H
+            memory["fresh_H"] = torch.zeros_like(known_H)
+            cache["followed_H"] = memory["followed_H"]
+        return cache["followed_H"]
+
+    def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
+        return {"scores_H": self.record_of(ctx).cache["scores_H"]}
+
+    def after_step(self, step_context: StepContext) -> None:
+        """All layers get the same histogram, as shares; the first step's as it is."""
+        fresh_H = step_context.model["scores_H"]
+        total = fresh_H.sum()
+        if total > 0:
+            memory = self.config.memory if self.scores_H.any() else 0.0
+            self.scores_H.lerp_((fresh_H / total).to(self.scores_H), 1 - memory)
+
+    @property
+    def dial_ends(self) -> tuple[float, float]:
+        return float(self.k_low), float(self.k_high)
