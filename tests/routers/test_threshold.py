@@ -1,0 +1,135 @@
+"""Threshold by hand: which experts pass, where the number comes from, and who holds a mean k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.step_context import StepContext
+from tests.routers.cases import SPEC, at_slot, make_context, make_router, ragged_tokens
+
+
+def trained_on(router, logits_TE, valid_T=None):
+    """The router after one step on such logits."""
+    valid_T = torch.ones(len(logits_TE), dtype=torch.bool) if valid_T is None else valid_T
+    ctx = make_context(valid_T[None])
+    router.train().select(logits_TE, torch.zeros(len(logits_TE), 16), ctx)
+    counts = router.step_counts(None, ctx)
+    router.after_step(StepContext(1, 10, counts, counts, None, None, None))
+    return router.eval()
+
+
+def mean_k(router, logits_TE, ctx=None):
+    ctx = ctx or make_context(torch.ones(1, len(logits_TE), dtype=torch.bool))
+    return router.select(logits_TE, torch.zeros(len(logits_TE), 16), ctx).mask_TE.sum(1).float()
+
+
+def random_logits(seed, tokens=4000, scale=1.5):
+    return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("renormalises", [False, True])
+@pytest.mark.parametrize("k_low, wanted", [(1, 1.5), (1, 3.3), (0, 0.7), (2, 2.5)])
+def test_one_number_gives_the_mean_k_that_is_asked_for(renormalises, k_low, wanted):
+    """The experts are those whose weight is at least the number that sorting all weights gives."""
+    spec = replace(SPEC, norm_topk_prob=renormalises)
+    logits_TE = random_logits(0)
+    router = make_router("threshold", {"mean_k": wanted, "k_low": k_low}, spec)
+    trained_on(router, logits_TE)
+    decision = router.select(logits_TE, None, make_context(torch.ones(1, 4000, dtype=torch.bool)))
+    best_TK = logits_TE.softmax(-1).sort(descending=True).values[:, :4]
+    if renormalises:
+        best_TK = best_TK / best_TK.sum(-1, keepdim=True)
+    best_TK[:, :k_low] = 1.0
+    number = best_TK.flatten().sort(descending=True).values[round(wanted * 4000) - 1]
+    expected_T = (best_TK >= number).sum(1)
+    k_T = decision.mask_TE.sum(1)
+    assert k_T.float().mean().item() == pytest.approx(wanted, rel=0.005)
+    assert (k_T != expected_T).float().mean() < 0.02  # within a bin of the histogram
+
+
+def test_before_the_first_step_every_token_gets_all():
+    router = make_router("threshold", {}).eval()
+    assert mean_k(router, random_logits(1)).unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("wanted, k", [(0.5, 1), (1.0, 1), (4.0, 4), (9.0, 4)])
+def test_beyond_the_range_of_k(wanted, k):
+    router = trained_on(make_router("threshold", {"mean_k": wanted}), random_logits(2))
+    assert mean_k(router, random_logits(3)).unique().tolist() == [k]
+
+
+def test_sequences_draw_their_mean_k_and_layers_share_it():
+    logits_TE = random_logits(4, tokens=6400)
+    valid = torch.ones(64, 100, dtype=torch.bool)
+    ctx = make_context(valid, layers=2)
+    routers = [make_router("threshold", {}, at_slot(SPEC, slot)) for slot in (1, 0)]
+    for router in routers:
+        router.scores_H = trained_on(make_router("threshold", {}), logits_TE).scores_H
+    state = torch.get_rng_state()
+    found = [mean_k(router.train(), logits_TE, ctx).view(64, 100).mean(1) for router in routers]
+    assert not torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(found[0], found[1])
+    wanted_S = ctx.layers[0].cache["mean_k_T"].view(64, 100)[:, 0].float()
+    assert wanted_S.min() < 1.6 and wanted_S.max() > 3.9
+    assert (found[0] - wanted_S).abs().max() < 0.5 and (found[0] - wanted_S).abs().mean() < 0.1
+
+
+def test_padding_does_not_count():
+    logits_TE = random_logits(5)
+    valid_T = torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.5
+    shifted_TE = torch.where(valid_T[:, None], logits_TE, logits_TE * 0)
+    kept = trained_on(make_router("threshold", {}), logits_TE[valid_T])
+    padded = trained_on(make_router("threshold", {}), shifted_TE, valid_T)
+    torch.testing.assert_close(kept.scores_H, padded.scores_H)
+    router = trained_on(make_router("threshold", {"hold": True}), logits_TE)
+    ctx = make_context(valid_T[None])
+    mean_k(router, shifted_TE, ctx)
+    assert ctx.memory["fresh_H"].sum() == 4 * valid_T.sum()
+
+
+def test_the_histogram_runs_and_is_of_all_layers():
+    router = make_router("threshold", {"memory": 0.75})
+    first, second = torch.zeros(320), torch.zeros(320)
+    first[100], second[200] = 8.0, 2.0
+    for counts in (first, second, torch.zeros(320)):
+        layer = {"scores_H": torch.rand(320)}
+        router.after_step(StepContext(1, 10, layer, {"scores_H": counts}, None, None, None))
+    assert router.scores_H[[100, 200]].tolist() == [0.75, 0.25]
+    assert router.scores_H.sum().item() == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 1000])
+def test_hold_meets_a_mean_k_where_the_scores_are_others(tokens):
+    """Flatter scores than those of training, in prefills and token by token."""
+    other_TE = random_logits(6, tokens=3000, scale=0.5)
+    found = {}
+    for hold in (False, True):
+        options = {"mean_k": 3.0, "hold": hold, "hold_tokens": 500}
+        router = trained_on(make_router("threshold", options), random_logits(7))
+        ctx = make_context(torch.ones(1, tokens, dtype=torch.bool))
+        ks = []
+        for some_TE in other_TE.split(tokens):
+            ctx.begin(None, torch.zeros(1, tokens, dtype=torch.bool))
+            ks.append(mean_k(router, some_TE, ctx))
+        found[hold] = torch.cat(ks)[-1500:].mean().item()
+    assert abs(found[False] - 3.0) > 0.3
+    assert abs(found[True] - 3.0) < 0.1
+
+
+def test_evaluation_leaves_what_was_trained():
+    router = trained_on(make_router("threshold", {"hold": True}), random_logits(8))
+    before = router.scores_H.clone()
+    for seed in range(3):
+        x_TD, ctx = ragged_tokens(seed)
+        router(x_TD, ctx)
+    assert torch.equal(router.scores_H, before)
+
+
+@pytest.mark.parametrize("given", [(0.0, 3.0), (3.0, 2.0), (2.0, 4.5)])
+def test_a_range_that_cannot_be_drawn_from(given):
+    with pytest.raises(ConfigError, match=r"train_mean_k=\[.*k_high"):
+        make_router("threshold", {"train_mean_k": given})
