@@ -4,6 +4,7 @@
     gemoe generate RUN/config.yaml --trained RUN --k 8 --data TEST --out DIR
                                             the base model at k = 8, then the trained router
     ... --mean-k 3 4 5                      the trained router, at 3, 4 and 5 experts on average
+    gemoe generate RECIPE --router score --mean-k 4 --data TEST --out DIR            no training
 
 The model writes the last answer of every sample, given the conversation before it: greedily, or
 sampled at --temperature. DIR/<routing>/answers.jsonl holds the answers; DIR/throughput.json and .md
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import ConfigError, exit_on_error
-from gemoe_ds.evaluation.arguments import session_parser
+from gemoe_ds.evaluation.arguments import check_routing, session_parser
 
 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None:
@@ -35,8 +36,7 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
     )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
-        if not (arguments.k or arguments.trained):
-            raise ConfigError("give --trained RUN, or --k K ... (static), or both")
+        check_routing(arguments)
         if min(arguments.max_new_tokens, arguments.rounds, arguments.batch) < 1:
             raise ConfigError("--max-new-tokens, --rounds and --batch are 1 at least")
         if arguments.limit is not None and arguments.limit < 1:

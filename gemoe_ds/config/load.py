@@ -94,7 +94,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[Path]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _parsed(path.read_text(encoding="utf-8-sig"), f"{path}: not valid YAML")
+        tree = parse_yaml(path.read_text(encoding="utf-8-sig"), f"{path}: not valid YAML")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this recipe: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -106,8 +106,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return dict(with_new_names(tree))
 
 
-def _parsed(text: str, said: str) -> Any:
-    """The YAML; ConfigError for what is none, and for placeholders that nobody here fills in."""
+def parse_yaml(text: str, said: str) -> Any:
+    """What it says; ConfigError for what is none, and for placeholders that nobody here fills in."""
     try:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -147,7 +147,7 @@ def _with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
                 f"override {override!r}: has no value; write it after the = without a space, or "
                 f"{dotted}=null"
             )
-        value = _parsed(text, f"override {override!r}: not a YAML value")
+        value = parse_yaml(text, f"override {override!r}: not a YAML value")
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}

@@ -22,7 +22,7 @@ from gemoe_ds.engine.world import any_over_ranks, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.generate import GenerationStats, Written, alone, generate
-from gemoe_ds.evaluation.session import EvalSession, session_config
+from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
 from gemoe_ds.evaluation.throughput import Cost, as_json, as_markdown
 from gemoe_ds.progress import GENERATE
 from gemoe_ds.train.profiling import peak_memory
@@ -43,7 +43,7 @@ class ModeResult:
 def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     """All samples with every routing, counted once and then timed in turns. Collective."""
     config = session_config(arguments)
-    samples, asked = open_samples(arguments.data), modes(arguments)
+    samples, asked = open_samples(arguments.data), modes(arguments, chosen_routers(arguments))
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
         found = {mode: ModeResult() for mode in asked}

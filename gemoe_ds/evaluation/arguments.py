@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,16 @@ class RoutingMode:
 
     folder: str = ""
     k: int | None = None  # static
-    mean_k: float | None = None  # a budget for the trained router
+    mean_k: float | None = None  # a budget
+    router: str | None = None  # one of --router; None: the recipe's
 
     def __str__(self) -> str:
         if self.k is not None:
             return f"k = {self.k}"
-        return "as trained" if self.mean_k is None else f"mean k {self.mean_k:g}"
+        budget = "" if self.mean_k is None else f"mean k {self.mean_k:g}"
+        if self.router is not None:
+            return f"{self.router}, {budget}" if budget else self.router
+        return budget or "as trained"
 
 
 def session_parser(description: str | None) -> Parser:
@@ -39,6 +44,13 @@ def session_parser(description: str | None) -> Parser:
     )
     parser.add_argument(
         "--k", type=int, nargs="+", help="fixed k of the base model, one or several"
+    )
+    parser.add_argument(
+        "--router",
+        nargs="+",
+        metavar="NAME",
+        help="routers without weights of their own, by name or '{name: score, k_low: 2}', on the "
+        "gates of the base model, or on those that --trained has tuned",
     )
     parser.add_argument(
         "--mean-k",
@@ -85,35 +97,52 @@ def evaluate_parser(description: str | None) -> Parser:
     return parser
 
 
+def check_routing(arguments: argparse.Namespace) -> None:
+    """ConfigError for ways to route that contradict each other, or none at all."""
+    if not (arguments.trained or arguments.k or arguments.router):
+        raise ConfigError(
+            "give --trained RUN (what it trained), --k K ... (static) or --router NAME (no training)"
+        )
+    if arguments.mean_k and not (arguments.trained or arguments.router):
+        raise ConfigError("--mean-k goes with --trained RUN or --router NAME")
+    for option in ("per_layer", "rescale"):
+        if getattr(arguments, option) and not arguments.mean_k:
+            raise ConfigError(f"--{option.replace('_', '-')} says how --mean-k is met; give it too")
+
+
 def check_evaluation(arguments: argparse.Namespace) -> None:
-    """ConfigError for options that contradict each other."""
-    if (arguments.trained is None) == (arguments.k is None):
+    """The same, for `gemoe evaluate` alone."""
+    check_routing(arguments)
+    if arguments.trained and arguments.k:
         raise ConfigError("give --trained RUN (what it trained) or --k K ... (static), not both")
-    if arguments.flips and arguments.k:
-        raise ConfigError("--flips compares the k of a trained router; a static k never flips")
-    if arguments.mean_k and (arguments.k or arguments.flips):
-        raise ConfigError("--mean-k goes with --trained RUN, without --k and --flips")
+    if arguments.flips and (arguments.k or arguments.router or arguments.mean_k):
+        raise ConfigError(
+            "--flips compares the k of a trained router as it is: leave --mean-k and --router out; "
+            "a static k never flips"
+        )
     if arguments.flips and arguments.skip_done:
         raise ConfigError("--flips compares what is evaluated now; leave --skip-done out")
     if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
         raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
 
 
-def check_budgets(arguments: argparse.Namespace) -> None:
-    """ConfigError for options that say how --mean-k is met, without it."""
-    for option in ("per_layer", "rescale"):
-        if getattr(arguments, option) and not arguments.mean_k:
-            raise ConfigError(f"--{option.replace('_', '-')} says how --mean-k is met; give it too")
+def modes(arguments: argparse.Namespace, routers: Iterable[str] = ()) -> list[RoutingMode]:
+    """The static ones; then what was trained, or --router, with every budget if there are some.
 
-
-def modes(arguments: argparse.Namespace) -> list[RoutingMode]:
-    """The static ones, then the budgets; what was trained as it is where no budget is asked for."""
+    `routers`: the names that --router gives.
+    """
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: is a file; give a folder")
     static = [RoutingMode(f"k_{k}", k=k) for k in arguments.k or []]
-    if arguments.mean_k and not arguments.trained:
-        raise ConfigError("--mean-k goes with --trained RUN")
-    check_budgets(arguments)
-    budgets = [RoutingMode(f"mean_k_{k:g}", mean_k=k) for k in arguments.mean_k or []]
-    trained = budgets or ([RoutingMode("trained")] if arguments.trained else [])
-    return static + trained
+    budgets = arguments.mean_k or [None]
+    if arguments.router:
+        return static + [
+            RoutingMode(name if k is None else f"{name}_mean_k_{k:g}", mean_k=k, router=name)
+            for name in routers
+            for k in budgets
+        ]
+    if not arguments.trained:
+        return static
+    return static + [
+        RoutingMode("trained" if k is None else f"mean_k_{k:g}", mean_k=k) for k in budgets
+    ]

@@ -35,8 +35,9 @@ from gemoe_ds.evaluation.arguments import (
     modes,
 )
 from gemoe_ds.evaluation.score import Scores
-from gemoe_ds.evaluation.session import EvalSession, session_config
+from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.score_rule import ScoreRule
 from gemoe_ds.train.monitor import seconds_in
 
 
@@ -48,6 +49,8 @@ def evaluate(
     trained: str | Path | None = None,
     k: int | Sequence[int] = (),
     mean_k: float | Sequence[float] = (),
+    router: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = (),
+    per_layer: bool = False,
     batch: int | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, EvalRecord]:
@@ -61,7 +64,11 @@ def evaluate(
         out: folder of the results.
         trained: the run whose trained parts are loaded; or else
         k: experts a token, static, one evaluation each.
-        mean_k: budgets for what was trained, mean experts a token, one evaluation each.
+        mean_k: budgets for what was trained or for `router`, mean experts a token, one evaluation
+            each.
+        router: routers without weights of their own, by name or as {"name": "score", "k_low": 2},
+            on the gates of the base model, or on those that `trained` has tuned.
+        per_layer: every layer meets `mean_k` by itself.
         batch: samples per rank in one forward pass; None: 64.
         stop: ask it to stop, and the evaluation ends between two batches.
 
@@ -79,6 +86,9 @@ def evaluate(
     arguments.recipe, arguments.overrides = config, list(overrides)
     arguments.trained = None if trained is None else Path(trained)
     arguments.k, arguments.mean_k = _listed("k", k), _listed("mean_k", mean_k)
+    one = isinstance(router, str | Mapping)
+    arguments.router = [router] if one else list(router)
+    arguments.per_layer = per_layer
     if batch is not None:
         if batch < 1:
             raise ConfigError(f"batch={batch}: must be at least 1")
@@ -104,7 +114,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     """All samples once with every routing; a line and a folder each. Collective."""
     config = session_config(arguments)
     samples = open_samples(arguments.data)
-    asked = modes(arguments)
+    asked = modes(arguments, chosen_routers(arguments))
     folders = []
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
@@ -115,9 +125,9 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
                 session.say(f"done before: {out}")
                 continue
             session.set_routing(mode)
-            name = config.model.router.name
-            k = session.model.moe_layers[0].router.static_k
-            session.say(f"evaluating {name}{'' if k is None else f' k={k}'}")
+            router = session.model.moe_layers[0].router
+            k = router.static_k
+            session.say(f"evaluating {router.name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
             scores = session.scored(samples)
             if world.is_first:
@@ -141,8 +151,10 @@ def write_scores(
     k: int | None,
     seconds: float,
 ) -> None:
-    arguments, name = session.arguments, session.config.model.router.name
-    tuned = arguments.trained and name == "top_k"
+    arguments, router = session.arguments, session.model.moe_layers[0].router
+    name = router.name
+    rule = mode.router is not None or name == "top_k" or isinstance(router, ScoreRule)
+    tuned = arguments.trained and rule  # its gates, of which the router's name says nothing
     record, tokens = record_of(
         session.model,
         scores,

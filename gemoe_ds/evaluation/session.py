@@ -29,6 +29,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode
 from gemoe_ds.evaluation.budget import Budget, check_dial, fit_budget_to
 from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.evaluation.untrained import Chosen, choose, on_gates
 from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import EVALUATE
 from gemoe_ds.train.assemble import build_collator, build_model
@@ -55,10 +56,12 @@ class EvalSession:
         self.model = build_model(config, shard, memory, show_progress=world.is_first)
         self.model.to(world.device)
         self.routers = [layer.router for layer in self.model.moe_layers]
-        self.static = self._static_routers() if arguments.k else []
+        top_k = Router.named("top_k")
+        self.static = self._on_gates((top_k, top_k.Config())) if arguments.k else []
         if self.checkpoint:
             load_trained_weights(self.model, self.checkpoint)
             self.say(f"trained parts from {self.checkpoint}")
+        self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)
         self._logs: dict[Path, BadSampleLog] = {}
 
@@ -117,18 +120,18 @@ class EvalSession:
         bar = Progress(stream, desc=title or phase, unit="batch", disable=not self.world.is_first)
         return until_stopped(bar, phase, self.stop, self.world, BETWEEN)
 
-    def _static_routers(self) -> list[Router]:
-        """Of the gates as they were before training."""
-        top_k = Router.named("top_k")
-        static = []
-        for router, routing in zip(self.routers, self.model.routing, strict=True):
-            static.append(top_k(top_k.Config(), routing))
-            static[-1].adopt_gate(router.gate.weight.detach().clone())
-        return static
+    def _on_gates(self, chosen: Chosen) -> list[Router]:
+        """Other routers on the gates as they are now."""
+        return on_gates(chosen, [r.gate.weight for r in self.routers], self.model.routing)
+
+    def routers_of(self, mode: RoutingMode) -> list[Router]:
+        if mode.k is not None:
+            return self.static
+        return self.routers if mode.router is None else self.others[mode.router]
 
     def set_routing(self, mode: RoutingMode) -> Budget | None:
         """Route in this way from now on."""
-        routers = self.routers if mode.k is None else self.static
+        routers = self.routers_of(mode)
         for layer, router in zip(self.model.moe_layers, routers, strict=True):
             layer.router = router
             if mode.k is not None:
@@ -138,7 +141,7 @@ class EvalSession:
                     )
                 router.k = router.static_k = mode.k  # type: ignore[assignment]
         self.model.to(self.world.device)
-        return None if mode.mean_k is None else self.fit_budget(mode.mean_k)
+        return None if mode.mean_k is None else self.fit_budget(routers, mode.mean_k)
 
     def routes(self, modes: list[RoutingMode]) -> Callable[[RoutingMode], None]:
         """`set_routing` for turns among several modes: each budget is met once, here."""
@@ -147,11 +150,11 @@ class EvalSession:
         def again(mode: RoutingMode) -> None:
             self.set_routing(replace(mode, mean_k=None))
             if budget := budgets[mode]:
-                budget.apply(self.routers)
+                budget.apply(self.routers_of(mode))
 
         return again
 
-    def fit_budget(self, mean_k: float) -> Budget:
+    def fit_budget(self, routers: list[Router], mean_k: float) -> Budget:
         """Move the dial until the model uses so many experts on the calibration samples."""
         arguments, data = self.arguments, self.config.data
         place = arguments.calibrate or data.validation_path or data.train_path
@@ -161,10 +164,15 @@ class EvalSession:
             k_LN = self.scored(known, arguments.calibration_samples).tokens()[1]
             return [float(mean) for mean in k_LN.mean(1)]
 
-        target = [mean_k] * len(self.routers) if arguments.per_layer else mean_k
-        budget = fit_budget_to(self.routers, target, measured, rescale=arguments.rescale)
+        target = [mean_k] * len(routers) if arguments.per_layer else mean_k
+        budget = fit_budget_to(routers, target, measured, rescale=arguments.rescale)
         self.say(f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: {budget}")
         return budget
+
+
+def chosen_routers(arguments: argparse.Namespace) -> dict[str, Chosen]:
+    """Those of --router, by name."""
+    return choose(arguments.router or [])
 
 
 def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
@@ -172,13 +180,17 @@ def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
 
     Every rank has all experts unless it says otherwise: then there is nothing to exchange.
     """
+    chosen = chosen_routers(arguments)
     overrides = list(arguments.overrides)
-    if arguments.k and not arguments.trained:
-        overrides.append(f"model.router={{name: top_k, k: {arguments.k[0]}}}")
+    if not arguments.trained:
+        k = arguments.k[0] if arguments.k else None
+        overrides.append("model.router={name: top_k" + ("" if k is None else f", k: {k}") + "}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
     config = as_config(arguments.recipe, [*overrides, *more])
     if arguments.mean_k:
-        check_dial(config.model.router.router_class, rescale=arguments.rescale)
+        own = [config.model.router.router_class] * (not chosen)
+        for router in [*own, *(router for router, _ in chosen.values())]:
+            check_dial(router, rescale=arguments.rescale)
     validate_evaluation(config)
     return config
