@@ -107,7 +107,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, said: str) -> Any:
-    """What it says; ConfigError for what is none, and for placeholders that nobody here fills in."""
+    """What it says; ConfigError for what is none, and for placeholders that nobody fills in."""
     try:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

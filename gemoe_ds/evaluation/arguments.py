@@ -101,7 +101,7 @@ def check_routing(arguments: argparse.Namespace) -> None:
     """ConfigError for ways to route that contradict each other, or none at all."""
     if not (arguments.trained or arguments.k or arguments.router):
         raise ConfigError(
-            "give --trained RUN (what it trained), --k K ... (static) or --router NAME (no training)"
+            "give --trained RUN (what it trained), --k K ... (static) or --router NAME (untrained)"
         )
     if arguments.mean_k and not (arguments.trained or arguments.router):
         raise ConfigError("--mean-k goes with --trained RUN or --router NAME")

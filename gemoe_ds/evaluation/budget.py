@@ -51,6 +51,17 @@ def check_dial(router: type[Router], *, rescale: bool = False) -> None:
         raise ConfigError(f"router {router.name!r} has no {FACTOR}; leave --rescale out")
 
 
+def range_of_k(router: Router, target: float) -> tuple[int, int]:
+    """The smallest and the largest k; ConfigError if the target is not between them."""
+    low_k, high_k = router.min_k, router.max_k
+    if not low_k < target < high_k:
+        raise ConfigError(
+            f"--mean-k {target:g} cannot be met: k goes from {low_k} to {high_k} "
+            "(model.router.k_low and k_high)"
+        )
+    return low_k, high_k
+
+
 def fit_budget_to(
     routers: Sequence[Router],
     target: float | Sequence[float],
@@ -105,12 +116,7 @@ class _Search:
         self.routers, self.layers, self.target = routers[layers], layers, target
         first = self.routers[0]
         self.option, other = (FACTOR, first.dial) if rescale else (str(first.dial), FACTOR)
-        low_k, high_k = first.min_k, first.max_k
-        if not low_k < target < high_k:
-            raise ConfigError(
-                f"--mean-k {target:g} cannot be met: k goes from {low_k:g} to {high_k:g} "
-                "(model.router.k_low and k_high)"
-            )
+        low_k, high_k = range_of_k(first, target)
         for router in self.routers:
             if hasattr(router, str(other)):
                 setattr(router, str(other), router.Config.model_fields[str(other)].default)

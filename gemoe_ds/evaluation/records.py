@@ -36,8 +36,8 @@ from gemoe_ds.evaluation.arguments import (
 )
 from gemoe_ds.evaluation.score import Scores
 from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
+from gemoe_ds.evaluation.untrained import is_rule
 from gemoe_ds.models.moe_model import MoEModel
-from gemoe_ds.moe.score_rule import ScoreRule
 from gemoe_ds.train.monitor import seconds_in
 
 
@@ -153,8 +153,9 @@ def write_scores(
 ) -> None:
     arguments, router = session.arguments, session.model.moe_layers[0].router
     name = router.name
-    rule = mode.router is not None or name == "top_k" or isinstance(router, ScoreRule)
-    tuned = arguments.trained and rule  # its gates, of which the router's name says nothing
+    # Of these the run has tuned the gates alone, of which the router's name says nothing.
+    rule = mode.router is not None or name == "top_k" or is_rule(router)
+    tuned = arguments.trained and rule
     record, tokens = record_of(
         session.model,
         scores,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.signals import until_stopped
@@ -27,8 +29,9 @@ from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode
-from gemoe_ds.evaluation.budget import Budget, check_dial, fit_budget_to
+from gemoe_ds.evaluation.budget import Budget, check_dial, fit_budget_to, range_of_k
 from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.evaluation.sensitivity import measure_losses, spend
 from gemoe_ds.evaluation.untrained import Chosen, choose, on_gates
 from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import EVALUATE
@@ -64,6 +67,7 @@ class EvalSession:
         self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)
         self._logs: dict[Path, BadSampleLog] = {}
+        self._losses: dict[str, np.ndarray] = {}  # of `measure_losses`, by router
 
     def say(self, text: str) -> None:
         if self.world.is_first:
@@ -158,14 +162,22 @@ class EvalSession:
         """Move the dial until the model uses so many experts on the calibration samples."""
         arguments, data = self.arguments, self.config.data
         place = arguments.calibrate or data.validation_path or data.train_path
-        known = open_samples(place)
+        known, first = open_samples(place), routers[0]
+
+        def scored() -> Scores:
+            return self.scored(known, arguments.calibration_samples)
 
         def measured() -> list[float]:
-            k_LN = self.scored(known, arguments.calibration_samples).tokens()[1]
-            return [float(mean) for mean in k_LN.mean(1)]
+            return [float(mean) for mean in scored().tokens()[1].mean(1)]
 
-        target = [mean_k] * len(routers) if arguments.per_layer else mean_k
-        budget = fit_budget_to(routers, target, measured, rescale=arguments.rescale)
+        if first.budgets_by_sensitivity and not arguments.per_layer:
+            range_of_k(first, mean_k)
+            if first.name not in self._losses:
+                self._losses[first.name] = measure_losses(routers, lambda: scored().loss)
+            budget = spend(routers, mean_k, self._losses[first.name], measured)
+        else:
+            target = [mean_k] * len(routers) if arguments.per_layer else mean_k
+            budget = fit_budget_to(routers, target, measured, rescale=arguments.rescale)
         self.say(f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: {budget}")
         return budget
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gemoe_ds.config.load import parse_yaml
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.moe.score_rule import ScoreRule
 from gemoe_ds.registry import ConfigModel
 
 Chosen = tuple[type[Router], ConfigModel]  # a router's class and options
@@ -49,13 +50,18 @@ def choose(given: Iterable[str | Mapping[str, Any]]) -> dict[str, Chosen]:
 
 
 def routes_untrained(router: type[Router], config: ConfigModel) -> bool:
-    """Whether it chooses by the gate, and has no weights beside it."""
+    """Whether it chooses by the gate, and holds nothing beside it that training has found."""
     with torch.random.fork_rng(devices=[]):
         try:
             probe = router(config, _SPEC)
         except ConfigError:  # of sizes that are not the model's: it will say so of these
             return True
-    return probe.gate.weight.requires_grad and len(list(probe.parameters())) == 1
+    return probe.gate.weight.requires_grad and len(probe.state_dict()) == 1
+
+
+def is_rule(router: Router) -> bool:
+    """Whether it is a rule on the gate's scores, and has found nothing in training."""
+    return isinstance(router, ScoreRule) and len(router.state_dict()) == 1
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ class Router(Registered, nn.Module):
     # The one number that moves the mean k after training: the name of a `PerLayer` option, and of
     # the attribute that holds this layer's value of it. None: the method has none.
     dial: ClassVar[str | None] = None
+    # Whether the dial is a layer's mean k, and a budget is shared out by what layers lose by it.
+    budgets_by_sensitivity: ClassVar[bool] = False
 
     def __init__(
         self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()

@@ -34,13 +34,13 @@ class ScoreRule(Router):
         self.k_low, self.k_high = k_range(config.k_low, config.k_high, spec.top_k, spec)
 
     @abstractmethod
-    def count(self, scores_TE: Tensor, best_TK: Tensor) -> Tensor:
+    def count(self, scores_TE: Tensor, best_TK: Tensor, ctx: TokenContext) -> Tensor:
         """How many experts a token would get, [T]; best_TK are its k_high best scores, falling."""
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
         best_TK = scores_TE.detach().topk(self.k_high, dim=-1).values
-        k_T = self.count(scores_TE.detach(), best_TK).clamp(self.k_low, self.k_high)
+        k_T = self.count(scores_TE.detach(), best_TK, ctx).clamp(self.k_low, self.k_high)
         mask_TE = top_k_mask(scores_TE, self.k_high, k_T)
         weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
         return Decision(scores_TE, mask_TE, weights_TE)

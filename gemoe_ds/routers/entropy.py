@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gemoe_ds.moe import losses
+from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.per_layer import PerLayer
 from gemoe_ds.moe.score_rule import ScoreRule
 
@@ -35,7 +36,7 @@ class EntropyRouter(ScoreRule):
 
     config: Config
 
-    def count(self, scores_TE: Tensor, best_TK: Tensor) -> Tensor:
+    def count(self, scores_TE: Tensor, best_TK: Tensor, ctx: TokenContext) -> Tensor:
         return (self.config.slope * losses.entropy_bits(scores_TE) + self.shift).round()
 
     @property

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.score_rule import ScoreRule
 
@@ -33,7 +34,7 @@ class RatioRouter(ScoreRule):
 
     config: Config
 
-    def count(self, scores_TE: Tensor, best_TK: Tensor) -> Tensor:
+    def count(self, scores_TE: Tensor, best_TK: Tensor, ctx: TokenContext) -> Tensor:
         return (best_TK >= self.ratio * best_TK[:, :1]).sum(-1)
 
     @property

@@ -13,8 +13,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.score_rule import ScoreRule
+from gemoe_ds.moe.selection import divides_by_sum
 
 
 class ScoreRouter(ScoreRule):
@@ -38,16 +40,12 @@ class ScoreRouter(ScoreRule):
 
     config: Config
 
-    def count(self, scores_TE: Tensor, best_TK: Tensor) -> Tensor:
+    def count(self, scores_TE: Tensor, best_TK: Tensor, ctx: TokenContext) -> Tensor:
         share = self.config.share
-        if share == "yes" or (share == "backbone" and self._renormalises):
+        backbone = divides_by_sum(self.config.norm_topk_prob, self.spec)
+        if share == "yes" or (share == "backbone" and backbone):
             best_TK = best_TK / best_TK.sum(-1, keepdim=True)
         return (best_TK >= self.threshold).sum(-1)
-
-    @property
-    def _renormalises(self) -> bool:
-        how = self.config.norm_topk_prob
-        return how == "sum" or (how == "backbone" and self.spec.norm_topk_prob)
 
     @property
     def dial_ends(self) -> tuple[float, float]:

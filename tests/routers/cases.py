@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
     },
     "ltdr": {"paper": {"norm_topk_prob": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},
+    "ratio": {"half": {"ratio": 0.5}},
+    "mass": {"most": {"share": 0.8}},
+    "alloc_moe": {"fraction": {"k": 2.3}},
     "score": {
         "half": {"threshold": 0.15},
         "share": {"threshold": 0.25, "share": "yes", "k_low": 0},
