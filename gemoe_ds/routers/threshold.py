@@ -47,8 +47,15 @@ class ThresholdRouter(ScoreRule):
         )
         train_mean_k: tuple[float, float] | None = Field(
             None,
-            description="range in which every sequence draws its mean k in training, evenly in "
-            "the logarithm; default: 1.5 to k_high",
+            description="range from which every sequence draws its mean k in training; default: "
+            "1.5 to k_high",
+        )
+        edge: float = Field(
+            0.5,
+            ge=0,
+            description="width of the threshold's edge, in the logarithm of scores, within which "
+            "cross-entropy teaches the gate which experts to use; in training all k_high are then "
+            "computed; 0: no such gradient, and only used experts are",
         )
         memory: float = Field(
             0.95, ge=0, lt=1, description="what a step leaves of the running histogram"
@@ -79,22 +86,34 @@ class ThresholdRouter(ScoreRule):
         scores_TE = logits_TE.softmax(-1)
         log_TK = self._log_weights(scores_TE.detach())
         self._count(log_TK, ctx)
-        k_T = (log_TK >= self._log_threshold(ctx)).sum(-1).clamp(self.k_low, self.k_high)
+        log_threshold_T1 = self._log_threshold(ctx).to(log_TK.dtype)
+        k_T = (log_TK >= log_threshold_T1).sum(-1).clamp(self.k_low, self.k_high)
         mask_TE = top_k_mask(scores_TE, self.k_high, k_T)
         weights_TE = topk_weights(scores_TE, mask_TE, self.config.norm_topk_prob, self.spec)
-        return Decision(scores_TE, mask_TE, weights_TE)
+        if not self.training or not self.config.edge:
+            return Decision(scores_TE, mask_TE, weights_TE)
+        # Of value 1 where an expert is used and 0 where it is not, with the slope of a sigmoid.
+        soft_TE = ((self._log_of(scores_TE) - log_threshold_T1) / self.config.edge).sigmoid()
+        slope_TE = weights_TE.detach() * (soft_TE - soft_TE.detach())
+        weights_TE = torch.where(mask_TE, weights_TE, 0.0) + slope_TE
+        return Decision(scores_TE, top_k_mask(scores_TE, self.k_high), weights_TE)
 
     def _log_weights(self, scores_TE: Tensor) -> Tensor:
         """Of the k_high best, falling: the weights that they would have if all of them were used.
 
         0 for the first k_low, which pass every threshold.
         """
-        best_TK = scores_TE.topk(self.k_high, dim=-1).values
-        if divides_by_sum(self.config.norm_topk_prob, self.spec):
-            best_TK = best_TK / best_TK.sum(-1, keepdim=True)
-        log_TK = best_TK.clamp_min(torch.finfo(best_TK.dtype).tiny).log()
+        log_TK = self._log_of(scores_TE).topk(self.k_high, dim=-1).values
         log_TK[:, : self.k_low] = 0.0
         return log_TK
+
+    def _log_of(self, scores_TE: Tensor) -> Tensor:
+        """The scores' logarithms, or those of their shares of the k_high best's sum, [T, E]."""
+        log_TE = scores_TE.clamp_min(torch.finfo(scores_TE.dtype).tiny).log()
+        if divides_by_sum(self.config.norm_topk_prob, self.spec):
+            best_TK = scores_TE.topk(self.k_high, dim=-1).values
+            log_TE = log_TE - best_TK.sum(-1, keepdim=True).log()
+        return log_TE
 
     def _log_threshold(self, ctx: TokenContext) -> Tensor:
         """[T, 1] in training, else [1]."""
@@ -112,7 +131,7 @@ class ThresholdRouter(ScoreRule):
         cache, (low, high) = ctx.layers[0].cache, self.train_mean_k
         if "mean_k_T" not in cache:
             place_T = (torch.rand(()).item() + ctx.sequence_T.double() * GOLDEN) % 1
-            cache["mean_k_T"] = low * (high / low) ** place_T
+            cache["mean_k_T"] = low + (high - low) * place_T
         return cache["mean_k_T"]
 
     def _count(self, log_TK: Tensor, ctx: TokenContext) -> None:

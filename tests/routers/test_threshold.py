@@ -66,7 +66,7 @@ def test_sequences_draw_their_mean_k_and_layers_share_it():
     logits_TE = random_logits(4, tokens=6400)
     valid = torch.ones(64, 100, dtype=torch.bool)
     ctx = make_context(valid, layers=2)
-    routers = [make_router("threshold", {}, at_slot(SPEC, slot)) for slot in (1, 0)]
+    routers = [make_router("threshold", {"edge": 0}, at_slot(SPEC, slot)) for slot in (1, 0)]
     for router in routers:
         router.scores_H = trained_on(make_router("threshold", {}), logits_TE).scores_H
     state = torch.get_rng_state()
@@ -76,6 +76,40 @@ def test_sequences_draw_their_mean_k_and_layers_share_it():
     wanted_S = ctx.layers[0].cache["mean_k_T"].view(64, 100)[:, 0].float()
     assert wanted_S.min() < 1.6 and wanted_S.max() > 3.9
     assert (found[0] - wanted_S).abs().max() < 0.5 and (found[0] - wanted_S).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("renormalises", [False, True])
+def test_the_edge_teaches_the_gate_and_changes_no_output(renormalises):
+    """All k_high are computed. The weights are those without an edge; their gradient is that of
+    weight * sigmoid((log p - log threshold) / edge), the weight and the threshold as they are."""
+    spec = replace(SPEC, norm_topk_prob=renormalises)
+    logits_TE = random_logits(9, tokens=60).requires_grad_()
+    valid_T = torch.ones(60, dtype=torch.bool)
+    gradients, hard_TE = [], None
+    for edge in (0.0, 0.7):
+        options = {"edge": edge, "train_mean_k": (2.0, 2.0)}
+        router = trained_on(make_router("threshold", options, spec), random_logits(10)).train()
+        decision = router.select(logits_TE, None, make_context(valid_T[None]))
+        used_TE = torch.where(decision.mask_TE, decision.weights_TE, 0.0)
+        out_TE = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+        gradients += torch.autograd.grad((used_TE * out_TE).sum(), logits_TE)
+        if edge:
+            torch.testing.assert_close(used_TE, hard_TE)
+            assert decision.mask_TE.sum(1).unique().tolist() == [4]
+        hard_TE = used_TE.detach()
+    assert 1.8 < (hard_TE > 0).sum(1).float().mean() < 2.2
+    scores_TE = logits_TE.softmax(-1)
+    mask_TE = scores_TE >= scores_TE.topk(4).values[:, 3:]
+    whole_T1 = (scores_TE * mask_TE).sum(1, keepdim=True) if renormalises else 1.0
+    log_threshold = router._log_threshold(make_context(valid_T[None]))[0].float()
+    soft_TE = (((scores_TE / whole_T1).log() - log_threshold) / 0.7).sigmoid()
+    weights_TE = (
+        (scores_TE / (scores_TE * (hard_TE > 0)).sum(1, keepdim=True))
+        if renormalises
+        else scores_TE
+    )
+    more = torch.autograd.grad((weights_TE.detach() * soft_TE * mask_TE * out_TE).sum(), logits_TE)
+    torch.testing.assert_close(gradients[1] - gradients[0], more[0])
 
 
 def test_padding_does_not_count():
