@@ -5,14 +5,15 @@ router beside the gate, sigmoid(x W_m) cut at 0.5, which multiplies the weights 
 after their normalisation; straight-through gradient to all k, also those that are masked; the L1
 loss on the mask; load balance of the gate alone. Our reading: W_m starts at 0 with a bias that lets
 all k through, so that training starts from the backbone's own routing; a masked expert feels the L1
-loss as the others do (the derivative of |m| at 0 is taken as that of m).
+loss as the others do (the derivative of |m| at 0 is taken as that of m); another cut than 0.5 after
+training moves the mean k.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +23,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
+from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.selection import top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
@@ -39,6 +41,8 @@ class BEAMRouter(Router):
     """The experts of top-k whose mask is open: a token uses 0 to k."""
 
     name: ClassVar[str] = "beam"
+    dial: ClassVar[str | None] = "cut"
+    cut: float
 
     class Config(ConfigModel):
         k: int | None = Field(
@@ -47,8 +51,9 @@ class BEAMRouter(Router):
         sparsity_weight: float = Field(
             0.1, ge=0, description="beta: coefficient of the share of the k that is open"
         )
-        start: float = Field(
-            0.75, gt=0.5, lt=1, description="sigmoid of every mask before training; open above 0.5"
+        start: float = Field(0.75, gt=0, lt=1, description="sigmoid of every mask before training")
+        cut: Annotated[PerLayer, within(0, 1)] = Field(
+            0.5, description="an expert of top-k is used where the sigmoid of its mask is above it"
         )
         balance_weight: float = Field(
             0.001, ge=0, description="alpha: coefficient of the load balance of top-k"
@@ -73,7 +78,8 @@ class BEAMRouter(Router):
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
         top_TE = top_k_mask(scores_TE, self.k) & ctx.is_valid_T[:, None]
-        open_TE = self.mask(x_TD)
+        soft_TE = self.mask(x_TD)
+        open_TE = (soft_TE > self.cut).to(soft_TE.dtype) + (soft_TE - soft_TE.detach())
         weights_TE = topk_weights(scores_TE, top_TE, self.config.norm_topk_prob, self.spec)
         is_open_TE = top_TE & (open_TE > 0)
         return BEAMDecision(scores_TE, is_open_TE, weights_TE * open_TE, top_TE, open_TE)
@@ -96,12 +102,16 @@ class BEAMRouter(Router):
         }
 
     @property
+    def dial_ends(self) -> tuple[float, float]:
+        return 1.0, 0.0
+
+    @property
     def max_k(self) -> int:
         return self.k
 
 
 class Mask(nn.Module):
-    """1 where sigmoid(x W_m + bias) > 0.5, else 0, [T, E]; its gradient is the sigmoid's."""
+    """sigmoid(x W_m + bias), [T, E]."""
 
     def __init__(self, d_model: int, num_experts: int, start: float) -> None:
         super().__init__()
@@ -111,4 +121,4 @@ class Mask(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         soft_TE: Tensor = (self.map(x_TD) + self.bias).sigmoid()
-        return (soft_TE > 0.5).to(soft_TE.dtype) + (soft_TE - soft_TE.detach())
+        return soft_TE

@@ -23,7 +23,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import topk_weights
+from gemoe_ds.moe.selection import mass_before, topk_weights
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
@@ -105,8 +105,7 @@ class DTopPRouter(Router):
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
-        sorted_TE, order_TE = scores_TE.sort(stable=True, dim=-1, descending=True)
-        before_TE = (sorted_TE.cumsum(-1) - sorted_TE).detach()
+        before_TE, order_TE = mass_before(scores_TE.detach())
         is_in_TE = before_TE <= self.threshold
         is_in_TE[:, 0] = True
         mask_TE = torch.zeros_like(is_in_TE).scatter(1, order_TE, is_in_TE)

@@ -100,6 +100,16 @@ def test_a_layer_trains_and_evaluates_to_the_same_output():
     assert 0 < found[0][1].float().mean() < 0.75 * WIDE.top_k
 
 
+def test_the_cut_moves_k_from_0_to_all_of_top_k():
+    x_TD, ctx = ragged_tokens(2)
+    router = make_router("beam", {}).eval()
+    torch.nn.init.normal_(router.mask.map.weight)
+    found = []
+    for router.cut in (1.0, 0.9, 0.5, 0.1, 0.0):
+        found.append(router(x_TD, ctx).token_ids_A.numel() / int(ctx.is_valid_T.sum()))
+    assert found == sorted(set(found)) and (found[0], found[-1]) == (0, WIDE.top_k)
+
+
 def test_more_experts_than_there_are():
     with pytest.raises(ConfigError, match="k=5 exceeds the backbone's 4 experts"):
         make_router("beam", {"k": 5}, SPEC)
