@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
@@ -48,14 +48,16 @@ class BEAMRouter(Router):
         k: int | None = Field(
             None, ge=1, description="experts that the mask chooses from; default: the backbone's k"
         )
-        sparsity_weight: float = Field(
+        sparsity_weight: FiniteFloat = Field(
             0.1, ge=0, description="beta: coefficient of the share of the k that is open"
         )
-        start: float = Field(0.75, gt=0, lt=1, description="sigmoid of every mask before training")
+        start: FiniteFloat = Field(
+            0.75, gt=0.5, lt=1, description="sigmoid of every mask before training"
+        )
         cut: Annotated[PerLayer, within(0, 1)] = Field(
             0.5, description="an expert of top-k is used where the sigmoid of its mask is above it"
         )
-        balance_weight: float = Field(
+        balance_weight: FiniteFloat = Field(
             0.001, ge=0, description="alpha: coefficient of the load balance of top-k"
         )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
@@ -45,7 +45,7 @@ class DTopPRouter(Router):
     error: Tensor  # of the last step
 
     class Config(ConfigModel):
-        target_k: float | None = Field(
+        target_k: FiniteFloat | None = Field(
             None, gt=0, description="mean k that p is moved towards; default: the backbone's k"
         )
         threshold: float | None = Field(
@@ -54,16 +54,20 @@ class DTopPRouter(Router):
             lt=1,
             description="initial p; default: what meets target_k on the first step's tokens",
         )
-        proportional: float = Field(
+        proportional: FiniteFloat = Field(
             0.02, ge=0, description="change of p for a change of the error (target - k) / target"
         )
-        integral: float = Field(0.04, ge=0, description="change of p a step for an error of 1")
+        integral: FiniteFloat = Field(
+            0.04, ge=0, description="change of p a step for an error of 1"
+        )
         normalize: Literal["scale", "standardise", "none"] = Field(
             "scale",
             description="scale: logits times a number learned per layer; standardise: divided by "
             "their deviation over the experts before",
         )
-        balance_weight: float = Field(0.001, ge=0, description="coefficient of the load balance")
+        balance_weight: FiniteFloat = Field(
+            0.001, ge=0, description="coefficient of the load balance"
+        )
         norm_topk_prob: Literal["backbone", "none", "sum"] = Field(
             "backbone",
             description="sum: divide chosen scores by their sum; backbone: as the base model does",
@@ -130,7 +134,9 @@ class DTopPRouter(Router):
 
     def after_step(self, step_context: StepContext) -> None:
         """p goes up where fewer are active than should be, in the mean over all layers."""
-        tokens = step_context.model["tokens"].clamp_min(1)
+        tokens = step_context.model["tokens"]
+        if not tokens:
+            return
         if step_context.step == 1 and self.config.threshold is None:
             mean_k_G = step_context.model["entering"].cumsum(0) / tokens
             self.threshold.fill_(((mean_k_G < self.target_k).sum() + 1) / _BINS)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
@@ -36,7 +36,7 @@ class ZEDARouter(Router):
         zeros: int | None = Field(
             None, ge=1, description="zero experts; default: half as many as real experts"
         )
-        zero_weight: float = Field(
+        zero_weight: FiniteFloat = Field(
             2.0,
             gt=0,
             description="w: the balance loss asks for a mean k of k E / (E + w M), with E real and "
@@ -45,7 +45,7 @@ class ZEDARouter(Router):
         k: int | None = Field(
             None, ge=1, description="choices a token, zero experts included; default: backbone's k"
         )
-        balance_weight: float = Field(
+        balance_weight: FiniteFloat = Field(
             0.1, ge=0, description="coefficient of the balance between the two groups"
         )
         norm_topk_prob: Literal["backbone", "none", "all", "raw"] = Field(

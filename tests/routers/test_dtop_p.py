@@ -88,6 +88,14 @@ def test_p_stays_between_0_and_1_and_comes_back_at_once():
     assert router.threshold > 0.05
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_step_without_tokens_moves_nothing(number):
+    router = make_router("dtop_p", {}, SPEC)
+    before = router.threshold.item()
+    step(router, number, active=0, tokens=0, entering=torch.zeros(1000))
+    assert router.threshold.item() == before
+
+
 def test_the_loop_holds_its_target_while_gates_change():
     router = make_router("dtop_p", {"target_k": 5.0}, WIDE).train()
     x_TD, ctx = ragged_tokens(0, WIDE, sequences=60)
