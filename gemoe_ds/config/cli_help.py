@@ -122,6 +122,9 @@ def _lines_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _lines_of(inner, f"{prefix}{key}.")
         else:
             yield f"  {prefix}{key:<{34 - len(prefix)}} {_describe(field)}"
+            for section in get_args(inner):  # that may be null
+                if isinstance(section, type) and issubclass(section, BaseModel):
+                    yield from _lines_of(section, f"{prefix}{key}.")
 
 
 def _models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -142,6 +145,8 @@ def _type_name(annotation: Any) -> str:
     """The type as a user writes the value: `float | null`, `routers | all`, `[float, float]`."""
     if isinstance(annotation, type) and issubclass(annotation, Choice):
         return "{name: " + " | ".join(annotation.family.names()) + ", ...}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     if annotation is NoneType:
         return "null"
     arguments = get_args(annotation)

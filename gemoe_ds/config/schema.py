@@ -29,6 +29,7 @@ from gemoe_ds.config.deepspeed_file import DeepSpeedFile, in_base64, read_deepsp
 from gemoe_ds.config.paths import Places, inputs, located
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.distill import Distill
 from gemoe_ds.moe.router import Router
 from gemoe_ds.registry import ConfigModel, Reads, Registered
 
@@ -209,6 +210,9 @@ class TrainConfig(ConfigModel):
         ge=0,
         description="evaluations in a row without a new best after which the run ends; 0: never",
     )
+    distill: Distill | None = Field(
+        None, description="the backbone as it was, at its own k, teaches the routers; null: none"
+    )
     hooks: tuple[str, ...] = Field(
         (), description="classes of your own hooks by import path, [my_package.my_module:MyHook]"
     )
@@ -306,6 +310,15 @@ class RunConfig(ConfigModel):
             raise ConfigError(
                 f"{asks}: nothing is evaluated; set train.eval_every to the steps between "
                 "evaluations"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_stays(self) -> Self:
+        if self.train.distill and self.model.trainable != "routers":
+            raise ConfigError(
+                f"train.distill: model.trainable={self.model.trainable} changes the teacher, which "
+                "is the backbone; set model.trainable=routers, or train.distill=null"
             )
         return self
 

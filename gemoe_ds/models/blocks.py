@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
@@ -16,7 +17,9 @@ from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer
+from gemoe_ds.moe.linear import FrozenLinear
 from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.routers.top_k import TopKRouter
 
 OUR_NAMES = ("router.gate.weight", "experts.gate_up_EGD", "experts.down_EDF")  # in a MoELayer
 
@@ -141,23 +144,35 @@ def convert_blocks(
     trainable: bool,
     pack: bool = False,
     make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher,
+    keep_base: bool = False,
 ) -> list[MoELayer]:
     """Put our layer in the place of every block; none is touched if a router refuses one.
 
     `router` is its class and options; it starts from the block's gate. `trainable`: the experts.
+    `keep_base`: each layer has the block's own routing beside its router, as `base`.
     """
     router_class, config = router
-    routers = []
+    routers, bases = [], []
     for slot, block in enumerate(blocks):
         gate_ED = weights.gate(block)
         new = router_class(config, replace(block.routing, slot=slot, num_layers=len(blocks)))
         new.adopt_gate(gate_ED)
         routers.append(new.to(gate_ED.device))
+        bases.append(base_router(new.spec, gate_ED) if keep_base else None)
     layers = []
-    for block, new in zip(blocks, routers, strict=True):
+    for block, new, base in zip(blocks, routers, bases, strict=True):
         experts = Experts(*weights.experts(block), trainable=trainable, pack=pack)
         layer = MoELayer(new, experts, make_dispatcher(), ctx, block.shared)
+        layer.base = base
         layer.train(block.module.training)
         setattr(block.parent, block.attribute, layer)
         layers.append(layer)
     return layers
+
+
+def base_router(spec: RoutingSpec, gate_ED: Tensor) -> Router:
+    """A block's own static routing, by a copy of its gate that nothing trains."""
+    with torch.device("meta"):  # no random number is drawn, on which other weights depend
+        router = TopKRouter(TopKRouter.Config(), spec)
+        router.gate = FrozenLinear(gate_ED)
+    return router

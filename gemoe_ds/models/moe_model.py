@@ -15,8 +15,9 @@ from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec, BlockWeights, convert_blocks
+from gemoe_ds.models.distill import Distill, divergence, following
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.moe.context import Rollout, TokenContext
+from gemoe_ds.moe.context import TEACHER, Rollout, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
@@ -110,6 +111,7 @@ class MoEModel(nn.Module):
         self.image_layout = backbone.image_layout(hf)
         self.context_length = backbone.context_length(hf)
         self.ctx = TokenContext(len(blocks))
+        self.distill: Distill | None = None
 
     @classmethod
     def from_checkpoint(
@@ -132,9 +134,8 @@ class MoEModel(nn.Module):
         Collective if the memory is common to several ranks.
         """
         # 1. The stock model: of a folder its shapes alone.
-        model = cls(
-            backbone, backbone.load(checkpoint, tokenizer_dir), shard or ExpertShard(), dtype
-        )
+        stock = backbone.load(checkpoint, tokenizer_dir)
+        model = cls(backbone, stock, shard or ExpertShard(), dtype)
         hf, weights = model.hf, None
         if checkpoint and any(parameter.is_meta for parameter in hf.parameters()):
             weights = Weights(checkpoint, backbone.keys, hf, backbone.may_lack)
@@ -152,6 +153,7 @@ class MoEModel(nn.Module):
             trainable=train != "routers",
             pack=pack_experts,
             make_dispatcher=model.shard.make_dispatcher,
+            keep_base=train == "routers",
         )
         # 3. Whatever is still a shape.
         if weights is not None:
@@ -196,10 +198,10 @@ class MoEModel(nn.Module):
         Buffers, and frozen parameters: one that was drawn at random is nowhere else.
         """
         return {
-            f"{path}.{name}": tensor
-            for path, router in self.named_modules()
-            if isinstance(router, Router)
-            for tensors in (router.named_buffers(), router.named_parameters())
+            f"{path}.router.{name}": tensor
+            for path, layer in self.named_modules()
+            if isinstance(layer, MoELayer)
+            for tensors in (layer.router.named_buffers(), layer.router.named_parameters())
             for name, tensor in tensors
             if not tensor.requires_grad
         }
@@ -270,7 +272,10 @@ class MoEModel(nn.Module):
         targets_per_micro_batch: float | None = None,
         auxiliary_weight: float = 1.0,
         rolled_out: dict[str, Rollout] | None = None,
+        taught_PD: Tensor | None = None,
+        distilled_per_micro_batch: float | None = None,
         roll_out: bool = False,
+        teach: bool = False,
         score: bool = False,
     ) -> dict[str, Any]:
         """The loss of a micro-batch and its parts by name (scalars).
@@ -282,27 +287,36 @@ class MoEModel(nn.Module):
         `auxiliary_weight` makes them means over the micro-batches of the step that have a token.
 
         With `roll_out` the result is that of the forwards which the routers want before, to be
-        handed in as `rolled_out` with the same inputs; with `score` that of `_score`. Both come
-        this way since ZeRO 3 gathers the weights of a model that is called as a whole.
+        handed in as `rolled_out` with the same inputs; with `teach` that of `_teach`, to be handed
+        in as `taught_PD`; with `score` that of `_score`. All come this way since ZeRO 3 gathers the
+        weights of a model that is called as a whole.
         """
         inputs = ModelInputs(input_ids_BS, is_valid_BS, is_vision_BS, images)
         if score:
             return dict(self._score(inputs, labels_BS))
         if roll_out:
             return dict(self._roll_out(inputs, labels_BS))
+        if teach:
+            return self._teach(inputs, labels_BS)
         self.ctx.rolled_out = rolled_out or {}
-        logits, targets = self._target_logits(inputs, labels_BS)
+        next_BS = following(labels_BS)
+        at_BS = next_BS != -100 if taught_PD is None else self._distilled(inputs, labels_BS)
+        logits, targets = self._logits_at(at_BS, inputs), next_BS[at_BS]
+        parts = {}
+        if taught_PD is not None:
+            parts["distill"] = self._divergence(logits, taught_PD, distilled_per_micro_batch)
+            is_target = targets != -100
+            logits, targets = logits[is_target], targets[is_target]
         ce_sum = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         if targets_per_micro_batch is None:
             targets_per_micro_batch = max(targets.numel(), 1)
-        lm = ce_sum / targets_per_micro_batch
-        parts = {"lm": lm}
-        loss = lm
+        parts["lm"] = loss = ce_sum / targets_per_micro_batch
+        if self.distill and taught_PD is not None:
+            loss = self.distill.mixed(loss, parts["distill"])
         for name, term in self.ctx.mean_losses().items():
             loss = loss + auxiliary_weight * term.weight * term.value
-            parts[name] = term.value.detach()
-        parts["lm"] = lm.detach()
-        return {"loss": loss, **parts}
+            parts[name] = term.value
+        return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
     def _roll_out(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Rollout]:
@@ -324,14 +338,49 @@ class MoEModel(nn.Module):
             done[name] = Rollout(log_p_BS.flatten(), is_scored_BS.flatten(), keep)
         return done
 
+    @torch.no_grad()
+    def _teach(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Tensor]:
+        """`taught_PD`: the last hidden states of the backbone as it was, where they are distilled.
+
+        Its logits follow from these, which are far fewer numbers to keep. Without dropout.
+        """
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        self.ctx.rolled_out, self.ctx.rollout = {}, TEACHER
+        try:
+            with self._autocast(labels_BS.device):
+                hidden_BSD = self.hidden(inputs)
+        finally:
+            self.ctx.rollout = None
+            for module in training:
+                module.training = True
+        return {"taught_PD": hidden_BSD[self._distilled(inputs, labels_BS)]}
+
+    def _distilled(self, inputs: ModelInputs, labels_BS: Tensor) -> Tensor:
+        assert self.distill is not None, "only a model with a teacher is taught"
+        return self.distill.positions(labels_BS, inputs.is_valid_BS, inputs.is_vision_BS)
+
+    def _divergence(
+        self, logits_PV: Tensor, taught_PD: Tensor, per_micro_batch: float | None
+    ) -> Tensor:
+        """Mean KL(teacher || student) of a position, as `lm` is the mean of a target."""
+        assert self.distill is not None, "only a model with a teacher is taught"
+        with torch.no_grad(), self._autocast(taught_PD.device):
+            teacher_PV = self.backbone.head(self.hf)(taught_PD)
+        kl = divergence(logits_PV, teacher_PV, self.distill.temperature)
+        return kl / (per_micro_batch or max(len(taught_PD), 1))
+
     def _target_logits(self, inputs: ModelInputs, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
-        next_BS = labels_BS[:, 1:]
-        is_target = next_BS != -100
-        with self._autocast(labels_BS.device):
+        next_BS = following(labels_BS)
+        at_BS = next_BS != -100
+        return self._logits_at(at_BS, inputs), next_BS[at_BS]
+
+    def _logits_at(self, at_BS: Tensor, inputs: ModelInputs) -> Tensor:
+        with self._autocast(at_BS.device):
             hidden_BSD = self.hidden(inputs)
-            logits = self.backbone.head(self.hf)(hidden_BSD[:, :-1][is_target])
-        return logits, next_BS[is_target]
+            logits: Tensor = self.backbone.head(self.hf)(hidden_BSD[at_BS])
+        return logits
 
     @torch.no_grad()
     def _score(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Tensor]:

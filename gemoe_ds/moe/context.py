@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gemoe_ds.moe.passes import Pass, in_backward, next_node, node_in_backward
 
+TEACHER = "teacher"  # `TokenContext.rollout` while every layer routes by its `base`
+
 
 @dataclass(frozen=True)
 class LossTerm:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.after_step import after_step, before_steps
-from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.context import TEACHER, TokenContext
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.passes import in_backward
@@ -40,6 +40,7 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.ctx = ctx
         self.shared = shared
+        self.base: Router | None = None  # the backbone's own router, which never trains
         self.stands_alone = False  # has its context for itself
         self._shape = torch.Size([0])  # [...] of the last x
         self._counts = StepCounts(1)
@@ -216,7 +217,8 @@ class MoELayer(nn.Module):
         # One copy for all that follows: nothing here keeps the rows as they came.
         x_TD = self.ctx.without_padding(x_BSD.reshape(-1, x_BSD.shape[-1]))
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
-        router = self.router
+        router = self.base if self.ctx.rollout == TEACHER else self.router
+        assert router is not None, "a model that has a teacher has kept its gates"
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)
         preprocessed = self.dispatcher.dispatch_preprocess(router.dispatched(decision))

@@ -32,6 +32,16 @@ class RouterLinear(nn.Linear):
         return logits_TM
 
 
+class FrozenLinear(RouterLinear):
+    """One that never trains. Its weight is a buffer that does not persist: no optimizer, no
+    checkpoint and no ZeRO stage ever sees it."""
+
+    def __init__(self, weight_MD: Tensor) -> None:
+        super().__init__(weight_MD.shape[1], weight_MD.shape[0])
+        del self.weight
+        self.register_buffer("weight", weight_MD.detach().float().clone(), persistent=False)
+
+
 def fused_linear(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
     """`linear(x_TD)` of each, as one product: x is read once, and once more in the backward pass.
 

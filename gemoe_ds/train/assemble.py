@@ -34,7 +34,7 @@ def build_model(
     """
     torch.manual_seed(config.seed)
     router = config.model.router
-    return MoEModel.from_checkpoint(
+    model = MoEModel.from_checkpoint(
         named_backbone(config),
         Path(config.model.checkpoint) if config.model.checkpoint else None,
         Path(config.data.tokenizer),
@@ -47,6 +47,8 @@ def build_model(
         memory=memory,
         show_progress=show_progress,
     )
+    model.distill = config.train.distill
+    return model
 
 
 def named_backbone(config: RunConfig) -> Backbone:

@@ -11,7 +11,7 @@ from torch import nn
 
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
-from gemoe_ds.data.lengths import Lengths
+from gemoe_ds.data.lengths import Cut, Lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.malloc import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
@@ -143,7 +143,8 @@ def _largest_step(
     seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
     shape = StepShape(
         tokens=longest.input_ids_BS.numel(),
-        targets=int(np.sort(cut.targets_N)[-size:].sum()),
+        targets=_most(cut.targets_N, size),
+        distilled=_distilled(config, cut, lengths),
         itemsize=getattr(torch, config.model.dtype).itemsize,
         k=max(router.peak_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
@@ -152,6 +153,23 @@ def _largest_step(
         on_gpu=on_gpu,
     )
     return shape, seen
+
+
+def _most(count_N: np.ndarray, size: int) -> int:
+    """Of a micro-batch of the samples that have most."""
+    return int(np.sort(count_N)[-size:].sum())
+
+
+def _distilled(config: RunConfig, cut: Cut, lengths: Lengths) -> int:
+    """The most positions of a micro-batch at which a teacher is listened to."""
+    if config.train.distill is None:
+        return 0
+    count_N = {
+        "answers": cut.targets_N,
+        "text": (cut.length_N - lengths.image_N).clip(min=0),
+        "all": cut.length_N,
+    }[config.train.distill.tokens]
+    return _most(count_N, config.train.micro_batch_size)
 
 
 def _with_images(
@@ -201,7 +219,7 @@ def _weights(
     rest = sum(p.numel() for p in hf.parameters()) - experts * ep_size - gates
     of_routers = [p for router in routers for p in router.parameters()]
     trained = sum(p.numel() for p in of_routers if p.requires_grad)
-    frozen = rest * dtype.itemsize + (experts * dtype.itemsize)
+    frozen = rest * dtype.itemsize + (experts * dtype.itemsize) + gates * WEIGHT  # as they were
     if config.model.trainable != "routers":
         trained, frozen = trained + experts, rest * dtype.itemsize
     if config.model.trainable == "all":
@@ -209,7 +227,7 @@ def _weights(
     sharers = num_ranks // (ep_size if config.model.trainable != "routers" else 1)
     parts = num_ranks if stage == 3 else 1
     if config.model.trainable == "routers" and stage == 3:  # frozen experts are never partitioned
-        frozen = rest * dtype.itemsize // parts + experts * dtype.itemsize
+        frozen = rest * dtype.itemsize // parts + experts * dtype.itemsize + gates * WEIGHT
     states = 2 * MOMENT + (MASTER if stage else 0)
     return {
         "frozen weights": frozen,

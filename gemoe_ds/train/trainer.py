@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError, Stopped
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe import metrics
-from gemoe_ds.moe.context import Rollout, Stat
+from gemoe_ds.moe.context import Stat
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.moe.step_counts import StepCounts
 from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
@@ -174,9 +174,10 @@ class Trainer:
 
         Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
-        averages over both. Auxiliary losses are averaged over those that have a token.
+        averages over both. So does every position that is distilled. Auxiliary losses are averaged
+        over those that have a token.
         """
-        targets, used = self._agree(step, batches)
+        targets, used, distilled = self._agree(step, batches)
         PROGRESS.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
@@ -189,22 +190,23 @@ class Trainer:
             self._pass_over(step)
             return 0
         micro_batches = len(batches) * self.world.size
-        per_micro_batch = targets / micro_batches
-        rolled_out: list[dict[str, Rollout]] = [{} for _ in batches]
+        before: list[dict[str, Any]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
             for index, batch in enumerate(batches):
                 inputs = batch.to(self.world.device).inputs
                 torch.manual_seed(seeds[index])
-                if update == 0 and self.model.rollouts:
-                    with torch.no_grad():
-                        rolled_out[index] = self.engine(**inputs, roll_out=True)
+                if update == 0:
+                    before[index] = self._forwards_before(inputs)
                 self.model.ctx.collect = collect
                 parts = self.engine(
                     **inputs,
-                    targets_per_micro_batch=per_micro_batch,
+                    **before[index],
+                    targets_per_micro_batch=targets / micro_batches,
+                    distilled_per_micro_batch=distilled / micro_batches,
                     auxiliary_weight=batch.has_tokens * micro_batches / used,
-                    rolled_out=rolled_out[index],
                 )
+                if update == self.updates_per_batch - 1:
+                    before[index] = {}
                 self.engine.backward(parts["loss"])
                 self.step_counts.add(self.model.ctx)
                 if collect:
@@ -218,21 +220,40 @@ class Trainer:
             self._after_update(step)
         return sum(int(batch.is_valid_BS.sum()) for batch in batches)
 
-    def _agree(self, step: int, batches: list[Batch]) -> tuple[float, float]:
-        """Targets, and micro-batches that have a token, over all ranks; ends the run if a rank was
-        asked to stop, or has met too many bad samples. One collective, as a rule."""
+    @torch.no_grad()
+    def _forwards_before(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the forward that trains is given of others on the same inputs, by argument."""
+        found: dict[str, Any] = {}
+        if self.model.rollouts:
+            found["rolled_out"] = self.engine(**inputs, roll_out=True)
+        if self.model.distill:
+            found |= self.engine(**inputs, teach=True)
+        return found
+
+    def _agree(self, step: int, batches: list[Batch]) -> tuple[float, float, float]:
+        """Targets, micro-batches that have a token, and distilled positions, over all ranks; ends
+        the run if a rank was asked to stop, or has met too many bad samples. One collective, as a
+        rule."""
         new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
         here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
         here.append(sum(batch.has_tokens for batch in batches))
+        here.append(sum(self._num_distilled(batch) for batch in batches))
         agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
         sum_over_ranks(agreed)
-        targets, num_new, stops, used = agreed.tolist()
+        targets, num_new, stops, used, distilled = agreed.tolist()
         if stops:
             asked = f"{who_asked(self.stop)}, after step {self.step}"
             self.end_with(Stopped(f"{asked}; resume=auto goes on from there"))
         if num_new:
             self._leave_out(new, step)
-        return targets, used
+        return targets, used, distilled
+
+    def _num_distilled(self, batch: Batch) -> int:
+        distill = self.model.distill
+        if distill is None:
+            return 0
+        masks = batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS
+        return int(distill.positions(*masks).sum())
 
     def block(self, step: int, index: int, num_micro_batches: int) -> int:
         """The number in the run of a micro-batch of this rank and step."""
@@ -287,7 +308,8 @@ class Trainer:
 
     def _collect(self, parts: dict[str, Tensor], has_tokens: bool) -> None:
         for name, value in parts.items():
-            counts = has_tokens or name in ("loss", "lm")  # all ranks add all names
+            # all ranks add all names; these three are 0 where there is nothing
+            counts = has_tokens or name in ("loss", "lm", "distill")
             name = f"loss/{name}" if name != "loss" else "loss/total"
             self.stats.add(name, Stat(value * counts, count=float(counts)))
         self.stats.add_layers(self.model.ctx)

@@ -53,6 +53,7 @@ class Case:
     dtype: str = "float32"
     router: str = "gemoe"
     clip: float | None = CLIP
+    distill: str | None = None  # which tokens
 
     @property
     def deepspeed(self) -> Path:
@@ -123,6 +124,7 @@ def run_config(base, case: Case):
                 "steps": STEPS,
                 "micro_batch_size": 1,
                 "gradient_accumulation_steps": case.accumulation,
+                "distill": case.distill and {"tokens": case.distill, "weight": 0.7},
             },
             "deepspeed": str(case.deepspeed),
         }
@@ -139,6 +141,7 @@ def build(base, config, shard=None):
         dtype=getattr(torch, config.model.dtype),
         recompute=config.model.activation_checkpointing,
     )
+    model.distill = config.train.distill
     model.ctx.trace = True  # keeps k_T, for `chosen`
     return model.train()
 
@@ -152,6 +155,16 @@ def build_on_rank(base, case: Case, world):
     return config, build(base, config, shard)
 
 
+def scales(model, batches: list[dict]) -> dict[str, float]:
+    """What the sums of a micro-batch are divided by: all tokens of a step weigh the same."""
+    found = {"targets_per_micro_batch": sum(map(num_targets, batches)) / len(batches)}
+    if model.distill:
+        masks = [[b[f"{n}_BS"] for n in ("labels", "is_valid", "is_vision")] for b in batches]
+        number = sum(int(model.distill.positions(*some).sum()) for some in masks)
+        found["distilled_per_micro_batch"] = number / len(batches)
+    return found
+
+
 def reference(base, case: Case, num_batches: int) -> dict:
     """Cross-entropy per target of the global batch, other losses per micro-batch, plain AdamW."""
     config = run_config(base, case)
@@ -161,13 +174,14 @@ def reference(base, case: Case, num_batches: int) -> dict:
     batches = micro_batches(num_batches)
     params = model.trainable()
     optimizer = torch.optim.AdamW(params.values(), lr=LR, eps=EPS, weight_decay=0.0)
-    targets = sum(map(num_targets, batches)) / num_batches
+    divided_by = scales(model, batches)
     result: dict = {"norms": [], "losses": [], "masks": []}
     for step in range(STEPS):
         optimizer.zero_grad()
         losses = []
         for batch in batches:
-            loss = model(**batch, targets_per_micro_batch=targets)["loss"] / num_batches
+            taught = model(**batch, teach=True) if case.distill else {}
+            loss = model(**batch, **taught, **divided_by)["loss"] / num_batches
             loss.backward()
             losses.append(loss.item())
             result["masks"].append(chosen(model))
@@ -216,7 +230,7 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
     sharded = model.sharded_parameters()
     params = model.trainable()
     batches = micro_batches(case.accumulation * world.size)
-    targets = sum(map(num_targets, batches)) / len(batches)
+    divided_by = scales(model, batches)
     worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "weight": 0.0}
     current: list[torch.Tensor] = []
     if case.dtype == "bfloat16":
@@ -235,7 +249,11 @@ def errors(rank: int, base, case: Case, expected: dict, world) -> dict[str, floa
             number = index * world.size + rank
             batch = batches[number]
             current[:] = [expected["masks"][step * len(batches) + number]]
-            loss = engine(**batch, targets_per_micro_batch=targets)["loss"]
+            taught = {}
+            if case.distill:
+                with torch.no_grad():
+                    taught = engine(**batch, teach=True)
+            loss = engine(**batch, **taught, **divided_by)["loss"]
             total += loss.item() / len(batches)
             engine.backward(loss)
             if step == 0 and index == case.accumulation - 1:
@@ -276,7 +294,8 @@ def run_cases(rank: int, base, cases: list[Case], expected: dict) -> list[dict[s
 
 def reference_key(case: Case, num_ranks: int) -> tuple:
     """Equal for cases that should come out the same."""
-    return case.train, case.router, case.clip, case.dtype, case.accumulation * num_ranks
+    num_batches = case.accumulation * num_ranks
+    return case.train, case.router, case.clip, case.dtype, case.distill, num_batches
 
 
 def references(base, cases: list[Case], num_ranks: int) -> dict:

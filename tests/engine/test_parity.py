@@ -19,6 +19,9 @@ CASES = [  # on two ranks; `make parity` runs all of them on four
     Case(3, ep_size=2),
     Case(3, ep_size=2, train="all", accumulation=2, recompute=True),
     Case(3, offload=True, ep_size=1, train="all"),
+    Case(0, ep_size=2, distill="answers"),
+    Case(2, ep_size=1, accumulation=2, distill="all"),
+    Case(3, ep_size=2, accumulation=2, recompute=True, distill="text"),
     Case(2, ep_size=2, dtype="bfloat16", router="top_k"),
     Case(3, ep_size=2, train="all", dtype="bfloat16", router="top_k"),
 ]

@@ -14,8 +14,9 @@ import torch
 import gemoe_ds.train.estimate as module
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train import assemble
-from gemoe_ds.train.assemble import build_model
+from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.estimate import estimate
 from tests.helpers import repository
 from tests.train.resuming import make_config, write_setting
@@ -30,8 +31,6 @@ def setting(tmp_path_factory):
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype):
-    from gemoe_ds.models.moe_model import ExpertShard
-
     config = make_config(
         setting, tmp_path, model__trainable=train, model__dtype=dtype, parallel__ep_size=ep_size
     )
@@ -39,6 +38,8 @@ def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype
     model = build_model(config, ExpertShard(0, ep_size))
     trained = sum(p.numel() * 4 for p in model.trainable().values())
     experts = [b for layer in model.moe_layers for b in layer.experts.buffers()]
+    bases = [layer.base for layer in model.moe_layers if layer.base is not None]
+    experts += [gate for base in bases for gate in base.buffers()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert parts["weights that train"] == trained
     assert parts["frozen weights"] == sum(t.numel() * t.itemsize for t in frozen + experts)
@@ -48,8 +49,6 @@ def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_a_host_has_once(setting, tmp_path, train, stage):
     """All that neither trains nor is an expert nor a router's; ZeRO 3 divides it instead."""
-    from gemoe_ds.models.moe_model import ExpertShard
-
     path = str(repository() / f"ds_configs/zero{stage}.json")
     config = make_config(setting, tmp_path, model__trainable=train, deepspeed=path)
     samples = open_samples(config.data.train_path)
@@ -107,6 +106,24 @@ def test_activations_are_those_of_the_most_experts_that_a_method_takes(
 
     below, above = (activations({"name": "top_k", "k": n}) for n in (int(k), math.ceil(k)))
     assert below <= activations(router) <= above
+
+
+@pytest.mark.parametrize("tokens", ["answers", "text", "all"])
+def test_a_teacher_is_listened_to_at_so_many_positions(setting, tmp_path, tokens):
+    config = make_config(setting, tmp_path, train__distill={"tokens": tokens})
+    samples = open_samples(config.data.train_path)
+    parts = estimate(config, samples, 2, torch.device("cuda")).parts
+    model = build_model(config, ExpertShard())
+    collator, most = build_collator(config, model), []
+    for row in range(len(samples)):
+        batch = collator.batch([collator.encode(row, samples[row])])
+        masks = batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS
+        most.append((int(model.distill.positions(*masks).sum()), batch.num_targets))
+    size = config.train.micro_batch_size
+    positions, targets = (sum(sorted(n)[-size:]) for n in zip(*most, strict=True))
+    positions += size * (tokens == "text")  # the first token is text, but follows none
+    numbers = (2 * positions + positions - targets) * 26 + positions * 16
+    assert parts["distillation"] == numbers * 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

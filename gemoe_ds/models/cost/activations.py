@@ -35,6 +35,7 @@ class StepShape:
     recompute: bool = False
     on_gpu: bool = False
     images_at_most: int = 0  # bytes, before the language model or, if the tower trains, behind it
+    distilled: int = 0  # positions, targets among them
     images_kept: int = 0  # bytes, while the language model runs
 
     @property
@@ -78,10 +79,20 @@ def activation_bytes(
         "weights cast for the products": casts if shape.train == "all" and shape.is_cast else 0,
         "activations": round(kept * shape.tokens),
         "loss or experts in flight": round(max(loss, widest)),
+        "distillation": _of_teacher(shape, vocabulary, d_model),
     }
     # The tower has its widest moment while the language model holds nothing.
     images = max(shape.images_kept, shape.images_at_most - sum(parts.values()))
     return parts | {"images": images}
+
+
+def _of_teacher(shape: StepShape, vocabulary: int, d_model: int) -> int:
+    """What the loss has more: the teacher's hidden states and logits, the divergence's gradient,
+    and logits where there is no target."""
+    if not shape.distilled:
+        return 0
+    logits = 2 * shape.distilled + max(shape.distilled - shape.targets, 0)
+    return (logits * vocabulary + shape.distilled * d_model) * shape.itemsize
 
 
 def _of_layer(layer: nn.Module, shape: StepShape) -> float:
