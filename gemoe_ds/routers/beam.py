@@ -1,12 +1,13 @@
 """BEAM: top-k proposes, a learned binary mask disposes.
 
-Wu et al. (arXiv 2605.14438); we found no released code (Time-Rune/BEAM). From the paper: a mask
-router beside the gate, sigmoid(x W_m) cut at 0.5, which multiplies the weights of the top-k experts
-after their normalisation; straight-through gradient to all k, also those that are masked; the L1
-loss on the mask; load balance of the gate alone. Our reading: W_m starts at 0 with a bias that lets
-all k through, so that training starts from the backbone's own routing; a masked expert feels the L1
-loss as the others do (the derivative of |m| at 0 is taken as that of m); another cut than 0.5 after
-training moves the mean k.
+Wu et al. (arXiv 2605.14438), read in summaries; its code (Time-Rune/BEAM) could not be had. From
+the paper: a mask router beside the gate, sigmoid(x W_m) cut at 0.5, which multiplies the weights of
+the top-k experts; a straight-through gradient; the L1 loss on the masks of the k; load balance of
+the gate alone. Our reading: in training closed experts run too, with weight 0, so that the gradient
+reaches all k masks, and the L1 loss as well (the derivative of |m| at 0 is taken as that of m);
+weights are divided, where they are, before the mask; W_m starts at 0 with a bias that lets all k
+through, so that training starts from the backbone's own routing; another cut after training moves
+the mean k.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class DTopPRouter(Router):
             return logits_TE
         if self.config.normalize == "standardise":
             logits_TE = logits_TE - logits_TE.mean(1, keepdim=True)
-            logits_TE = logits_TE * (logits_TE.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+            logits_TE = logits_TE * (logits_TE.square().mean(1, keepdim=True) + 1e-5).rsqrt()
         scaled_TE: Tensor = self.scale(logits_TE)
         return scaled_TE
 

@@ -1,11 +1,11 @@
 """ZEDA: zero experts in a finished mixture, one balance between them and the real ones as groups.
 
-Lv et al. (arXiv 2605.18643) and its released code (TsinghuaC3I/ZEDA). From both: half as many zero
-experts as real ones, their gate rows drawn around the real ones dimension by dimension, top-k over
-all, the group balance loss and its 0.1, w = 2, which asks for half of the experts; weights divided
-by the sum of all that were chosen, zero experts included, where the backbone divides (from the
-code). Our reading, for frozen experts: a backbone that does not divide keeps its own scale, the
-softmax over the real experts (the code's softmax over all columns is `raw`).
+Lv et al. (arXiv 2605.18643), read in its released code (TsinghuaC3I/ZEDA) and its README. From
+there: half as many zero experts as real ones, their gate rows drawn around the real rows dimension
+by dimension, top-k over all, the group balance loss with its 0.1 and w = 2, which asks for half of
+the experts; where the backbone divides weights by their sum, that of all chosen, zero experts
+included. Our reading, for frozen experts: a backbone that does not divide keeps its own scale, the
+softmax over the real experts (the code's softmax over all is `raw`).
 
 It trains in two stages that distil the frozen original: on text that the original wrote, then, at
 a quarter of the learning rate, on text that the student wrote. The router and its loss are the same

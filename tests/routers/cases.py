@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "default": {"warm_steps": 2, "k_high": 6, "warm_mean_k": 3.0},
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
     },
+    "zeda": {"raw": {"norm_topk_prob": "raw", "zeros": 9, "zero_weight": 0.5}},
+    "dtop_p": {"standardise": {"normalize": "standardise", "target_k": 2.5}},
     "ltdr": {"paper": {"norm_topk_prob": "sum", "mean_over": "batch", "k": 2, "tail_k": 6}},
     "ratio": {"half": {"ratio": 0.5}},
     "mass": {"most": {"share": 0.8}},
