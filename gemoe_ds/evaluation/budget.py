@@ -13,7 +13,7 @@ from gemoe_ds.moe.router import Router
 
 TOLERANCE = 0.005  # of the target, on the calibration samples: where the search stops
 MOST_OFF = 0.02  # the same: where it has failed
-MOST_PASSES = 15
+MOST_PASSES = 15  # twice as many where every layer has its own target
 FACTOR = "k_scale"  # what `--rescale` moves in the place of the dial
 
 
@@ -79,15 +79,16 @@ def fit_budget_to(
     for router in routers:
         check_dial(type(router), rescale=rescale)
     if isinstance(target, float | int):
-        searches = [_Search(routers, slice(None), target, rescale)]
+        searches, most_passes = [_Search(routers, slice(None), target, rescale)], MOST_PASSES
     else:
         searches = [
             _Search(routers, slice(layer, layer + 1), goal, rescale)
             for layer, goal in enumerate(target)
         ]
+        most_passes = 2 * MOST_PASSES
     best: tuple[float, list[tuple[float, float]]] | None = None  # the worst miss; values, mean ks
     passes = 0
-    while passes < MOST_PASSES and (best is None or best[0] > TOLERANCE):
+    while passes < most_passes and (best is None or best[0] > TOLERANCE):
         passes += 1
         for search in searches:
             search.put(search.value)
@@ -120,9 +121,10 @@ class _Search:
         for router in self.routers:
             if hasattr(router, str(other)):
                 setattr(router, str(other), router.Config.model_fields[str(other)].default)
-        self.low, self.high = (0.0, 2 * high_k / max(low_k, 0.5)) if rescale else first.dial_ends
+        self.ends = (0.0, 2 * high_k / max(low_k, 0.5)) if rescale else first.dial_ends
+        self.low, self.high = self.ends
         self.below, self.above = low_k - target, high_k - target
-        self.last_side = 0
+        self.last_side, self.in_a_row = 0, 1
         self.value = self._next()
 
     def put(self, value: float) -> None:
@@ -139,15 +141,28 @@ class _Search:
         if abs(off) <= TOLERANCE * self.target:
             return abs(off) / self.target
         side = 1 if off > 0 else -1
+        self.in_a_row = self.in_a_row + 1 if side == self.last_side else 1
         if off > 0:
             self.high, self.above = self.value, off
             self.below /= 2 if side == self.last_side else 1
         else:
             self.low, self.below = self.value, off
             self.above /= 2 if side == self.last_side else 1
+        if self.in_a_row > 2 and self.layers != slice(None):
+            self._widen()
         self.last_side = side
         self.value = self._next()
         return abs(off) / self.target
+
+    def _widen(self) -> None:
+        """For a layer: those below move its mean k too, and the target may have left the bracket.
+        The end that was not tried lately is taken further away, with a guess at what it gives."""
+        width = 4 * (self.high - self.low)
+        least, most = sorted(self.ends)
+        if self.value == self.high:
+            self.low, self.below = min(max(self.high - width, least), most), -self.above
+        else:
+            self.high, self.above = min(max(self.low + width, least), most), -self.below
 
     def check(self, mean_k: float, passes: int) -> None:
         """ConfigError if the target is missed by too much."""
