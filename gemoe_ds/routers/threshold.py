@@ -53,6 +53,7 @@ class ThresholdRouter(ScoreRule):
         edge: float = Field(
             0.5,
             ge=0,
+            allow_inf_nan=False,
             description="width of the threshold's edge, in the logarithm of scores, within which "
             "cross-entropy teaches the gate which experts to use; in training all k_high are then "
             "computed; 0: no such gradient, and only used experts are",
@@ -147,10 +148,10 @@ class ThresholdRouter(ScoreRule):
         if "followed_H" not in cache:  # the first layer of this forward
             most = float(self.config.hold_tokens * self.k_high * len(ctx.layers))
             known_H = memory.get("followed_H", self.scores_H.double() * most)
-            fresh_H = memory.get("fresh_H", torch.zeros_like(known_H))
-            memory["followed_H"] = known_H * (-fresh_H.sum() / most).exp() + fresh_H
-            memory["fresh_H"] = torch.zeros_like(known_H)
-            cache["followed_H"] = memory["followed_H"]
+            known_H = known_H.to(self.scores_H.device)  # the model may have moved
+            fresh_H = memory.get("fresh_H", torch.zeros_like(known_H)).to(known_H)
+            cache["followed_H"] = known_H * (-fresh_H.sum() / most).exp() + fresh_H
+            memory["followed_H"], memory["fresh_H"] = cache["followed_H"], torch.zeros_like(known_H)
         return cache["followed_H"]
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
