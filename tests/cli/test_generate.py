@@ -78,7 +78,7 @@ def test_a_budget_is_met_in_every_round(trained, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "give --trained RUN, or --k K"),
+        ([], "(static) or --router NAME"),
         (["--k", "2", "--mean-k", "3"], "--mean-k goes with --trained RUN"),
         (["--k", "2", "--rounds", "0"], "are 1 at least"),
         (["--k", "2", "--temperature", "-1"], "--temperature"),
