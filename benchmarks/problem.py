@@ -91,6 +91,7 @@ class Problem:
     @torch.no_grad()
     def _tilt(self, router: GeMoERouter, mean_k: float) -> None:
         """Set the predictor so that the tokens of THIS problem have the mean k."""
+        assert router.eap is not None
         weight_KD = router.eap.weight
         generator = torch.Generator().manual_seed(2)
         weight_KD.copy_(torch.randn(weight_KD.shape, generator=generator))

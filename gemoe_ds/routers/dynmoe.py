@@ -6,8 +6,9 @@ diversity and simplicity losses, experts closed when idle and opened for the tok
 served. From the code, and not in the paper: the temperature, that gradients reach chosen experts
 only, and two more losses, a load balance and the mean gate ("efficiency"). Its sum of the four,
 times 0.01, is summed over layers; here it is their mean, as all losses are. Our reading, for frozen
-native backbones (GeMoE's comparison says nothing): rows start at the pretrained gate; thresholds
-are set after the first step to give `start_k`, for the paper's G = 0 takes half of all experts;
+native backbones (GeMoE's comparison says nothing): rows start at the pretrained gate; after the
+first step all thresholds of a layer are set to the one that gives `start_k` (the paper's are all 0,
+which takes half of all experts);
 `weights: scores` keeps the backbone's scale; nothing closes or opens unless `adapt` asks for it.
 """
 
@@ -139,20 +140,18 @@ class DynMoERouter(Router):
         if not self.is_calibrated:
             assert not isinstance(self.start_k, str)
             share = self.start_k / self.spec.num_experts
-            cos_TE = cache["cos_TE"][ctx.is_valid_T]
-            if cos_TE.shape[0]:
-                quantile_E = cos_TE.sort(0).values[int((1 - share) * (cos_TE.shape[0] - 1))]
-                counts["quantile_E"] = quantile_E * counts["tokens"]
-            else:
-                counts["quantile_E"] = cos_TE.new_zeros(self.spec.num_experts)
+            cos_A = cache["cos_TE"][ctx.is_valid_T].flatten()
+            counts["quantile"] = cos_A.new_zeros(())
+            if cos_A.shape[0]:
+                quantile = cos_A.sort().values[int((1 - share) * (cos_A.shape[0] - 1))]
+                counts["quantile"] = quantile * counts["tokens"]
         return counts
 
     def after_step(self, step_context: StepContext) -> None:
         if not self.is_calibrated:
-            step_context.assign_(
-                self.threshold.value_E,
-                step_context.layer["quantile_E"] / step_context.layer["tokens"],
-            )
+            layer = step_context.layer
+            start = layer["quantile"] / layer["tokens"].clamp_min(1)
+            step_context.assign_(self.threshold.value_E, start.expand(self.spec.num_experts))
             self.is_calibrated.fill_(1.0)
         if self.config.adapt == "no":
             return

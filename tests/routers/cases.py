@@ -18,6 +18,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "reversed": {"correlation": "negative"},
         "no_mono": {"monotonic_weight": 0.0},
         "soft_mask": {"ce_to_k": "soft_mask", "k_low": 0},
+        "entropy": {"predictor_input": "entropy", "budget_k": 2.5},
+        "both": {"predictor_input": "both", "detach_x": True},
     },
     "top_p": {
         "layer": {"learn": "layer", "start_k": 2.5},

@@ -60,15 +60,18 @@ def test_half_of_the_experts_at_first():
 
 
 def test_start_k_is_reached_after_the_first_step():
+    """By one threshold for all experts: those that are liked more are used more."""
     spec = RoutingSpec(64, 64, 8, False)
     router = make_router("dynmoe", {}, spec).train()
-    ctx = make_context(torch.ones(1, 500, dtype=torch.bool))
-    x_TD = torch.randn(500, 64)
+    ctx = make_context(torch.arange(500)[None] < 400)
+    x_TD = torch.randn(500, 64) + router.gate.weight[3] / router.gate.weight[3].norm()
+    x_TD[400:] = router.gate.weight[5]  # padding
     router(x_TD, ctx)
     after_step(router, ctx)
     plan = router(x_TD, ctx)
-    assert math.isclose(plan.token_ids_A.numel() / 500, 8, rel_tol=0.02)
-    assert plan.tokens_per_expert_E.max() <= 64, "each expert has its share"
+    assert math.isclose(plan.token_ids_A.numel() / 400, 8, rel_tol=0.02)
+    assert router.threshold.value_E.unique().numel() == 1
+    assert plan.tokens_per_expert_E[3] > 64
 
 
 def test_gradient_reaches_chosen_experts_only():

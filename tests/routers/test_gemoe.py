@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import RoutingSpec
+from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.routers.gemoe import GeMoERouter
 from tests.routers.cases import make_context, make_router
 
@@ -218,3 +221,123 @@ def test_k_is_rounded_and_the_budget_counts_valid_tokens():
     decision = router.select(logits_TE, x_TD, ctx)
     assert decision.mask_TE.sum(1).tolist() == [3, 4]
     assert router.losses(decision, logits_TE, ctx)["budget"].value.item() == pytest.approx(0.25)
+
+
+def step(router, ctx, number=1):
+    counts = {n: t.double() for n, t in ctx.layers[0].step_counts.items()}
+    router.after_step(StepContext(number, 10, counts, counts, None, None, None))
+
+
+def scores_of(tokens, experts=16, seed=0):
+    torch.manual_seed(seed)
+    return (torch.randn(tokens, experts) * torch.rand(tokens, 1) * 6).softmax(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k_low, k_high", [(1, 8), (0, 5), (3, 4), (1, 16)])
+def test_k_rises_with_the_entropy_whatever_the_weights(seed, k_low, k_high):
+    """Eqs. 9 and 10 by hand with W_a x = k slope (H - mean H) + b_k; and it never falls."""
+    spec = RoutingSpec(8, 16, 4, False)
+    router, _ = make(spec=spec, predictor_input="entropy", k_low=k_low, k_high=k_high)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        router.entropy_map.log_slope.normal_(std=2)
+        router.entropy_map.bias_K.normal_(std=3)
+        router.mean_entropy.normal_(2.0)
+    scores_TE = scores_of(50, seed=seed)
+    x_TD = torch.full((50, 8), math.nan)  # the token itself is not read
+    k_T = router.predict_k(x_TD, scores_TE).tolist()
+    slope, bias = router.entropy_map.log_slope.exp().item(), router.entropy_map.bias_K.tolist()
+    found = []
+    for p, k in zip(scores_TE.tolist(), k_T, strict=True):
+        h = -sum(q * math.log2(q) for q in p if q > 0) - router.mean_entropy.item()
+        logits = [n * slope * h + b for n, b in enumerate(bias)]
+        powers = [math.exp(z - max(logits)) for z in logits]
+        expected = sum((k_low + n) * q for n, q in enumerate(powers)) / sum(powers)
+        assert k == pytest.approx(expected, abs=1e-3)
+        found.append((h, k))
+    ks = [k for _, k in sorted(found)]
+    assert all(b >= a - 1e-4 for a, b in zip(ks, ks[1:], strict=False))
+
+
+def test_the_middle_k_moves_to_the_mean_entropy_of_the_first_step():
+    spec = RoutingSpec(8, 16, 8, False)
+    router = make_router("gemoe", {"predictor_input": "entropy"}, spec).train()
+    valid = torch.arange(60)[None] < 40
+    ctx = make_context(valid)
+    x_TD = torch.randn(60, 8) * 3
+    for number in (1, 2):
+        router(x_TD, ctx)
+        step(router, ctx, number)
+    p = (x_TD @ router.gate.weight.t()).softmax(1)[:40]
+    entropy = -(p * p.log2()).sum(1)
+    torch.testing.assert_close(router.mean_entropy, entropy.mean())
+    k_T = router.predict_k(x_TD, (x_TD @ router.gate.weight.t()).softmax(1))[:40]
+    assert k_T.mean().item() == pytest.approx(4.5, abs=0.1)
+    # one expert a bit near the middle
+    near = (entropy - entropy.mean()).abs() < 0.3
+    torch.testing.assert_close(
+        (k_T - 4.5)[near], (entropy - entropy.mean())[near], atol=0.02, rtol=0
+    )
+    router(x_TD * 2, ctx)
+    assert ctx.layers[0].step_counts == {}, "later steps do not move it"
+
+
+@pytest.mark.parametrize("predictor_input", ["token", "entropy", "both"])
+@pytest.mark.parametrize("correlation, sign", [("positive", 1), ("negative", -1)])
+def test_the_monotonic_loss_trains_every_predictor(predictor_input, correlation, sign):
+    """And what it has learned holds for tokens of another kind, where it reads the entropy alone.
+
+    In training two dimensions of x go with the sureness of the gate, elsewhere another one does.
+    """
+    spec = RoutingSpec(16, 16, 8, False)
+    options = {"predictor_input": predictor_input, "correlation": correlation}
+    router = make_router("gemoe", options, spec).train()
+    torch.manual_seed(3)
+
+    def tokens(dimension):
+        sure_T1 = torch.rand(200, 1) * 4
+        x_TD = torch.randn(200, 16) * sure_T1
+        x_TD[:, :3] = torch.randn(200, 3)
+        x_TD[:, dimension] = 3 * (sure_T1[:, 0] - 2)
+        return x_TD
+
+    ctx = make_context(torch.ones(1, 200, dtype=torch.bool))
+    trained = [p for n, p in router.named_parameters() if not n.startswith("gate")]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0)
+    for number in range(40):
+        router(tokens(0), ctx)
+        loss = ctx.layers[0].losses["monotonic"].value
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+        assert router.gate.weight.grad is None, "entropy guides, and is not trained"
+        optimizer.step()
+        if number == 0:
+            step(router, ctx)
+
+    def agreement(x_TD):
+        scores_TE = (x_TD @ router.gate.weight.t()).softmax(1).detach()
+        k_T = router.predict_k(x_TD, scores_TE)
+        return sign * losses.spearman(losses.entropy_bits(scores_TE), k_T.detach()).item()
+
+    inside, outside = agreement(tokens(0)), agreement(tokens(1))
+    assert inside > 0.7
+    if predictor_input == "entropy":
+        assert inside > 0.999 and outside > 0.999
+    if predictor_input == "token":
+        assert outside < 0.6
+
+
+def test_the_faithful_predictor_draws_and_holds_nothing_more():
+    """Its state and its first weights are those of before `predictor_input`."""
+    router, _ = make(predictor_input="token")
+    assert list(router.state_dict()) == ["gate.weight", "eap.weight"]
+    torch.manual_seed(0)
+    gate, eap = RouterLinear(4, 4), RouterLinear(4, 3)
+    assert torch.equal(router.gate.weight, gate.weight) and torch.equal(
+        router.eap.weight, eap.weight
+    )
+    x_TD, scores_TE = torch.randn(5, 4), scores_of(5, 4)
+    q_TK = eap(x_TD).softmax(-1)
+    assert torch.equal(router.predict_k(x_TD, scores_TE), q_TK @ torch.arange(1.0, 4.0))
