@@ -59,7 +59,7 @@ class AdaKRouter(Router):
             None,
             gt=0,
             description="mean k of P-Warm before it is cut to k_low..k_high; null: the backbone's "
-            "k (paper), or k_high where that is smaller",
+            "k (paper), or the end of the range that is nearest to it",
         )
         updates: int = Field(2, ge=1, description="PPO updates per batch")
         clip: float = Field(0.2, gt=0, description="epsilon of PPO")
@@ -179,15 +179,15 @@ class AdaKRouter(Router):
 def _warm_mean_k(config: AdaKRouter.Config, k_low: int, k_high: int, spec: RoutingSpec) -> float:
     """The mean of P-Warm's counts; ConfigError for one whose labels would all be the same."""
     if config.warm_mean_k is None:
-        return min(spec.top_k, k_high)
+        return min(max(spec.top_k, k_low), k_high)
     if config.warm_top_p is not None:
         raise ConfigError(
             f"model.router: warm_top_p={config.warm_top_p:g} and "
             f"warm_mean_k={config.warm_mean_k:g} both set P-Warm's labels; give one of them"
         )
-    if not max(k_low, 1) <= config.warm_mean_k <= k_high:
+    if not k_low < config.warm_mean_k <= k_high:
         raise ConfigError(
-            f"model.router.warm_mean_k={config.warm_mean_k:g} must be from k_low={k_low} to "
-            f"k_high={k_high}: beyond them P-Warm gives most tokens the same k"
+            f"model.router.warm_mean_k={config.warm_mean_k:g} must be above k_low={k_low} and at "
+            f"most k_high={k_high}: else P-Warm gives most tokens the same k"
         )
     return config.warm_mean_k

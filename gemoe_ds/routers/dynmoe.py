@@ -148,16 +148,16 @@ class DynMoERouter(Router):
         return counts
 
     def after_step(self, step_context: StepContext) -> None:
-        if not self.is_calibrated:
-            layer = step_context.layer
-            start = layer["quantile"] / layer["tokens"].clamp_min(1)
+        layer = step_context.layer
+        if not self.is_calibrated and layer["tokens"] > 0:
+            start = layer["quantile"] / layer["tokens"]
             step_context.assign_(self.threshold.value_E, start.expand(self.spec.num_experts))
             self.is_calibrated.fill_(1.0)
         if self.config.adapt == "no":
             return
-        self.chosen_E += step_context.layer["chosen_E"].float()
+        self.chosen_E += layer["chosen_E"].float()
         if self.config.adapt == "both":
-            self.unserved_D += step_context.layer["unserved_D"].float()
+            self.unserved_D += layer["unserved_D"].float()
         if step_context.step % self.config.adapt_every == 0:
             self._adapt(step_context)
 

@@ -215,10 +215,10 @@ class GeMoERouter(Router):
 
     def after_step(self, step_context: StepContext) -> None:
         """The layer's mean entropy in the first step is where the middle k will be."""
-        if self.entropy_map is None or self.is_centred:
+        layer = step_context.layer
+        if self.entropy_map is None or self.is_centred or layer["tokens"] == 0:
             return
-        counts = step_context.layer
-        self.mean_entropy.copy_(counts["entropy"] / counts["tokens"].clamp_min(1))
+        self.mean_entropy.copy_(layer["entropy"] / layer["tokens"])
         self.is_centred.fill_(1.0)
 
     def _with_soft_mask(self, weights_TE: Tensor, scores_TE: Tensor, k_soft_T: Tensor) -> Tensor:

@@ -112,10 +112,11 @@ class TopPRouter(Router):
         return {"tokens": tokens, "share": share * tokens}
 
     def after_step(self, step_context: StepContext) -> None:
-        if self.config.start_k is None or self.is_calibrated:
+        layer = step_context.layer
+        if self.config.start_k is None or self.is_calibrated or layer["tokens"] == 0:
             return
         assert self.threshold is not None
-        share = step_context.layer["share"] / step_context.layer["tokens"].clamp_min(1)
+        share = layer["share"] / layer["tokens"]
         step_context.assign_(self.threshold.bias, share.logit().reshape(1))
         self.is_calibrated.fill_(1.0)
 

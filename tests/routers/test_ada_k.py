@@ -166,8 +166,14 @@ def scores_like_a_model_s(bits):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"warm_mean_k": 5.0, "k_high": 4}, "warm_mean_k=5 must be from k_low=1 to k_high=4"),
-        ({"warm_mean_k": 1.5, "k_low": 2}, "warm_mean_k=1.5 must be from k_low=2 to k_high=4"),
+        (
+            {"warm_mean_k": 5.0, "k_high": 4},
+            "warm_mean_k=5 must be above k_low=1 and at most k_high=4",
+        ),
+        (
+            {"warm_mean_k": 2.0, "k_low": 2},
+            "warm_mean_k=2 must be above k_low=2 and at most k_high=4",
+        ),
         ({"warm_mean_k": 2.0, "warm_top_p": 0.3}, "warm_top_p=0.3 and warm_mean_k=2 both set"),
     ],
 )
