@@ -8,8 +8,8 @@ only, and two more losses, a load balance and the mean gate ("efficiency"). Its 
 times 0.01, is summed over layers; here it is their mean, as all losses are. Our reading, for frozen
 native backbones (GeMoE's comparison says nothing): rows start at the pretrained gate; after the
 first step all thresholds of a layer are set to the one that gives `start_k` (the paper's are all 0,
-which takes half of all experts);
-`weights: scores` keeps the backbone's scale; nothing closes or opens unless `adapt` asks for it.
+which takes half of all experts); `weights: scores` keeps the backbone's scale; nothing closes or
+opens unless `adapt` asks for it.
 """
 
 from __future__ import annotations

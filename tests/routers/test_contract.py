@@ -210,13 +210,9 @@ def _is_trained(item: pytest.Item) -> bool:
 
 
 # One variant of each: the one with the most that must survive.
+MOST_STATE = {"dynmoe": "scores", "ada_k": "default", "top_p": "layer", "gemoe": "both"}
 TRAINED = [
-    (
-        name,
-        {"dynmoe": VARIANTS["dynmoe"]["scores"], "ada_k": VARIANTS["ada_k"]["default"]}.get(
-            name, {}
-        ),
-    )
+    (name, VARIANTS[name][MOST_STATE[name]] if name in MOST_STATE else {})
     for name in Router.names()
 ]
 
