@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check lint format setup clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check lint format setup clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -35,11 +35,19 @@ demo: setup
 demo-seeds: setup
 	@$(BIN)/python -m experiments.demo --seeds 0 1 2 --report results/demo
 
-# Every routing method on the demo's backbone, three seeds each: results/compare (80 minutes on 2
-# cores); and GeMoE trained for budgets of experts: results/budgets (half an hour more).
+# Every way to spend fewer experts, at the same mean k, three seeds and three backbones:
+# results/compare (8 hours on 2 cores; stop it at any time, the same command goes on).
 compare: setup
 	@$(BIN)/python -m experiments.compare
-	@$(BIN)/python -m experiments.compare --grid experiments/grids/budgets.yaml --out results/budgets
+
+# The same in 20 minutes, which says less: runs/demo/compare_report.
+compare-quick: setup
+	@$(BIN)/python -m experiments.compare --quick
+
+# The settings of every method anew, on the validation split: experiments/grids/contest_trials.json
+# (an hour and a half on 2 cores).
+compare-trials: setup
+	@$(BIN)/python -m experiments.compare --trials
 
 test: check
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4

@@ -87,7 +87,7 @@ def run_steps(steps: Sequence[Step], progress: Progress) -> int:
         print(f"\n{bar.before(step)}\n$ {shlex.join(step.command)}", flush=True)
         progress.begin(step)
         try:
-            code = subprocess.run(step.command, env=_environment(step)).returncode
+            code = subprocess.run(step.command, env=environment(step)).returncode
         except KeyboardInterrupt:
             print("\n== interrupted; run the same command to continue from here", flush=True)
             return 130
@@ -126,20 +126,32 @@ class Bar:
     of them can be read. What is left follows the pace of the steps that this run has done.
     """
 
-    def __init__(self, steps: Sequence[Step], todo: Sequence[Step]) -> None:
-        self.number, self.of = len(steps) - len(todo), len(steps)
+    def __init__(self, steps: Sequence[Step], todo: Sequence[Step], width: int = 1) -> None:
+        self.number, self.of, self.width = len(steps) - len(todo), len(steps), width
         self.total = sum(step.seconds for step in steps)
         self.before_us = self.done = self.total - sum(step.seconds for step in todo)
         self.begun = time.monotonic()
 
     def before(self, step: Step) -> str:
+        return self._line(f"step {self.number + 1} of {self.of}: {step.name} ({self._times()})")
+
+    def at_start(self) -> str:
+        return self._line(f"{self.of - self.number} runs, {self.width} at a time: {self._times()}")
+
+    def after(self, step: Step, seconds: float) -> str:
+        took = f"{step.name} took {_clock(seconds)}"
+        return self._line(f"{self.number} of {self.of}: {took} ({self._times()})")
+
+    def _times(self) -> str:
+        """What is left, at the pace of what this run has done."""
         ours, so_far = self.done - self.before_us, time.monotonic() - self.begun
-        pace = so_far / ours if ours else 1.0
+        pace = so_far / ours if ours else 1 / self.width
         left = _clock((self.total - self.done) * pace)
-        about = (
-            f"{_clock(so_far)} so far, about {left} left" if ours else f"about {left} on 2 cores"
+        return (
+            f"{_clock(so_far)} so far, about {left} left"
+            if ours
+            else f"about {left} on {max(2, self.width)} cores"
         )
-        return self._line(f"step {self.number + 1} of {self.of}: {step.name} ({about})")
 
     def finish(self, step: Step) -> None:
         self.number, self.done = self.number + 1, self.done + step.seconds
@@ -157,7 +169,7 @@ class Bar:
         return tqdm.format_meter(self.done, self.total, 0, ascii=plain, bar_format=form)
 
 
-def _environment(step: Step) -> dict[str, str]:
+def environment(step: Step) -> dict[str, str]:
     """This interpreter's programs first on the path; threads that do not fight over the cores."""
     cores = os.cpu_count() or 1
     ranks = int(step.command[2]) if step.command[0] == "deepspeed" else 1
@@ -176,4 +188,6 @@ def _remove(path: Path) -> None:
 
 
 def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, rest = divmod(int(seconds), 60)
+    hours = f"{minutes // 60}:{minutes % 60:02d}" if minutes >= 60 else str(minutes)
+    return f"{hours}:{rest:02d}"

@@ -85,6 +85,7 @@ def session_parser(description: str | None) -> Parser:
 def evaluate_parser(description: str | None) -> Parser:
     """These, and those of `gemoe evaluate` alone."""
     parser = session_parser(description)
+    parser.add_argument("--limit", type=at_least_one, help="use only the first samples, this many")
     parser.add_argument("--name", help="name of the method in eval.json (default: the router's)")
     parser.add_argument(
         "--flips",

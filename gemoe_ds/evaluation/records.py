@@ -129,14 +129,14 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
             k = router.static_k
             session.say(f"evaluating {router.name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
-            scores = session.scored(samples)
+            scores = session.scored(samples, arguments.limit)
             if world.is_first:
                 seconds = time.perf_counter() - began
                 write_scores(session, mode, out, scores, k, seconds)
         if arguments.flips:
             session.say("evaluating in float32, for the k that differ")
             in_float32 = session_config(arguments, "model.dtype=float32")
-            exact = EvalSession(arguments, in_float32, world, stop).scored(samples)
+            exact = EvalSession(arguments, in_float32, world, stop).scored(samples, arguments.limit)
             if world.is_first:
                 write_flips(arguments.out, config.model.dtype, scores, exact)
         gather_objects(None)  # the first rank has written
