@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -167,3 +168,27 @@ def test_evaluation_leaves_what_was_trained():
 def test_a_range_that_cannot_be_drawn_from(given):
     with pytest.raises(ConfigError, match=r"train_mean_k=\[.*k_high"):
         make_router("threshold", {"train_mean_k": given})
+
+
+def test_hold_is_of_all_layers_and_moves_between_forwards():
+    """Two layers with scores of their own share the number, which both meet in the mean."""
+    options = {"mean_k": 2.5, "hold": True, "hold_tokens": 200}
+    routers = [make_router("threshold", options, at_slot(SPEC, slot)).eval() for slot in (0, 1)]
+    ctx, found = make_context(torch.ones(1, 100, dtype=torch.bool), layers=2), []
+    for step in range(8):
+        ctx.begin(None, torch.zeros(1, 100, dtype=torch.bool))
+        of_layers = []
+        for slot, router in enumerate(routers):
+            logits_TE = random_logits(10 * step + slot, tokens=100, scale=1.0 + slot)
+            of_layers.append(mean_k(router, logits_TE, ctx).mean())
+            assert ctx.memory["fresh_H"].sum() == (slot + 1) * 400
+        found.append(torch.stack(of_layers))
+    assert found[0].tolist() == [4, 4]  # nothing was known yet, not even from training
+    mean_L = torch.stack(found[2:]).mean(0)
+    assert abs(mean_L.mean() - 2.5) < 0.1 and abs(mean_L[0] - mean_L[1]) > 0.2
+
+
+def test_a_copy_begins_anew():
+    ctx = make_context(torch.ones(1, 4000, dtype=torch.bool))
+    mean_k(make_router("threshold", {"hold": True}).eval(), random_logits(11), ctx)
+    assert ctx.memory and not copy.deepcopy(ctx).memory
