@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gemoe_ds.analysis.ablation import in_words, layer_table, predictor_table
 from gemoe_ds.analysis.results import BASELINE, Group, Results, Row
 from gemoe_ds.analysis.tables import aligned, markdown
 
@@ -56,6 +57,7 @@ def render_report(results: Results) -> str:
     ]
     for group in results.adaptive:
         parts += [f"## {group.label}, layer by layer", _layers(group, results), _modalities(group)]
+    parts += _ablations(results)
     if results.meta.figures:
         parts.append("## Figures")
         for entry in results.meta.figures:
@@ -239,6 +241,26 @@ def _modalities(group: Group) -> str:
             said.append(f"{name} tokens {_number(group, value, 2)}")
     experts = group.rows[0].num_experts
     return f"Experts a token, of {experts}: {', '.join(said)}." if said else ""
+
+
+def _ablations(results: Results) -> list[str]:
+    parts = [
+        "## What a dropped expert costs",
+        "Which number of a token and its expert says what the loss would be without it? A rule "
+        "that leaves out the pairs with the smallest of a number is as good as that number ranks "
+        "their |cost|: one expert moves the loss up or down, and the more it moves it, the more "
+        "is at stake. *Lower half*: the half of all pairs that the rule would leave out first. "
+        "95 % intervals are over samples. docs/analysis.md says more.",
+    ]
+    for found in results.ablations:
+        parts += [
+            f"### {results.label(found.method, found.k)}, seed {found.seed}",
+            in_words(found),
+            markdown(predictor_table(found)),
+            "Layer by layer: mean costs, and Spearman's correlation of |cost| with each number.",
+            markdown(layer_table(found)),
+        ]
+    return parts if results.ablations else []
 
 
 def how_it_was_run(results: Results) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemoe_ds.analysis.ablation import Ablation
 from gemoe_ds.analysis.record import EvalRecord, load_json
 from gemoe_ds.errors import DataError
 from gemoe_ds.registry import ConfigModel
@@ -97,6 +98,7 @@ class Results(ConfigModel):
 
     rows: tuple[Row, ...]
     meta: Meta
+    ablations: tuple[Ablation, ...] = ()  # of some of the rows
 
     @property
     def groups(self) -> list[Group]:
@@ -113,6 +115,9 @@ class Results(ConfigModel):
             Group(*key, tuple(sorted(members[key], key=lambda row: row.seed)))
             for key in sorted(members, key=place)
         ]
+
+    def label(self, method: str, k: int | None) -> str:
+        return Group(method, k, ()).label
 
     @property
     def baseline(self) -> Group:

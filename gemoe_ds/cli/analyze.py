@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gemoe_ds.analysis.ablation import read_ablation
 from gemoe_ds.analysis.record import read_record
 from gemoe_ds.analysis.report import render_report, terminal_table
 from gemoe_ds.analysis.results import Results, build_results, read_results
@@ -55,11 +56,17 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _analyze(flags: argparse.Namespace, argv: list[str]) -> Results:
-    from gemoe_ds.analysis.figures import write_figures, write_tensorboard  # slow to import
+    import gemoe_ds.analysis.expert_figures  # noqa: F401  (registers them; slow to import)
+    from gemoe_ds.analysis.figures import write_figures, write_tensorboard
 
     read = [read_record(folder) for folder in flags.folders]
     command = flags.command or shlex.join(["gemoe", "analyze", *argv])
     results = build_results([record for record, _ in read], command=command, seconds=flags.seconds)
+    beside = [
+        read_ablation(folder, record.key)
+        for folder, (record, _) in zip(flags.folders, read, strict=True)
+    ]
+    results = results.model_copy(update={"ablations": tuple(filter(None, beside))})
     figures = write_figures(
         results, {record.key: tokens for record, tokens in read}, flags.out / "figures"
     )

@@ -151,15 +151,11 @@ def write_scores(
     k: int | None,
     seconds: float,
 ) -> None:
-    arguments, router = session.arguments, session.model.moe_layers[0].router
-    name = router.name
-    # Of these the run has tuned the gates alone, of which the router's name says nothing.
-    rule = mode.router is not None or name == "top_k" or is_rule(router)
-    tuned = arguments.trained and rule
+    arguments = session.arguments
     record, tokens = record_of(
         session.model,
         scores,
-        method=arguments.name or (f"{name}_tuned" if tuned else name),
+        method=method_name(session, mode),
         k=k,
         budget_k=mode.mean_k,
         seed=session.config.seed,
@@ -178,6 +174,14 @@ def write_scores(
             f"not: data.max_length={session.config.data.max_length} cuts the answers of "
             f"{record.num_cut_answers:,}, and {len(scores.bad):,} samples are left out"
         )
+
+
+def method_name(session: EvalSession, mode: RoutingMode) -> str:
+    """As --name says, or the router's."""
+    arguments, router = session.arguments, session.model.moe_layers[0].router
+    # Of these the run has tuned the gates alone, of which the router's name says nothing.
+    rule = mode.router is not None or router.name == "top_k" or is_rule(router)
+    return arguments.name or (f"{router.name}_tuned" if arguments.trained and rule else router.name)
 
 
 def write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:

@@ -6,7 +6,7 @@ Shapes: T tokens of the micro-batch (padding included), L MoE layers.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,6 +105,8 @@ class TokenContext:
         self.rollout: str | None = None  # the pass that is under way, if it does not train
         self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains
         self.memory: dict[str, Tensor] = {}  # what routers keep from one forward to the next
+        # Slot, decision -> what is carried out instead: for measurements, never in training.
+        self.intervene: Callable[[int, Any], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model begins with empty records: those here hang in a graph."""

@@ -173,7 +173,10 @@ class Router(Registered, nn.Module):
             weights_TE = decision.weights_TE
             if self.spec.routed_scaling_factor != 1:
                 weights_TE = weights_TE * self.spec.routed_scaling_factor
-            return replace(decision, mask_TE=mask_TE, weights_TE=weights_TE), logits_TE
+            decision = replace(decision, mask_TE=mask_TE, weights_TE=weights_TE)
+            if ctx.intervene:
+                decision = ctx.intervene(self.spec.slot, decision)
+            return decision, logits_TE
 
     def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext) -> None:
         """Losses, counts and statistics of a decision into the record of this layer."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gemoe_ds.analysis.ablation import Ablation, Pairs, summary
 from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
 
 KINDS = ("caption", "count", "exist", "fact", "relation", "text")
@@ -100,3 +101,32 @@ def demo_evaluations() -> list[tuple[EvalRecord, TokenSample]]:
     static = [evaluation("top_k", k, loss) for k, loss in losses.items()]
     tuned = [evaluation("top_k_tuned", 8, -0.2), evaluation("top_k_tuned", 5, 0.9)]
     return static + tuned + [evaluation("gemoe", None, 0.2, seed) for seed in range(3)]
+
+
+def pairs_of(number: int = 600, seed: int = 0, noise: float = 0.1) -> Pairs:
+    """The cost is score x norm, up or down, and a little noise."""
+    rng = np.random.default_rng(seed)
+    score_P, norm_P = rng.random(number) * 0.3, rng.gamma(4.0, 1.0, number)
+    sign_P = np.where(rng.random(number) < 0.6, 1, -1)
+    noise_P = noise * rng.standard_normal(number)
+    return Pairs(
+        sample_P=np.sort(rng.integers(0, 60, number)).astype(np.int32),
+        position_P=np.arange(number, dtype=np.int32),
+        is_vision_P=rng.random(number) < 0.5,
+        layer_P=rng.integers(0, 2, number).astype(np.int16),
+        expert_P=rng.integers(0, 64, number).astype(np.int16),
+        rank_P=rng.integers(1, 9, number).astype(np.int16),
+        score_P=score_P,
+        best_score_P=score_P + rng.random(number),
+        better_P=rng.random(number),
+        entropy_P=rng.random(number) * 6,
+        norm_P=norm_P,
+        first_order_P=sign_P * score_P * norm_P + noise_P,
+        cost_P=sign_P * score_P * norm_P,
+    )
+
+
+def ablation_of(pairs: Pairs, **changed: object) -> Ablation:
+    values = {"method": "top_k", "k": 8, "budget_k": None, "seed": 0, "loss": 5.0}
+    values |= {"checkpoint": None, "command": "c", "commit": None, "machine": "m", "date": "d"}
+    return Ablation(**(values | summary(pairs, 2) | changed))

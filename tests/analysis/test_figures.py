@@ -13,9 +13,10 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gemoe_ds.analysis import drawing, figures
+from gemoe_ds.analysis import drawing, expert_figures, figures
+from gemoe_ds.analysis.ablation import PREDICTORS
 from gemoe_ds.analysis.results import Results, build_results
-from tests.analysis.evaluations import demo_evaluations, evaluation
+from tests.analysis.evaluations import ablation_of, demo_evaluations, evaluation, pairs_of
 
 Draw = Callable[[str], Figure]
 
@@ -24,6 +25,8 @@ Draw = Callable[[str], Figure]
 def demo() -> tuple[Results, figures.Tokens]:
     made = demo_evaluations()
     results = build_results([record for record, _ in made], command="")
+    measured = ablation_of(pairs_of()), ablation_of(pairs_of(seed=1), method="gemoe", k=None)
+    results = results.model_copy(update={"ablations": measured})
     return results, {record.key: sample for record, sample in made}
 
 
@@ -139,6 +142,19 @@ def test_histograms_are_shares_of_each_modality(
             assert sum(shares[name]) == pytest.approx(100)
             share_K = 100 * histogram_LK[layer] / histogram_LK[layer].sum()
             assert shares[name] == pytest.approx(share_K.tolist())
+
+
+def test_curves_of_dropped_experts_are_those_of_the_ablation(
+    demo: tuple[Results, figures.Tokens], draw: Draw
+) -> None:
+    panels = draw("dropped_expert_cost").axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["Top-8", "GeMoE"]
+    for axes, found in zip(panels, demo[0].ablations, strict=True):
+        curves = {one.name: one.curve for one in found.predictors}
+        for name in expert_figures.SHOWN:
+            share, size = line(axes, PREDICTORS[name][0])
+            assert list(share[[0, 10, 20]]) == [0, 50, 100]
+            assert size == pytest.approx(100 * np.array(curves[name]))
 
 
 def test_a_method_has_one_colour_in_every_figure(draw: Draw) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gemoe_ds.analysis.ablation import write_ablation
 from gemoe_ds.analysis.record import write_record
 from gemoe_ds.cli.analyze import main
-from tests.analysis.evaluations import evaluation
+from tests.analysis.evaluations import ablation_of, evaluation, pairs_of
 from tests.helpers import repository
 
 
@@ -50,6 +51,16 @@ def test_the_report_its_figures_and_the_table(
     for name in pictures:
         assert f"](figures/{name})" in report
     assert board_images(board) == {f"report/{Path(name).stem}" for name in pictures}
+
+
+def test_a_measured_ablation_is_in_the_report(folders: list[str], tmp_path: Path) -> None:
+    write_ablation(Path(folders[0]), ablation_of(pairs_of(), method="gemoe", k=None), pairs_of())
+    main([*folders, "--out", str(tmp_path / "out")])
+    report = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "## What a dropped expert costs" in report and "### GeMoE, seed 0" in report
+    assert "](figures/dropped_expert_cost.png)" in report
+    main(["--results", str(tmp_path / "out/results.json"), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again/report.md").read_text(encoding="utf-8") == report
 
 
 def board_images(folder: Path) -> set[str]:
