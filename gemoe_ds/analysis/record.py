@@ -1,4 +1,4 @@
-"""What an evaluation leaves: `eval.json`, `tokens.npz`, `questions.npz`; written and read here.
+"""What an evaluation leaves: eval.json, tokens.npz, questions.npz and samples.npz.
 
 Shapes: L MoE layers, N tokens, K = largest k + 1 columns of a k histogram, E experts.
 """
@@ -16,13 +16,14 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from gemoe_ds.analysis.questions import Questions
+from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
 from gemoe_ds.registry import ConfigModel
 
 M = TypeVar("M", bound=ConfigModel)
 A = TypeVar("A")
-RECORD, TOKENS, QUESTIONS = "eval.json", "tokens.npz", "questions.npz"
+RECORD, TOKENS, QUESTIONS, SAMPLES = "eval.json", "tokens.npz", "questions.npz", "samples.npz"
 MAX_TOKENS = 20_000  # of every layer, kept for the figures
 
 
@@ -53,6 +54,12 @@ class EvalRecord(ConfigModel):
     mean_k_per_layer: tuple[float, ...] = Field(min_length=1)
     mean_k_vision: float | None
     mean_k_text: float | None
+    # By kind of token, every layer: image, special, question (and the chat's text), answer.
+    mean_k_by_token_kind: dict[str, tuple[float, ...]] = {}
+    num_tokens_by_kind: dict[str, int] = {}
+    # Over all layers, of the first token of an answer, the second, ..., and all that follow.
+    mean_k_in_answer: tuple[float, ...] = ()
+    num_answer_tokens: tuple[int, ...] = ()
     activated_parameters: int  # of an average token
     total_parameters: int
     entropy_per_layer: tuple[float, ...]
@@ -73,6 +80,14 @@ class EvalRecord(ConfigModel):
         for name in _PER_LAYER:
             if len(getattr(self, name)) != self.num_layers:
                 raise ValueError(f"{name} has not one entry for each of {self.num_layers} layers")
+        if any(
+            len(of_layers) != self.num_layers for of_layers in self.mean_k_by_token_kind.values()
+        ):
+            raise ValueError(
+                f"mean_k_by_token_kind has not one entry for each of {self.num_layers} layers"
+            )
+        if set(self.mean_k_by_token_kind) != set(self.num_tokens_by_kind):
+            raise ValueError("mean_k_by_token_kind and num_tokens_by_kind name different kinds")
         if set(self.num_questions_by_kind) != set(self.accuracy_by_kind):
             raise ValueError("accuracy_by_kind and num_questions_by_kind name different kinds")
         by_kind = self.accuracy_by_kind.values()
@@ -202,7 +217,11 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 
 def write_record(
-    folder: Path, record: EvalRecord, tokens: TokenSample, questions: Questions | None = None
+    folder: Path,
+    record: EvalRecord,
+    tokens: TokenSample,
+    questions: Questions | None = None,
+    samples: Samples | None = None,
 ) -> None:
     """Write all files into `folder`; eval.json comes last and is there only when all is."""
     tokens.check(record.num_layers)
@@ -210,10 +229,14 @@ def write_record(
         questions.check(record.num_questions_by_kind, record.accuracy_by_kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)  # never an old record beside new tokens
-    (folder / QUESTIONS).unlink(missing_ok=True)
+    for name in (QUESTIONS, SAMPLES):
+        (folder / name).unlink(missing_ok=True)
     _write_arrays(folder / TOKENS, tokens)
     if questions:
         _write_arrays(folder / QUESTIONS, questions)
+    if samples:
+        samples.check()
+        _write_arrays(folder / SAMPLES, samples)
     write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
 
 
@@ -233,6 +256,11 @@ def read_questions(folder: Path, record: EvalRecord) -> Questions:
         Questions,
         lambda found: found.check(record.num_questions_by_kind, record.accuracy_by_kind),
     )
+
+
+def read_samples(folder: Path) -> Samples:
+    """The samples of the evaluation in `folder`; DataError as above."""
+    return _read_arrays(folder / SAMPLES, Samples, Samples.check)
 
 
 def _write_arrays(path: Path, arrays: object) -> None:

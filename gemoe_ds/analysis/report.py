@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gemoe_ds.analysis.ablation import in_words, layer_table, predictor_table
+from gemoe_ds.analysis.gains import MEASURES, gain_table
 from gemoe_ds.analysis.results import BASELINE, Group, Results, Row
 from gemoe_ds.analysis.tables import aligned, markdown
 
@@ -57,7 +58,7 @@ def render_report(results: Results) -> str:
     ]
     for group in results.adaptive:
         parts += [f"## {group.label}, layer by layer", _layers(group, results), _modalities(group)]
-    parts += _ablations(results)
+    parts += [*_token_kinds(results), *_gains(results), *_ablations(results)]
     if results.meta.figures:
         parts.append("## Figures")
         for entry in results.meta.figures:
@@ -241,6 +242,56 @@ def _modalities(group: Group) -> str:
             said.append(f"{name} tokens {_number(group, value, 2)}")
     experts = group.rows[0].num_experts
     return f"Experts a token, of {experts}: {', '.join(said)}." if said else ""
+
+
+def _token_kinds(results: Results) -> list[str]:
+    """Where the experts go. Methods whose k is constant would all say the same."""
+    groups = [group for group in results.adaptive if group.token_kinds]
+    if not groups:
+        return []
+    counts = groups[0].rows[0].num_tokens_by_kind
+    kinds = groups[0].token_kinds
+    places = range(len(groups[0].rows[0].mean_k_in_answer))[:3]
+    table = [["Mean k of", *kinds, *(f"answer token {place + 1}" for place in places)]]
+    for group in groups:
+        cells = [_number(group, _of_token_kind(kind), 2) for kind in kinds]
+        cells += [_number(group, _in_answer(place), 2) for place in places]
+        table.append([group.label, *cells])
+    listed = ", ".join(f"{counts[kind]:,} {kind}" for kind in kinds)
+    return [
+        "## Where the experts go",
+        markdown(table),
+        f"Experts a token, over all MoE layers. Tokens: {listed}. *special*: of the tokenizer; "
+        "*question*: also the text of the chat's template. A token is routed to predict the one "
+        "that follows it.",
+    ]
+
+
+def _of_token_kind(kind: str) -> Callable[[Row], float | None]:
+    def mean(row: Row) -> float | None:
+        layers = row.mean_k_by_token_kind.get(kind, ())
+        return sum(layers) / len(layers) if layers else None
+
+    return mean
+
+
+def _in_answer(place: int) -> Callable[[Row], float | None]:
+    return lambda row: row.mean_k_in_answer[place] if place < len(row.mean_k_in_answer) else None
+
+
+def _gains(results: Results) -> list[str]:
+    if not results.gains:
+        return []
+    parts = [
+        "## What more experts bring",
+        "Points of accuracy, over all questions, that static routing gains from fewer to more "
+        "experts. Samples are sorted, and parted into groups of equally many; columns are the "
+        "groups' mean values (the paper's Fig. 3). In brackets: 95 %, over samples.",
+    ]
+    for by, name in MEASURES.items():
+        title = name.format(k=results.meta.backbone_k)
+        parts += [f"By the {title} of a sample:", markdown(gain_table(results.gains, by))]
+    return parts
 
 
 def _ablations(results: Results) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemoe_ds.analysis.ablation import Ablation
+from gemoe_ds.analysis.gains import Gain
 from gemoe_ds.analysis.record import EvalRecord, load_json
 from gemoe_ds.errors import DataError
 from gemoe_ds.registry import ConfigModel
@@ -76,6 +77,12 @@ class Group:
         return self.method if self.k is None else f"{self.method}, k = {self.k}"
 
     @property
+    def token_kinds(self) -> list[str]:
+        """Those that all seeds tell apart; none in evaluations of earlier versions."""
+        first, *others = (row.mean_k_by_token_kind for row in self.rows)
+        return [kind for kind in first if all(kind in other for other in others)]
+
+    @property
     def is_adaptive(self) -> bool:
         """Whether the method picks k for every token."""
         return self.k is None
@@ -99,6 +106,7 @@ class Results(ConfigModel):
     rows: tuple[Row, ...]
     meta: Meta
     ablations: tuple[Ablation, ...] = ()  # of some of the rows
+    gains: tuple[Gain, ...] = ()  # of more experts, static, the backbone as it is
 
     @property
     def groups(self) -> list[Group]:

@@ -11,9 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gemoe_ds.analysis.ablation import read_ablation
-from gemoe_ds.analysis.record import read_record
+from gemoe_ds.analysis.gains import Gain, gains_of
+from gemoe_ds.analysis.record import (
+    QUESTIONS,
+    SAMPLES,
+    read_questions,
+    read_record,
+    read_samples,
+)
 from gemoe_ds.analysis.report import render_report, terminal_table
-from gemoe_ds.analysis.results import Results, build_results, read_results
+from gemoe_ds.analysis.results import BASELINE, Results, build_results, read_results
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
@@ -66,7 +73,8 @@ def _analyze(flags: argparse.Namespace, argv: list[str]) -> Results:
         read_ablation(folder, record.key)
         for folder, (record, _) in zip(flags.folders, read, strict=True)
     ]
-    results = results.model_copy(update={"ablations": tuple(filter(None, beside))})
+    found = {"ablations": tuple(filter(None, beside)), "gains": _gains(flags.folders, results)}
+    results = results.model_copy(update=found)
     figures = write_figures(
         results, {record.key: tokens for record, tokens in read}, flags.out / "figures"
     )
@@ -76,6 +84,20 @@ def _analyze(flags: argparse.Namespace, argv: list[str]) -> Results:
     results = results.model_copy(update={"meta": meta})
     write_text(flags.out / "results.json", results.model_dump_json(indent=2) + "\n")
     return results
+
+
+def _gains(folders: list[Path], results: Results) -> tuple[Gain, ...]:
+    """From the static evaluations, if they left behind what that takes."""
+    base_k = results.meta.backbone_k
+    static = {
+        row.k: (folder, row)
+        for folder, row in zip(folders, results.rows, strict=True)
+        if row.method == BASELINE and row.k and (folder / QUESTIONS).exists()
+    }
+    if base_k not in static or not (static[base_k][0] / SAMPLES).exists():
+        return ()
+    questions = {k: read_questions(folder, row) for k, (folder, row) in static.items()}
+    return gains_of(questions, read_samples(static[base_k][0]), base_k)
 
 
 def _render_again(flags: argparse.Namespace) -> Results:

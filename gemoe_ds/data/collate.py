@@ -196,6 +196,11 @@ class Collator:
         return self.conversations(samples)
 
     @property
+    def special_ids(self) -> set[int]:
+        """Tokens that are no text."""
+        return set(self.tokenizer.all_special_ids)
+
+    @property
     def end_ids(self) -> set[int]:
         """Tokens that end an answer."""
         return self.conversations.end_ids

@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, Any]:
         """`input_ids` of several texts, lists of int."""
 
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Of the tokens that are no text."""
+
     def convert_tokens_to_ids(self, tokens: str) -> Any:
         """The id of a special token."""
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import (
@@ -21,10 +23,12 @@ from gemoe_ds.analysis.record import (
     routing_summary,
     write_record,
 )
+from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.token_kinds import TOKEN_KINDS
 from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import distributed, gather_objects
 from gemoe_ds.errors import ConfigError
@@ -163,7 +167,8 @@ def write_scores(
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
         checkpoint=str(session.checkpoint or session.config.model.checkpoint),
     )
-    write_record(out, record, tokens, Questions.of(scores.questions))
+    samples = Samples.of(scores.samples)
+    write_record(out, record, tokens, Questions.of(scores.questions), samples)
     session.say(
         f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
         f"({record.seconds:.1f} s)"
@@ -210,8 +215,24 @@ def record_of(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRec
         left_out=[asdict(scores.bad[row]) for row in sorted(scores.bad)],
         activated_parameters=model.activated_parameters(routing["mean_k_per_layer"]),
         total_parameters=model.num_parameters,
+        **_by_kind(scores),
         **identity,
         **routing,
         **provenance(),
     )
     return record, TokenSample.draw(entropy_LN, k_LN, is_vision_N)
+
+
+def _by_kind(scores: Scores) -> dict[str, Any]:
+    """Where the experts went, by kind of token and place in the answer."""
+    tokens_C, tokens_P = scores.kind_tokens_C, scores.answer_tokens_P
+    there = [(c, name) for c, name in enumerate(TOKEN_KINDS) if tokens_C[c]]
+    num_places = int(np.flatnonzero(tokens_P).max(initial=-1)) + 1
+    return {
+        "num_tokens_by_kind": {name: int(tokens_C[c]) for c, name in there},
+        "mean_k_by_token_kind": {
+            name: (scores.kind_k_LC[:, c] / tokens_C[c]).tolist() for c, name in there
+        },
+        "num_answer_tokens": tokens_P[:num_places].tolist(),
+        "mean_k_in_answer": (scores.answer_k_LP.mean(0) / tokens_P.clip(1))[:num_places].tolist(),
+    }

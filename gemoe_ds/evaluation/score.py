@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.token_kinds import TOKEN_KINDS, answer_positions, kinds_of
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.models.moe_model import MoEModel
 
 Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
 UNNAMED = "question"  # kind of a turn that the data does not name
+POSITIONS = 16  # of answer tokens that are told apart; the last stands for all that follow
 
 
 @dataclass
@@ -39,6 +41,12 @@ class Scores:
     k_LN: list[np.ndarray] = field(default_factory=list)
     is_vision_N: list[np.ndarray] = field(default_factory=list)
     load_LE: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
+    # Sums of k over tokens, and how many tokens: by TOKEN_KINDS, by place in the answer.
+    kind_k_LC: np.ndarray = field(default_factory=lambda: np.zeros((1, len(TOKEN_KINDS))))
+    kind_tokens_C: np.ndarray = field(default_factory=lambda: np.zeros(len(TOKEN_KINDS), int))
+    answer_k_LP: np.ndarray = field(default_factory=lambda: np.zeros((1, POSITIONS)))
+    answer_tokens_P: np.ndarray = field(default_factory=lambda: np.zeros(POSITIONS, int))
+    samples: dict[int, tuple[float, float]] = field(default_factory=dict)  # see `Samples`
 
     @classmethod
     def merged(cls, parts: Iterable[Scores]) -> Scores:
@@ -56,7 +64,9 @@ class Scores:
             total.entropy_LN += part.entropy_LN
             total.k_LN += part.k_LN
             total.is_vision_N += part.is_vision_N
-            total.load_LE = total.load_LE + part.load_LE
+            for name in ("load_LE", "kind_k_LC", "kind_tokens_C", "answer_k_LP", "answer_tokens_P"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            total.samples |= part.samples
         return total
 
     @property
@@ -102,14 +112,15 @@ def evaluate(
     run: Callable[..., dict[str, Tensor]] | None = None,
     spare: Batch | None = None,
     keep_tokens: bool = True,
+    special_ids: Set[int] = frozenset(),
 ) -> Scores:
     """Score every batch; None stands where a rank has run out but the others have not. Collective.
 
     A rank without a batch still runs the model on one that is not counted, its last or `spare`,
     because the exchange between expert-parallel ranks needs everyone. Greedy exact match without a
     generation loop: see `MoEModel._score`. `run`: the engine that holds the model, if one does.
-    Without `keep_tokens` there are sums only, and there may be no question among them. The model
-    and the random state are left as they were.
+    Without `keep_tokens` there are sums only, and there may be no question among them.
+    `special_ids`: of the tokenizer. The model and the random state are left as they were.
     """
     scores, last = Scores(), spare
     with _evaluating(model, device):
@@ -125,6 +136,9 @@ def evaluate(
                 scores.ce_sum += found["ce_sum"].item()
                 scores.num_targets += current.num_targets
                 _count_routing(scores, model, keep_tokens=keep_tokens)
+                if keep_tokens:
+                    _count_kinds(scores, current, special_ids)
+                    _count_samples(scores, model, current)
     total = Scores.merged(gather(scores))
     if keep_tokens and not total.asked:
         example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
@@ -184,3 +198,43 @@ def _count_routing(scores: Scores, model: MoEModel, *, keep_tokens: bool) -> Non
     scores.entropy_LN.append(torch.stack([e[valid_T] for e in entropy]).float().cpu().numpy())  # type: ignore[index]
     scores.k_LN.append(torch.stack([e[valid_T] for e in k]).to(torch.int16).cpu().numpy())  # type: ignore[index]
     scores.is_vision_N.append(ctx.is_vision_T[valid_T].cpu().numpy())
+
+
+def _count_kinds(scores: Scores, batch: Batch, special_ids: Set[int]) -> None:
+    """Of the batch whose k were kept last."""
+    is_valid_BS = batch.is_valid_BS.numpy()
+    kind_N = kinds_of(batch, special_ids)[is_valid_BS]
+    place_N = np.minimum(answer_positions(batch)[is_valid_BS], POSITIONS - 1)
+    k_LN, in_answer_N = scores.k_LN[-1], place_N >= 0
+
+    def sums(of_N: np.ndarray, columns: int, among_N: np.ndarray) -> np.ndarray:
+        rows = [np.bincount(of_N[among_N], k_N[among_N], columns) for k_N in k_LN]
+        return np.array(rows)
+
+    everywhere_N = np.ones_like(in_answer_N)
+    scores.kind_k_LC = scores.kind_k_LC + sums(kind_N, len(TOKEN_KINDS), everywhere_N)
+    scores.kind_tokens_C = scores.kind_tokens_C + np.bincount(kind_N, minlength=len(TOKEN_KINDS))
+    scores.answer_k_LP = scores.answer_k_LP + sums(place_N, POSITIONS, in_answer_N)
+    scores.answer_tokens_P = scores.answer_tokens_P + np.bincount(
+        place_N[in_answer_N], minlength=POSITIONS
+    )
+
+
+def _count_samples(scores: Scores, model: MoEModel, batch: Batch) -> None:
+    """Entropy, and the mass of the best experts, of every sample that is not left out."""
+    is_valid_BS = model.ctx.is_valid_T.view(len(batch.rows), -1)
+    entropy, mass = [], []
+    for record, spec in zip(model.ctx.layers, model.routing, strict=True):
+        assert record.entropy_T is not None and record.logits_TE is not None
+        scores_TE = record.logits_TE.float().softmax(-1)[:, : spec.num_experts]
+        entropy.append(record.entropy_T.float())
+        mass.append(scores_TE.topk(spec.top_k).values.sum(1))
+    means = [
+        (torch.stack(values).mean(0).view_as(is_valid_BS) * is_valid_BS).sum(1)
+        / is_valid_BS.sum(1).clamp_min(1)
+        for values in (entropy, mass)
+    ]
+    left_out = {bad.row for bad in batch.bad}
+    for row, *pair in zip(batch.rows, *(mean.tolist() for mean in means), strict=True):
+        if row not in left_out:
+            scores.samples[row] = (pair[0], pair[1])

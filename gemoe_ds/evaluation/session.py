@@ -96,7 +96,12 @@ class EvalSession:
         log = self._left_out(samples)
         stream = self.stream(samples, limit=limit)
         scores = evaluate(
-            self.model, samples, self.iterate(stream, EVALUATE), self.world.device, gather_objects
+            self.model,
+            samples,
+            self.iterate(stream, EVALUATE),
+            self.world.device,
+            gather_objects,
+            special_ids=self.collator.special_ids,
         )
         log.record(scores.bad.values())
         log.check()

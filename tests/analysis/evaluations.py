@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from gemoe_ds.analysis.ablation import Ablation, Pairs, summary
+from gemoe_ds.analysis.gains import Gain, gains_of
+from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
+from gemoe_ds.analysis.samples import Samples
 
 KINDS = ("caption", "count", "exist", "fact", "relation", "text")
 GROUND = {
@@ -89,6 +92,13 @@ def evaluation(
         dict(zip(KINDS, accuracy.clip(0, 1).tolist(), strict=True)),
         seed=seed,
         activated_parameters=round(250_000 + 25_000 * summary["mean_k"]),
+        mean_k_by_token_kind={
+            "image": (arrays["k_LN"][:, arrays["is_vision_N"]].mean(1)).tolist(),
+            "answer": (arrays["k_LN"][:, ~arrays["is_vision_N"]].mean(1)).tolist(),
+        },
+        num_tokens_by_kind={"image": 18_000, "answer": 12_000},
+        mean_k_in_answer=[4.0, 5.0, 5.5, 6.0],
+        num_answer_tokens=[6000, 4000, 1500, 500],
         train_seconds=None if method == "top_k" else 61.0,
         **summary,
     )
@@ -130,3 +140,17 @@ def ablation_of(pairs: Pairs, **changed: object) -> Ablation:
     values = {"method": "top_k", "k": 8, "budget_k": None, "seed": 0, "loss": 5.0}
     values |= {"checkpoint": None, "command": "c", "commit": None, "machine": "m", "date": "d"}
     return Ablation(**(values | summary(pairs, 2) | changed))
+
+
+def gains(seed: int = 0) -> tuple[Gain, ...]:
+    """From 2 and 4 experts to 8: more where the entropy is higher."""
+    rng = np.random.default_rng(seed)
+    entropy_S = rng.random(200) * 3
+    samples = Samples.of({row: (entropy_S[row], 1 - entropy_S[row] / 4) for row in range(200)})
+    luck_S = rng.random(200)
+
+    def asked(k: int) -> Questions:
+        right_S = luck_S < 0.9 - 0.05 * (8 - k) * entropy_S
+        return Questions.of((row, 0, "x", bool(right_S[row])) for row in range(200))
+
+    return gains_of({k: asked(k) for k in (2, 4, 8)}, samples, 8)

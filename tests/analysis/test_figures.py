@@ -16,7 +16,7 @@ from PIL import Image
 from gemoe_ds.analysis import drawing, expert_figures, figures
 from gemoe_ds.analysis.ablation import PREDICTORS
 from gemoe_ds.analysis.results import Results, build_results
-from tests.analysis.evaluations import ablation_of, demo_evaluations, evaluation, pairs_of
+from tests.analysis.evaluations import ablation_of, demo_evaluations, evaluation, gains, pairs_of
 
 Draw = Callable[[str], Figure]
 
@@ -26,7 +26,7 @@ def demo() -> tuple[Results, figures.Tokens]:
     made = demo_evaluations()
     results = build_results([record for record, _ in made], command="")
     measured = ablation_of(pairs_of()), ablation_of(pairs_of(seed=1), method="gemoe", k=None)
-    results = results.model_copy(update={"ablations": measured})
+    results = results.model_copy(update={"ablations": measured, "gains": gains()})
     return results, {record.key: sample for record, sample in made}
 
 
@@ -155,6 +155,31 @@ def test_curves_of_dropped_experts_are_those_of_the_ablation(
             share, size = line(axes, PREDICTORS[name][0])
             assert list(share[[0, 10, 20]]) == [0, 50, 100]
             assert size == pytest.approx(100 * np.array(curves[name]))
+
+
+def test_gains_are_drawn_bin_by_bin(demo: tuple[Results, figures.Tokens], draw: Draw) -> None:
+    by_entropy, by_mass = draw("gain_of_more_experts").axes
+    assert by_entropy.get_xlabel() == "mean gating entropy of the sample (bits)"
+    assert by_mass.get_xlabel() == "mean score mass of the best 8 experts of the sample"
+    for axes, by in ((by_entropy, "entropy"), (by_mass, "mass")):
+        for gain in demo[0].gains:
+            if gain.by == by:
+                value, height = line(axes, f"{gain.fewer} to 8 experts")
+                assert list(value) == [b.value for b in gain.bins]
+                assert list(height) == [b.gain for b in gain.bins]
+
+
+def test_token_kinds_have_a_panel_each_and_answers_one(
+    demo: tuple[Results, figures.Tokens], draw: Draw
+) -> None:
+    image, answer, along = draw("mean_k_by_token_kind").axes
+    rows = demo[0].adaptive[0].rows
+    for axes, kind in ((image, "image"), (answer, "answer")):
+        assert axes.get_title(loc="left") == kind
+        layers, mean = line(axes, "GeMoE")
+        assert list(layers) == [1, 2, 3, 4]
+        assert mean == pytest.approx(np.mean([row.mean_k_by_token_kind[kind] for row in rows], 0))
+    assert list(line(along, "GeMoE")[1]) == [4.0, 5.0, 5.5, 6.0]
 
 
 def test_a_method_has_one_colour_in_every_figure(draw: Draw) -> None:

@@ -20,10 +20,12 @@ from gemoe_ds.analysis.record import (
     TokenSample,
     read_questions,
     read_record,
+    read_samples,
     routing_summary,
     spearman,
     write_record,
 )
+from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.errors import DataError
 from tests.analysis.evaluations import evaluation, record
 
@@ -81,6 +83,24 @@ def test_questions_come_back_sorted_and_belong_to_their_record(tmp_path: Path) -
         read_questions(tmp_path, asked_record())
     with pytest.raises(ValueError, match="other counts"):
         write_record(tmp_path, asked_record(), sample, Questions.of(ASKED[1:]))
+
+
+def test_samples_come_back_sorted(tmp_path: Path) -> None:
+    sample = TokenSample.draw(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
+    samples = Samples.of({7: (2.0, 0.5), 3: (1.0, 0.25)})
+    write_record(tmp_path, asked_record(), sample, samples=samples)
+    found = read_samples(tmp_path)
+    assert {name: array.tolist() for name, array in vars(found).items()} == {
+        "row_S": [3, 7],
+        "entropy_S": [1.0, 2.0],
+        "mass_S": [0.25, 0.5],
+    }
+    np.savez(tmp_path / "samples.npz", **(vars(samples) | {"row_S": np.array([7, 3])}))
+    with pytest.raises(DataError, match="sorted, each once"):
+        read_samples(tmp_path)
+    write_record(tmp_path, asked_record(), sample)
+    with pytest.raises(DataError, match="samples.npz is missing"):
+        read_samples(tmp_path)
 
 
 @pytest.mark.parametrize(

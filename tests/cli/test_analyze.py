@@ -47,7 +47,7 @@ def test_the_report_its_figures_and_the_table(
 
     report = (out / "report.md").read_text(encoding="utf-8")
     pictures = sorted(path.name for path in (out / "figures").iterdir())
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for name in pictures:
         assert f"](figures/{name})" in report
     assert board_images(board) == {f"report/{Path(name).stem}" for name in pictures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -59,7 +60,11 @@ def test_batching_and_ranks_change_no_score(setting, batch, world):
         *(vars(Questions.of(s.questions)).values() for s in (other, reference)), strict=True
     ):
         assert a.dtype == b.dtype and np.array_equal(a, b)
-    assert np.array_equal(other.load_LE, reference.load_LE)
+    for name in ("load_LE", "kind_k_LC", "kind_tokens_C", "answer_k_LP", "answer_tokens_P"):
+        assert np.array_equal(getattr(other, name), getattr(reference, name)), name
+    assert other.samples.keys() == reference.samples.keys()
+    for row, values in other.samples.items():
+        assert values == pytest.approx(reference.samples[row], rel=1e-4)
     for a, b in zip(other.tokens(), reference.tokens(), strict=True):
         assert np.allclose(np.sort(a, axis=-1), np.sort(b, axis=-1), atol=1e-5)
     assert other.loss == pytest.approx(reference.loss, rel=1e-5)
@@ -191,8 +196,6 @@ def _next_token(model, text: list[int], images: dict) -> int:
 
 
 def test_accuracy_is_the_mean_over_kinds():
-    from collections import Counter
-
     scores = Scores(Counter(a=1, b=3), Counter(a=1, b=6))
     assert scores.accuracy_by_kind == {"a": 1.0, "b": 0.5}
     assert (scores.accuracy, scores.accuracy_micro) == (0.75, 4 / 7)
@@ -252,3 +255,46 @@ def test_where_nothing_can_be_asked_a_line_says_so(harmed):
             scored((model, samples, collator), 4)
     finally:
         collator.max_length = kept
+
+
+def test_experts_by_token_kind_and_samples_are_those_of_a_walk_over_the_tokens(setting):
+    """One sample at a time: its tokens' k, entropies and scores, added up token by token."""
+    model, samples, collator = setting
+    scores = evaluate(
+        model,
+        samples,
+        EvalStream(samples, collator, batch=3, rank=0, world=1),
+        torch.device("cpu"),
+        lambda part: [part],
+        special_ids=collator.special_ids,
+    )
+    kind_k, kind_tokens, answer_k, answer_tokens = Counter(), Counter(), Counter(), Counter()
+    for row in range(len(samples)):
+        encoded = collator.encode(row, samples[row])
+        batch = collator.batch([encoded])
+        model.ctx.trace = True
+        with torch.no_grad():
+            model.hidden(batch.model_inputs)
+        model.ctx.trace = False
+        k_LS = torch.stack([record.k_T for record in model.ctx.layers]).numpy()
+        p_LSE = torch.stack([record.logits_TE for record in model.ctx.layers]).softmax(-1)
+        entropy = -(p_LSE * p_LSE.log2()).sum(-1).mean()
+        mass = p_LSE.sort(-1, descending=True).values[..., :4].sum(-1).mean()
+        assert scores.samples[row] == pytest.approx((float(entropy), float(mass)), rel=1e-4)
+        seen = Counter()
+        for s, (token, turn) in enumerate(zip(encoded.input_ids, encoded.turn, strict=True)):
+            is_special = token in collator.tokenizer.all_special_ids
+            kind = 0 if encoded.is_vision[s] else 1 if is_special else 3 if turn >= 0 else 2
+            kind_tokens[kind] += 1
+            kind_k[kind] += k_LS[:, s]
+            if turn >= 0:
+                answer_tokens[seen[turn]] += 1
+                answer_k[seen[turn]] += k_LS[:, s]
+                seen[turn] += 1
+    assert min(kind_tokens[kind] for kind in range(4)) > 0 and len(answer_tokens) > 2
+    for kind in range(4):
+        assert scores.kind_tokens_C[kind] == kind_tokens[kind]
+        assert scores.kind_k_LC[:, kind].tolist() == kind_k[kind].tolist()
+    for place, number in answer_tokens.items():
+        assert scores.answer_tokens_P[place] == number
+        assert scores.answer_k_LP[:, place].tolist() == answer_k[place].tolist()
