@@ -148,7 +148,7 @@ def test_curves_of_dropped_experts_are_those_of_the_ablation(
     demo: tuple[Results, figures.Tokens], draw: Draw
 ) -> None:
     panels = draw("dropped_expert_cost").axes
-    assert [axes.get_title(loc="left") for axes in panels] == ["Top-8", "GeMoE"]
+    assert [axes.get_title() for axes in panels] == ["Top-8", "GeMoE"]
     for axes, found in zip(panels, demo[0].ablations, strict=True):
         curves = {one.name: one.curve for one in found.predictors}
         for name in expert_figures.SHOWN:
@@ -175,7 +175,7 @@ def test_token_kinds_have_a_panel_each_and_answers_one(
     image, answer, along = draw("mean_k_by_token_kind").axes
     rows = demo[0].adaptive[0].rows
     for axes, kind in ((image, "image"), (answer, "answer")):
-        assert axes.get_title(loc="left") == kind
+        assert axes.get_title() == kind
         layers, mean = line(axes, "GeMoE")
         assert list(layers) == [1, 2, 3, 4]
         assert mean == pytest.approx(np.mean([row.mean_k_by_token_kind[kind] for row in rows], 0))

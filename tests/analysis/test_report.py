@@ -8,7 +8,7 @@ import pytest
 
 from gemoe_ds.analysis.report import render_report, terminal_table
 from gemoe_ds.analysis.results import FigureFile, Results, build_results
-from tests.analysis.evaluations import record
+from tests.analysis.evaluations import ablation_of, gains, pairs_of, record
 
 EXPECTED = Path(__file__).with_name("expected_report.md")
 
@@ -136,3 +136,40 @@ def test_what_was_not_asked_is_told(results: Results) -> None:
         "used.\n"
     ) in said
     assert "not asked" not in render_report(results)
+
+
+def test_experts_by_token_kind_are_means_over_layers_and_seeds(results: Results) -> None:
+    kinds = {"image": (2.0, 4.0), "answer": (5.0, 6.0)}
+    found = {"num_tokens_by_kind": {"image": 1200, "answer": 30}, "mean_k_in_answer": (4.0, 7.0)}
+    rows = tuple(
+        row.model_copy(update=found | {"mean_k_by_token_kind": kinds})
+        if row.method == "gemoe"
+        else row
+        for row in results.rows
+    )
+    report = render_report(results.model_copy(update={"rows": rows}))
+    section = report.partition("## Where the experts go")[2].partition("##")[0]
+    cells = [cell.strip() for cell in section.splitlines()[4].split("|")]
+    expected = [
+        "GeMoE",
+        "3.00 \u00b1 0.00",
+        "5.50 \u00b1 0.00",
+        "4.00 \u00b1 0.00",
+        "7.00 \u00b1 0.00",
+    ]
+    assert cells[1:-1] == expected
+    assert "Tokens: 1,200 image, 30 answer." in section
+
+
+def test_gains_and_ablations_have_their_sections(results: Results) -> None:
+    made = ablation_of(pairs_of())
+    report = render_report(results.model_copy(update={"gains": gains(), "ablations": (made,)}))
+    bring = report.partition("## What more experts bring")[2].partition("\n## ")[0]
+    assert "By the score mass of the best 8 experts of a sample:" in bring
+    assert bring.count("| 2 to 8 ") == 2 == bring.count("| 4 to 8 ")
+    first = gains()[0].bins[0]
+    assert f"{first.gain:+.1f} ({first.interval[0]:.1f} to {first.interval[1]:.1f})" in bring
+    costs = report.partition("## What a dropped expert costs")[2].partition("\n## ")[0]
+    (row,) = [line for line in costs.splitlines() if line.startswith("| score x norm")]
+    score_norm = next(one for one in made.predictors if one.name == "score_norm")
+    assert f" {1000 * score_norm.lower_size:.2f} " in row and " 1.000 " in row

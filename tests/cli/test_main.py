@@ -39,7 +39,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for name in COMMANDS:
         (line,) = [row for row in done.stdout.splitlines() if row.startswith(f"  {name} ")]
         said = (importlib.import_module(f"gemoe_ds.cli.{name}").__doc__ or "").partition("\n")[0]
@@ -49,7 +49,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("trian recipe.yaml", "'trian': no such command (did you mean train?); gemoe has analyze,"),
+        ("trian recipe.yaml", "'trian': no such command (did you mean train?); gemoe has ablate,"),
         ("main", "'main': no such command"),
         ("TRAIN", "'TRAIN': no such command"),
         ("help", "(did you mean --help?)"),
