@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from gemoe_ds.analysis.ablation import Ablation, Pairs, as_text, summary, write_ablation
 from gemoe_ds.analysis.provenance import provenance
@@ -132,11 +133,10 @@ def ablate(model: MoEModel, batch: Batch, num_pairs: int, seed: int) -> tuple[Pa
     draw is the same in any batch and on any rank.
     """
     model.eval()
-    inputs, labels_BS = batch.model_inputs, batch.labels_BS
+    labels_BS = batch.labels_BS
     # 1. One pass with gradients: what was routed, and what the loss says of every layer's output.
-    with _observing(model) as seen:
-        losses_BS = model.target_losses(inputs, labels_BS)
-        grads = torch.autograd.grad(losses_BS.sum(), [one.y for one in seen])
+    with _observing(model) as seen, _forgetting(model):
+        grads = torch.autograd.grad(losses(model, batch).sum(), [one.y for one in seen])
     # 2. The pairs.
     is_target_BS = torch.zeros_like(batch.is_valid_BS)
     is_target_BS[:, :-1] = labels_BS[:, 1:] != IGNORE
@@ -158,6 +158,24 @@ def ablate(model: MoEModel, batch: Batch, num_pairs: int, seed: int) -> tuple[Pa
         **{name: tensor.float().cpu().numpy() for name, tensor in foretold.items()},
     )
     return pairs, loss_B
+
+
+def losses(model: MoEModel, batch: Batch) -> Tensor:
+    """Sum of the cross-entropies of each sequence, [B]."""
+    logits, targets = model.target_logits(batch.model_inputs, batch.labels_BS)
+    ce = cross_entropy(logits.float(), targets, reduction="none").double()
+    sequence = (batch.labels_BS[:, 1:] != IGNORE).nonzero()[:, 0]
+    return ce.new_zeros(len(batch.rows)).index_add(0, sequence, ce)
+
+
+@contextmanager
+def _forgetting(model: MoEModel) -> Iterator[None]:
+    """A forward leaves nothing behind for routers that follow what they see."""
+    before = {name: tensor.clone() for name, tensor in model.ctx.memory.items()}
+    try:
+        yield
+    finally:
+        model.ctx.memory = before
 
 
 @contextmanager
@@ -276,7 +294,8 @@ def _costs(model: MoEModel, batch: Batch, drawn: _Drawn) -> tuple[Tensor, Tensor
     """Loss of each sequence, [B], and how much larger it is without each pair, [P]; float64."""
 
     def loss_B() -> Tensor:
-        return model.target_losses(batch.model_inputs, batch.labels_BS).double().sum(1)
+        with _forgetting(model):
+            return losses(model, batch)
 
     whole_B = loss_B()
     cost_P = whole_B.new_zeros(len(drawn.turn_P))

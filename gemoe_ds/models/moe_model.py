@@ -327,9 +327,13 @@ class MoEModel(nn.Module):
         for name in self.rollouts:
             self.ctx.rollout = name
             try:
-                log_p_BS = -self.target_losses(inputs, labels_BS)
+                logits, targets = self.target_logits(inputs, labels_BS)
             finally:
                 self.ctx.rollout = None
+            log_p_BS = logits.new_zeros(labels_BS.shape, dtype=torch.float32)
+            log_p_BS[is_scored_BS] = -nn.functional.cross_entropy(
+                logits.float(), targets, reduction="none"
+            )
             keep = [record.cache for record in self.ctx.layers]
             done[name] = Rollout(log_p_BS.flatten(), is_scored_BS.flatten(), keep)
         return done
@@ -366,17 +370,7 @@ class MoEModel(nn.Module):
         kl = divergence(logits_PV, teacher_PV, self.distill.temperature)
         return kl / (per_micro_batch or max(len(taught_PD), 1))
 
-    def target_losses(self, inputs: ModelInputs, labels_BS: Tensor) -> Tensor:
-        """Cross-entropy of the token after each, where it is a target; else 0; float32 [B, S]."""
-        logits, targets = self._target_logits(inputs, labels_BS)
-        ce_BS = logits.new_zeros(labels_BS.shape, dtype=torch.float32)
-        is_target = labels_BS[:, 1:] != -100
-        ce_BS[:, :-1][is_target] = nn.functional.cross_entropy(
-            logits.float(), targets, reduction="none"
-        )
-        return ce_BS
-
-    def _target_logits(self, inputs: ModelInputs, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def target_logits(self, inputs: ModelInputs, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
         next_BS = following(labels_BS)
         at_BS = next_BS != -100
@@ -397,7 +391,7 @@ class MoEModel(nn.Module):
         would have written, so no generation loop is needed to score exact matches.
         """
         self.ctx.rolled_out = {}
-        logits, targets = self._target_logits(inputs, labels_BS)
+        logits, targets = self.target_logits(inputs, labels_BS)
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
         ce_sum = torch.zeros((), dtype=torch.float64, device=logits.device)

@@ -17,7 +17,7 @@ from gemoe_ds.analysis.ablation import PAIRS, SUMMARY, Pairs
 from gemoe_ds.cli.ablate import main
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.evaluation.ablate import _draw, ablate
+from gemoe_ds.evaluation.ablate import _draw, ablate, losses
 from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.tiny import make_model, write_base
 from tests.train.resuming import write_data
@@ -75,7 +75,7 @@ def loss_without(model, collator, encoded, pair, share=1.0):
     if pair is not None:
         hooks = [model.moe_layers[int(pair["layer_P"])].register_forward_hook(output)]
     with torch.no_grad():
-        loss = model.target_losses(batch.model_inputs, batch.labels_BS).double().sum().item()
+        loss = losses(model, batch).item()
     for hook in hooks:
         hook.remove()
     return loss
