@@ -34,6 +34,7 @@ def dropped_expert_cost(results: Results, tokens: Tokens) -> Figure | None:
     if not results.ablations:
         return None
     drawn, grid = drawing.panels(len(results.ablations))
+    drawn.set_size_inches(max(drawn.get_figwidth(), 6.4), drawn.get_figheight() + 1)
     share = np.linspace(0, 100, STEPS + 1)
     for axes, found in zip(grid, results.ablations, strict=True):
         axes.plot(share, share, color=drawing.FAINT, linestyle=drawing.DASHED, linewidth=1)
@@ -43,7 +44,8 @@ def dropped_expert_cost(results: Results, tokens: Tokens) -> Figure | None:
                 curve = 100 * np.array(named[name].curve)
                 axes.plot(share, curve, color=colour, label=PREDICTORS[name][0], linewidth=1.4)
         axes.set_title(results.label(found.method, found.k))
-    drawing.legend_above(drawn, grid[0])
+    handles, labels = grid[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper center", ncols=2)
     drawn.supxlabel("pairs that are left out (%)", fontsize=9)
     drawn.supylabel("share of all |cost| (%)", fontsize=9)
     return drawn

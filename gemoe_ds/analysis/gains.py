@@ -116,5 +116,5 @@ def gain_table(gains: tuple[Gain, ...], by: str) -> list[list[str]]:
         ]
         rho = "-" if gain.spearman is None else f"{gain.spearman:z.3f}"
         ends = f"{low:z.1f} to {high:z.1f}"
-        table.append([f"{gain.fewer} to {gain.more}", *cells, f"{difference:+z.1f}", ends, rho])
+        table.append([f"k {gain.fewer} to {gain.more}", *cells, f"{difference:+z.1f}", ends, rho])
     return table

@@ -54,7 +54,7 @@ def test_bins_hold_the_counts_of_their_samples() -> None:
     by_row = [change_Q[questions[8].row_Q == row].mean() for row in rows]
     assert gain.spearman == pytest.approx(spearman(samples.entropy_S[rows], np.array(by_row)))
     assert all(b.gain == 0 == b.interval[1] for b in gains[2].bins) and gains[2].spearman is None
-    assert gain_table(gains, "mass")[1][0] == "2 to 8"
+    assert gain_table(gains, "mass")[1][0] == "k 2 to 8"
 
 
 def test_a_planted_trend_is_found_and_none_is_not() -> None:

@@ -166,7 +166,7 @@ def test_gains_and_ablations_have_their_sections(results: Results) -> None:
     report = render_report(results.model_copy(update={"gains": gains(), "ablations": (made,)}))
     bring = report.partition("## What more experts bring")[2].partition("\n## ")[0]
     assert "By the score mass of the best 8 experts of a sample:" in bring
-    assert bring.count("| 2 to 8 ") == 2 == bring.count("| 4 to 8 ")
+    assert bring.count("| k 2 to 8 ") == 2 == bring.count("| k 4 to 8 ")
     first = gains()[0].bins[0]
     assert f"{first.gain:+.1f} ({first.interval[0]:.1f} to {first.interval[1]:.1f})" in bring
     costs = report.partition("## What a dropped expert costs")[2].partition("\n## ")[0]
