@@ -169,7 +169,8 @@ def items(arguments: argparse.Namespace) -> Iterator[Item]:
     training = range(arguments.validation, arguments.validation + arguments.train)
     total = training.stop + arguments.test
     for number in Progress(range(total), desc="scenes", unit="scene"):
-        rng = random.Random(f"{arguments.seed} scene {number}")
+        stream = "test scene" if number >= training.stop else "scene"
+        rng = random.Random(f"{arguments.seed} {stream} {number}")
         scene = random_scene(rng, arguments.max_things)
         questions = conversation(
             scene, knowledge, rng, arguments.names, arguments.others, number in training

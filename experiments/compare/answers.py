@@ -65,7 +65,7 @@ class Contest(ConfigModel):
     command: str
     grid: Grid
     is_quick: bool
-    tried: dict[str, Tried]
+    tried: dict[str, Tried]  # by row and training set
     measured: tuple[Measured, ...]
     missing: tuple[str, ...]  # runs of this contest that are not done, or failed
 

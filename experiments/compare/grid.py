@@ -97,6 +97,7 @@ class Grid(ConfigModel):
     settings: Setting = Field({}, description="of all rows alike")
     backbones: dict[str, str] = Field(min_length=1, description="the first has all seeds")
     training: dict[Literal["mixed", "captions"], str]
+    trial_sets: dict[str, list[Setting]] = Field({}, description="for the rows' YAML aliases")
     trials_each: int = Field(description="settings tried for every row that trains")
     trial_budget: float = Field(description="mean k at which rows with a dial are tried")
     ours: str

@@ -32,6 +32,11 @@ class Where:
     trial: int | None = None  # its number: evaluated on validation
 
 
+def chosen_for(row: str, training: Training) -> str:
+    """The name under which a row's settings for a training set are kept."""
+    return f"{row} {training}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of one row; `records` are the folders of its evaluations."""
@@ -44,7 +49,7 @@ class Job:
 
 
 class Plan:
-    """Makes jobs of a grid. `taken` holds the settings that the trials chose, by row."""
+    """Makes jobs of a grid. `taken` holds the settings that the trials chose, by `chosen_for`."""
 
     def __init__(self, grid: Grid, size: Size, taken: Mapping[str, Setting], runs: Path) -> None:
         self.grid, self.size, self.taken, self.runs = grid, size, taken, runs
@@ -63,14 +68,20 @@ class Plan:
         return list({job.step.name: job for job in jobs}.values())
 
     def trials(self, rows: list[str]) -> list[Job]:
-        """Every setting of every row that trains, and the untouched model to measure them by."""
+        """Every setting of every row that trains, and the untouched model to measure them by.
+
+        For each training set: what is best on one may not be on the other.
+        """
         first = next(iter(self.grid.backbones))
         names = [name for name in self.grid.rows if self.grid.rows[name].is_static]
         jobs = [self._job(name, None, Where(first, trial=0)) for name in names]
-        for name in rows:
-            row = self.grid.rows[name]
-            for number in range(len(row.trials)):
-                jobs.append(self._job(name, row.trial_value, Where(first, trial=number)))
+        sets: list[Training] = ["mixed", "captions"] if self.size.captions else ["mixed"]
+        for training in sets:
+            for name in rows:
+                row = self.grid.rows[name]
+                for number in range(len(row.trials)):
+                    where = Where(first, training, trial=number)
+                    jobs.append(self._job(name, row.trial_value, where))
         return jobs
 
     def _all(self, rows: list[str], where: Where) -> Iterator[Job]:
@@ -132,12 +143,14 @@ class Plan:
     def _folder(self, name: str, value: Any, where: Where) -> Path:
         label = name if value is None else f"{name}_{value}"
         if where.trial is not None:
-            return self.runs / "trials" / f"{label}_{where.trial}"
+            return self.runs / "trials" / where.training / f"{label}_{where.trial}"
         return self.runs / where.backbone / where.training / f"{label}_seed_{where.seed}"
 
     def _recipe(self, name: str, value: Any, where: Where) -> list[str]:
         row = self.grid.rows[name]
-        setting = self.taken.get(name, row.trials[0] if row.trials else {})
+        setting = self.taken.get(
+            chosen_for(name, where.training), row.trials[0] if row.trials else {}
+        )
         if where.trial is not None and row.trials:
             setting = row.trials[where.trial]
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ class Pool:
         """Exit code: 0, 1 if any step failed, 130 if it was interrupted."""
         if self.waiting:
             print(self.bar.at_start(), flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what is running, too
         try:
             while self.waiting or self.running:
                 while len(self.running) < self.width and (step := self._next()):

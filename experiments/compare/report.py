@@ -122,8 +122,8 @@ def _rules(contest: Contest) -> str:
             f"training for the whole curve; a dial is set on {size.calibration_samples} samples of "
             f"the {source} split, to {_listed(size.budgets)}.",
             f"* Settings are chosen on the validation split: {grid.trials_each} trials for every "
-            "row that trains. A trial is as good as its accuracy is above that of the untouched "
-            "model with static k, at the mean k that it came out with.",
+            "row that trains, anew for captions. A trial is as good as its accuracy is above that "
+            "of the untouched model with static k, at the mean k that it came out with.",
             "* The test split is read by the whole contest alone, never by trials or a quick one.",
             "* A straight line between two points of a bent curve lies below it: rows whose points "
             "are far apart lose a little by it. Dials are set to the compared mean k themselves.",
@@ -138,18 +138,22 @@ def _size(contest: Contest) -> Size:
 
 
 def _trials(contest: Contest) -> Iterator[str]:
-    missing = [n for n, row in contest.grid.rows.items() if row.trains and n not in contest.tried]
-    if missing:
+    rows = [name for name, row in contest.grid.rows.items() if row.trains]
+    sets = list(dict.fromkeys(m.training for m in contest.measured))
+    wanted = [f"{name} {training}" for training in sets for name in rows]
+    if missing := [key for key in wanted if key not in contest.tried]:
         yield f"**No trials were run for {_listed(missing)}**: the first setting of each was taken."
     if not contest.tried:
         return
-    table = [["Method", "Setting", "Mean k", "Validation", "Above static k", "Taken"]]
-    for name, tried in contest.tried.items():
+    table = [["Method", "Training", "Setting", "Mean k", "Validation", "Above static k", "Taken"]]
+    for key, tried in contest.tried.items():
+        name, training = key.split()
         for number, trial in enumerate(tried.trials):
             setting = ", ".join(f"{key}={value}" for key, value in trial.setting.items())
             table.append(
                 [
                     contest.grid.rows[name].label,
+                    training,
                     f"`{setting or 'as the recipe'}`",
                     f"{trial.mean_k:.2f}",
                     f"{100 * trial.accuracy:.2f}",

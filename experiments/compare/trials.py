@@ -1,4 +1,4 @@
-"""The settings of every row, chosen on the validation split among equally many for each.
+"""The settings of every row and training set, chosen on validation among equally many for each.
 
 A setting is as good as its accuracy is above that of the untouched model with static k, at the
 mean k that it came out with. So settings that end at different k can be compared.
@@ -15,11 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from experiments.compare.answers import Trial, Tried
 from experiments.compare.grid import Grid, Setting
-from experiments.compare.jobs import Job
+from experiments.compare.jobs import Job, Training, chosen_for
 from gemoe_ds.analysis.record import read_record
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.files import write_text
 
+SETS: tuple[Training, ...] = ("mixed", "captions")
 _FILE = TypeAdapter(dict[str, Tried])
 
 
@@ -29,7 +30,7 @@ def record_of(grid_file: Path) -> Path:
 
 
 def choose(grid: Grid, jobs: Sequence[Job]) -> dict[str, Tried]:
-    """From finished trials: of every row all, and which one is taken."""
+    """From finished trials, by row and training set: all, and which one is taken."""
     static = [r for job in jobs if grid.rows[job.row].is_static for r in job.records]
     points = sorted((r.mean_k, r.accuracy) for r, _ in map(read_record, static))
     k_P, accuracy_P = np.array(points).T
@@ -46,7 +47,7 @@ def choose(grid: Grid, jobs: Sequence[Job]) -> dict[str, Tried]:
             accuracy=record.accuracy,
             above_static=record.accuracy - float(np.interp(record.mean_k, k_P, accuracy_P)),
         )
-        found.setdefault(job.row, []).append(trial)
+        found.setdefault(chosen_for(job.row, job.where.training), []).append(trial)
     return {
         name: Tried(
             trials=tuple(trials),
@@ -70,11 +71,11 @@ def read_trials(path: Path, grid: Grid) -> dict[str, Tried]:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is damaged ({reason}): run --trials again") from None
     return {
-        name: tried
-        for name, tried in read.items()
-        if name in grid.rows
-        and [_text(trial.setting) for trial in tried.trials]
-        == [_text(setting) for setting in grid.rows[name].trials]
+        key: read[key]
+        for name, row in grid.rows.items()
+        for key in (chosen_for(name, training) for training in SETS)
+        if key in read
+        and [_text(trial.setting) for trial in read[key].trials] == [*map(_text, row.trials)]
     }
 
 

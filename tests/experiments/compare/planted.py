@@ -9,6 +9,8 @@ import numpy as np
 
 from experiments.compare.answers import Answers, Contest, Measured, Trial, Tried
 from experiments.compare.grid import UNTOUCHED, Grid
+from experiments.compare.jobs import chosen_for
+from experiments.compare.trials import SETS
 from gemoe_ds.analysis.questions import Questions
 
 SIZE = {
@@ -115,7 +117,12 @@ def planted(
         Trial(setting=s, mean_k=4.1, accuracy=0.8, above_static=0.01 * i)
         for i, s in enumerate(TRIALS)
     ]
-    outcome = {n: Tried(trials=tuple(trials), taken=1) for n, r in made.rows.items() if r.trains}
+    outcome = {
+        chosen_for(name, training): Tried(trials=tuple(trials), taken=1)
+        for training in SETS
+        for name, row in made.rows.items()
+        if row.trains
+    }
     contest = Contest(
         command="python -m experiments.compare",
         grid=made,

@@ -89,17 +89,24 @@ def test_a_trial_is_measured_by_what_it_has_above_static_k(tmp_path):
     jobs = Plan(made, made.full, {}, tmp_path).trials(["gemoe", "free"])
     for k, folder in zip((8, 4, 2), jobs[0].records, strict=True):
         leave(folder, k, [True] * k + [False] * (10 - k), "static", k)
-    for job, (mean_k, right) in zip(jobs[1:], [(7, 8), (3, 6), (5, 4), (6, 4)], strict=True):
+    outcomes = [(7, 8), (3, 6), (5, 4), (6, 4), (7, 8), (8, 8), (5, 4), (6, 4)]  # mixed, captions
+    for job, (mean_k, right) in zip(jobs[1:], outcomes, strict=True):
         leave(job.records[0], mean_k, [True] * right + [False] * (10 - right), job.row)
     tried = choose(made, jobs)
-    assert [t.above_static for t in tried["gemoe"].trials] == pytest.approx([0.1, 0.3])
-    assert (tried["gemoe"].taken, tried["free"].taken) == (1, 0)
-    assert taken(tried) == {"gemoe": TRIALS[1], "free": TRIALS[0]}
+    assert [t.above_static for t in tried["gemoe mixed"].trials] == pytest.approx([0.1, 0.3])
+    assert {key: found.taken for key, found in tried.items()} == {
+        "gemoe mixed": 1,
+        "free mixed": 0,
+        "gemoe captions": 0,
+        "free captions": 0,
+    }
+    assert taken(tried) == {key: TRIALS[found.taken] for key, found in tried.items()}
     path = record_of(tmp_path / "some.yaml")
     write_trials(path, tried)
     assert path.name == "some_trials.json" and read_trials(path, made) == tried
     rows = made.rows | {"gemoe": made.rows["gemoe"].model_copy(update={"trials": TRIALS[::-1]})}
-    assert set(read_trials(path, made.model_copy(update={"rows": rows}))) == {"free"}, "others now"
+    left = read_trials(path, made.model_copy(update={"rows": rows}))
+    assert set(left) == {"free mixed", "free captions"}, "others now"
     assert read_trials(tmp_path / "none.json", made) == {}
     path.write_text("{")
     with pytest.raises(ConfigError, match="is damaged .*: run --trials again"):

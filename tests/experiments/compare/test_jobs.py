@@ -85,16 +85,19 @@ def test_trials_try_every_setting_and_the_contest_takes_what_they_chose():
     jobs = plan().trials(ROWS)
     names = [job.step.name for job in jobs]
     assert names == [
-        "trials_static_0",
+        "trials_mixed_static_0",
         *(
-            f"trials_{run}_{number}"
+            f"trials_{training}_{run}_{number}"
+            for training in ("mixed", "captions")
             for run in ("tuned_4", "gemoe", "free_one")
             for number in (0, 1)
         ),
     ]
     assert "optim.lr=0.0003" in jobs[1].step.command and "optim.lr=0.001" in jobs[2].step.command
     first = plan().contest(["gemoe"], ["first"], [0])[0].step
-    chosen = plan(taken={"gemoe": {"optim.lr": 0.5}}.items()).contest(["gemoe"], ["first"], [0])
+    chosen = plan(taken={"gemoe mixed": {"optim.lr": 0.5}}.items()).contest(
+        ["gemoe"], ["first"], [0]
+    )
     assert "optim.lr=0.0003" in first.command and "optim.lr=0.5" in chosen[0].step.command
 
 
@@ -111,5 +114,6 @@ def test_a_changed_setting_starts_anew_and_so_does_what_needs_it(tmp_path):
 
     assert done(plan()) == []
     assert len(done(plan())) == 9, "five, and four on captions"
-    changed = plan(taken={"tuned": {"optim.lr": 0.5}}.items())
+    setting = {"optim.lr": 0.5}
+    changed = plan(taken={"tuned mixed": setting, "tuned captions": setting}.items())
     assert {name.split("_")[2] for name in done(changed)} == {"gemoe"}
