@@ -59,7 +59,7 @@ FULL = [path for path in RECIPES if path.stem.endswith(("_8_gpus", "_4_nodes"))]
 def test_every_backbone_has_the_paper_s_recipe_for_one_node_and_for_four() -> None:
     """GeMoE, Table 7: the same run on both, whatever the machines hold at a time."""
     by_backbone: dict[str, list] = {}
-    for path in FULL:
+    for path in (path for path in FULL if "_gemoe_" in path.stem):
         config = load_config(path)
         assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (
             1e-4,
@@ -77,3 +77,19 @@ def test_every_backbone_has_the_paper_s_recipe_for_one_node_and_for_four() -> No
         by_backbone.setdefault(config.model.backbone.name, []).append(options)
     assert set(by_backbone) == {"olmoe", "molmoe", "deepseek_vl2", "qwen3_vl_moe"}
     assert all(one == four for one, four in by_backbone.values())
+
+
+def test_every_backbone_has_a_distilled_threshold_beside_the_paper_s_recipe() -> None:
+    ours = [path for path in FULL if "_threshold_" in path.stem]
+    assert len(ours) == 4
+    for path in ours:
+        config, paper = (
+            load_config(path),
+            load_config(path.with_stem(path.stem.replace("threshold", "gemoe"))),
+        )
+        assert config.model.router.name == "threshold"
+        assert config.train.distill is not None and config.train.distill.tokens == "answers"
+        trees = [one.model_dump() for one in (config, paper)]
+        for tree in trees:
+            del tree["output_dir"], tree["model"]["router"], tree["train"]["distill"]
+        assert trees[0] == trees[1]

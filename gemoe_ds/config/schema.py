@@ -101,12 +101,14 @@ class ModelConfig(ConfigModel):
         "bfloat16",
         description="dtype of activations and frozen weights; trainable weights stay float32",
     )
+    gate_gradient: Literal["chosen", "dense"] = Field(
+        "chosen", description="dense: gates learn from all experts (DenseMixer), for more time"
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
     pack_experts: bool = Field(
-        False,
-        description="CPU only: faster frozen bfloat16 experts, for two more copies of them",
+        False, description="CPU only: faster frozen bfloat16 experts, for two more copies of them"
     )
 
     @field_validator("dtype", mode="before")
@@ -305,8 +307,7 @@ class RunConfig(ConfigModel):
             )
         asks = f"train.early_stop={train.early_stop}" if train.early_stop else ""
         asks = f"checkpoint.keep_best={keep_best}" if keep_best else asks
-        is_ours = (keep_best or "validation/").startswith("validation/")
-        if asks and is_ours and not train.eval_every:
+        if asks and not train.eval_every and (keep_best or "validation/").startswith("validation/"):
             raise ConfigError(
                 f"{asks}: nothing is evaluated; set train.eval_every to the steps between "
                 "evaluations"

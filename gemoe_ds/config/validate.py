@@ -6,6 +6,8 @@ from pathlib import Path
 
 from gemoe_ds.config.deepspeed import check_deepspeed
 from gemoe_ds.config.schema import RunConfig
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import Router
 
 
 def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = True) -> None:
@@ -17,6 +19,12 @@ def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = 
     if inputs_are_here:
         config.check_paths()
     check_deepspeed(config, world_size)
+    able = [router.name for router in Router.known() if router.weighs_all]
+    if config.model.gate_gradient == "dense" and config.model.router.name not in able:
+        raise ConfigError(
+            f"model.gate_gradient=dense: the gate of router {config.model.router.name!r} has no "
+            f"gradient of experts that it does not choose; set chosen, or take {', '.join(able)}"
+        )
 
 
 def validate_evaluation(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.after_step import after_step, before_steps
 from gemoe_ds.moe.context import TEACHER, TokenContext
+from gemoe_ds.moe.dense_gradient import with_dense_gradient
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.passes import in_backward
@@ -41,6 +42,7 @@ class MoELayer(nn.Module):
         self.ctx = ctx
         self.shared = shared
         self.base: Router | None = None  # the backbone's own router, which never trains
+        self.dense_gradient = False  # the gate learns from the experts that are not chosen, too
         self.stands_alone = False  # has its context for itself
         self._shape = torch.Size([0])  # [...] of the last x
         self._counts = StepCounts(1)
@@ -221,7 +223,8 @@ class MoELayer(nn.Module):
         assert router is not None, "a model that has a teacher has kept its gates"
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)
-        preprocessed = self.dispatcher.dispatch_preprocess(router.dispatched(decision))
+        mask_TE = router.dispatched(decision)
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE)
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):
@@ -239,8 +242,17 @@ class MoELayer(nn.Module):
             return free_TD + shared_TD
 
         y_TD = self.dispatcher(x_TD, weights_TE, preprocessed, self.experts, beside)
+        if self.dense_gradient and weights_TE.requires_grad:
+            others_TE = ~mask_TE & self.ctx.is_valid_T[:, None]
+            parts = -(-router.spec.num_experts // router.spec.top_k)
+            y_TD = with_dense_gradient(y_TD, weights_TE, x_TD, others_TE, parts, self._sum_of)
         self.ctx.watch(router.spec.slot, y_TD, training=self.training)
         return y_TD.view(x_BSD.shape)
+
+    def _sum_of(self, x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """The weighted sum of these experts alone."""
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE)
+        return self.dispatcher(x_TD, weights_TE, preprocessed, self.experts)
 
 
 def _mask(name: str, mask: Tensor, x: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ class Router(Registered, nn.Module):
     dial: ClassVar[str | None] = None
     # Whether the dial is a layer's mean k, and a budget is shared out by what layers lose by it.
     budgets_by_sensitivity: ClassVar[bool] = False
+    # Whether the weight of an expert that is not chosen is a function of its score: else there is
+    # nothing that its gradient (`model.gate_gradient: dense`) could reach.
+    weighs_all: ClassVar[bool] = True
 
     def __init__(
         self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()

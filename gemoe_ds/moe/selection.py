@@ -34,7 +34,9 @@ def top_k_decision(logits_TE: Tensor, k: int, how: str, spec: RoutingSpec) -> De
 def topk_weights(scores_TE: Tensor, mask_TE: Tensor, how: str, spec: RoutingSpec) -> Tensor:
     """The combine weights: raw scores, or divided by the sum of the chosen ones."""
     if divides_by_sum(how, spec):
-        return scores_TE / (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
+        total_T1 = (scores_TE * mask_TE).sum(-1, keepdim=True).clamp_min(1e-20)
+        # The others are read by DenseMixer's gradient alone, whose sum is that of the chosen ones.
+        return torch.where(mask_TE, scores_TE / total_T1, scores_TE / total_T1.detach())
     return scores_TE
 
 

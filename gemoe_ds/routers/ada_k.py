@@ -43,6 +43,7 @@ class AdaKRouter(Router):
     """Top-k by the frozen gate's scores; k from the allocator."""
 
     name: ClassVar[str] = "ada_k"
+    weighs_all = False
     warm_left: Tensor
 
     class Config(ConfigModel):

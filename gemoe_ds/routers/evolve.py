@@ -31,6 +31,7 @@ class EvolveRouter(Router):
     """Expert 0 for every token, with weight 1; after every step the others evolve."""
 
     name: ClassVar[str] = "evolve"
+    weighs_all = False
     static_k = 1
 
     class Config(ConfigModel):

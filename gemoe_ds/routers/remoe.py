@@ -38,6 +38,7 @@ class ReMoERouter(Router):
     """An expert is used where its ReLU is above 0: k from 0 to E, every gradient exact."""
 
     name: ClassVar[str] = "remoe"
+    weighs_all = False
     coefficient: Tensor  # lambda of Eq. 8 as it stands
 
     class Config(ConfigModel):

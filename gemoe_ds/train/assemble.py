@@ -48,6 +48,8 @@ def build_model(
         show_progress=show_progress,
     )
     model.distill = config.train.distill
+    for layer in model.moe_layers:
+        layer.dense_gradient = config.model.gate_gradient == "dense"
     return model
 
 

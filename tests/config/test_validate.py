@@ -12,6 +12,7 @@ from gemoe_ds.config import (
 )
 from gemoe_ds.errors import ConfigError
 from tests.config.deepspeed_files import loaded
+from tests.config.minimal import load
 
 
 def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> None:
@@ -28,3 +29,12 @@ def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> N
     validate_evaluation(config)
     with pytest.raises(ConfigError, match="train_batch_size=64 contradicts"):
         validate_run(config, 2)
+
+
+@pytest.mark.parametrize("router", ["ada_k", "evolve", "remoe"])
+def test_a_gate_without_a_dense_gradient_is_refused(recipe: Path, router: str) -> None:
+    change = f"model.router={{name: {router}}}"
+    validate_run(load(recipe, change), 1, inputs_are_here=False)
+    config = load(recipe, change, "model.gate_gradient=dense")
+    with pytest.raises(ConfigError, match=f"router '{router}' has no gradient of experts"):
+        validate_run(config, 1, inputs_are_here=False)

@@ -54,6 +54,7 @@ class Case:
     router: str = "gemoe"
     clip: float | None = CLIP
     distill: str | None = None  # which tokens
+    gate_gradient: str = "chosen"
 
     @property
     def deepspeed(self) -> Path:
@@ -116,6 +117,7 @@ def run_config(base, case: Case):
                 "trainable": case.train,
                 "dtype": case.dtype,
                 "activation_checkpointing": case.recompute,
+                "gate_gradient": case.gate_gradient,
             },
             "data": {"train_path": "unused", "tokenizer": str(base[1])},
             "optim": {"lr": LR, "eps": EPS, "schedule": "constant", "max_grad_norm": case.clip},
@@ -142,6 +144,8 @@ def build(base, config, shard=None):
         recompute=config.model.activation_checkpointing,
     )
     model.distill = config.train.distill
+    for layer in model.moe_layers:
+        layer.dense_gradient = config.model.gate_gradient == "dense"
     model.ctx.trace = True  # keeps k_T, for `chosen`
     return model.train()
 
@@ -295,7 +299,15 @@ def run_cases(rank: int, base, cases: list[Case], expected: dict) -> list[dict[s
 def reference_key(case: Case, num_ranks: int) -> tuple:
     """Equal for cases that should come out the same."""
     num_batches = case.accumulation * num_ranks
-    return case.train, case.router, case.clip, case.dtype, case.distill, num_batches
+    return (
+        case.train,
+        case.router,
+        case.clip,
+        case.dtype,
+        case.distill,
+        case.gate_gradient,
+        num_batches,
+    )
 
 
 def references(base, cases: list[Case], num_ranks: int) -> dict:
