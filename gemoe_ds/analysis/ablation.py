@@ -51,6 +51,13 @@ class Pairs:
         return cls(**{name: array[order] for name, array in whole.items()})
 
 
+def _layer_means(pairs: Pairs) -> np.ndarray:
+    """The mean norm of the pairs in the layer of each."""
+    _, layer_P, counts = np.unique(pairs.layer_P, return_inverse=True, return_counts=True)
+    means: np.ndarray = np.maximum(np.bincount(layer_P, pairs.norm_P) / counts, 1e-30)[layer_P]
+    return means
+
+
 # What a rule goes by, larger is kept longer: heading, value of every pair.
 PREDICTORS: dict[str, tuple[str, Callable[[Pairs], np.ndarray]]] = {
     "rank": ("rank (static k)", lambda pairs: -pairs.rank_P),
@@ -63,6 +70,11 @@ PREDICTORS: dict[str, tuple[str, Callable[[Pairs], np.ndarray]]] = {
     "ratio": ("score / best score", lambda pairs: pairs.score_P / pairs.best_score_P),
     "score": ("score", lambda pairs: pairs.score_P),
     "score_norm": ("score x norm of output", lambda pairs: pairs.score_P * pairs.norm_P),
+    "score_norm_layer": (
+        "score x norm / mean norm of the layer",
+        lambda pairs: pairs.score_P * pairs.norm_P / _layer_means(pairs),
+    ),
+    "first_order_size": ("|gradient x change|", lambda pairs: np.abs(pairs.first_order_P)),
     "first_order": ("gradient x change (first order)", lambda pairs: pairs.first_order_P),
 }
 

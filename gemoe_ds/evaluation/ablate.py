@@ -128,9 +128,9 @@ class _Drawn:
 def ablate(model: MoEModel, batch: Batch, num_pairs: int, seed: int) -> tuple[Pairs, Tensor]:
     """`num_pairs` of every sequence, drawn at random, and the loss of each sequence, [B].
 
-    One forward leaves out a pair of each sequence, which do not see each other. Pairs are drawn
-    from the tokens that stand before the last target of their sequence: others cost nothing. The
-    draw is the same in any batch and on any rank.
+    One forward leaves out a pair of each sequence, which do not see each other. Where the loss has
+    no gradient a pair costs nothing, and none is drawn: behind the last target, and of the last
+    layer's tokens those that predict none. The draw is the same in any batch and on any rank.
     """
     model.eval()
     labels_BS = batch.labels_BS
@@ -138,11 +138,9 @@ def ablate(model: MoEModel, batch: Batch, num_pairs: int, seed: int) -> tuple[Pa
     with _observing(model) as seen, _forgetting(model):
         grads = torch.autograd.grad(losses(model, batch).sum(), [one.y for one in seen])
     # 2. The pairs.
-    is_target_BS = torch.zeros_like(batch.is_valid_BS)
-    is_target_BS[:, :-1] = labels_BS[:, 1:] != IGNORE
-    matters_BS = is_target_BS.flip(1).cumsum(1).flip(1).bool() & batch.is_valid_BS
+    matters_LT = torch.stack([(grad != 0).any(-1).flatten() for grad in grads])
     mask_LTE = torch.stack([one.layer.router.split(one.decision.mask_TE)[0] for one in seen])
-    drawn = _draw(mask_LTE & matters_BS.view(-1, 1), batch.rows, num_pairs, seed)
+    drawn = _draw(mask_LTE & matters_LT[..., None], batch.rows, num_pairs, seed)
     # 3. What foretells their cost, and the cost.
     foretold = _foretold(seen, grads, drawn)
     loss_B, cost_P = _costs(model, batch, drawn)

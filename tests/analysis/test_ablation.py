@@ -31,6 +31,13 @@ def test_every_number_is_what_its_name_says() -> None:
     for name, value in (
         ("score", pairs.score_P),
         ("score_norm", pairs.score_P * pairs.norm_P),
+        (
+            "score_norm_layer",
+            pairs.score_P
+            * pairs.norm_P
+            / [pairs.norm_P[pairs.layer_P == layer].mean() for layer in pairs.layer_P],
+        ),
+        ("first_order_size", abs(pairs.first_order_P)),
         ("ratio", pairs.score_P / pairs.best_score_P),
         ("better", -pairs.better_P),
         ("entropy_rank", 1.2 * pairs.entropy_P - pairs.rank_P),

@@ -170,6 +170,6 @@ def test_gains_and_ablations_have_their_sections(results: Results) -> None:
     first = gains()[0].bins[0]
     assert f"{first.gain:+.1f} ({first.interval[0]:.1f} to {first.interval[1]:.1f})" in bring
     costs = report.partition("## What a dropped expert costs")[2].partition("\n## ")[0]
-    (row,) = [line for line in costs.splitlines() if line.startswith("| score x norm")]
+    (row,) = [line for line in costs.splitlines() if line.startswith("| score x norm of")]
     score_norm = next(one for one in made.predictors if one.name == "score_norm")
     assert f" {1000 * score_norm.lower_size:.2f} " in row and " 1.000 " in row

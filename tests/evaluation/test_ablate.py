@@ -117,6 +117,12 @@ def test_pairs_are_the_same_in_any_batch_and_stand_before_the_last_target(settin
     assert len(np.unique(distinct, axis=1).T) == 20
     last = [max(i for i, label in enumerate(e.labels) if label != -100) for e in encoded]
     assert (whole.position_P < np.array(last)[whole.sample_P]).all()
+    many, _ = ablate(model, collator.batch(encoded), 12, seed=1)
+    in_last = many.layer_P == 1  # where a token acts on the one that it predicts alone
+    assert in_last.any() and all(
+        encoded[sample].labels[position + 1] != -100
+        for sample, position in zip(many.sample_P[in_last], many.position_P[in_last], strict=True)
+    )
 
 
 def test_a_draw_takes_chosen_experts_once_and_all_there_are():
