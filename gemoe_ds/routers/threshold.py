@@ -2,22 +2,27 @@
 
 Ours, not from a paper. What leaving an expert out costs is about its weight times the norm of its
 output, so that one number for the weights loses least at a mean k (see `score`, the same rule
-without training). Here a mean k stands for the number: a running histogram of the scores of all
-layers says which number so many experts pass. In training every sequence draws a mean k of its
-own, so that one training serves every budget; afterwards `mean_k` is the dial.
+without training), if all tokens matter alike. They do not: what the last layer gives a token that
+precedes no answer is read by nobody. So every layer learns what a token's experts are worth, a
+factor on its scores where they are compared with the number. Here a mean k stands for the number: a
+running histogram of what is compared, in all layers, says which number so many experts pass. In
+training every sequence draws a mean k of its own, so that one training serves every budget;
+afterwards `mean_k` is the dial.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.router import Decision, RoutingSpec
 from gemoe_ds.moe.score_histogram import NUM_BINS, count_scores, passed_by
@@ -26,6 +31,16 @@ from gemoe_ds.moe.selection import divides_by_sum, top_k_mask, topk_weights
 from gemoe_ds.moe.step_context import StepContext
 
 GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class ThresholdDecision(Decision):
+    """In training with `importance`: which share of its k_high experts a token uses, [T].
+
+    With a soft edge, and with a gradient to the importance alone.
+    """
+
+    used_T: Tensor | None = None
 
 
 class ThresholdRouter(ScoreRule):
@@ -37,7 +52,7 @@ class ThresholdRouter(ScoreRule):
     name: ClassVar[str] = "threshold"
     dial: ClassVar[str | None] = "mean_k"
     mean_k: float
-    scores_H: Tensor  # how many of a token's k_high best scores lie where, in all layers
+    scores_H: Tensor  # how many of the tokens' k_high best lie where, in all layers
 
     class Config(ScoreRule.Config):
         mean_k: Annotated[PerLayer, within(0, math.inf)] = Field(
@@ -57,6 +72,21 @@ class ThresholdRouter(ScoreRule):
             description="width of the threshold's edge, in the logarithm of scores, within which "
             "cross-entropy teaches the gate which experts to use; in training all k_high are then "
             "computed; 0: no such gradient, and only used experts are",
+        )
+        importance: bool = Field(
+            True,
+            description="learn what a token's experts are worth in each layer (predictor_lr); "
+            "false: all tokens alike, for training on other data than is met later",
+        )
+        importance_weight: float = Field(
+            0.05,
+            ge=0,
+            allow_inf_nan=False,
+            description="coefficient of the mean share of k_high that is used: what makes tokens "
+            "leave to others the experts that they do not need",
+        )
+        importance_limit: float = Field(
+            3.0, gt=0, le=8, description="largest logarithm of a token's factor"
         )
         memory: float = Field(
             0.95, ge=0, lt=1, description="what a step leaves of the running histogram"
@@ -80,12 +110,21 @@ class ThresholdRouter(ScoreRule):
                 f"model.router.train_mean_k=[{low:g}, {high:g}] must satisfy 0 < low <= high <= "
                 f"{self.k_high} (k_high)"
             )
+        if config.importance and not config.edge:
+            raise ConfigError(
+                "model.router.edge=0: nothing would teach the importance of a token; set "
+                "model.router.importance=false as well, or an edge above 0"
+            )
         self.train_mean_k = low, high
+        self.importance = (
+            Importance(spec.d_model, config.importance_limit) if config.importance else None
+        )
         self.register_buffer("scores_H", torch.zeros(NUM_BINS))
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
-        log_TK = self._log_weights(scores_TE.detach())
+        factor_T1 = None if self.importance is None else self.importance(x_TD)
+        log_TK = self._log_weights(scores_TE.detach(), factor_T1)
         self._count(log_TK, ctx)
         log_threshold_T1 = self._log_threshold(ctx).to(log_TK.dtype)
         k_T = (log_TK >= log_threshold_T1).sum(-1).clamp(self.k_low, self.k_high)
@@ -94,17 +133,43 @@ class ThresholdRouter(ScoreRule):
         if not self.training or not self.config.edge:
             return Decision(scores_TE, mask_TE, weights_TE)
         # Of value 1 where an expert is used and 0 where it is not, with the slope of a sigmoid.
-        soft_TE = ((self._log_of(scores_TE) - log_threshold_T1) / self.config.edge).sigmoid()
+        above_TE = self._log_of(scores_TE) - log_threshold_T1
+        soft_TE = self._edge(above_TE, factor_T1)
         slope_TE = weights_TE.detach() * (soft_TE - soft_TE.detach())
         weights_TE = torch.where(mask_TE, weights_TE, 0.0) + slope_TE
-        return Decision(scores_TE, top_k_mask(scores_TE, self.k_high), weights_TE)
+        best_TE = top_k_mask(scores_TE, self.k_high)
+        if factor_T1 is None:
+            return ThresholdDecision(scores_TE, best_TE, weights_TE)
+        # Before the first step, when all pass, as if each stood at the threshold.
+        above_TE = above_TE.detach().nan_to_num(posinf=self.config.importance_limit)
+        used_TE = self._edge(above_TE, factor_T1) * best_TE
+        return ThresholdDecision(scores_TE, best_TE, weights_TE, used_TE.sum(-1) / self.k_high)
 
-    def _log_weights(self, scores_TE: Tensor) -> Tensor:
-        """Of the k_high best, falling: the weights that they would have if all of them were used.
+    def _edge(self, above_TE: Tensor, factor_T1: Tensor | None) -> Tensor:
+        """From 0 to 1 about the threshold, [T, E]."""
+        if factor_T1 is not None:
+            above_TE = above_TE + factor_T1
+        return (above_TE / self.config.edge).sigmoid()
 
-        0 for the first k_low, which pass every threshold.
+    def losses(
+        self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
+    ) -> dict[str, LossTerm]:
+        terms = super().losses(decision, logits_TE, ctx)
+        if isinstance(decision, ThresholdDecision) and decision.used_T is not None:
+            valid_T = ctx.is_valid_T
+            used = (decision.used_T * valid_T).sum() / valid_T.sum().clamp_min(1)
+            terms["used"] = LossTerm(used, self.config.importance_weight)
+        return terms
+
+    def _log_weights(self, scores_TE: Tensor, factor_T1: Tensor | None) -> Tensor:
+        """Of the k_high best, falling: what is compared with the threshold, at most 0.
+
+        The weights that they would have if all of them were used, times the token's factor. 0 for
+        the first k_low, which pass every threshold.
         """
         log_TK = self._log_of(scores_TE).topk(self.k_high, dim=-1).values
+        if factor_T1 is not None:
+            log_TK = log_TK + factor_T1.detach()
         log_TK[:, : self.k_low] = 0.0
         return log_TK
 
@@ -168,3 +233,22 @@ class ThresholdRouter(ScoreRule):
     @property
     def dial_ends(self) -> tuple[float, float]:
         return float(self.k_low), float(self.k_high)
+
+
+class Importance(nn.Module):
+    """The logarithm of a token's factor, [T, 1], within `limit` below 0; at first alike for all.
+
+    Below 0, as a factor on all tokens alike changes nothing, and no score exceeds 1.
+    """
+
+    def __init__(self, d_model: int, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        self.map = RouterLinear(d_model, 1)
+        nn.init.zeros_(self.map.weight)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        raw_T1 = (self.map(x_TD) + self.bias) / self.limit
+        factor_T1: Tensor = self.limit * (raw_T1.tanh() - 1)
+        return factor_T1

@@ -52,7 +52,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "half": {"threshold": 0.15},
         "share": {"threshold": 0.25, "share": "yes", "k_low": 0},
     },
-    "threshold": {"narrow": {"train_mean_k": (2.0, 2.0), "k_low": 0, "k_high": 6}},
+    "threshold": {
+        "narrow": {"train_mean_k": (2.0, 2.0), "k_low": 0, "k_high": 6},
+        "alike": {"importance": False},
+    },
     "evolve": {"two_ranges": {"beta": ((0.0, 0.0), (0.5, 0.9))}},
     "evomoe": {"paper": {"k": 1, "gate": "none"}, "frozen": {"gate": "frozen"}},
 }

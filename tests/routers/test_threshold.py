@@ -40,7 +40,9 @@ def test_one_number_gives_the_mean_k_that_is_asked_for(renormalises, k_low, want
     logits_TE = random_logits(0)
     router = make_router("threshold", {"mean_k": wanted, "k_low": k_low}, spec)
     trained_on(router, logits_TE)
-    decision = router.select(logits_TE, None, make_context(torch.ones(1, 4000, dtype=torch.bool)))
+    decision = router.select(
+        logits_TE, torch.zeros(4000, 16), make_context(torch.ones(1, 4000) > 0)
+    )
     best_TK = logits_TE.softmax(-1).sort(descending=True).values[:, :4]
     if renormalises:
         best_TK = best_TK / best_TK.sum(-1, keepdim=True)
@@ -67,9 +69,10 @@ def test_sequences_draw_their_mean_k_and_layers_share_it():
     logits_TE = random_logits(4, tokens=6400)
     valid = torch.ones(64, 100, dtype=torch.bool)
     ctx = make_context(valid, layers=2)
-    routers = [make_router("threshold", {"edge": 0}, at_slot(SPEC, slot)) for slot in (1, 0)]
+    options = {"edge": 0, "importance": False}
+    routers = [make_router("threshold", options, at_slot(SPEC, slot)) for slot in (1, 0)]
     for router in routers:
-        router.scores_H = trained_on(make_router("threshold", {}), logits_TE).scores_H
+        router.scores_H = trained_on(make_router("threshold", options), logits_TE).scores_H
     state = torch.get_rng_state()
     found = [mean_k(router.train(), logits_TE, ctx).view(64, 100).mean(1) for router in routers]
     assert not torch.equal(torch.get_rng_state(), state)
@@ -88,7 +91,7 @@ def test_the_edge_teaches_the_gate_and_changes_no_output(renormalises):
     valid_T = torch.ones(60, dtype=torch.bool)
     gradients, hard_TE = [], None
     for edge in (0.0, 0.7):
-        options = {"edge": edge, "train_mean_k": (2.0, 2.0)}
+        options = {"edge": edge, "train_mean_k": (2.0, 2.0), "importance": False}
         router = trained_on(make_router("threshold", options, spec), random_logits(10)).train()
         decision = router.select(logits_TE, None, make_context(valid_T[None]))
         used_TE = torch.where(decision.mask_TE, decision.weights_TE, 0.0)
@@ -162,6 +165,61 @@ def test_evaluation_leaves_what_was_trained():
         x_TD, ctx = ragged_tokens(seed)
         router(x_TD, ctx)
     assert torch.equal(router.scores_H, before)
+
+
+def test_importance_is_a_factor_on_the_scores_of_a_token():
+    """k by sorting score times factor over all tokens; the order within a token stays."""
+    logits_TE, x_TD = random_logits(12), torch.randn(4000, 16)
+    router = make_router("threshold", {"mean_k": 2.0, "k_low": 0, "importance_limit": 2.0})
+    with torch.no_grad():
+        router.importance.map.weight.normal_(generator=torch.Generator().manual_seed(0))
+        router.importance.bias.fill_(0.3)
+    valid_T = torch.ones(4000, dtype=torch.bool)
+    ctx = make_context(valid_T[None])
+    router.train().select(logits_TE, x_TD, ctx)
+    counts = router.step_counts(None, ctx)
+    router.after_step(StepContext(1, 10, counts, counts, None, None, None))
+    mask_TE = router.eval().select(logits_TE, x_TD, make_context(valid_T[None])).mask_TE
+    raw_T = x_TD @ router.importance.map.weight[0] + 0.3
+    factor_T = (2.0 * (raw_T / 2.0).tanh()).exp().detach()
+    best_TK, order_TK = logits_TE.softmax(-1).topk(4)
+    compared_TK = best_TK * factor_T[:, None]
+    number = compared_TK.flatten().sort(descending=True).values[2 * 4000 - 1]
+    expected_TE = torch.zeros_like(mask_TE).scatter(1, order_TK, compared_TK >= number)
+    assert (mask_TE != expected_TE).float().mean() < 0.005  # within a bin of the histogram
+    assert mask_TE.sum(1).float().mean().item() == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_token_that_does_not_matter_leaves_its_experts_to_the_others():
+    """A loss that reads half of the tokens: on the others only the share that is used acts."""
+    x_TD = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    is_read_T = x_TD[:, 0] > 0
+    router = make_router("threshold", {"train_mean_k": (2.0, 2.0), "importance_weight": 0.2})
+    trained_on(router, random_logits(13)).train()
+    optimizer = torch.optim.Adam(router.importance.parameters(), lr=0.1)
+    value_E = torch.rand(8, generator=torch.Generator().manual_seed(2)) + 1
+    for step in range(60):
+        logits_TE = random_logits(14 + step, tokens=400)
+        ctx = make_context(torch.ones(1, 400, dtype=torch.bool))
+        decision = router.select(logits_TE, x_TD, ctx)
+        gain_T = (decision.weights_TE * decision.mask_TE) @ value_E
+        used = router.losses(decision, logits_TE, ctx)["used"]
+        optimizer.zero_grad()
+        (used.weight * used.value - (gain_T * is_read_T).mean()).backward()
+        assert router.gate.weight.grad is None
+        optimizer.step()
+        counts = router.step_counts(decision, ctx)
+        router.after_step(StepContext(step, 60, counts, counts, None, None, None))
+    router.eval().mean_k = 2.0
+    ctx = make_context(torch.ones(1, 400, dtype=torch.bool))
+    k_T = router.select(random_logits(99, tokens=400), x_TD, ctx).mask_TE.sum(1).float()
+    assert k_T[is_read_T].mean() > k_T[~is_read_T].mean() + 1
+    assert k_T.mean().item() == pytest.approx(2.0, abs=0.3)
+
+
+def test_importance_needs_an_edge():
+    with pytest.raises(ConfigError, match="edge=0: nothing would teach .*importance=false"):
+        make_router("threshold", {"edge": 0})
 
 
 @pytest.mark.parametrize("given", [(0.0, 3.0), (3.0, 2.0), (2.0, 4.5)])
