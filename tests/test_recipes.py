@@ -88,7 +88,7 @@ def test_every_backbone_has_a_distilled_threshold_beside_the_paper_s_recipe() ->
             load_config(path.with_stem(path.stem.replace("threshold", "gemoe"))),
         )
         assert config.model.router.name == "threshold"
-        assert config.train.distill is not None and config.train.distill.tokens == "answers"
+        assert config.train.distill is not None and config.train.distill.tokens == "text"
         trees = [one.model_dump() for one in (config, paper)]
         for tree in trees:
             del tree["output_dir"], tree["model"]["router"], tree["train"]["distill"]
