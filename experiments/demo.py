@@ -1,4 +1,4 @@
-"""The main job in small, step by step: data, GeMoE and its baselines, evaluation, the report.
+"""The main job in small, step by step: data, GeMoE, our threshold, their baselines, the report.
 
 The pretrained model ships: experiments/backbones, made by `python -m experiments.backbones`.
 
@@ -22,8 +22,8 @@ from experiments.steps import Step, list_or_run
 from gemoe_ds.parser import Parser
 
 DEMO = Path("runs/demo")
-STATIC_K = (8, 7, 6, 5, 4, 3, 2)
-TUNED_K = (8, 5)
+STATIC_K = (8, 6, 5, 4, 3, 2)
+BUDGETS = (5, 4, 3)
 DATA = ("convert_train", "convert_validation", "convert_test")
 
 
@@ -55,7 +55,7 @@ def static_step(num_ranks: int) -> Step:
         DEMO / "eval/static",
         num_ranks,
         needs=DATA,
-        seconds=50,
+        seconds=40,
     )
 
 
@@ -65,23 +65,27 @@ STATIC_FOLDERS = [f"{DEMO}/eval/static/k_{k}" for k in STATIC_K]
 def demo_steps(seeds: Sequence[int], num_ranks: int, report: Path) -> list[Step]:
     """The whole demo. With one rank, twice the accumulation gives the same global batches."""
     steps = data_steps()
-    tuned = [(f"top_{k}", f"demo_top_{k}", 0) for k in TUNED_K]
-    tuned += [("gemoe" if s == 0 else f"gemoe_seed_{s}", "demo_gemoe", s) for s in seeds]
-    for name, recipe, seed in tuned:
+    runs = [("top_8", "demo_top_8", 0)]
+    for method in ("gemoe", "threshold"):
+        runs += [(method if s == 0 else f"{method}_seed_{s}", f"demo_{method}", s) for s in seeds]
+    for name, recipe, seed in runs:
         steps.append(train_step(name, recipe, num_ranks, DEMO / name, 65, needs=DATA, seed=seed))
-    evaluations = [static_step(num_ranks)]
-    evaluations += [
-        evaluate_step(
-            name,
-            f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}",
-            DEMO / "eval" / name,
-            num_ranks,
-            needs=(name,),
-        )
-        for name, _, _ in tuned
+    held = f"--mean-k {' '.join(map(str, BUDGETS))} --calibration-samples 256"
+    rule = f"{RECIPES}/demo_top_8.yaml --router score {held}"
+    evaluations = [
+        static_step(num_ranks),
+        evaluate_step("score", rule, DEMO / "eval/score", num_ranks, needs=DATA, seconds=35),
     ]
+    folders = [*STATIC_FOLDERS, *(f"{DEMO}/eval/score/score_mean_k_{k}" for k in BUDGETS)]
+    for name, recipe, _ in runs:
+        folder, trained = DEMO / "eval" / name, f"{DEMO}/{name}/config.yaml --trained {DEMO}/{name}"
+        if recipe == "demo_threshold":
+            trained += f" {held}"
+            folders += [f"{folder}/mean_k_{k}" for k in BUDGETS]
+        else:
+            folders.append(str(folder))
+        evaluations.append(evaluate_step(name, trained, folder, num_ranks, needs=(name,)))
     steps += evaluations
-    folders = [*STATIC_FOLDERS, *(f"{DEMO}/eval/{name}" for name, _, _ in tuned)]
     made_by = "make demo" if report == DEMO else "make demo-seeds"
     steps.append(
         python_step(
@@ -142,7 +146,7 @@ def train_step(
 def main() -> int:
     parser = Parser("python -m experiments.demo", description=__doc__)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one GeMoE row each (default: 0)"
+        "--seeds", type=int, nargs="+", default=[0], help="of what is trained (default: 0)"
     )
     parser.add_argument(
         "--report", type=Path, default=DEMO, help=f"folder of the report (default: {DEMO})"

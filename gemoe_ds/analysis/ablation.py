@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemoe_ds.analysis.record import load_json, spearman
+from gemoe_ds.analysis.record import Key, load_json, spearman
 from gemoe_ds.analysis.tables import aligned
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
@@ -121,9 +121,9 @@ class Ablation(ConfigModel):
     date: str
 
     @property
-    def key(self) -> tuple[str, int | None, int]:
+    def key(self) -> Key:
         """As that of the evaluation with the same routing."""
-        return self.method, self.k, self.seed
+        return self.method, self.k, self.budget_k, self.seed
 
 
 def summary(pairs: Pairs, num_layers: int) -> dict[str, object]:
@@ -241,7 +241,7 @@ def write_ablation(folder: Path, ablation: Ablation, pairs: Pairs) -> None:
     write_text(folder / SUMMARY, ablation.model_dump_json(indent=2) + "\n")
 
 
-def read_ablation(folder: Path, key: tuple[str, int | None, int]) -> Ablation | None:
+def read_ablation(folder: Path, key: Key) -> Ablation | None:
     """What `gemoe ablate` left beside the evaluation `key`; None if it was not run."""
     path = folder / SUMMARY
     if not path.exists():
@@ -249,8 +249,8 @@ def read_ablation(folder: Path, key: tuple[str, int | None, int]) -> Ablation | 
     found = load_json(path, Ablation, "run gemoe ablate again")
     if found.key != key:
         raise DataError(
-            f"{path} is of method, k and seed {found.key}, eval.json beside it of {key}: give "
-            "gemoe ablate the --out of the evaluation with the same routing"
+            f"{path} is of method, k, budget and seed {found.key}, eval.json beside it of {key}: "
+            "give gemoe ablate the --out of the evaluation with the same routing"
         )
     return found
 

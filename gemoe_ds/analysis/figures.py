@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gemoe_ds.analysis import drawing
-from gemoe_ds.analysis.record import TokenSample
+from gemoe_ds.analysis.record import Key, TokenSample
 from gemoe_ds.analysis.results import BASELINE, FigureFile, Group, Results, Row
 
-Tokens = Mapping[tuple[str, int | None, int], TokenSample]  # by EvalRecord.key
+Tokens = Mapping[Key, TokenSample]  # by EvalRecord.key
 Draw = Callable[[Results, Tokens], Figure | None]
 FIGURES: dict[str, tuple[str, Draw]] = {}  # file stem -> caption, function
 
@@ -81,6 +81,7 @@ def accuracy_against_k(results: Results, tokens: Tokens) -> Figure | None:
     )
     for method in dict.fromkeys(group.method for group in results.groups):
         groups = [group for group in results.groups if group.method == method]
+        groups.sort(key=lambda group: -group.mean(_mean_k))
         k = [group.mean(_mean_k) for group in groups]
         accuracy = [100 * group.mean(_accuracy) for group in groups]
         sd = [100 * (group.sd(_accuracy) or 0) for group in groups]
@@ -91,14 +92,14 @@ def accuracy_against_k(results: Results, tokens: Tokens) -> Figure | None:
             k,
             accuracy,
             color=colour,
-            linestyle="-" if is_curve else "none",
+            linestyle="-" if is_curve or (is_adaptive and len(groups) > 1) else "none",
             marker="*" if is_adaptive else "o" if is_curve else "s",
             markersize=14 if is_adaptive else 6.5,
             markerfacecolor=colour if is_adaptive or is_curve else "white",
             markeredgecolor="white" if is_adaptive or is_curve else colour,
             markeredgewidth=0.8 if is_adaptive or is_curve else 1.6,
             zorder=4 if is_adaptive else 3,
-            label=groups[0].label if is_adaptive else drawing.family(method),
+            label=groups[0].name if is_adaptive else drawing.family(method),
         )
         if any(sd):
             axes.errorbar(
@@ -161,7 +162,7 @@ def mean_k_per_layer(results: Results, tokens: Tokens) -> Figure | None:
     drawn = Figure(figsize=(max(6.4, 0.3 * num_layers), 3.8), layout="constrained")
     axes = drawn.subplots()
     fixed: dict[int, list[Group]] = {}
-    for group in results.groups:
+    for group in results.one_each:
         if group.k is not None:
             fixed.setdefault(group.k, []).append(group)
     for k, groups in fixed.items():  # a fixed k is a level line: faint, named at its end
@@ -302,7 +303,7 @@ def _contenders(results: Results) -> list[Group]:
     if results.adaptive and as_is:
         mean_k = results.adaptive[0].mean(_mean_k)
         as_is = [min(as_is, key=lambda group: abs(group.mean(_mean_k) - mean_k))]
-    return as_is + [group for group in results.groups if group.method != BASELINE]
+    return as_is + [group for group in results.one_each if group.method != BASELINE]
 
 
 def _level_name(k: int, groups: list[Group]) -> str:

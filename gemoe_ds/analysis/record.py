@@ -26,6 +26,8 @@ A = TypeVar("A")
 RECORD, TOKENS, QUESTIONS, SAMPLES = "eval.json", "tokens.npz", "questions.npz", "samples.npz"
 MAX_TOKENS = 20_000  # of every layer, kept for the figures
 
+Key = tuple[str, int | None, float | None, int]  # method, k, budget and seed
+
 
 class EvalRecord(ConfigModel):
     """The numbers of one evaluation. Accuracies are fractions, entropies bits, k experts a token.
@@ -106,9 +108,9 @@ class EvalRecord(ConfigModel):
         return len(self.mean_k_per_layer)
 
     @property
-    def key(self) -> tuple[str, int | None, int]:
-        """Method, k and seed: no two records of a report share them."""
-        return self.method, self.k, self.seed
+    def key(self) -> Key:
+        """No two records of a report share it."""
+        return self.method, self.k, self.budget_k, self.seed
 
 
 _PER_LAYER = [name for name in EvalRecord.model_fields if name.endswith("_per_layer")]

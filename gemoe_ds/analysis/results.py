@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from gemoe_ds.analysis.ablation import Ablation
 from gemoe_ds.analysis.gains import Gain
-from gemoe_ds.analysis.record import EvalRecord, load_json
+from gemoe_ds.analysis.record import EvalRecord, Key, load_json
 from gemoe_ds.errors import DataError
 from gemoe_ds.registry import ConfigModel
 
@@ -29,6 +30,17 @@ LABELS = {
     "ltdr": "LTDR",
     "evomoe": "EvoMoE",
     "gemoe": "GeMoE",
+    "threshold": "Threshold",
+    "score": "Score, untrained",
+    "ratio": "Ratio to the best, untrained",
+    "mass": "Top-p of the best, untrained",
+    "entropy": "Entropy, untrained",
+    "alloc_moe": "Alloc-MoE, untrained",
+    "score_tuned": "Score, tuned gates",
+    "ratio_tuned": "Ratio to the best, tuned gates",
+    "mass_tuned": "Top-p of the best, tuned gates",
+    "entropy_tuned": "Entropy, tuned gates",
+    "alloc_moe_tuned": "Alloc-MoE, tuned gates",
     "gemoe_reversed": "GeMoE, reversed",
     "gemoe_mono_0": "GeMoE without L_mono",
     "gemoe_mono_0_5": "GeMoE, 0.5 L_mono",
@@ -64,17 +76,23 @@ class Meta(ConfigModel):
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one method and k: its seeds."""
+    """The rows of one method, k and budget: its seeds."""
 
     method: str
     k: int | None
+    budget_k: float | None  # the mean k that it was held to after training
     rows: tuple[Row, ...]
 
     @property
-    def label(self) -> str:
+    def name(self) -> str:
+        """Whatever the budget."""
         if self.method in LABELS:
             return LABELS[self.method].format(k=self.k)
         return self.method if self.k is None else f"{self.method}, k = {self.k}"
+
+    @property
+    def label(self) -> str:
+        return self.name if self.budget_k is None else f"{self.name}, held to {self.budget_k:g}"
 
     @property
     def token_kinds(self) -> list[str]:
@@ -111,13 +129,13 @@ class Results(ConfigModel):
     @property
     def groups(self) -> list[Group]:
         """Fixed k first, largest k first, untuned before tuned; then the adaptive methods."""
-        members: dict[tuple[str, int | None], list[Row]] = {}
+        members: dict[tuple[str, int | None, float | None], list[Row]] = {}
         for row in self.rows:
-            members.setdefault((row.method, row.k), []).append(row)
+            members.setdefault(row.key[:-1], []).append(row)
 
-        def place(key: tuple[str, int | None]) -> tuple[bool, bool, str, int]:
-            method, k = key
-            return k is None, method != BASELINE, method, -(k or 0)
+        def place(key: tuple[str, int | None, float | None]) -> tuple[object, ...]:
+            method, k, budget_k = key
+            return k is None, method != BASELINE, method, -(k or 0), -(budget_k or math.inf)
 
         return [
             Group(*key, tuple(sorted(members[key], key=lambda row: row.seed)))
@@ -125,7 +143,7 @@ class Results(ConfigModel):
         ]
 
     def label(self, method: str, k: int | None) -> str:
-        return Group(method, k, ()).label
+        return Group(method, k, None, ()).label
 
     @property
     def baseline(self) -> Group:
@@ -133,7 +151,16 @@ class Results(ConfigModel):
 
     @property
     def adaptive(self) -> list[Group]:
-        return [group for group in self.groups if group.is_adaptive]
+        """One of each method that picks k: as trained, else at the largest of its budgets."""
+        return [group for group in self.one_each if group.is_adaptive]
+
+    @property
+    def one_each(self) -> list[Group]:
+        """Of the groups that differ in their budget alone, the first."""
+        found: dict[tuple[str, int | None], Group] = {}
+        for group in self.groups:
+            found.setdefault((group.method, group.k), group)
+        return list(found.values())
 
     @property
     def kinds(self) -> list[str]:
@@ -189,9 +216,10 @@ def _check_comparable(records: Sequence[EvalRecord]) -> None:
     if not records:
         raise DataError("no evaluation was given: name at least one folder that holds eval.json")
     first = records[0]
-    seen: set[tuple[str, int | None, int]] = set()
+    seen: set[Key] = set()
     for record in records:
-        name = f"{record.method} k={record.k} seed={record.seed}"
+        budget = "" if record.budget_k is None else f" held to {record.budget_k:g}"
+        name = f"{record.method} k={record.k}{budget} seed={record.seed}"
         if record.key in seen:
             raise DataError(f"two of the evaluations are {name}: give each one once")
         seen.add(record.key)

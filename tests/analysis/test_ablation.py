@@ -88,8 +88,8 @@ def test_what_is_written_is_read_beside_its_evaluation_only(tmp_path) -> None:
     assert read_ablation(tmp_path, made.key) is None
     write_ablation(tmp_path, made, pairs_of())
     assert read_ablation(tmp_path, made.key) == made
-    with pytest.raises(DataError, match=r"eval\.json beside it of \('gemoe', None, 0\)"):
-        read_ablation(tmp_path, ("gemoe", None, 0))
+    with pytest.raises(DataError, match=r"eval\.json beside it of \('gemoe', None, None, 0\)"):
+        read_ablation(tmp_path, ("gemoe", None, None, 0))
     (tmp_path / "ablation.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         read_ablation(tmp_path, made.key)

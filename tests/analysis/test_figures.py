@@ -72,12 +72,14 @@ def test_accuracy_against_k_has_the_static_curve_the_tuned_points_and_gemoe(
     rows = {row.key: row for row in demo[0].rows}
     k, accuracy = line(axes, "Top-k")
     assert list(k) == [8, 7, 6, 5, 4, 3, 2]
-    assert list(accuracy) == pytest.approx([100 * rows["top_k", i, 0].accuracy for i in k])
+    assert list(accuracy) == pytest.approx([100 * rows["top_k", i, None, 0].accuracy for i in k])
     k, accuracy = line(axes, "Top-k, tuned")
     assert list(k) == [8, 5]
-    assert list(accuracy) == pytest.approx([100 * rows["top_k_tuned", i, 0].accuracy for i in k])
+    assert list(accuracy) == pytest.approx(
+        [100 * rows["top_k_tuned", i, None, 0].accuracy for i in k]
+    )
     k, accuracy = line(axes, "GeMoE")
-    seeds = [rows["gemoe", None, seed] for seed in range(3)]
+    seeds = [rows["gemoe", None, None, seed] for seed in range(3)]
     assert k == pytest.approx([np.mean([row.mean_k for row in seeds])])
     assert accuracy == pytest.approx([100 * np.mean([row.accuracy for row in seeds])])
 
@@ -132,7 +134,7 @@ def test_histograms_are_shares_of_each_modality(
     demo: tuple[Results, figures.Tokens], draw: Draw
 ) -> None:
     panels = draw("k_histogram").axes
-    sample = demo[1]["gemoe", None, 0]
+    sample = demo[1]["gemoe", None, None, 0]
     for layer, axes in enumerate(panels):
         shares = {c.get_label(): [bar.get_height() for bar in c] for c in bar_groups(axes)}
         for name, histogram_LK in (

@@ -51,6 +51,20 @@ def test_groups_stand_in_the_order_of_the_table() -> None:
     assert results.baseline.rows[0].retention == 100
 
 
+def test_budgets_of_one_training_are_rows_of_their_own() -> None:
+    """As trained first; figures and sections are of one of them."""
+    held = [gemoe(seed).model_copy(update={"budget_k": k}) for k in (3.0, 4.0) for seed in (0, 1)]
+    results = build_results([TOP_8, *held, gemoe(0), gemoe(1)], command="")
+    labels = ["Top-8", "GeMoE", "GeMoE, held to 4", "GeMoE, held to 3"]
+    assert [group.label for group in results.groups] == labels
+    assert [group.label for group in results.one_each] == labels[:2]
+    assert [len(group.rows) for group in results.groups] == [1, 2, 2, 2]
+    only = build_results([TOP_8, *held], command="")
+    assert [group.label for group in only.adaptive] == ["GeMoE, held to 4"]
+    with pytest.raises(DataError, match="two of the evaluations are gemoe k=None held to 3 seed=0"):
+        build_results([TOP_8, *held, held[0]], command="")
+
+
 def test_mean_and_sample_standard_deviation_over_seeds() -> None:
     results = build_results([TOP_8, gemoe(0, 0.6), gemoe(1, 0.7), gemoe(2, 0.8)], command="")
     (group,) = results.adaptive

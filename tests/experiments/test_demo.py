@@ -125,16 +125,12 @@ def test_a_damaged_note_only_costs_time(chain: list[Step]) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_seeds_add_gemoe_rows_and_leave_the_other_steps_as_they_are(num_ranks: int) -> None:
+def test_seeds_add_rows_and_leave_the_other_steps_as_they_are(num_ranks: int) -> None:
     one = demo_steps([0], num_ranks, Path("runs/demo"))
     three = demo_steps([0, 1, 2], num_ranks, Path("runs/demo"))
     added = {step.name for step in three} - {step.name for step in one}
-    assert added == {
-        "gemoe_seed_1",
-        "gemoe_seed_2",
-        "evaluate_gemoe_seed_1",
-        "evaluate_gemoe_seed_2",
-    }
+    runs = {f"{method}_seed_{seed}" for method in ("gemoe", "threshold") for seed in (1, 2)}
+    assert added == runs | {f"evaluate_{run}" for run in runs}
     commands = {step.name: step.command for step in one}
     for step in three:
         if step.name in commands and step.name != "report":
