@@ -207,10 +207,11 @@ class TrainConfig(ConfigModel):
     eval_every: int = Field(
         0, ge=0, description="steps between evaluations on data.validation_path; 0: none"
     )
+    compare_untouched: bool = Field(
+        True, description="evaluate the untouched backbone at the same mean k, too (routers only)"
+    )
     early_stop: int = Field(
-        0,
-        ge=0,
-        description="evaluations in a row without a new best after which the run ends; 0: never",
+        0, ge=0, description="evaluations in a row without a new best that end the run; 0: never"
     )
     distill: Distill | None = Field(
         None, description="the backbone as it was, at its own k, teaches the routers; null: none"
@@ -268,8 +269,7 @@ class RunConfig(ConfigModel):
         "zero0 to zero3, zero1_offload to zero3_offload",
     )
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
-        "none",
-        description="none: a new run; auto: the newest checkpoint in output_dir; or a folder",
+        "none", description="none: a new run; auto: newest checkpoint in output_dir; or a folder"
     )
     _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
 

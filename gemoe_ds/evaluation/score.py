@@ -34,6 +34,8 @@ class Scores:
     # Row, turn, kind, and whether it was right, of every question that was asked.
     questions: list[tuple[int, int, str, bool]] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)  # by row
+    # The sum of a sample's cross-entropies, and how many targets it has; by row.
+    losses: dict[int, tuple[float, int]] = field(default_factory=dict)
     ce_sum: float = 0.0  # of all targets
     num_targets: int = 0
     num_tokens: int = 0  # valid ones
@@ -58,6 +60,7 @@ class Scores:
             total.cut_answers += part.cut_answers
             total.questions += part.questions
             total.bad |= part.bad
+            total.losses |= part.losses
             total.ce_sum += part.ce_sum
             total.num_targets += part.num_targets
             total.num_tokens += part.num_tokens
@@ -133,8 +136,7 @@ def evaluate(
             found = (run or model)(**current.to(device).inputs, score=True)
             if counted:
                 _count_answers(scores, current, found["correct_BS"].cpu(), samples)
-                scores.ce_sum += found["ce_sum"].item()
-                scores.num_targets += current.num_targets
+                _count_losses(scores, current, found["ce_B"])
                 _count_routing(scores, model, keep_tokens=keep_tokens)
                 if keep_tokens:
                     _count_kinds(scores, current, special_ids)
@@ -182,6 +184,14 @@ def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: Sa
             scores.asked[kind] += 1
             scores.right[kind] += right
             scores.questions.append((row, index, kind, right))
+
+
+def _count_losses(scores: Scores, batch: Batch, ce_B: Tensor) -> None:
+    scores.ce_sum += ce_B.sum().item()
+    scores.num_targets += batch.num_targets
+    targets_B = (batch.labels_BS[:, 1:] != -100).sum(1)
+    pairs = zip(ce_B.tolist(), targets_B.tolist(), strict=True)
+    scores.losses |= dict(zip(batch.rows, pairs, strict=True))
 
 
 def _count_routing(scores: Scores, model: MoEModel, *, keep_tokens: bool) -> None:

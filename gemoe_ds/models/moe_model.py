@@ -32,9 +32,8 @@ class ExpertShard:
     num_ranks: int = 1
     make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
     groups: Mapping[str, Any] = field(default_factory=dict)  # of ranks that it talks to, by name
-    broadcast_from_first: Callable[[Tensor], Tensor] = lambda tensor: (
-        tensor
-    )  # that of the group's first rank
+    # Of the group's first rank.
+    broadcast_from_first: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def local(self, num_experts: int) -> slice:
         if num_experts % self.num_ranks:
@@ -385,7 +384,7 @@ class MoEModel(nn.Module):
     @torch.no_grad()
     def _score(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Tensor]:
         """`correct_BS`: whether the greedy choice equals the label, bool; False where there is no
-        label. `ce_sum`: the sum of the cross-entropies of all labels, float64.
+        label. `ce_B`: the sum of the cross-entropies of a sequence's labels, float64.
 
         An answer whose every token is predicted given the ones before is what greedy generation
         would have written, so no generation loop is needed to score exact matches.
@@ -394,7 +393,8 @@ class MoEModel(nn.Module):
         logits, targets = self.target_logits(inputs, labels_BS)
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
-        ce_sum = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for some, wanted in zip(logits.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True):
-            ce_sum += nn.functional.cross_entropy(some.float(), wanted, reduction="sum").double()
-        return {"correct_BS": correct_BS, "ce_sum": ce_sum}
+        ce_BS = torch.zeros(labels_BS.shape, device=logits.device)
+        parts = zip(logits.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True)
+        ce = [nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in parts]
+        ce_BS[:, 1:][labels_BS[:, 1:] != -100] = torch.cat(ce)
+        return {"correct_BS": correct_BS, "ce_B": ce_BS.double().sum(1)}

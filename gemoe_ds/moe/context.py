@@ -6,7 +6,7 @@ Shapes: T tokens of the micro-batch (padding included), L MoE layers.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,6 +105,9 @@ class TokenContext:
         self.rollout: str | None = None  # the pass that is under way, if it does not train
         self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains
         self.memory: dict[str, Tensor] = {}  # what routers keep from one forward to the next
+        # By slot, what routes instead of the layers' own: for measurements, never in training. They
+        # hang in no module: ZeRO 3 would look in them for what DeepSpeed's start adds to modules.
+        self.routers: Sequence[Any] | None = None
         # Slot, decision -> what is carried out instead: for measurements, never in training.
         self.intervene: Callable[[int, Any], Any] | None = None
 

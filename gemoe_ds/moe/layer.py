@@ -220,6 +220,8 @@ class MoELayer(nn.Module):
         x_TD = self.ctx.without_padding(x_BSD.reshape(-1, x_BSD.shape[-1]))
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
         router = self.base if self.ctx.rollout == TEACHER else self.router
+        if self.ctx.routers is not None:
+            router = self.ctx.routers[self.router.spec.slot]
         assert router is not None, "a model that has a teacher has kept its gates"
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)

@@ -36,6 +36,7 @@ from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
 from gemoe_ds.train.sample_log import SampleLog, forget_after
 from gemoe_ds.train.saving import Saving
 from gemoe_ds.train.trainer import Trainer
+from gemoe_ds.train.untouched import not_compared
 
 _LOOK = "unmodified model"
 HF_FOLDER = "hf"  # where a run that trains everything leaves a Hugging Face model
@@ -171,6 +172,8 @@ def fit(
             run.timer.write(output)
     if trainer.end_reason and trainer.step < config.train.steps:
         say(world, f"ended early, after step {trainer.step}: {trainer.end_reason}")
+    if line := not_compared(config):
+        say(world, line)
     last = saver.last or (checkpoint.folder if checkpoint else None)
     say(world, f"saved {last}" if last else "nothing to save")
     if config.model.trainable == "all" and saver.last:

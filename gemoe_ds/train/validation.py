@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
 from gemoe_ds.errors import ConfigError, Stopped
 from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import EVALUATE
 from gemoe_ds.train.assemble import build_collator
 from gemoe_ds.train.checks.samples import leave_out_known
 from gemoe_ds.train.hooks import Hook, StepResult, Training
+from gemoe_ds.train.untouched import Outcome, Untouched, described, warning
 
 
 class Validation(Hook):
@@ -56,6 +58,7 @@ class Validation(Hook):
         if config.checkpoint.keep_best == "validation/accuracy":
             broadcast_from_first(lambda: self._refuse_no_question(lengths), world)
         self.evaluated: int | None = None  # the step of the last evaluation
+        self.untouched: Untouched | None = None
 
     def _refuse_no_question(self, lengths: Lengths | None) -> None:
         limit = self.config.data.max_length
@@ -67,17 +70,24 @@ class Validation(Hook):
 
     def before_run(self, trainer: Training) -> None:
         collator = build_collator(self.config, trainer.model)
-        self.stream = EvalStream(
-            self.samples,
-            collator,
-            batch=self.config.train.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
-        )
+        self.collator = collator
         first = collator.encode_or_leave_out(0, self.samples[0])
         self.spare = collator.batch([first])  # of a rank that has no samples
         if self.evaluated is None:
             self.evaluated = trainer.step
+        if not self.config.train.compare_untouched:
+            return
+        if trainer.model.moe_layers[0].base is None:
+            self._say(
+                f"train.compare_untouched: model.trainable={self.config.model.trainable} changes "
+                "the backbone, which is not compared"
+            )
+            return
+
+        def score(routers: Sequence[Router], limit: int | None, title: str | None) -> Scores:
+            return self._scores(trainer, routers, limit, title)
+
+        self.untouched = Untouched(trainer.model, len(self.samples), score)
 
     def after_step(self, trainer: Training, result: StepResult) -> None:
         step, every = result.step, self.config.train.eval_every
@@ -87,6 +97,8 @@ class Validation(Hook):
         began = time.perf_counter()
         try:
             scores = self._scores(trainer)
+            trained = Outcome.of(scores, len(self.samples))
+            untouched = self.untouched.at(trained.mean_k) if self.untouched else {}
         except Stopped:
             return  # the trainer saves, and stops before its next step
         self.evaluated = step
@@ -97,40 +109,70 @@ class Validation(Hook):
             "validation/mean_k": scores.mean_k,
             "validation/seconds": seconds,
         }
-        said = f"step {step}: validation loss {scores.loss:.4f}, mean k {scores.mean_k:.3f}"
         if scores.asked:
             result.metrics["validation/accuracy"] = scores.accuracy
+        for name, outcome in untouched.items():
+            for of, value in outcome.metrics.items():
+                result.metrics[f"validation/untouched_{name}_{of}"] = value
+        said = f"step {step}: validation loss {scores.loss:.4f}, mean k {scores.mean_k:.3f}"
+        if scores.asked:
             said += f", accuracy {100 * scores.accuracy:.2f} %"
+        self._say(f"{said} ({seconds:.1f} s)")
+        if self.untouched:
+            self._say(f"step {step}: {described(trained.mean_k, untouched)}")
+            if warned := warning(trained, untouched):
+                self._say(f"step {step}: {warned}")
+
+    def _say(self, line: str) -> None:
         if self.world.is_first:
-            Progress.write(f"{said} ({seconds:.1f} s)")
+            Progress.write(line)
 
-    def _scores(self, trainer: Training) -> Scores:
-        return evaluate(
-            trainer.model,
+    def _scores(
+        self,
+        trainer: Training,
+        routers: Sequence[Router] | None = None,
+        limit: int | None = None,
+        title: str | None = "validation",
+    ) -> Scores:
+        """Of the first samples, as `limit` says, by other routers than those that train."""
+        ctx = trainer.model.ctx
+        ctx.routers = routers
+        try:
+            return evaluate(
+                trainer.model,
+                self.samples,
+                self._batches(limit, title),
+                self.world.device,
+                gather_objects,
+                run=trainer.engine,
+                spare=self.spare,
+                keep_tokens=False,
+            )
+        finally:
+            ctx.routers = None
+
+    def _batches(self, limit: int | None, title: str | None) -> Iterator[Batch | None]:
+        stream = EvalStream(
             self.samples,
-            self._batches(),
-            self.world.device,
-            gather_objects,
-            run=trainer.engine,
-            spare=self.spare,
-            keep_tokens=False,
+            self.collator,
+            batch=self.config.train.micro_batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            limit=limit,
         )
-
-    def _batches(self) -> Iterator[Batch | None]:
         bar = Progress(
-            self.stream,
-            desc="validation",
+            stream,
+            desc=title,
             unit="batch",
             leave=False,
-            disable=not self.world.is_first,
+            disable=title is None or not self.world.is_first,
         )
         return until_stopped(bar, EVALUATE, self.stop, self.world, "while validating")
 
     def _leave_out(self, trainer: Training, scores: Scores) -> None:
         """Tell of samples that turned out to be bad; end the run if they are too many."""
         for line in listed(self.bad.record(scores.bad.values())):
-            if self.world.is_first:
-                Progress.write(f"{self.samples.path}: {line}")
+            self._say(f"{self.samples.path}: {line}")
         trainer.check_bad_samples(self.bad)
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def test_batching_and_ranks_change_no_score(setting, batch, world):
     for a, b in zip(other.tokens(), reference.tokens(), strict=True):
         assert np.allclose(np.sort(a, axis=-1), np.sort(b, axis=-1), atol=1e-5)
     assert other.loss == pytest.approx(reference.loss, rel=1e-5)
+    assert other.losses.keys() == reference.losses.keys() == set(range(11))
+    for row, (ce, targets) in other.losses.items():
+        assert (ce, targets) == pytest.approx(reference.losses[row], rel=1e-4)
+    assert sum(ce for ce, _ in other.losses.values()) == pytest.approx(other.ce_sum, rel=1e-9)
+    assert sum(targets for _, targets in other.losses.values()) == other.num_targets
     assert other.mean_k == pytest.approx(reference.tokens()[1].mean(), rel=1e-9)
 
 

@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.errors import Stopped
+from gemoe_ds.evaluation.score import evaluate
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.hooks import Hook
@@ -141,7 +144,30 @@ def test_the_values_are_those_of_the_samples_one_by_one(runs, name):
 
 
 def test_a_continuation_evaluates_at_the_same_steps_and_finds_the_same(runs):
-    assert validation(runs["cut"]) == validation(runs["whole"])
+    names = ["loss", "accuracy", "mean_k", "untouched_static_loss", "untouched_score_accuracy"]
+    assert validation(runs["cut"], *names) == validation(runs["whole"], *names)
+
+
+def test_the_untouched_backbone_at_the_same_mean_k(runs):
+    """Experts shared under ZeRO 3, against whole ones in one process."""
+    config = runs["whole"]
+    found = validation(config, "mean_k", "untouched_static_loss", "untouched_static_accuracy")
+    model = build_model(config, ExpertShard())
+    samples, collator = open_samples(config.data.validation_path), build_collator(config, model)
+    for layer in model.moe_layers:
+        layer.router = layer.base
+    values = {}
+    for k in range(1, 7):
+        for layer in model.moe_layers:
+            layer.base.k = k
+        stream = EvalStream(samples, collator, batch=5, rank=0, world=1)
+        scores = evaluate(model, samples, stream, torch.device("cpu"), lambda part: [part])
+        assert scores.mean_k == k
+        values[k] = np.array([scores.loss, scores.accuracy])
+    for mean_k, *pair in found.values():
+        low = int(mean_k)
+        wanted = (low + 1 - mean_k) * values[low] + (mean_k - low) * values[low + 1]
+        assert pair == pytest.approx(wanted.tolist(), rel=1e-5)
 
 
 def test_an_evaluation_that_was_cut_off_comes_after_the_next_step(runs):
