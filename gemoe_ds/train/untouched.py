@@ -204,7 +204,9 @@ def described(mean_k: float, untouched: dict[str, Outcome]) -> str:
         said.append(f"{names[name]} loss {outcome.loss.value:.4f}")
         if outcome.accuracy.there.any():
             said[-1] += f", accuracy {100 * outcome.accuracy.value:.2f} %"
-    if "score" not in untouched and low < high:
+    if not untouched:
+        said.append("nothing to compare, neither rule goes there")
+    elif "score" not in untouched and low < high:
         said.append("router score cannot be held there")
     return f"untouched backbone at mean k {mean_k:.3f}: {'; '.join(said)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,12 @@ class Validation(Hook):
         began = time.perf_counter()
         try:
             scores = self._scores(trainer)
-            trained = Outcome.of(scores, len(self.samples))
-            untouched = self.untouched.at(trained.mean_k) if self.untouched else {}
         except Stopped:
             return  # the trainer saves, and stops before its next step
+        trained = Outcome.of(scores, len(self.samples))
+        untouched: dict[str, Outcome] | None = None
+        with suppress(Stopped):  # what the trained routers do is known, and told
+            untouched = self.untouched.at(trained.mean_k) if self.untouched else None
         self.evaluated = step
         self._leave_out(trainer, scores)
         seconds = time.perf_counter() - began
@@ -111,17 +114,19 @@ class Validation(Hook):
         }
         if scores.asked:
             result.metrics["validation/accuracy"] = scores.accuracy
-        for name, outcome in untouched.items():
+        for name, outcome in (untouched or {}).items():
             for of, value in outcome.metrics.items():
                 result.metrics[f"validation/untouched_{name}_{of}"] = value
         said = f"step {step}: validation loss {scores.loss:.4f}, mean k {scores.mean_k:.3f}"
         if scores.asked:
             said += f", accuracy {100 * scores.accuracy:.2f} %"
         self._say(f"{said} ({seconds:.1f} s)")
-        if self.untouched:
+        if untouched is not None:
             self._say(f"step {step}: {described(trained.mean_k, untouched)}")
             if warned := warning(trained, untouched):
                 self._say(f"step {step}: {warned}")
+        elif self.untouched:
+            self._say(f"step {step}: not compared with the untouched backbone, as a signal came")
 
     def _say(self, line: str) -> None:
         if self.world.is_first:

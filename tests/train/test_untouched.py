@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gemoe_ds
+from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import distributed
@@ -19,7 +20,9 @@ from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.evaluation.session import EvalSession, session_config
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
+from gemoe_ds.train.hooks import Hook
 from gemoe_ds.train.untouched import Mean, Outcome, Untouched, described, not_compared, warning
+from gemoe_ds.train.validation import Validation
 from tests.train.resuming import make_config, write_setting
 
 
@@ -38,11 +41,11 @@ def config_of(setting, name: str, router: object = "gemoe", steps: int = 2, lr=1
     return make_config(setting, setting["root"] / name, parallel__ep_size=1, **(own | changes))
 
 
-def trained(setting, name: str, router: object, **changes) -> dict[str, float]:
+def trained(setting, name: str, router: object, stop=None, hooks=(), **changes) -> dict:
     """The metrics of a run's evaluation at its end."""
     changes |= {"data__validation_path": str(setting["data"])}
     config = config_of(setting, name, router, **changes)
-    gemoe_ds.train(config, "train.eval_every=2")
+    gemoe_ds.train(config, "train.eval_every=2", stop=stop, hooks=hooks)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return {n.removeprefix("validation/"): value for n, value in json.loads(lines[-1]).items()}
 
@@ -90,7 +93,7 @@ def test_only_a_backbone_that_stays_is_compared(setting, capsys):
     assert "loss" in found and not [name for name in found if "untouched" in name]
     off = trained(setting, "off", "gemoe", train__compare_untouched=False)
     said = "".join(capsys.readouterr())
-    assert "untouched backbone" not in said and "untouched_static_loss" not in off
+    assert "untouched backbone at" not in said and "untouched_static_loss" not in off
 
 
 def test_a_run_without_evaluations_says_how_to_compare(setting, capsys):
@@ -99,6 +102,34 @@ def test_a_run_without_evaluations_says_how_to_compare(setting, capsys):
     out = "".join(capsys.readouterr())
     assert out.count("not compared with the untouched backbone: train.eval_every=2 does it") == 1
     assert not_compared(config_of(setting, "blind")) is None  # nothing to evaluate on
+
+
+class Late(StopRequest):
+    """Asks once the untouched backbone has its first figure."""
+
+    validation: Validation | None = None
+
+    @property
+    def by(self) -> str | None:
+        found = self.validation and self.validation.untouched and self.validation.untouched.found
+        return "SIGTERM" if found else None
+
+    @by.setter
+    def by(self, value: str | None) -> None:
+        pass
+
+
+def test_a_signal_leaves_the_trained_figures(setting, capsys):
+    stop = Late()
+
+    class Knows(Hook):
+        def before_run(self, trainer) -> None:
+            stop.validation = trainer.hooks["validation"]
+
+    found = trained(setting, "late", "gemoe", stop=stop, hooks=[Knows()])
+    assert stop.by and found["loss"] > 0
+    assert not [name for name in found if "untouched" in name]
+    assert "step 2: not compared with the untouched backbone" in "".join(capsys.readouterr())
 
 
 def test_every_figure_is_made_once_and_joined_by_lines(setting):
