@@ -13,7 +13,7 @@ from tests.helpers import repository
 
 # Beside the contract: what looks at all routers, or at all files. Of each what is quick.
 ALSO = {
-    "tests/experiments/test_compare.py": "test_compare and not list",
+    "tests/experiments/compare/test_grid.py": "test_grid",
     "tests/test_rooms.py": "test_rooms",
     "tests/config/test_load.py": "test_config and every_router",
 }

@@ -31,6 +31,7 @@ from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.errors import CheckpointError, as_written
 from gemoe_ds.files import commit_folder, fsync_path, sha256_of, write_text
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored, refuse_dead_links
+from gemoe_ds.moe.router import Router
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -166,7 +167,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
 def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
     stored = with_new_names(found.manifest["identity"], warn=False)
-    stored = _with_checksums(stored, identity)
+    stored = _with_added_options(_with_checksums(stored, identity), identity)
     differing = [
         words
         for key, value in identity.items()
@@ -196,6 +197,16 @@ def _difference(key: str, old: Any, new: Any) -> Iterator[str]:
     for option, (was, now) in pairs.items():
         if was != now:
             yield f"its {option} is {as_written(was)}, this run's is {as_written(now)}"
+
+
+def _with_added_options(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """An older checkpoint lacks options that this run's router got later."""
+    old, new = stored.get("model.router"), identity.get("model.router")
+    if not isinstance(old, dict) or not isinstance(new, dict) or old.get("name") != new.get("name"):
+        return stored
+    added = Router.named(old["name"]).added
+    missing = {name: value for name, value in added.items() if name in new and name not in old}
+    return stored | {"model.router": old | missing}
 
 
 def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ Words: *logits* are raw, *scores* come after the softmax, *mask* says which expe
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class Router(Registered, nn.Module):
 
     updates_per_batch = 1  # optimizer steps on the same samples
     static_k: int | None = None  # the k of every token, for methods in which it is constant
+    added: ClassVar[Mapping[str, Any]] = {}  # options of later versions: what older runs had
     # The one number that moves the mean k after training: the name of a `PerLayer` option, and of
     # the attribute that holds this layer's value of it. None: the method has none.
     dial: ClassVar[str | None] = None

@@ -14,8 +14,9 @@ opens unless `adapt` asks for it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -40,6 +41,7 @@ class DynMoERouter(Router):
     """Top-any: expert e where sigmoid(t cos(x, w_e)) > sigmoid(t G_e)."""
 
     name: ClassVar[str] = "dynmoe"
+    added: ClassVar[Mapping[str, Any]] = {"balance_weight": 0.0, "efficiency_weight": 0.0}
     is_open_E: Tensor
     is_calibrated: Tensor
     chosen_E: Tensor

@@ -8,8 +8,9 @@ gives the reasons one by one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +45,7 @@ class GeMoERouter(Router):
     """
 
     name: ClassVar[str] = "gemoe"
+    added: ClassVar[Mapping[str, Any]] = {"predictor_input": "token"}
     dial: ClassVar[str | None] = "k_shift"
     k_shift: float
     mean_entropy: Tensor

@@ -284,6 +284,19 @@ def test_what_differs_from_another_run_is_named_by_its_options(output, now, word
     assert words in str(error.value) and "0f3" not in str(error.value)
 
 
+def test_an_older_run_had_what_its_router_did_before_an_option_came(output):
+    """Without the losses that DynMoE got later; they are on by default."""
+    stored = {"model.router": {"name": "dynmoe"}}
+    file = output / "checkpoints/step-000006/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"identity": stored}))
+    options = {"name": "dynmoe", "balance_weight": 0.0, "efficiency_weight": 0.0}
+    assert find("auto", output, {"model.router": options})[0] is not None
+    with pytest.raises(
+        CheckpointError, match=r"its model.router.balance_weight is 0.0, this run's"
+    ):
+        find("auto", output, {"model.router": options | {"balance_weight": 0.01}})
+
+
 def test_a_base_of_dead_links_is_no_other_base(tmp_path):
     (tmp_path / "config.json").symlink_to("../../blobs/0")
     with pytest.raises(CheckpointError, match="config.json is a link to ../../blobs/0"):

@@ -52,7 +52,7 @@ def refused(capfd, *arguments) -> str:
         ("data.train_path=/nowhere", "data.train_path=/nowhere: no such file or folder"),
         ("model.checkpoint=/nowhere", "model.checkpoint=/nowhere: no such"),
         ("parallel.ep_size=2", "parallel.ep_size=2 does not divide the 1 ranks"),
-        ("model.router.name=gemo", "known: ada_k, adamoe, dynmoe, evolve"),
+        ("model.router.name=gemo", "known: ada_k, adamoe, alloc_moe, beam"),
         ("resume=/nowhere", "resume=/nowhere: no such"),
     ],
 )

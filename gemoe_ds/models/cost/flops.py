@@ -19,7 +19,8 @@ def flops_per_token(model: MoEModel, mean_k_L: list[float], context: float) -> d
     """
     layers = model.moe_layers
     text: Any = model.hf.get_submodule(model.block_paths[0].partition(".layers.")[0])
-    of_moe = {id(m) for layer in layers for m in layer.router.modules()}
+    bases = [layer.base for layer in layers if layer.base is not None]  # which do not run
+    of_moe = {id(m) for r in [*(layer.router for layer in layers), *bases] for m in r.modules()}
     dense = [m for m in text.modules() if isinstance(m, nn.Linear) and id(m) not in of_moe]
     widths = [m.q_proj.out_features for m in text.modules() if _attends(m)]
     router = [p for layer in layers for p in layer.router.parameters() if p.dim() >= 2]

@@ -28,10 +28,15 @@ def shipped():
     return read_grid(repository() / SHIPPED)
 
 
+# But for evolve, which has no k to compare. A newcomer's router is in it when its author says so.
+FIELD = """
+top_k gemoe threshold score ratio mass entropy alloc_moe remoe adamoe moepp dynmoe ada_k top_p zeda
+beam dtop_p ltdr evomoe""".split()
+
+
 def test_every_method_is_in_it(shipped):
-    """But for EvolveMoE, which has no k to compare. A newcomer's author adds its row."""
     compared = {row.router["name"] for row in shipped.rows.values()}
-    assert compared == set(Router.names()) - {"evolve"}
+    assert compared >= set(FIELD) and compared <= set(Router.names())
 
 
 def test_all_rows_have_as_many_trials_and_two_values_on_captions(shipped):
