@@ -67,6 +67,14 @@ def divides_by_sum(how: str, spec: RoutingSpec) -> bool:
     return how == "sum" or (how == "backbone" and spec.norm_topk_prob)
 
 
+def fixed_k(k: int | None, spec: RoutingSpec) -> int:
+    """`model.router.k`, by default the backbone's own; ConfigError if there are fewer experts."""
+    k = spec.top_k if k is None else k
+    if k > spec.num_experts:
+        raise ConfigError(f"model.router.k={k} exceeds the backbone's {spec.num_experts} experts")
+    return k
+
+
 def k_range(k_low: int, k_high: int | None, default: int, spec: RoutingSpec) -> tuple[int, int]:
     """The smallest and the largest k; ConfigError if there are no two of them to choose from."""
     high = default if k_high is None else k_high

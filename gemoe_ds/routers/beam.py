@@ -20,13 +20,12 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.per_layer import PerLayer, within
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask, topk_weights
+from gemoe_ds.moe.selection import fixed_k, top_k_mask, topk_weights
 from gemoe_ds.registry import ConfigModel
 
 
@@ -71,11 +70,7 @@ class BEAMRouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.k = spec.top_k if config.k is None else config.k
-        if self.k > spec.num_experts:
-            raise ConfigError(
-                f"model.router.k={self.k} exceeds the backbone's {spec.num_experts} experts"
-            )
+        self.k = fixed_k(config.k, spec)
         self.mask = Mask(spec.d_model, spec.num_experts, config.start)
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:

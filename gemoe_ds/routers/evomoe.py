@@ -16,12 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_decision
+from gemoe_ds.moe.selection import fixed_k, top_k_decision
 from gemoe_ds.registry import ConfigModel
 
 
@@ -51,11 +50,7 @@ class EvoMoERouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.static_k = self.top = spec.top_k if config.k is None else config.k
-        if self.top > spec.num_experts:
-            raise ConfigError(
-                f"model.router.k={self.top} exceeds the backbone's {spec.num_experts} experts"
-            )
+        self.static_k = self.top = fixed_k(config.k, spec)
         self.gate.requires_grad_(config.gate == "trained")
         self.squeeze = RouterLinear(spec.d_model, config.inner)
         self.of_vision = HyperNetwork(config.inner, config.hidden, config.rank)

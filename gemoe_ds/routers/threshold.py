@@ -40,7 +40,7 @@ class ThresholdDecision(Decision):
     With a soft edge, and with a gradient to the importance alone.
     """
 
-    used_T: Tensor | None = None
+    used_T: Tensor
 
 
 class ThresholdRouter(ScoreRule):
@@ -124,7 +124,8 @@ class ThresholdRouter(ScoreRule):
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         scores_TE = logits_TE.softmax(-1)
         factor_T1 = None if self.importance is None else self.importance(x_TD)
-        log_TK = self._log_weights(scores_TE.detach(), factor_T1)
+        log_TE = self._log_of(scores_TE)
+        log_TK = self._best(log_TE.detach(), factor_T1)
         self._count(log_TK, ctx)
         log_threshold_T1 = self._log_threshold(ctx).to(log_TK.dtype)
         k_T = (log_TK >= log_threshold_T1).sum(-1).clamp(self.k_low, self.k_high)
@@ -133,13 +134,13 @@ class ThresholdRouter(ScoreRule):
         if not self.training or not self.config.edge:
             return Decision(scores_TE, mask_TE, weights_TE)
         # Of value 1 where an expert is used and 0 where it is not, with the slope of a sigmoid.
-        above_TE = self._log_of(scores_TE) - log_threshold_T1
+        above_TE = log_TE - log_threshold_T1
         soft_TE = self._edge(above_TE, factor_T1)
         slope_TE = weights_TE.detach() * (soft_TE - soft_TE.detach())
         weights_TE = torch.where(mask_TE, weights_TE, 0.0) + slope_TE
         best_TE = top_k_mask(scores_TE, self.k_high)
         if factor_T1 is None:
-            return ThresholdDecision(scores_TE, best_TE, weights_TE)
+            return Decision(scores_TE, best_TE, weights_TE)
         # Before the first step, when all pass, as if each stood at the threshold.
         above_TE = above_TE.detach().nan_to_num(posinf=self.config.importance_limit)
         used_TE = self._edge(above_TE, factor_T1) * best_TE
@@ -155,19 +156,19 @@ class ThresholdRouter(ScoreRule):
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
     ) -> dict[str, LossTerm]:
         terms = super().losses(decision, logits_TE, ctx)
-        if isinstance(decision, ThresholdDecision) and decision.used_T is not None:
+        if isinstance(decision, ThresholdDecision):
             valid_T = ctx.is_valid_T
             used = (decision.used_T * valid_T).sum() / valid_T.sum().clamp_min(1)
             terms["used"] = LossTerm(used, self.config.importance_weight)
         return terms
 
-    def _log_weights(self, scores_TE: Tensor, factor_T1: Tensor | None) -> Tensor:
+    def _best(self, log_TE: Tensor, factor_T1: Tensor | None) -> Tensor:
         """Of the k_high best, falling: what is compared with the threshold, at most 0.
 
         The weights that they would have if all of them were used, times the token's factor. 0 for
         the first k_low, which pass every threshold.
         """
-        log_TK = self._log_of(scores_TE).topk(self.k_high, dim=-1).values
+        log_TK = log_TE.topk(self.k_high, dim=-1).values
         if factor_T1 is not None:
             log_TK = log_TK + factor_T1.detach()
         log_TK[:, : self.k_low] = 0.0

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_decision
+from gemoe_ds.moe.selection import fixed_k, top_k_decision
 from gemoe_ds.registry import ConfigModel
 
 
@@ -44,11 +43,7 @@ class TopKRouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         super().__init__(config, spec)
-        self.static_k = self.k = spec.top_k if config.k is None else config.k
-        if self.k > spec.num_experts:
-            raise ConfigError(
-                f"model.router.k={self.k} exceeds the backbone's {spec.num_experts} experts"
-            )
+        self.static_k = self.k = fixed_k(config.k, spec)
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
         return top_k_decision(logits_TE, self.k, self.config.norm_topk_prob, self.spec)
