@@ -100,6 +100,9 @@ class Grid(ConfigModel):
     trial_sets: dict[str, list[Setting]] = Field({}, description="for the rows' YAML aliases")
     trials_each: int = Field(description="settings tried for every row that trains")
     trial_budget: float = Field(description="mean k at which rows with a dial are tried")
+    development: dict[str, str] = Field(
+        {}, description="how a row's method was made: what its trials do not count"
+    )
     ours: str
     reference: str = Field(description="the row that others are measured against, beside ours")
     control: str = Field(description="ROW VALUE: retention is of its accuracy")
@@ -109,7 +112,7 @@ class Grid(ConfigModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Grid:
-        for name in (self.ours, self.reference):
+        for name in (self.ours, self.reference, *self.development):
             if name not in self.rows:
                 raise ValueError(f"{name!r} is not among the rows: {', '.join(self.rows)}")
         self.training_of(self.control)

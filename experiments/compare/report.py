@@ -124,6 +124,10 @@ def _rules(contest: Contest) -> str:
             f"* Settings are chosen on the validation split: {grid.trials_each} trials for every "
             "row that trains, anew for captions. A trial is as good as its accuracy is above that "
             "of the untouched model with static k, at the mean k that it came out with.",
+            *(
+                f"* {grid.rows[name].label} had more than its trials: {text}."
+                for name, text in grid.development.items()
+            ),
             "* The test split is read by the whole contest alone, never by trials or a quick one.",
             "* A straight line between two points of a bent curve lies below it: rows whose points "
             "are far apart lose a little by it. Dials are set to the compared mean k themselves.",

@@ -21,6 +21,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def named_from_here(path: Path | str | None) -> str:
+    """A path within the working directory as it is called from there; any other as it is."""
+    given = Path(str(path))
+    here = Path.cwd()
+    return str(given.relative_to(here) if given.is_relative_to(here) else given)
+
+
 def _program() -> list[str]:
     """`gemoe COMMAND`, or Python and what it runs: a script, or a module with -m."""
     if sys.argv[0].startswith("gemoe "):

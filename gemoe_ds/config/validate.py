@@ -19,10 +19,16 @@ def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = 
     if inputs_are_here:
         config.check_paths()
     check_deepspeed(config, world_size)
-    able = [router.name for router in Router.known() if router.weighs_all]
-    if config.model.gate_gradient == "dense" and config.model.router.name not in able:
+    router = config.model.router.router_class
+    if router.trains_experts and config.model.trainable == "routers":
         raise ConfigError(
-            f"model.gate_gradient=dense: the gate of router {config.model.router.name!r} has no "
+            f"model.trainable=routers: router {router.name!r} trains experts, and has nothing of "
+            "its own that trains; set model.trainable=experts"
+        )
+    able = [router.name for router in Router.known() if router.weighs_all]
+    if config.model.gate_gradient == "dense" and router.name not in able:
+        raise ConfigError(
+            f"model.gate_gradient=dense: the gate of router {router.name!r} has no "
             f"gradient of experts that it does not choose; set chosen, or take {', '.join(able)}"
         )
 

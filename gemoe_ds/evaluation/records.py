@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.analysis.provenance import named_from_here, provenance
 from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import (
     RECORD,
@@ -165,7 +165,7 @@ def write_scores(
         seed=session.config.seed,
         seconds=seconds,
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
-        checkpoint=str(session.checkpoint or session.config.model.checkpoint),
+        checkpoint=named_from_here(session.checkpoint or session.config.model.checkpoint),
     )
     samples = Samples.of(scores.samples)
     write_record(out, record, tokens, Questions.of(scores.questions), samples)

@@ -77,6 +77,8 @@ class Router(Registered, nn.Module):
     # Whether the weight of an expert that is not chosen is a function of its score: else there is
     # nothing that its gradient (`model.gate_gradient: dense`) could reach.
     weighs_all: ClassVar[bool] = True
+    # Whether it trains the experts alone, and has nothing of its own that would.
+    trains_experts: ClassVar[bool] = False
 
     def __init__(
         self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()

@@ -32,6 +32,7 @@ class EvolveRouter(Router):
 
     name: ClassVar[str] = "evolve"
     weighs_all = False
+    trains_experts = True
     static_k = 1
 
     class Config(ConfigModel):

@@ -34,7 +34,14 @@ def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> N
 @pytest.mark.parametrize("router", ["ada_k", "evolve", "remoe"])
 def test_a_gate_without_a_dense_gradient_is_refused(recipe: Path, router: str) -> None:
     change = f"model.router={{name: {router}}}"
-    validate_run(load(recipe, change), 1, inputs_are_here=False)
-    config = load(recipe, change, "model.gate_gradient=dense")
+    config = load(recipe, change, "model.trainable=experts")
+    validate_run(config, 1, inputs_are_here=False)
+    config = load(recipe, change, "model.trainable=experts", "model.gate_gradient=dense")
     with pytest.raises(ConfigError, match=f"router '{router}' has no gradient of experts"):
+        validate_run(config, 1, inputs_are_here=False)
+
+
+def test_a_router_that_trains_experts_wants_them_to_train(recipe: Path) -> None:
+    config = load(recipe, "model.router={name: evolve}")
+    with pytest.raises(ConfigError, match="'evolve' trains experts.*set model.trainable=experts"):
         validate_run(config, 1, inputs_are_here=False)
