@@ -1,0 +1,1 @@
+"""The paper's tables and figures from what the benchmarks left behind; never a model."""
