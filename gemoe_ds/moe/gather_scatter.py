@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemoe_ds.moe.experts import kernels
+from gemoe_ds.moe.triton_launch import available
 
 _ROWS_AT_A_TIME = 256  # on a CPU, so that the wide copy stays in the cache
 
@@ -56,7 +57,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _sums(rows_PD: Tensor, ids_P: Tensor, num_rows: int) -> Tensor:
-    if kernels.available(rows_PD.device):
+    if available(rows_PD.device):
         order_P, ends_N = row_major(ids_P, num_rows)
         return kernels.segment_sum(rows_PD, order_P, ends_N)
     wide = torch.promote_types(rows_PD.dtype, torch.float32)

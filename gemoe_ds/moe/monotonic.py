@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from gemoe_ds.moe.monotonic_kernel import all_pairs as all_pairs_cuda
+from gemoe_ds.moe.triton_launch import available
+
 
 def monotonic_loss(
     entropy_T: Tensor,
@@ -34,43 +37,69 @@ def monotonic_loss(
 
     The gradient reaches `k_soft_T`, and `entropy_T` unless it is detached. Ties in H form no pair;
     without pairs the loss is 0. A negative correlation is the same loss with `-entropy_T`.
-    The result is exact: sums run in float64. Nothing here waits for the device.
+    The result is exact: sums run in float64. Nothing here waits for the device. On CUDA the pairs
+    are gone through, which there takes less time (monotonic_kernel.py).
     """
     if valid_T is None:
         valid_T = torch.ones_like(entropy_T, dtype=torch.bool)
-    entropy_T, wide_k_T = (
-        torch.where(valid_T, t_T.double(), 0)
-        for t_T in (entropy_T, k_soft_T)  # padding: even NaN
-    )
-    v_T = slope * entropy_T - wide_k_T
-    total, num_pairs = _AllPairsHinge.apply(entropy_T.detach(), v_T + constant, v_T, valid_T)  # type: ignore[no-untyped-call]
-    loss: Tensor = (total / num_pairs.clamp_min(1)).to(k_soft_T.dtype)
+    loss: Tensor = _AllPairsHinge.apply(entropy_T, k_soft_T, valid_T, slope, constant)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _AllPairsHinge(torch.autograd.Function):
-    """sum over valid H_i > H_j of max(0, u_i - v_j), and the number of such pairs."""
+    """Mean over valid H_i > H_j of max(0, u_i - v_j).
+
+    The gradient to a token's v is the number of its hinges that are not 0 as i, less those as j.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, h_T: Tensor, u_T: Tensor, v_T: Tensor, valid_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # An invalid token dominates nothing as i and is dominated by nothing as j.
-        inf = torch.inf
-        u_open_T, v_open_T = u_T.where(valid_T, -inf), v_T.where(valid_T, inf)
-        below_T, above_T = dominance_counts(h_T, u_open_T, v_open_T)
-        below_T, above_T = below_T.to(u_T.dtype), above_T.to(u_T.dtype)
-        ctx.save_for_backward(below_T, above_T)
-        total = (below_T * u_T).sum() - (above_T * v_T).sum()
-        num_pairs = _pairs_above(h_T.where(valid_T, inf), valid_T)
-        ctx.mark_non_differentiable(num_pairs)
-        return total, num_pairs
+        ctx: FunctionCtx,
+        entropy_T: Tensor,
+        k_soft_T: Tensor,
+        valid_T: Tensor,
+        slope: float,
+        constant: float,
+    ) -> Tensor:
+        find = all_pairs_cuda if available(entropy_T.device) else all_pairs
+        total, num_pairs, moved_T = find(entropy_T, k_soft_T, valid_T, slope, constant)
+        num_pairs = num_pairs.clamp_min(1)
+        ctx.save_for_backward(moved_T, num_pairs)
+        ctx.slope, ctx.dtypes = slope, (entropy_T.dtype, k_soft_T.dtype)  # type: ignore[attr-defined]
+        return (total / num_pairs).to(k_soft_T.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        below_T, above_T = ctx.saved_tensors  # type: ignore[attr-defined]
-        return None, grad * below_T, -grad * above_T, None
+    def backward(
+        ctx: FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        moved_T, num_pairs = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_v_T = moved_T * (grad / num_pairs)
+        of_entropy, of_k = ctx.dtypes  # type: ignore[attr-defined]
+        wanted_entropy, wanted_k = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        grad_entropy_T = (ctx.slope * grad_v_T).to(of_entropy) if wanted_entropy else None  # type: ignore[attr-defined]
+        return grad_entropy_T, (-grad_v_T).to(of_k) if wanted_k else None, None, None, None
+
+
+def all_pairs(
+    entropy_T: Tensor, k_soft_T: Tensor, valid_T: Tensor, slope: float, constant: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of all hinges and the number of pairs, float64 scalars; `moved_T`, int64 [T].
+
+    `moved_T` counts a token's hinges that are not 0: those in which it is i, less those in which
+    it is j.
+    """
+    inf = torch.inf
+    h_T, wide_k_T = (
+        torch.where(valid_T, t_T.double(), 0)
+        for t_T in (entropy_T, k_soft_T)  # padding: even NaN
+    )
+    v_T = slope * h_T - wide_k_T
+    u_T = v_T + constant
+    # An invalid token dominates nothing as i and is dominated by nothing as j.
+    below_T, above_T = dominance_counts(h_T, u_T.where(valid_T, -inf), v_T.where(valid_T, inf))
+    total = (below_T * u_T).sum() - (above_T * v_T).sum()
+    return total, _pairs_above(h_T.where(valid_T, inf), valid_T), below_T - above_T
 
 
 def _pairs_above(h_T: Tensor, valid_T: Tensor) -> Tensor:

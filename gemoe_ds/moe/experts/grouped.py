@@ -18,6 +18,7 @@ from gemoe_ds.moe.experts import kernels
 from gemoe_ds.moe.experts.weights import ExpertWeights
 from gemoe_ds.moe.gather_scatter import row_major
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.triton_launch import available
 
 
 def forward(
@@ -78,7 +79,7 @@ def _ends(counts: Tensor) -> Tensor:
 
 
 def _swiglu(gate_up_AG: Tensor, weights_A: Tensor) -> Tensor:
-    if kernels.available(gate_up_AG.device):
+    if available(gate_up_AG.device):
         return kernels.swiglu(gate_up_AG, weights_A)
     gate_AF, up_AF = gate_up_AG.float().chunk(2, -1)
     return (silu(gate_AF) * up_AF * weights_A[:, None]).to(gate_up_AG.dtype)
@@ -88,7 +89,7 @@ def _swiglu_backward(
     grad_hidden_AF: Tensor, gate_up_AG: Tensor, weights_A: Tensor, want_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the projections and the weights, and the forward's output if wanted."""
-    if kernels.available(gate_up_AG.device):
+    if available(gate_up_AG.device):
         return kernels.swiglu_backward(grad_hidden_AF, gate_up_AG, weights_A, want_hidden)
     gate_AF, up_AF = gate_up_AG.float().chunk(2, -1)
     grad_AF, silu_AF = grad_hidden_AF.float(), silu(gate_AF)
@@ -102,7 +103,7 @@ def _swiglu_backward(
 
 def _segment_sum(rows_AD: Tensor, order_A: Tensor, ends_N: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of each row's share, in float32 and in one fixed order."""
-    if kernels.available(rows_AD.device):
+    if available(rows_AD.device):
         return kernels.segment_sum(rows_AD, order_A, ends_N, dtype)
     counts_N = ends_N.diff(prepend=ends_N.new_zeros(1))
     rows_A = torch.arange(len(ends_N), device=ends_N.device).repeat_interleave(

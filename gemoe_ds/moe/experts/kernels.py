@@ -1,38 +1,24 @@
 """Triton kernels for CUDA: what one pass over memory can do of an expert layer.
 
 Each computes in float32, reads and writes every number once, and is deterministic: no atomics,
-sums in one fixed order. Triton is optional, and so is a GPU: see `available`.
+sums in one fixed order. Triton is optional, and so is a GPU: see triton_launch.py.
 
 Shapes: A assignment rows, D model, F expert width, G = 2 F (gate, then up), N rows summed into.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-triton: Any = None
-tl: Any = None
-try:
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-except ImportError:  # a machine without GPU does without
-    pass
+from gemoe_ds.moe.triton_launch import jit, launch, tl, triton
 
 # NOT tuned on a GPU. All three kernels wait for memory: with 4 warps a thread holds 8 of 1024
 # numbers, one 16-byte access in bf16. ptxas gives them 32 registers, the backward up to 55, so an
 # SM of an A100 or H100 holds 16 or 9 programs, which should keep its share of memory busy.
 _MAX_BLOCK = 1024
-_NUM_WARPS = 4
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of this device."""
-    return triton is not None and device.type == "cuda"
 
 
 def swiglu(gate_up_AG: Tensor, weights_A: Tensor) -> Tensor:
@@ -97,28 +83,19 @@ def _rows_and_width(gate_up_AG: Tensor, weights_A: Tensor) -> tuple[int, int]:
     return rows, width
 
 
-def _launch(kernel: Any, rows: int, width: int, *tensors: Tensor | None, split: bool) -> None:
+def _launch(kernel: Any, rows: int, width: int, *tensors: Any, split: bool) -> None:
     """One program a row, or with `split` one for every block of a row."""
     block = max(16, min(_MAX_BLOCK, triton.next_power_of_2(width)))
-    # Rows go first: the other axes of a grid end at 65535. A grid without programs is no launch.
+    # Rows go first: the other axes of a grid end at 65535.
     grid = (rows, triton.cdiv(width, block) if split else 1)
-    if 0 in grid:
-        return
-    # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        # Fused or not: said here, because the default differs between versions of Triton.
-        kernel[grid](*tensors, width, BLOCK=block, num_warps=_NUM_WARPS, enable_fp_fusion=False)
-
-
-def _jit(kernel: Callable[..., None]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
+    launch(kernel, grid, *tensors, width, BLOCK=block)
 
 
 # Row numbers are int64 in every kernel: rows times width passes 2^31. No annotation but constexpr:
 # the compiler, other than the interpreter, looks annotations up and refuses typing's.
 
 
-@_jit
+@jit
 def _swiglu_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, weights_ptr, hidden_ptr, width, BLOCK: tl.constexpr
 ) -> None:
@@ -132,7 +109,7 @@ def _swiglu_kernel(  # type: ignore[no-untyped-def]
     tl.store(hidden_ptr + row * width + columns, hidden, mask=inside)
 
 
-@_jit
+@jit
 def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_hidden_ptr,
     gate_up_ptr,
@@ -168,7 +145,7 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_weights_ptr + row, tl.sum(grad_weight, axis=0))
 
 
-@_jit
+@jit
 def _segment_sum_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, order_ptr, ends_ptr, out_ptr, width, BLOCK: tl.constexpr
 ) -> None:
