@@ -6,7 +6,7 @@ Shapes: B sequences, S tokens of the prompts, L MoE layers, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -82,63 +82,86 @@ def generate(
     model: MoEModel,
     prompts: Batch,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     end_ids: set[int],
     temperature: float = 0.0,
     seed: int = 0,
     any_rank: Callable[[bool], bool] = alone,
     count: bool = True,
+    choose: Callable[[Tensor], Tensor] | None = None,
+    has_ended: Callable[[int, list[int]], bool] | None = None,
+    after_forward: Callable[[], None] | None = None,
 ) -> Written:
     """Continue prompts that are padded on the left, until each has met one of `end_ids`.
 
-    At temperature 0 the likeliest token is taken. A sequence that has ended visits no expert while
-    others go on. Ranks that share experts must take the same number of steps: `any_rank` says
-    whether one of them has tokens left to write, and a rank that has finished goes on with an empty
-    batch until then. Without `count` only seconds are measured; tokens and experts are not counted.
+    At temperature 0 the likeliest token is taken, unless `choose` takes others (logits [B, V] ->
+    ids [B]). `max_new_tokens` may be one number for all or one for each; `has_ended`, given a row
+    and its tokens so far, ends that row. A sequence that has ended visits no expert while others go
+    on. Ranks that share experts must take the same number of steps: `any_rank` says whether one of
+    them has tokens left to write, and a rank that has finished goes on with an empty batch until
+    then. Without `count` only seconds are measured; tokens and experts are not counted.
+    `after_forward` finds what was routed in the model's context.
     """
     was_training, ctx = model.training, model.ctx
     model.eval()
     before, ctx.trace = ctx.trace, count
     try:
         return _generate(
-            model, prompts, max_new_tokens, end_ids, _chooser(prompts, temperature, seed), any_rank
+            model,
+            prompts,
+            _limits(max_new_tokens, len(prompts.ids)),
+            end_ids,
+            choose or _chooser(prompts, temperature, seed),
+            any_rank,
+            has_ended or (lambda row, token_ids: False),
+            after_forward or (lambda: None),
         )
     finally:
         ctx.trace = before
         model.train(was_training)
 
 
+def _limits(max_new_tokens: int | Sequence[int], num_sequences: int) -> list[int]:
+    if isinstance(max_new_tokens, int):
+        return [max_new_tokens] * num_sequences
+    assert len(max_new_tokens) == num_sequences, "a number for each prompt"
+    return list(max_new_tokens)
+
+
 def _generate(
     model: MoEModel,
     prompts: Batch,
-    max_new_tokens: int,
+    limits: list[int],
     end_ids: set[int],
     choose: Callable[[Tensor], Tensor],
     any_rank: Callable[[bool], bool],
+    has_ended: Callable[[int, list[int]], bool],
+    after_forward: Callable[[], None],
 ) -> Written:
     past = DecodeState()
     written = Written([[] for _ in prompts.ids])
     inputs, work = replace(prompts.model_inputs, past=past), written.prompts
-    goes_on_B = inputs.is_valid_BS.any(1)  # a row of padding stands for a rank that has run out
-    ends = torch.tensor(sorted(end_ids), device=goes_on_B.device)
-    for _ in range(max_new_tokens):
+    # A row of padding stands for a rank that has run out.
+    going = inputs.is_valid_BS.any(1).tolist()
+    while True:
         began = time.perf_counter()
-        logits_BV = model.next_logits(inputs)
-        next_B = choose(logits_BV)
-        chosen, going = next_B.tolist(), goes_on_B.tolist()  # waits for the device
+        next_B = choose(model.next_logits(inputs))
+        chosen = next_B.tolist()  # waits for the device
         work.seconds += time.perf_counter() - began
         if model.ctx.trace:
             work.count(model, past)
-        for answer, token, goes_on in zip(written.token_ids, chosen, going, strict=True):
-            if goes_on:
+        after_forward()
+        for row, token in enumerate(chosen):
+            if going[row]:
+                answer = written.token_ids[row]
                 answer.append(token)
-        goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
-        if not any_rank(bool(goes_on_B.any())):
-            break
-        valid_BS = goes_on_B[:, None]
+                full = len(answer) >= limits[row]
+                going[row] = not (full or token in end_ids or has_ended(row, answer))
+        if not any_rank(any(going)):
+            return written
+        valid_BS = torch.tensor(going, device=next_B.device)[:, None]
         inputs = ModelInputs(next_B[:, None], valid_BS, torch.zeros_like(valid_BS), past=past)
         work = written.steps
-    return written
 
 
 def _chooser(prompts: Batch, temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
