@@ -35,6 +35,7 @@ ROOMS = [
     "engine",
     "checkpoint",
     "cluster",
+    "evaluation.routing",
     "evaluation.score",
     "evaluation.budget",
     "train",

@@ -142,3 +142,15 @@ def any_over_ranks(here: bool, device: torch.device) -> bool:
     with waiting("all_reduce"):
         deepspeed.comm.all_reduce(flag, op=deepspeed.comm.ReduceOp.MAX)
     return bool(flag)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What several ranks do together."""
+
+    gather: Callable[[object], list]  # one object of each -> those of all, on every rank
+    sum: Callable[[torch.Tensor], None]  # in place
+
+
+ALL_RANKS = Ranks(gather_objects, sum_over_ranks)
+ALONE = Ranks(lambda value: [value], lambda tensor: None)

@@ -44,8 +44,9 @@ class Stat:
 class LayerRecord:
     """The slot of one layer, OVERWRITTEN by every forward; see `TokenContext.writing`.
 
-    `entropy_T` (bits) and `k_T` are kept only where `TokenContext.trace` asks for them. `cache`
-    holds what a router computes once and uses again: in a later step, layer or pass.
+    `entropy_T` (bits), `k_T`, `mask_TE` and `weights_TE`, of the routed experts, are kept only
+    where `TokenContext.trace` asks for them. `cache` holds what a router computes once and uses
+    again: in a later step, layer or pass.
     """
 
     losses: dict[str, LossTerm] = field(default_factory=dict)
@@ -55,6 +56,8 @@ class LayerRecord:
     logits_TE: Tensor | None = None
     entropy_T: Tensor | None = None
     k_T: Tensor | None = None
+    mask_TE: Tensor | None = None
+    weights_TE: Tensor | None = None  # read only where the mask is true
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class TokenContext:
         self._passes: list[Pass] = []  # those whose backward pass may come, and the last
         self._recomputed: dict[int, dict[str, LossTerm]] = {}  # by slot, without graph
         self.collect = False  # fill `LayerRecord.stats`
-        self.trace = False  # keep `entropy_T` and `k_T`
+        self.trace = False  # keep `entropy_T`, `k_T`, `mask_TE` and `weights_TE`
         self.losses_without_gradient = False  # work out the losses under torch.no_grad() too
         self.rollout: str | None = None  # the pass that is under way, if it does not train
         self.rolled_out: dict[str, Rollout] = {}  # the passes before the one that trains

@@ -200,7 +200,8 @@ class Router(Registered, nn.Module):
                 mask_TE, free_TM = self.split(decision.mask_TE)
                 k_T = mask_TE.sum(1)
                 if ctx.trace:
-                    record.entropy_T, record.k_T = entropy_T, k_T
+                    record.entropy_T, record.k_T, record.mask_TE = entropy_T, k_T, mask_TE
+                    record.weights_TE = self.split(decision.weights_TE)[0].detach()
                 if ctx.collect:
                     record.stats = routing_stats(mask_TE, entropy_T, k_T, self.max_k, ctx)
                     if self.free is not None:

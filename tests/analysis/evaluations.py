@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from gemoe_ds.analysis.ablation import Ablation, Pairs, summary
 from gemoe_ds.analysis.gains import Gain, gains_of
 from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
+from gemoe_ds.analysis.routing_sums import IMAGE, PROMPT, RoutingSums, entropy_bins
 from gemoe_ds.analysis.samples import Samples
 
 KINDS = ("caption", "count", "exist", "fact", "relation", "text")
@@ -154,3 +156,55 @@ def gains(seed: int = 0) -> tuple[Gain, ...]:
         return Questions.of((row, 0, "x", bool(right_S[row])) for row in range(200))
 
     return gains_of({k: asked(k) for k in (2, 4, 8)}, samples, 8)
+
+
+def sums_of(
+    entropy_LN: np.ndarray, k_LN: np.ndarray, is_vision_N: np.ndarray, experts: int = 64
+) -> RoutingSums:
+    """Of tokens that are all kept; those that are no image are of a prompt, ten to a document.
+
+    A token gets the first k experts.
+    """
+    num_layers, num_tokens = k_LN.shape
+    width = int(k_LN.max(initial=0)) + 1
+    k_LN, kind_N = k_LN.astype(np.int64), np.where(is_vision_N, IMAGE, PROMPT)
+    sums = RoutingSums.empty(num_layers, experts)
+    sums = replace(sums, **sums.widened(width))
+    sums.tokens_M += np.bincount(kind_N, minlength=3)
+    for layer, (entropy_N, k_N) in enumerate(zip(entropy_LN, k_LN, strict=True)):
+        np.add.at(sums.k_hist_MLK, (kind_N, layer, k_N), 1)
+        np.add.at(sums.entropy_sum_ML, (kind_N, layer), entropy_N)
+        np.add.at(sums.joint_LBK, (layer, entropy_bins(entropy_N, experts), k_N), 1)
+        for expert in range(experts):
+            np.add.at(sums.load_MLE, (kind_N, layer, expert), k_N > expert)
+        if layer:
+            sums.transitions_LEE[layer - 1, 0, 0] = (k_LN[layer - 1 : layer + 1] > 0).all(0).sum()
+    doc_N = np.arange(num_tokens) // 10
+    hash_N = np.random.default_rng(0).integers(0, 2**63, num_tokens).astype(np.uint64)
+    order = np.argsort(hash_N)[: sums.limit]
+    return replace(
+        sums,
+        hash_N=hash_N[order],
+        entropy_LN=entropy_LN[:, order].astype(np.float32),
+        k_LN=k_LN[:, order].astype(np.int16),
+        kind_N=kind_N[order].astype(np.int8),
+        doc_id_D=np.unique(doc_N),
+        prompt_tokens_D=np.bincount(doc_N),
+        written_tokens_D=np.bincount(doc_N) * 0,
+        k_prompt_D=np.bincount(doc_N, k_LN.sum(0)).astype(np.int64),
+        k_written_D=np.bincount(doc_N) * 0,
+        entropy_prompt_D=np.bincount(doc_N, entropy_LN.sum(0, dtype=float)),
+        entropy_written_D=np.bincount(doc_N) * 0.0,
+    )
+
+
+def same_sums(found: RoutingSums, expected: RoutingSums) -> None:
+    """Every number; sums of entropies but for rounding."""
+    found.check()
+    for name, array in vars(expected).items():
+        other = getattr(found, name)
+        assert other.dtype == array.dtype, name
+        if array.dtype == np.float64:
+            assert np.allclose(other, array), name
+        else:
+            assert np.array_equal(other, array), name
