@@ -35,10 +35,12 @@ class GenerationStats:
         assert known_BP is not None
         length = valid_T.numel() // known_BP.shape[0]
         seen_T = known_BP.cumsum(1)[:, -length:].flatten()
-        k_L = [int(record.k_T[valid_T].sum()) for record in ctx.layers]  # type: ignore[index]
-        self.tokens += int(valid_T.sum())
-        self.attended += int(seen_T[valid_T].sum())
-        self.experts_L = self.experts_L + np.array(k_L)
+        k_L = [(record.k_T * valid_T).sum() for record in ctx.layers]  # type: ignore[operator]
+        sums = torch.stack([valid_T.sum(), (seen_T * valid_T).sum(), *k_L])
+        tokens, attended, *experts_L = sums.tolist()  # the one wait
+        self.tokens += tokens
+        self.attended += attended
+        self.experts_L = self.experts_L + np.array(experts_L)
 
     def __add__(self, other: GenerationStats) -> GenerationStats:
         return GenerationStats(
@@ -100,11 +102,11 @@ def generate(
     on. Ranks that share experts must take the same number of steps: `any_rank` says whether one of
     them has tokens left to write, and a rank that has finished goes on with an empty batch until
     then. Without `count` only seconds are measured; tokens and experts are not counted.
-    `after_forward` finds what was routed in the model's context.
+    `after_forward` finds what was routed in the model's context: `RoutingCounter.while_writing`.
     """
     was_training, ctx = model.training, model.ctx
     model.eval()
-    before, ctx.trace = ctx.trace, count
+    before, ctx.trace = ctx.trace, count or after_forward is not None
     try:
         return _generate(
             model,
@@ -115,6 +117,7 @@ def generate(
             any_rank,
             has_ended or (lambda row, token_ids: False),
             after_forward or (lambda: None),
+            count,
         )
     finally:
         ctx.trace = before
@@ -137,6 +140,7 @@ def _generate(
     any_rank: Callable[[bool], bool],
     has_ended: Callable[[int, list[int]], bool],
     after_forward: Callable[[], None],
+    count: bool,
 ) -> Written:
     past = DecodeState()
     written = Written([[] for _ in prompts.ids])
@@ -148,7 +152,7 @@ def _generate(
         next_B = choose(model.next_logits(inputs))
         chosen = next_B.tolist()  # waits for the device
         work.seconds += time.perf_counter() - began
-        if model.ctx.trace:
+        if count:
             work.count(model, past)
         after_forward()
         for row, token in enumerate(chosen):

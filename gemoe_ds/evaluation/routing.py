@@ -12,15 +12,19 @@ tokens, L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemoe_ds.analysis.routing_sums import (
+    IMAGE,
     KINDS,
     MAX_TOKENS,
+    PROMPT,
     ROWS,
     SAMPLE,
     WRITTEN,
@@ -133,6 +137,24 @@ class RoutingCounter:
         self._count_rows(found, sequence_N, is_written_N, doc_B)
         self._keep(found, hash_N)
         return found
+
+    def while_writing(
+        self,
+        ctx: TokenContext,
+        is_vision_BS: Tensor,
+        doc_B: np.ndarray,
+        index_B: np.ndarray | int = 0,
+    ) -> Callable[[], None]:
+        """`after_forward` of one call of `generate`, whose prompts have these images."""
+        prompt_BS, forwards = torch.where(is_vision_BS, IMAGE, PROMPT), count()
+
+        def add() -> None:
+            forward = next(forwards)
+            written_BS = torch.full_like(prompt_BS[:, :1], WRITTEN)
+            kind_BS = written_BS if forward else prompt_BS
+            self.add(ctx, kind_BS, doc_B, index_B=index_B, first=max(forward - 1, 0))
+
+        return add
 
     def _count(self, found: Routed) -> None:
         sums, kind_N, k_LN = self._sums, found.kind_N, found.k_LN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,9 +19,13 @@ from gemoe_ds.analysis.routing_sums import (
     entropy_bins,
 )
 from gemoe_ds.engine.world import ALONE, Ranks
+from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.evaluation.routing import RoutingCounter, over_ranks
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.moe.context import TokenContext
 from tests.analysis.evaluations import same_sums
+from tests.evaluation.test_generate import fake_prompts
+from tests.tiny import make_model, write_base
 
 LAYERS, EXPERTS = 3, 5
 
@@ -258,6 +262,46 @@ def test_a_token_at_a_time_is_as_all_at_once():
                 setattr(record, name, getattr(whole, name)[at])
         stepwise.add(one, kind_BS[:, step : step + 1], doc_B, first=step)
     same_sums(stepwise.sums, at_once.sums)
+
+
+@pytest.mark.parametrize(
+    "router, options", [("gemoe", {}), ("moepp", {"k": 1, "zero": 8, "free_rows": "copies"})]
+)
+def test_what_is_written_is_counted_until_it_ends(router, options, tmp_path):
+    """Prompts of two lengths, padded on the left; the first answer ends early. Each alone gives the
+    same, of a forward over its whole text."""
+    model = make_model(write_base(tmp_path), router, options).eval()
+    ids_BS = torch.randint(6, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    is_vision_BS = torch.zeros(3, 7, dtype=torch.bool)
+    is_vision_BS[:, 2:5] = True
+    prompts = replace(fake_prompts(ids_BS, [7, 4, 0]), is_vision_BS=is_vision_BS)
+    counter, doc_B = RoutingCounter.of(model), np.array([7, 5, 3])
+    written = generate(
+        model,
+        prompts,
+        max_new_tokens=[2, 6, 6],
+        end_ids=set(),
+        count=False,
+        after_forward=counter.while_writing(model.ctx, is_vision_BS, doc_B, index_B=2),
+    )
+    assert [len(token_ids) for token_ids in written.token_ids] == [2, 6, 0]
+    expected = RoutingCounter.of(model)
+    model.ctx.trace = True
+    for row, start in ((0, 0), (1, 3)):
+        ids = torch.tensor([[*ids_BS[row, start:].tolist(), *written.token_ids[row][:-1]]])
+        kind_BS = torch.full_like(ids, WRITTEN)
+        kind_BS[0, : 7 - start] = torch.where(is_vision_BS[row, start:], IMAGE, PROMPT)
+        with torch.no_grad():
+            model.hidden(ModelInputs(ids, torch.ones_like(ids).bool(), kind_BS == IMAGE))
+        expected.add(model.ctx, kind_BS, doc_B[row : row + 1], index_B=2)
+    assert expected.sums.tokens_M.tolist() == [5, 6, 6]
+    for name, array in vars(expected.sums).items():
+        found = getattr(counter.sums, name)
+        if name == "joint_LBK":  # sums of floats in another order: a bin further, now and then
+            found, array = found.sum(1), array.sum(1)
+        assert np.allclose(found, array, rtol=1e-5, atol=1e-5), name
+    if router == "moepp":
+        assert counter.sums.k_hist_MLK[..., 0].any()  # nothing but free experts
 
 
 def test_a_context_that_did_not_trace_is_refused():
