@@ -87,8 +87,9 @@ class Encoded:
     turn: list[int] = field(default_factory=list)
     is_vision: list[bool] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
-    image: ProcessedImage | None = None
+    images: list[ProcessedImage] = field(default_factory=list)
     cut_answers: int = 0  # that are not there in whole
+    cut_tokens: int = 0  # of a prompt's text, on its left
     bad: BadSample | None = None  # why it is left out: it is padding from end to end
 
     def add(self, ids: list[int], *, labels: list[int] | None = None, turn: int = -1) -> None:
@@ -98,19 +99,25 @@ class Encoded:
         self.is_vision += [False] * len(ids)
         self.feature += [-1] * len(ids)
 
-    def add_question(self, parts: list[list[int]], image: ProcessedImage | None) -> None:
-        """What stands before the image, the image, and what stands behind it."""
+    def add_question(self, parts: list[list[int]], images: Sequence[ProcessedImage]) -> None:
+        """What stands before, between and behind its images, and they."""
         self.add(parts[0])
-        if image:
+        for image, part in zip(images, parts[1:], strict=True):
             self._add_image(image)
-        for part in parts[1:]:
             self.add(part)
 
     def _add_image(self, image: ProcessedImage) -> None:
-        self.image, start = image, len(self.input_ids)
+        start, rows_before = len(self.input_ids), self.num_features
         self.add(image.input_ids)
         self.is_vision[start:] = [True] * len(image.input_ids)
-        self.feature[start:] = image.feature_P.tolist()
+        feature_P = image.feature_P
+        self.feature[start:] = np.where(feature_P < 0, -1, feature_P + rows_before).tolist()
+        self.images.append(image)
+
+    @property
+    def num_features(self) -> int:
+        """Rows that the model makes of its images."""
+        return sum(image.num_features for image in self.images)
 
 
 class Collator:
@@ -148,7 +155,7 @@ class Collator:
             fits = rest[0] + rest[1] <= room
             if not fits and (index > 0 or room <= 0):
                 break
-            encoded.add_question(turn.question, image if index == 0 else None)
+            encoded.add_question(turn.question, [image] if image and index == 0 else [])
             if not fits:
                 encoded.add(turn.answer[:room], labels=turn.answer[:room])
                 break
@@ -179,7 +186,7 @@ class Collator:
         image = self._lay(sample)
         (turns,) = self.conversations([sample], to_answer=True)
         for index, turn in enumerate(turns):
-            encoded.add_question(turn.question, image if index == 0 else None)
+            encoded.add_question(turn.question, [image] if image and index == 0 else [])
             encoded.add(turn.answer)
             encoded.add(turn.end)
         length = len(encoded.input_ids)
@@ -243,12 +250,11 @@ class Collator:
         """The batch's images joined, or a dummy one that no position asks for."""
         if self._dummy is None:
             return {}
-        images = [e.image for e in encoded if e.image is not None] or [self._dummy]
+        images = [image for e in encoded for image in e.images] or [self._dummy]
         first = 0
         for sequence, e in zip(feature_BS, encoded, strict=True):
-            if e.image is not None:
-                sequence[sequence >= 0] += first
-                first += e.image.num_features
+            sequence[sequence >= 0] += first
+            first += e.num_features
         joined = {
             name: torch.from_numpy(np.concatenate([image.extras[name] for image in images]))
             for name in images[0].extras

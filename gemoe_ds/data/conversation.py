@@ -36,10 +36,14 @@ class Tokenizer(Protocol):
         """Every token and its id."""
 
 
+# A template and its text, or the parts of a text that has images between them.
+Filled = tuple[str, str | tuple[str, ...]]
+
+
 class TurnTokens(NamedTuple):
     """Token ids of a turn; the question of the first one has all that stands before it."""
 
-    question: list[list[int]]  # in two, around its image
+    question: list[list[int]]  # cut where its images stand
     answer: list[int]
     end: list[int]  # what ends the answer
 
@@ -74,9 +78,9 @@ class ConversationTokenizer:
         """The turns of each sample, tokenised at once; `to_answer`: its last answer is left out."""
         chat, conversations = self.chat, []
         for sample in samples:
-            filled = [(chat.start, "")]
+            filled: list[Filled] = [(chat.start, "")]
             for index, turn in enumerate(sample.turns):
-                asked = chat.asked(turn.human, sample.image is not None and index == 0)
+                asked = chat.asked(turn.human, int(sample.image is not None and index == 0))
                 filled += [asked, chat.answered(turn.gpt)]
             conversations.append(filled[:-1] if to_answer and sample.turns else filled)
         for (start,), *parts in self._ids(conversations):
@@ -87,6 +91,15 @@ class ConversationTokenizer:
             answered = zip(parts[::2], parts[1::2], strict=True)
             yield [TurnTokens(question, *answer) for question, answer in answered]
 
+    def prompt(self, asked: Filled, *, system: str | None, answer: str) -> list[list[int]]:
+        """A question to be answered, cut where its images stand; `answer`: what has been said."""
+        answered = [(self.chat.answer.partition(END)[0], answer)] if answer else []
+        filled = [self.chat.begun(system), asked, *answered]
+        ((start_ids,), question, *rest) = self._ids([filled])[0]
+        question[0] = start_ids + question[0]
+        question[-1] = question[-1] + [token for (ids,) in rest for token in ids]
+        return question
+
     @cached_property
     def end_ids(self) -> set[int]:
         """Tokens at which writing an answer ends."""
@@ -95,9 +108,7 @@ class ConversationTokenizer:
         stops = {vocabulary[token] for token in self.chat.stops if token in vocabulary}
         return stops | ({*end[:1]} or {self.tokenizer.eos_token_id})
 
-    def _ids(
-        self, conversations: Sequence[Sequence[tuple[str, str]]]
-    ) -> list[list[list[list[int]]]]:
+    def _ids(self, conversations: Sequence[Sequence[Filled]]) -> list[list[list[list[int]]]]:
         """Token ids of templates with their texts, each cut where {image} or {end} stands.
 
         Text between special tokens is tokenised at once, over the borders of templates too if the
@@ -110,7 +121,7 @@ class ConversationTokenizer:
         return [[[_joined(piece) for piece in cut] for cut in templates] for templates in cuts]
 
     def _cut(
-        self, filled: Sequence[tuple[str, str]], runs: list[list[_Text]]
+        self, filled: Sequence[Filled], runs: list[list[_Text]]
     ) -> list[list[list[int | _Text]]]:
         """Templates in their pieces; a list of `runs` gets the texts that nothing parts."""
         templates = []
@@ -131,7 +142,7 @@ class ConversationTokenizer:
                     pieces[-1].append(part)
         return templates
 
-    def _parts(self, template: str, text: str) -> Iterator[int | str | _Text]:
+    def _parts(self, template: str, text: str | tuple[str, ...]) -> Iterator[int | str | _Text]:
         """Ids of special tokens, text, and the marks {image} and {end}."""
         for piece in self.chat.pieces(template):
             if piece in (IMAGE, END):
@@ -140,14 +151,22 @@ class ConversationTokenizer:
                 yield self._special(piece)
             else:
                 before, is_around, after = piece.partition(TEXT)
-                stretches = self._obeyed.split(text) if is_around else [""]
-                stretches[0] = before + stretches[0]
-                stretches[-1] += after
-                for index, stretch in enumerate(stretches):
-                    if index % 2:
-                        yield self.tokenizer.convert_tokens_to_ids(stretch)
-                    elif stretch:
-                        yield _Text(stretch)
+                around = ((text,) if isinstance(text, str) else text) if is_around else ("",)
+                for place, part in enumerate(around):
+                    if place:
+                        yield IMAGE
+                    stretches = self._obeyed.split(part)
+                    stretches[0] = before * (place == 0) + stretches[0]
+                    stretches[-1] += after * (place == len(around) - 1)
+                    yield from self._stretches(stretches)
+
+    def _stretches(self, stretches: list[str]) -> Iterator[int | _Text]:
+        """Every other one is a token that is obeyed."""
+        for index, stretch in enumerate(stretches):
+            if index % 2:
+                yield self.tokenizer.convert_tokens_to_ids(stretch)
+            elif stretch:
+                yield _Text(stretch)
 
     def _special(self, token: str) -> int:
         if token == "{bos}":

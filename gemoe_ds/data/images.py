@@ -72,6 +72,16 @@ def read_image(encoded: bytes) -> Image.Image:
         return rgb if orientation == 1 else rgb.transpose(_UPRIGHT[orientation])
 
 
+def as_shown(picture: Image.Image) -> Image.Image:
+    """The same of a picture that is open already, or was never in a file."""
+    with _reasons():
+        _scale_transparent_colour(picture)
+        picture.load()
+        orientation = 1 if picture.format == "TIFF" else _orientation(picture)
+        rgb = _in_rgb(picture)
+        return rgb if orientation == 1 else rgb.transpose(_UPRIGHT[orientation])
+
+
 def display_size(encoded: bytes) -> tuple[int, int]:
     """Width and height of `read_image(encoded)`, without its pixels."""
     with _opened(encoded) as image:
@@ -93,14 +103,23 @@ def has_more_frames(encoded: bytes) -> bool:
 @contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
     """Its header, read. Whatever goes wrong then or in the block is an ImageError."""
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with _reasons():
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        except UnidentifiedImageError:
+            begins = f"it begins {encoded[:16]!r}" if encoded else "it is empty"
+            raise ImageError(f"it has no header of a format that Pillow reads ({begins})") from None
+        with image:
             yield image
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever goes wrong in the block is an ImageError with one reason."""
+    try:
+        yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        begins = f"it begins {encoded[:16]!r}" if encoded else "it is empty"
-        raise ImageError(f"it has no header of a format that Pillow reads ({begins})") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(f"it has more than {limit:,} pixels; make it smaller") from None
@@ -109,8 +128,11 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
         raise ImageError(said or type(error).__name__) from error
 
 
-def _orientation(image: Image.Image, encoded: bytes) -> int:
-    """1 to 8, as the file says it; 1 if it says none or something that cannot be read."""
+def _orientation(image: Image.Image, encoded: bytes = b"") -> int:
+    """1 to 8, as the file says it; 1 if it says none or something that cannot be read.
+
+    `encoded`: of a picture whose pixels have not been decoded.
+    """
     behind = encoded.find(b"IDAT") if image.format == "PNG" else -1
     decodes = behind >= 0 and any(encoded.find(mark, behind) >= 0 for mark in _PNG_ORIENTATION)
     try:  # Pillow's own way with a PNG always decodes it, to see what stands behind the pixels
@@ -138,9 +160,12 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-    """A PNG gives its transparent colour in its own depth, Pillow its pixels in 8 bits."""
+    """A PNG gives its transparent colour in its own depth, Pillow its pixels in 8 bits.
+
+    The depth is known until the pixels are read.
+    """
     key = image.info.get("transparency")
-    if key is None or not isinstance(image, PngImageFile):
+    if key is None or not isinstance(image, PngImageFile) or not image.tile:
         return
     raw_mode = image.tile[0].args
     if raw_mode in ("L;2", "L;4"):

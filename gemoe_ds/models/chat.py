@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,9 +15,10 @@ _MARKS = r"(\{image\}|\{end\}|\{bos\}|\{eos\}%s)"
 class ChatTemplate:
     """A conversation is `start`, then for each turn `question` and `answer`.
 
-    The first question of a sample with an image is `question_with_image`. {text} is the question or
-    the answer, tokenised as ordinary text even where it contains special tokens; {image}, {bos} and
-    {eos} are those tokens. The loss counts answers; {end} separates the words that evaluation
+    The first question of a sample with an image is `question_with_image`; what a system message
+    says stands in the place of `start`, as `system` has it. {text} is the question or the answer,
+    tokenised as ordinary text even where it contains special tokens; {image}, {bos} and {eos} are
+    those tokens. The loss counts answers; {end} separates the words that evaluation
     compares from the tokens that only end the answer.
     """
 
@@ -25,8 +26,11 @@ class ChatTemplate:
     question_with_image: str = "{image} USER: {text} ASSISTANT:"
     answer: str = " {text}{end}{eos}"
     start: str = "{bos}"
+    system: str | None = None  # None: the model knows no system message
     no_question: str | None = None  # for a question without a text, if it is another template
     only_image: str | None = None  # and for one with an image
+    between_images: str = ""  # where several stand before a question
+    one_image: bool = False  # the model reads one at a time, which stands before everything
     specials: tuple[str, ...] = ()  # special tokens that the templates name
     obeyed: tuple[str, ...] = ()  # special tokens that stay special inside a text
     stops: tuple[
@@ -39,15 +43,30 @@ class ChatTemplate:
     # what the model's own code adds to a tokenizer without it, in this order, and the ids it gets
     added: Mapping[str, int] = field(default_factory=dict)
 
-    def asked(self, text: str, has_image: bool) -> tuple[str, str]:
-        """The template of a question, and its text."""
+    def begun(self, system: str | None) -> tuple[str, str]:
+        """The template of what stands before the first question, and its text."""
+        if system is None:
+            return self.start, ""
+        assert self.system is not None
+        return self.system, system.strip() if self.stripped else system
+
+    def asked(self, text: str, num_images: int = 0) -> tuple[str, str]:
+        """The template of a question behind so many images, and its text."""
         if self.stripped:  # behind an image a text has its left end inside the message
-            text = text.rstrip() if has_image else text.strip()
-        if has_image:
+            text = text.rstrip() if num_images else text.strip()
+        if num_images:
             usual, empty = self.question_with_image, self.only_image
         else:
             usual, empty = self.question, self.no_question
-        return (usual if text or empty is None else empty), text
+        images = self.between_images.join([IMAGE] * num_images)
+        return (usual if text or empty is None else empty).replace(IMAGE, images), text
+
+    def asked_around(self, parts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+        """The same of a question that has its images inside: between its parts."""
+        first, *middle, last = parts
+        if self.stripped:
+            first, last = first.lstrip(), last.rstrip()
+        return self.question, (first, *middle, last)
 
     def answered(self, text: str) -> tuple[str, str]:
         """The template of an answer, and its text."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gemoe_ds.data.images import decode_image, display_size, has_more_frames, read_image
+from gemoe_ds.data.images import as_shown, decode_image, display_size, has_more_frames, read_image
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import ImageError
 
@@ -55,6 +55,9 @@ def pixels(encoded: bytes) -> list[list[int]]:
     """Of all rows, one after the other; the header alone gives the same size."""
     image = read_image(encoded)
     assert image.mode == "RGB" and image.size == display_size(encoded)
+    for _ in range(2):
+        assert as_shown(opened := Image.open(io.BytesIO(encoded))).tobytes() == image.tobytes()
+        assert as_shown(opened).tobytes() == image.tobytes(), "its pixels are read already"
     return np.asarray(image).reshape(-1, 3).tolist()
 
 

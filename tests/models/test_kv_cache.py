@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.prompts import PromptEncoder, Question
 from gemoe_ds.data.sample import Sample, Turn
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.inputs import ModelInputs
@@ -77,6 +79,27 @@ def test_padding_on_the_left_or_right_or_none(loaded):
             assert torch.isfinite(together).all()
             for row, valid, expected in zip(together, batch.is_valid_BS, alone, strict=True):
                 reference.assert_same(row[valid], expected)
+
+
+def test_prompts_with_several_pictures_each(loaded):
+    """Two, none and three side by side, and beside a row of padding: each as if it were alone."""
+    model, collator = loaded
+    encoder, rng = PromptEncoder(collator), np.random.default_rng(1)
+    counts = (0, 0, 0) if model.image_layout is None else (2, 0, 3)
+    counts = (1, 0, 1) if model.backbone.chat.one_image else counts
+    encoded = []
+    for count, text in zip(counts, ("a b <image 1> c <image 2>", "d e", "f"), strict=True):
+        size = (count * 7 + 8, 30, 3)
+        pictures = [Image.fromarray(rng.integers(0, 255, size, np.uint8)) for _ in range(count)]
+        encoded.append(encoder.chat(Question(text), pictures, room=9999))
+    alone = [hidden(model, collator.batch([e], left=True))[0] for e in encoded]
+    silent = replace(encoded[1], bad=BadSample(0, "x", "left out"))
+    for order in ((0, 1, 2), (2, 0, 1)):
+        batch = collator.batch([silent, *(encoded[i] for i in order)], left=True)
+        together = hidden(model, batch, DecodeState())[1:]
+        assert torch.isfinite(together).all()
+        for row, valid, i in zip(together, batch.is_valid_BS[1:], order, strict=True):
+            reference.assert_same(row[valid], alone[i])
 
 
 def test_a_row_of_padding_beside_one_that_is_padded_on_the_left(loaded):

@@ -79,6 +79,8 @@ class DeepseekVl2Backbone(Backbone):
         question="<|User|>: {text}\n\n<|Assistant|>:",
         question_with_image="<|User|>: {image}\n{text}\n\n<|Assistant|>:",
         answer="{text}{end}{eos}",
+        system="{bos}{text}",
+        between_images="\n",
         no_question="<|User|>:<|Assistant|>:",
         only_image="<|User|>: {image}\n\n<|Assistant|>:",
         specials=("<|User|>", "<|Assistant|>"),

@@ -58,6 +58,7 @@ class MoeLlavaBackbone(Backbone):
     chat = ChatTemplate(
         start="A chat between a curious user and an artificial intelligence assistant. The "
         "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        system="{text} ",
         question="USER: {text} ASSISTANT:",
         question_with_image="USER: {image}\n{text} ASSISTANT:",
         answer=" {text}{end}<|endoftext|>",

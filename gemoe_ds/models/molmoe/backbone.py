@@ -96,6 +96,8 @@ class MolmoeBackbone(Backbone):
         question=" User: {text} Assistant:",
         question_with_image="{image} User: {text} Assistant:",
         answer=" {text}{end}<|endoftext|>",
+        # the published code would put the features of every image at the places of the first
+        one_image=True,
         start="<|endoftext|>",
         specials=("<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>"),
         added={

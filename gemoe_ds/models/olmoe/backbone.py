@@ -40,6 +40,7 @@ class OlmoeBackbone(Backbone):
     keys = KeyMap(experts=expert_tables(_EXPERTS, _EXPERTS))
     # The Instruct model's; the role marks are plain text in its vocabulary.
     chat = ChatTemplate(
+        system="{bos}<|system|>\n{text}\n",
         question="<|user|>\n{text}\n<|assistant|>\n",
         answer="{text}{end}{eos}\n",
         joined=True,

@@ -81,21 +81,21 @@ def test_text_is_that_of_the_formulas(folder):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Text with an image of 4 x 8 patches; text alone, shorter; text with one of 4 x 4."""
+    """Text with two images, of 4 x 8 and 4 x 2 patches; text alone, shorter; text with one."""
     g = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, 29, (3, 15), generator=g)
-    feature = torch.full((3, 15), -1)
-    ids[0, 1:11] = torch.tensor([31, *[IMAGE] * 8, 32])
-    feature[0, 2:10] = torch.arange(8)
+    ids = torch.randint(0, 29, (3, 19), generator=g)
+    feature = torch.full((3, 19), -1)
+    ids[0, 1:15] = torch.tensor([31, *[IMAGE] * 8, 32, 31, *[IMAGE] * 2, 32])
+    feature[0, [*range(2, 10), 12, 13]] = torch.arange(10)
     ids[2, 3:9] = torch.tensor([31, *[IMAGE] * 4, 32])
-    feature[2, 4:8] = torch.arange(8, 12)
-    lengths = torch.tensor([15, 6, 12])
+    feature[2, 4:8] = torch.arange(10, 14)
+    lengths = torch.tensor([19, 6, 12])
     images = {
-        "pixels": torch.randn(32 + 16, 3 * 2 * 2 * 2, generator=g),
-        "grid_thw": torch.tensor([[1, 4, 8], [1, 4, 4]]),
+        "pixels": torch.randn(32 + 8 + 16, 3 * 2 * 2 * 2, generator=g),
+        "grid_thw": torch.tensor([[1, 4, 8], [1, 4, 2], [1, 4, 4]]),
         "feature_BS": feature,
     }
-    return ids, torch.arange(15) < lengths[:, None], images
+    return ids, torch.arange(19) < lengths[:, None], images
 
 
 def test_images_are_those_of_the_stock_model(folder, batch):
