@@ -15,7 +15,12 @@ from gemoe_ds.errors import ConfigError
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
 PORT = 29500
-FOR_RANKS = ("NCCL_", "GLOO_", "OMP_", "DS_", "HF_", "GEMOE_")
+FOR_RANKS = (
+    *("NCCL_", "GLOO_", "UCX_", "FI_"),
+    *("CUDA_", "NVIDIA_", "TORCH_", "PYTORCH_", "TRITON_"),
+    *("OMP_", "DS_", "HF_", "GEMOE_"),
+)
+OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # which GPUs it shows
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Job:
     @staticmethod
     def concerning_ranks(environment: Mapping[str, str]) -> tuple[str, ...]:
         """The names of what a user has set for ranks."""
-        return tuple(sorted(name for name in environment if name.startswith(FOR_RANKS)))
+        names = (name for name in environment if name.startswith(FOR_RANKS))
+        return tuple(sorted(name for name in names if name not in OF_ONE_HOST))
 
     @property
     def words(self) -> list[str]:

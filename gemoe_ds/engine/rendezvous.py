@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -21,12 +22,16 @@ _ASK_AGAIN = (0.0, 1.0, 4.0)  # seconds before a name is looked up, or an agent 
 
 
 def init_process_group(start: Start) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. Collective.
+    """Join the process group: gloo, and NCCL between GPUs. Collective.
+
+    Objects are gathered from CPUs in either case. So the watch over a run, which does nothing else,
+    is up before the first word of NCCL, whose connections are made when they are first used.
 
     Raises ConfigError if the address is unknown, the port is taken, a rank does not come in time,
     or the network interface that the environment names is not there.
     """
-    backend = get_accelerator().communication_backend_name()
+    accelerator = get_accelerator()
+    backend = accelerator.communication_backend_name()
     if "MASTER_ADDR" not in os.environ:
         _ask_mpi()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -37,14 +42,11 @@ def init_process_group(start: Start) -> None:
     else:
         store = _store(start, address, port)
     try:
-        if store is not None:
-            dist.init_process_group(
-                backend,
-                timeout=_COLLECTIVE,
-                store=store,
-                rank=start.rank,
-                world_size=start.world_size,
-            )
+        own: dict[str, Any] = (
+            {} if store is None else {"rank": start.rank, "world_size": start.world_size}
+        )
+        backends = backends_of(accelerator.device_name(), backend)
+        dist.init_process_group(backends, timeout=_COLLECTIVE, store=store, **own)
         deepspeed.init_distributed(backend, timeout=_COLLECTIVE, verbose=False)
     except (RuntimeError, ValueError) as error:
         interface = next((v for v in _INTERFACES if os.environ.get(v)), None)
@@ -55,6 +57,11 @@ def init_process_group(start: Start) -> None:
             f"{interface}={os.environ[interface]}: {' '.join(str(error).split())[:200]}; "
             f"interfaces of host {socket.gethostname()}: {known}"
         ) from error
+
+
+def backends_of(device: str, backend: str) -> str:
+    """For tensors of each kind of device, as torch wants it written."""
+    return backend if device == "cpu" else f"cpu:gloo,{device}:{backend}"
 
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

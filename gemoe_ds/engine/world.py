@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from gemoe_ds.engine.adopt_launcher import adopt_launcher
+from gemoe_ds.engine.gpu import settle_gpu
 from gemoe_ds.engine.launcher_env import device_index, refuse_hidden_gpus
 from gemoe_ds.engine.malloc import bound_kernel_caches, keep_freed_memory
 from gemoe_ds.engine.rendezvous import init_process_group
@@ -42,7 +43,7 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 @contextmanager
 def distributed() -> Iterator[World]:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and leave it at the end.
+    """Join the process group and leave it at the end.
 
     Under `deepspeed`, `torchrun`, `srun` or `mpirun` the ranks come from the launcher; a process
     started alone is a world of one, and leaves its environment and torch as they were.
@@ -67,6 +68,7 @@ def distributed() -> Iterator[World]:
         bound_kernel_caches()
         device = torch.device("cpu")
     else:
+        settle_gpu(os.environ)
         index = device_index(start.local_rank, accelerator.device_count(), os.environ)
         accelerator.set_device(index)
         device = torch.device(accelerator.device_name(index))

@@ -24,6 +24,7 @@ from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.lengths import known_lengths
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.world import World, gather_objects
@@ -54,6 +55,7 @@ class EvalSession:
         self.arguments, self.config, self.world = arguments, config, world
         self.stop = stop or StopRequest()
         self.checkpoint = newest(arguments.trained) if arguments.trained else None
+        check_dtype(config.model.dtype, world.device)
         shard = expert_shard(config.parallel.ep_size, world)
         memory = host_memory(world)
         self.model = build_model(config, shard, memory, show_progress=world.is_first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,11 @@ _KERNEL, _KERNEL_FOR_ONE = 450_000, 700
 _LENGTHS = 20
 _OTHERS = 40  # of attention, the tower and the head
 
+# Of a GPU, outside torch's allocator: as others report it, NOT measured here.
+_CONTEXT = 500 * 2**20
+_COMMUNICATOR = 512 * 2**20
+CONTEXT, CONNECTIONS = "CUDA's context", "NCCL's buffers"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -52,6 +57,7 @@ class Estimate:
     checkpoint: int = 0  # bytes of one on disk, of all ranks together
     common: int = 0  # the part of the total that all ranks of a host share
     hidden_size: int = 0  # of the language model
+    beside: dict[str, int] = field(default_factory=dict)  # on a GPU, and not torch's
 
     @property
     def total(self) -> int:
@@ -61,7 +67,11 @@ class Estimate:
         place = "GPU memory that torch allocates" if self.on_gpu else "host memory of the process"
         title = f"estimate for one rank: {self.total / 2**30:.2f} GiB of {place}"
         parts = ((name, size / 2**30) for name, size in self.parts.items() if size)
-        return "\n".join([title, *(f"  {name:<32} {size:8.3f}" for name, size in parts)])
+        lines = [title, *(f"  {name:<32} {size:8.3f}" for name, size in parts)]
+        if self.beside:
+            held = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in self.beside.items() if n)
+            lines.append(f"and beside it on the GPU, roughly: {held}")
+        return "\n".join(lines)
 
     def against(self, measured: int) -> str:
         return (
@@ -126,7 +136,16 @@ def estimate(
         _checkpoint(config, hf, blocks, routers),
         0 if shape.on_gpu else _common(config, hf, blocks, dtype),
         blocks[0].routing.d_model,
+        _beside(config, num_ranks) if shape.on_gpu else {},
     )
+
+
+def _beside(config: RunConfig, num_ranks: int) -> dict[str, int]:
+    """A communicator for all ranks, for those that share experts, and for those with equal ones."""
+    ep_size = config.parallel.ep_size
+    groups = (num_ranks > 1) + (ep_size > 1)
+    groups += config.model.trainable != "routers" and 1 < ep_size < num_ranks
+    return {CONTEXT: _CONTEXT, CONNECTIONS: groups * _COMMUNICATOR}
 
 
 def _largest_step(

@@ -13,6 +13,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
 from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
@@ -22,7 +23,7 @@ from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import meta_collator
 from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.early_stop import best_of
-from gemoe_ds.train.estimate import Estimate, estimate
+from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
 from gemoe_ds.train.hooks import Hook, load_hooks
 from gemoe_ds.train.metric_writers import check_writers
 from gemoe_ds.train.profiling import PhaseTimer, resident_memory
@@ -67,6 +68,7 @@ def prepare(
     for hook in hooks:
         if not isinstance(hook, Hook):
             raise ConfigError(f"hooks: {hook!r} is no instance of a class that extends Hook")
+    check_dtype(config.model.dtype, world.device)
     hooks = [*load_hooks(config.train.hooks), *hooks]
     broadcast_from_first(lambda: check_writers(config), world)
     collator = meta_collator(config)
@@ -85,6 +87,7 @@ def prepare(
     )
     has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
     needed = expected.total - has - expected.common * (memory.num_ranks - 1) // memory.num_ranks
+    needed += expected.beside.get(CONNECTIONS, 0)
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
     for line in check_deepspeed(config, world.size):

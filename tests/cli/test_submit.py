@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from gemoe_ds.cli.submit import main
+from gemoe_ds.cluster.job import Job
 from gemoe_ds.errors import REQUEUE
 from tests.helpers import repository
 
@@ -103,3 +104,9 @@ if __name__ == "__main__":
     for case in CASES:
         Path(GOLDEN / f"submit_{case}.txt").write_text(printed(case))
         print(f"wrote submit_{case}.txt", file=sys.stderr)
+
+
+def test_what_a_user_has_set_for_ranks_goes_with_them():
+    mine = {"NCCL_DEBUG": "INFO", "PYTORCH_ALLOC_CONF": "x", "CUDA_LAUNCH_BLOCKING": "1"}
+    others = {"CUDA_VISIBLE_DEVICES": "3", "HOME": "/root", "TORCHELASTIC_RUN_ID": "7"}
+    assert Job.concerning_ranks(mine | others) == tuple(sorted(mine))

@@ -45,6 +45,19 @@ def test_weights_are_those_of_the_model(setting, tmp_path, train, ep_size, dtype
     assert parts["frozen weights"] == sum(t.numel() * t.itemsize for t in frozen + experts)
 
 
+@pytest.mark.parametrize(
+    "train, ep_size, ranks, groups",
+    [("routers", 1, 1, 0), ("routers", 1, 4, 1), ("routers", 2, 4, 2), ("all", 2, 4, 3)],
+)
+def test_what_a_gpu_holds_beside_torch_s_memory(setting, tmp_path, train, ep_size, ranks, groups):
+    config = make_config(setting, tmp_path, model__trainable=train, parallel__ep_size=ep_size)
+    samples = open_samples(config.data.train_path)
+    found = estimate(config, samples, ranks, torch.device("cuda"))
+    assert found.beside[module.CONNECTIONS] == groups * module._COMMUNICATOR
+    assert "and beside it on the GPU, roughly: CUDA's context 0.49" in str(found)
+    assert estimate(config, samples, ranks, torch.device("cpu")).beside == {}
+
+
 @pytest.mark.parametrize("train", ["routers", "experts", "all"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_a_host_has_once(setting, tmp_path, train, stage):
