@@ -26,10 +26,11 @@ class Question:
     """What a user says.
 
     `lead` stands before the text and is never cut, as a style prefix of Molmo's. `in_place`: the
-    marks in the text say where pictures go; otherwise they stand before it, and marks are text.
+    marks in the text say where pictures go; otherwise they stand before it, and marks are text. A
+    text in parts has its pictures between them.
     """
 
-    text: str
+    text: str | tuple[str, ...]
     lead: str = ""
     system: str | None = None
     answer_so_far: str = ""
@@ -135,13 +136,17 @@ def too_long(name: str, length: int, room: int, num_images: int) -> SampleError:
     )
 
 
-def _placed(text: str, num_images: int, in_place: bool) -> tuple[list[int], list[str]]:
+def _placed(
+    text: str | tuple[str, ...], num_images: int, in_place: bool
+) -> tuple[list[int], list[str]]:
     """Which pictures stand in the prompt, in order, and the text between those inside it.
 
     Numbered marks name the pictures that a task hands over, in the order of their numbers (MMMU:
     <image 1> and <image 3> for two of them); a picture that is named twice is shown twice, as in
     lmms-eval and VLMEvalKit. Marks that do not fit the number of pictures are text.
     """
+    if not isinstance(text, str):
+        return list(range(num_images)), [*text]
     first, *rest = _NUMBERED.split(text)
     numbers, between = [int(number) for number in rest[::2]], rest[1::2]
     named = sorted({*numbers})

@@ -1,4 +1,4 @@
-"""Prompts with any number of pictures are those of every model's own code; too long ones are cut.
+"""Prompts with any number of pictures are those of every model's own code; long ones are cut.
 
 models/golden/prompts.json: values that the code named there printed, as models/golden/chats.json.
 """
@@ -51,8 +51,9 @@ def pixels_of(encoded) -> np.ndarray:
     return np.concatenate([image.pixels for image in encoded.images])
 
 
-@pytest.mark.parametrize("case", GOLDEN["deepseek_vl2"]["cases"].values(), ids=lambda c: c["text"])
-def test_deepseek_cuts_up_to_two_pictures_into_tiles(encoder, case):
+@pytest.mark.parametrize("title", sorted(GOLDEN["deepseek_vl2"]["cases"].keys() - {"mmmu"}))
+def test_deepseek_cuts_up_to_two_pictures_into_tiles(encoder, title):
+    case = GOLDEN["deepseek_vl2"]["cases"][title]
     pictures = [shown(*size) for size in case["sizes"]]
     question = Question(case["text"], system=case["system"])
     encoded = encoder("deepseek_vl2").chat(question, pictures, room=9999)
