@@ -6,7 +6,7 @@ it; the loss counts on answers and their end. Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,10 +70,22 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """What a model's forward takes."""
         inputs = self.inputs
-        images = {n: t.to(device, non_blocking=True) for n, t in inputs.pop("images").items()}
-        moved = {name: t.to(device, non_blocking=True) for name, t in inputs.items()}
-        return replace(self, images=images, **moved)
+        return [*inputs.pop("images").values(), *inputs.values()]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = self.inputs
+        images: Any = {name: change(tensor) for name, tensor in inputs.pop("images").items()}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in inputs.items()}
+        return replace(self, images=images, **changed)
 
 
 @dataclass

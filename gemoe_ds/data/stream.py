@@ -64,7 +64,9 @@ class TrainStream:
         world: int,
         num_workers: int,
         start_step: int = 0,
+        pinned: bool = False,
     ) -> None:
+        """`pinned`: see `Batch.pinned`, for a GPU."""
         if len(samples) < micro_batch_size:
             raise DataError(
                 f"{samples.path}: {len(samples)} samples do not fill "
@@ -72,9 +74,14 @@ class TrainStream:
             )
         grain = _import_grain()
         order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
+
+        def batch_of(encoded: Sequence[Encoded]) -> Batch:
+            batch = collator.batch(encoded)
+            return batch.pinned() if pinned else batch
+
         # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
         endless = order.repeat(ENDLESS // len(samples))
-        blocks = endless.batch(micro_batch_size, batch_fn=collator.batch)[rank::world]
+        blocks = endless.batch(micro_batch_size, batch_fn=batch_of)[rank::world]
         options = grain.ReadOptions(num_workers, num_read_ahead(num_workers))
         self._blocks = iter(blocks.to_iter_dataset(options))
         self._blocks.set_state({"next_index": start_step * accumulation})

@@ -272,6 +272,7 @@ def _stream(run: Prepared, model: MoEModel, start_step: int) -> TrainStream:
         world=world.size,
         num_workers=config.data.num_workers,
         start_step=start_step,
+        pinned=world.device.type == "cuda",
     )
 
 

@@ -19,6 +19,7 @@ from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, BadSampleLog, listed
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
+from gemoe_ds.engine.feed import on_device
 from gemoe_ds.engine.world import World, gather_objects, sum_over_ranks
 from gemoe_ds.engine.zero import assign_, full_value
 from gemoe_ds.errors import DataError, Stopped
@@ -192,8 +193,9 @@ class Trainer:
         micro_batches = len(batches) * self.world.size
         before: list[dict[str, Any]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
-            for index, batch in enumerate(batches):
-                inputs = batch.to(self.world.device).inputs
+            moved = on_device(batches, self.world.device)
+            for index, (batch, there) in enumerate(zip(batches, moved, strict=True)):
+                inputs = there.inputs
                 torch.manual_seed(seeds[index])
                 if update == 0:
                     before[index] = self._forwards_before(inputs)
