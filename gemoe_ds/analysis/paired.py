@@ -75,43 +75,8 @@ class Accuracies:
     drawn_BS: np.ndarray
 
 
-class Bootstrap:
-    """The resamples of one set of questions: the same ones for all methods."""
-
-    def __init__(self, asked: Questions, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self.asked = asked
-        rows, self.picture_Q = np.unique(asked.row_Q, return_inverse=True)
-        self.num_pictures, self.num_kinds = len(rows), len(asked.kinds_C)
-        self.rng = np.random.default_rng(seed)
-        even = np.full(self.num_pictures, 1 / self.num_pictures)
-        self.times_BR = self.rng.multinomial(self.num_pictures, even, resamples).astype(float)
-        self.asked_BC = self.times_BR @ self._sums(np.ones(len(asked.row_Q)))
-        self.asked_C = np.bincount(asked.kind_Q, minlength=self.num_kinds)
-
-    def at(self, curve: Curve, mean_k: float) -> Accuracies:
-        """Interpolated at a mean k; NoFigureError if any seed does not reach it."""
-        return self.accuracies({seed: answers_at(points, mean_k) for seed, points in curve.items()})
-
-    def accuracies(self, right: Mapping[int | None, np.ndarray]) -> Accuracies:
-        """By seed: right or wrong, or a share, of every question."""
-        found, drawn = [], []
-        for right_Q in right.values():
-            if right_Q.shape != self.asked.row_Q.shape:
-                raise DataError(
-                    f"answers to {right_Q.size:,} questions, not to {self.asked.row_Q.size:,}"
-                )
-            sums_RC = self._sums(right_Q)
-            found.append((sums_RC.sum(0) / self.asked_C).mean())
-            # A kind that a resample has not drawn at all is left out of its mean.
-            with np.errstate(invalid="ignore"):
-                drawn.append(np.nanmean((self.times_BR @ sums_RC) / self.asked_BC, axis=1))
-        return Accuracies(tuple(right), np.array(found), np.stack(drawn, axis=1))
-
-    def _sums(self, right_Q: np.ndarray) -> np.ndarray:
-        """By picture and kind."""
-        place_Q = self.picture_Q * self.num_kinds + self.asked.kind_Q
-        size = self.num_pictures * self.num_kinds
-        return np.bincount(place_Q, right_Q, size).reshape(self.num_pictures, self.num_kinds)
+class Intervals:
+    """What resamples say of one method, and of two that have the same resamples."""
 
     def estimate(self, of: Accuracies) -> Estimate:
         return self._estimate(of.found_S, of.drawn_BS)
@@ -151,6 +116,45 @@ class Bootstrap:
             drawn_B = drawn_B + error * rng.standard_t(num_seeds - 1, drawn_B.size)
         low, high = np.percentile(drawn_B, ENDS)
         return Estimate(float(found_S.mean()), float(low), float(high), num_seeds)
+
+
+class Bootstrap(Intervals):
+    """The resamples of one set of questions: the same ones for all methods."""
+
+    def __init__(self, asked: Questions, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self.asked = asked
+        rows, self.picture_Q = np.unique(asked.row_Q, return_inverse=True)
+        self.num_pictures, self.num_kinds = len(rows), len(asked.kinds_C)
+        self.rng = np.random.default_rng(seed)
+        even = np.full(self.num_pictures, 1 / self.num_pictures)
+        self.times_BR = self.rng.multinomial(self.num_pictures, even, resamples).astype(float)
+        self.asked_BC = self.times_BR @ self._sums(np.ones(len(asked.row_Q)))
+        self.asked_C = np.bincount(asked.kind_Q, minlength=self.num_kinds)
+
+    def at(self, curve: Curve, mean_k: float) -> Accuracies:
+        """Interpolated at a mean k; NoFigureError if any seed does not reach it."""
+        return self.accuracies({seed: answers_at(points, mean_k) for seed, points in curve.items()})
+
+    def accuracies(self, right: Mapping[int | None, np.ndarray]) -> Accuracies:
+        """By seed: right or wrong, or a share, of every question."""
+        found, drawn = [], []
+        for right_Q in right.values():
+            if right_Q.shape != self.asked.row_Q.shape:
+                raise DataError(
+                    f"answers to {right_Q.size:,} questions, not to {self.asked.row_Q.size:,}"
+                )
+            sums_RC = self._sums(right_Q)
+            found.append((sums_RC.sum(0) / self.asked_C).mean())
+            # A kind that a resample has not drawn at all is left out of its mean.
+            with np.errstate(invalid="ignore"):
+                drawn.append(np.nanmean((self.times_BR @ sums_RC) / self.asked_BC, axis=1))
+        return Accuracies(tuple(right), np.array(found), np.stack(drawn, axis=1))
+
+    def _sums(self, right_Q: np.ndarray) -> np.ndarray:
+        """By picture and kind."""
+        place_Q = self.picture_Q * self.num_kinds + self.asked.kind_Q
+        size = self.num_pictures * self.num_kinds
+        return np.bincount(place_Q, right_Q, size).reshape(self.num_pictures, self.num_kinds)
 
 
 def _pairs(a: Sequence[int | None], b: Sequence[int | None]) -> list[tuple[int, int]]:
