@@ -5,7 +5,7 @@ Shapes: Q questions, S samples, R resamplings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -42,7 +42,10 @@ class Gain(ConfigModel):
 
 
 def gains_of(
-    questions: Mapping[int, Questions], samples: Samples, backbone_k: int
+    questions: Mapping[int, Questions],
+    samples: Samples,
+    backbone_k: int,
+    measures: Iterable[str] = MEASURES,
 ) -> tuple[Gain, ...]:
     """From every smaller k to the backbone's own; `questions` by k, `samples` of the latter."""
     many = questions[backbone_k]
@@ -50,7 +53,7 @@ def gains_of(
         _gain(many, questions[fewer], samples, backbone_k, fewer, by)
         for fewer in sorted(questions)
         if fewer < backbone_k
-        for by in MEASURES
+        for by in measures
     )
 
 
@@ -68,7 +71,7 @@ def _gain(
     rows_S, sample_Q = np.unique(many.row_Q, return_inverse=True)
     value_S = getattr(samples, f"{by}_S")[np.searchsorted(samples.row_S, rows_S)].astype(float)
     asked_S = np.bincount(sample_Q)
-    change_Q = 100.0 * (many.right_Q.astype(int) - few.right_Q.astype(int))
+    change_Q = 100.0 * (many.right_Q.astype(float) - few.right_Q.astype(float))
     change_S = np.bincount(sample_Q, weights=change_Q)
     order = np.lexsort((rows_S, value_S))
     parts = [part for part in np.array_split(order, BINS) if part.size]

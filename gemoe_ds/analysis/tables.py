@@ -30,4 +30,4 @@ def _pad(line: list[str], widths: list[int], texts: list[bool]) -> list[str]:
 
 
 def _is_text(column: tuple[str, ...]) -> bool:
-    return any(cell[0].isalpha() or cell[0] in "`*" for cell in column)
+    return any(cell[:1].isalpha() or cell.startswith(("`", "*")) for cell in column)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -54,7 +54,7 @@ class Mode(ConfigModel):
     def num_layers(self) -> int:
         return len(self.parameters_per_expert)
 
-    def activated_parameters(self, mean_k_L: Sequence[float]) -> float:
+    def activated_parameters(self, mean_k_L: Iterable[float]) -> float:
         """Parameters that an average token uses: all but the experts that it does not visit."""
         sizes = zip(mean_k_L, self.parameters_per_expert, strict=True)
         return self.total_parameters - sum((self.num_experts - k) * size for k, size in sizes)
