@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give evaluation folders, or --results FILE")
     if flags.results and (flags.tensorboard or flags.command or flags.seconds is not None):
         parser.error("--results renders what is in the file: it goes with --out alone")
-    with exit_on_error(), _writing(flags.out):
+    with exit_on_error(), writing(flags.out):
         results = _render_again(flags) if flags.results else _analyze(flags, argv)
         write_text(flags.out / "report.md", render_report(results))
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """A folder that cannot be written is the caller's error: one line."""
     try:
         out.mkdir(parents=True, exist_ok=True)

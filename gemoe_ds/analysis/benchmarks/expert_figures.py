@@ -119,9 +119,9 @@ def routing_paths(model: Model, gates: Gates) -> Iterable[Drawn]:
         drawn.supxlabel("MoE layer", fontsize=9)
         drawn.supylabel("expert", fontsize=9)
         caption = (
-            f"Where the heaviest expert of a token leads, {group.label} (the paper's Fig. 11; first "
-            f"seed): the {_PATHS} most frequent steps from each layer to the next. Wider is more "
-            "frequent."
+            f"Where the heaviest expert of a token leads, {group.label} (the paper's Fig. 11; "
+            f"first seed): the {_PATHS} most frequent steps from each layer to the next. Wider is "
+            "more frequent."
         )
         yield f"routing_paths_{file_name(group)}", caption, drawn
 

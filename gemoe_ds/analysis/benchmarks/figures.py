@@ -7,6 +7,8 @@ for all that it has to show. Shapes: L MoE layers, N tokens, D documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,8 +25,11 @@ from gemoe_ds.analysis.benchmarks.tables import LAYOUTS
 from gemoe_ds.analysis.figures import binned_mean
 from gemoe_ds.analysis.gains import gains_of
 from gemoe_ds.analysis.questions import Questions
-from gemoe_ds.analysis.results import BASELINE
+from gemoe_ds.analysis.results import BASELINE, FigureFile
 from gemoe_ds.analysis.samples import Samples
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Gates = Mapping[str, np.ndarray]  # how it came about -> gate_LED; see cli/benchmark/tables.py
 Drawn = tuple[str, str, Figure]  # file stem, caption, figure
@@ -41,16 +46,27 @@ def figure(draw: Draw) -> Draw:
 
 def draw_all(models: Sequence[Model], gates: Gates) -> Iterator[Drawn]:
     """Every figure that has something to show; of several models, each by itself."""
+    for number, model in enumerate(models, 1):
+        for draw in FIGURES:
+            for name, caption, drawn in draw(model, gates if len(models) == 1 else {}):
+                if len(models) > 1:
+                    name, caption = f"{name}_model_{number}", f"{model.title}: {caption}"
+                yield name, caption, drawn
+
+
+def write_figures(
+    models: Sequence[Model], gates: Gates, folder: Path, board: SummaryWriter | None = None
+) -> tuple[FigureFile, ...]:
+    """As PNG into `folder`, and on TensorBoard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
     with rc_context(drawing.STYLE):
-        for number, model in enumerate(models, 1):
-            for draw in FIGURES:
-                for name, caption, drawn in draw(model, gates if len(models) == 1 else {}):
-                    several = len(models) > 1
-                    yield (
-                        f"{name}_model_{number}" if several else name,
-                        f"{model.title}: {caption}" if several else caption,
-                        drawn,
-                    )
+        for name, caption, drawn in draw_all(models, gates):
+            drawn.savefig(folder / f"{name}.png")
+            written.append(FigureFile(file=f"{name}.png", caption=caption))
+            if board:
+                board.add_figure(f"benchmarks/{name}", drawn)
+    return tuple(written)
 
 
 @figure
@@ -80,9 +96,9 @@ def mean_k_per_layer(model: Model, gates: Gates) -> Iterable[Drawn]:
         drawn.supylabel("experts a token", fontsize=9)
         drawing.legend_above(drawn, grid[0])
         caption = (
-            f"Mean number of experts a token in every MoE layer, on the benchmarks of Table {number} "
-            "(the paper's Figs. 5 and 8). Line across: the backbone's own k. Bands: one standard "
-            "deviation over seeds."
+            "Mean number of experts a token in every MoE layer, on the benchmarks of Table "
+            f"{number} (the paper's Figs. 5 and 8). Line across: the backbone's own k. Bands: one "
+            "standard deviation over seeds."
         )
         yield f"mean_k_per_layer_table_{number}", caption, drawn
 
@@ -214,9 +230,7 @@ def colour_of(model: Model, group: Group) -> str:
     """The same for a method in every figure."""
     method = group.first.mode.method
     others = sorted({g.first.mode.method for g in model.groups} - set(drawing.COLOURS))
-    return (
-        drawing.COLOURS.get(method) or drawing.OTHERS[others.index(method) % len(drawing.OTHERS)]
-    )
+    return drawing.COLOURS.get(method) or drawing.OTHERS[others.index(method) % len(drawing.OTHERS)]
 
 
 def backbone_k(model: Model) -> int:

@@ -144,7 +144,7 @@ def read_shown(folder: Path) -> tuple[ShownAnswer, ...]:
     """Some answers, the first documents first; none where the file is not there."""
     path = folder / SHOWN
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text has U+2028
         found = [ShownAnswer.model_validate_json(line) for line in lines if line.strip()]
     except FileNotFoundError:
         return ()

@@ -44,13 +44,21 @@ def render_report(results: BenchmarkResults) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def terminal_tables(results: BenchmarkResults) -> str:
-    """The tables as aligned text."""
+def terminal_tables(results: BenchmarkResults, width: int | None = None) -> str:
+    """The tables as aligned text; without the benchmarks where one would be wider than `width`."""
     lines: list[str] = []
     for table in results.tables:
-        cells = [[cell.replace(PLUS_MINUS, "+-") for cell in line] for line in table_cells(table)]
+        cells = [[_plain(cell) for cell in line] for line in table_cells(table)]
+        if width is not None and max(map(len, aligned(cells))) > width:
+            kept = [0, 1, 2, *range(3 + len(table.headings), len(cells[0]))]
+            cells = [[line[column] for column in kept] for line in cells]
         lines += [f"Table {table.number}: {table.title}", *aligned(cells), ""]
     return "\n".join(lines)
+
+
+def _plain(cell: str) -> str:
+    """For a terminal, which may not know the sign."""
+    return cell.replace("*", "").replace(PLUS_MINUS, "+-")
 
 
 def headlines(results: BenchmarkResults) -> Iterable[str]:

@@ -1,0 +1,198 @@
+"""results.json, figures and answers -> one HTML page that needs nothing else, and no network."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from gemoe_ds.analysis.benchmarks import report
+from gemoe_ds.analysis.benchmarks.collect import ModeRun
+from gemoe_ds.analysis.benchmarks.columns import COLUMNS
+from gemoe_ds.analysis.benchmarks.files import ShownAnswer
+from gemoe_ds.analysis.benchmarks.groups import Group
+from gemoe_ds.analysis.benchmarks.results import BenchmarkResults, Block, Cell, Row, Table
+
+_HERE = Path(__file__).parent
+_LIGHT, _DARK = (255, 247, 236), (213, 94, 0)  # of few experts, of many
+
+
+@dataclass(frozen=True)
+class Td:
+    """A cell: its text, what it is sorted by, and what a pointer over it shows."""
+
+    text: str
+    sorts_as: float | None = None
+    title: str = ""
+
+    def __str__(self) -> str:
+        number = "" if self.sorts_as is None else f' data-v="{self.sorts_as:.6g}"'
+        title = f' title="{escape(self.title)}"' if self.title else ""
+        text = ' class="text"' if self.sorts_as is None and self.text != report.NONE else ""
+        return f"<td{text}{number}{title}>{_inline(self.text)}</td>"
+
+
+def render_html(
+    results: BenchmarkResults, figures: Path, answers: Sequence[tuple[Group, ModeRun]]
+) -> str:
+    """`figures`: the folder of their files. `answers`: what may be shown word by word."""
+    body = ["<h1>Benchmarks</h1>"]
+    links = [(f"table-{table.number}", f"Table {table.number}") for table in results.tables]
+    links += [("figures", "Figures")] if results.figures else []
+    shown = list(_answers(answers))
+    links += [("answers", "Answers")] if shown else []
+    links.append(("sources", "How it was run"))
+    body.append("<nav>" + "".join(f'<a href="#{i}">{name}</a>' for i, name in links) + "</nav>")
+    body += [f"<p>{_inline(line)}</p>" for line in report.headlines(results)]
+    body += ["<p>A click on a heading sorts a table.</p>", _list(report.LEGEND)]
+    for table in results.tables:
+        body += _table_section(table)
+    if results.kinds_of_tokens:
+        body += ["<h2>Experts a token, by benchmark</h2>", _of_text(report.kinds_table(results))]
+    if results.figures:
+        body.append('<h2 id="figures">Figures</h2>')
+        for entry in results.figures:
+            data = base64.b64encode((figures / entry.file).read_bytes()).decode()
+            image = f'<img alt="{escape(entry.file)}" src="data:image/png;base64,{data}">'
+            caption = f"<figcaption>{_inline(entry.caption)}</figcaption>"
+            body.append(f"<figure>{image}{caption}</figure>")
+    if shown:
+        body += ['<h2 id="answers">Answers, word by word</h2>', *shown]
+    body += [
+        '<h2 id="sources">How it was run</h2>',
+        f"<p><code>{escape(results.command)}</code></p>",
+    ]
+    body.append(_of_text(report.sources_table(results)))
+    style, script = ((_HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>\n'
+        f"<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + f"\n<script>\n{script}</script>\n</body></html>\n"
+    )
+
+
+def _table_section(table: Table) -> Iterable[str]:
+    heads = ["Model", "Method", "N", "Mean k", *table.headings]
+    heads += ["Average", "Retention %", "Sparsity %"]
+    rows = [
+        (" published" * row.is_published + " adaptive" * row.is_adaptive, _cells(block, row, table))
+        for block in table.blocks
+        for row in block.rows
+    ]
+    yield f'<h2 id="table-{table.number}">Table {table.number}: {escape(table.title)}</h2>'
+    yield _table(heads, rows)
+    for title, cells in report.difference_tables(table):
+        yield f"<p>{_inline(title)}</p>{_of_text(cells)}"
+    yield _list(table.notes)
+    yield f'<p class="notes">Chosen here, because the paper does not say:</p>{_list(table.choices)}'
+
+
+def _cells(block: Block, row: Row, table: Table) -> list[Td]:
+    cells = [row.mean_k, *(row.cells.get(heading) for heading in table.headings)]
+    cells += [row.average, row.retention, row.sparsity]
+    texts = report.row_cells(row, table)
+    first = [Td(block.model), Td(report.row_label(row)), Td(texts[0], row.activated_parameters)]
+    return first + [
+        Td(text, None if cell is None else cell.value, _pointed_at(cell))
+        for text, cell in zip(texts[1:], cells, strict=True)
+    ]
+
+
+def _pointed_at(cell: Cell | None) -> str:
+    """The interval of a cell, and its difference to the backbone's own k."""
+    if cell is None or cell.interval is None:
+        return ""
+    says = f"95 %: {cell.interval[0]:.2f} to {cell.interval[1]:.2f}"
+    if apart := cell.difference:
+        low, high = apart.interval
+        says += f"; minus own k: {apart.value:+.2f} ({low:.2f} to {high:.2f})"
+    return says
+
+
+def _of_text(cells: list[list[str]]) -> str:
+    """A table of plain cells; what begins with a number is sorted by it."""
+    lines = [("", [Td(text, _leading_number(text)) for text in line]) for line in cells[1:]]
+    return _table(cells[0], lines)
+
+
+def _leading_number(text: str) -> float | None:
+    found = re.match(r"[+-]?\d+(\.\d+)?(?=$| )", text)
+    return float(found[0]) if found else None
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Td]]]) -> str:
+    """`rows`: the class of each and its cells."""
+    head = "".join(
+        f"<th{' class=text' if name in _TEXTS else ''}>{escape(name)}</th>" for name in heads
+    )
+    lines = [f'<tr class="{kind.strip()}">{"".join(map(str, cells))}</tr>' for kind, cells in rows]
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>'
+        + "\n".join(lines)
+        + "</tbody></table></div>"
+    )
+
+
+_TEXTS = "Model Method Tokens Row Folder Trained Commit Machine Date Command".split()
+
+
+def _list(lines: Iterable[str]) -> str:
+    return '<ul class="notes">' + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>"
+
+
+def _inline(text: str) -> str:
+    """The little Markdown that the report has."""
+    text = escape(text, quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"(?<![\w*])\*([^*]+)\*(?![\w*])", r"<em>\1</em>", text)
+
+
+def _answers(answers: Sequence[tuple[Group, ModeRun]]) -> Iterable[str]:
+    """By method and benchmark; colours from 0 experts to the most that any word took."""
+    every = [
+        (group, column.heading, part.folder.name, part.shown)
+        for group, run in answers
+        for column in COLUMNS
+        for part in run.columns.get(column.heading, [])
+        if part.shown
+    ]
+    if not every:
+        return
+    most = (
+        max((k for *_, shown in every for one in shown for _, k in one.tokens), default=1.0) or 1.0
+    )
+    ends = f"linear-gradient(to right, {_colour(0, most)}, {_colour(most, most)})"
+    yield (
+        "<p>The colour of a word says how many experts it took, the mean over layers: 0 "
+        f'<span class="scale" style="background: {ends}"></span> {most:.2f}. A pointer over a word '
+        "shows its number.</p>"
+    )
+    for group, heading, task, shown in every:
+        yield (
+            f"<details><summary>{escape(heading)} ({escape(task)}), {escape(group.label)}: "
+            + (f"{len(shown)} answers</summary>" + "".join(_answer(one, most) for one in shown))
+            + "</details>"
+        )
+
+
+def _answer(answer: ShownAnswer, most: float) -> str:
+    words = "".join(
+        f'<span style="background: {_colour(k, most)}" title="k {k:.2f}">{escape(text)}</span>'
+        for text, k in answer.tokens
+    )
+    return (
+        f'<div class="answer"><div class="question">{escape(answer.question)}</div>'
+        f'<div class="written">{words}</div>'
+        f"<div>expected: {escape(answer.expected)} (document {answer.doc_id})</div></div>"
+    )
+
+
+def _colour(k: float, most: float) -> str:
+    share = min(max(k / most, 0.0), 1.0) * 0.85
+    mixed = (round(a + share * (b - a)) for a, b in zip(_LIGHT, _DARK, strict=True))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
