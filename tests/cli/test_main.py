@@ -39,7 +39,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     for name in COMMANDS:
         (line,) = [row for row in done.stdout.splitlines() if row.startswith(f"  {name} ")]
         said = (importlib.import_module(f"gemoe_ds.cli.{name}").__doc__ or "").partition("\n")[0]
@@ -78,7 +78,7 @@ def test_a_wrong_word_is_one_line(
 def test_a_command_has_its_own_name_in_its_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for line in ("export", "data convert"):
+    for line in ("export", "data convert", "benchmark tables"):
         assert gemoe(f"{line} --help", monkeypatch) == 0
         assert capsys.readouterr().out.startswith(f"usage: gemoe {line} [-h]")
     for line in ("", "-h", "--help"):
