@@ -182,6 +182,8 @@ class Measures:
         if len(self.by_document) < len(self.averaged):
             return cell
         drawn = self._averages(self.averaged)
+        if not drawn[base].drawn_BS.all():  # so few documents that a resample has none right
+            return cell
         found = INTERVALS.ratio(drawn[group], drawn[base])
         return cell.model_copy(update={"interval": (100 * found.low, 100 * found.high)})
 

@@ -75,11 +75,11 @@ class Source(ConfigModel):
 
     label: str
     folder: str
-    base: str | None
-    checkpoint: str | None
+    base: str | None = None
+    checkpoint: str | None = None
     seed: int
     command: str
-    commit: str | None
+    commit: str | None = None
     machine: str
     date: str
 
