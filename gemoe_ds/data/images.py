@@ -75,6 +75,8 @@ def read_image(encoded: bytes) -> Image.Image:
 def as_shown(picture: Image.Image) -> Image.Image:
     """The same of a picture that is open already, or was never in a file."""
     with _reasons():
+        if 0 in picture.size:
+            raise ImageError(f"it has {picture.width} x {picture.height} pixels")
         _scale_transparent_colour(picture)
         picture.load()
         orientation = 1 if picture.format == "TIFF" else _orientation(picture)
@@ -203,8 +205,8 @@ def _white(image: Image.Image) -> float:
     if image.mode == "F" and image.format in ("TIFF", "PPM"):
         return 1.0
     raise ImageError(
-        f"it is a {image.format} of grey values in mode {image.mode}, whose black and white are "
-        "unknown; store it with 8 bits"
+        f"it is a {image.format or 'picture in memory'} of grey values in mode {image.mode}, "
+        "whose black and white are unknown; store it with 8 bits"
     )
 
 

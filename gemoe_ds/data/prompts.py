@@ -7,6 +7,7 @@ loses the beginning of its text.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class PromptEncoder:
         in_place = question.in_place and not self._one_image
         order, parts = _placed(question.text, len(pictures), in_place)
         images = self._laid([pictures[place] for place in order], name)
-        num_pixels = sum(len(image.input_ids) for image in images)
+        image_tokens = sum(len(image.input_ids) for image in images)
 
         def ids_without(cut: int) -> list[list[int]]:
             asked = self._asked(question, _from(parts, cut), len(images))
@@ -80,32 +81,17 @@ class PromptEncoder:
             )
 
         def length(ids: list[list[int]]) -> int:
-            return num_pixels + sum(map(len, ids))
+            return image_tokens + sum(map(len, ids))
 
         ids = ids_without(0)
         whole = length(ids)
         if whole > room:
-            least, most = 0, sum(map(len, parts))
-            if length(ids_without(most)) > room:
-                raise too_long(name, length(ids_without(most)), room, len(images))
-            while least + 1 < most:
-                half = (least + most) // 2
-                if length(ids_without(half)) > room:
-                    least = half
-                else:
-                    most = half
-            ids = ids_without(most)
+            cuts = range(sum(map(len, parts)) + 1)
+            ids = ids_without(bisect_left(cuts, True, key=lambda c: length(ids_without(c)) <= room))
+            if length(ids) > room:
+                raise _too_long(name, length(ids), room, len(images))
         encoded = Encoded(row, name, cut_tokens=whole - length(ids))
         encoded.add_question(ids, images)
-        return encoded
-
-    def plain(
-        self, token_ids: Sequence[int], *, room: int, row: int = 0, name: str = "prompt"
-    ) -> Encoded:
-        """Token ids as they are; those beyond `room` are cut on the left, as lm-eval does."""
-        kept = list(token_ids[max(0, len(token_ids) - room) :])
-        encoded = Encoded(row, name, cut_tokens=len(token_ids) - len(kept))
-        encoded.add(kept)
         return encoded
 
     def _asked(self, question: Question, parts: Sequence[str], num_images: int) -> Filled:
@@ -127,11 +113,11 @@ class PromptEncoder:
         return images
 
 
-def too_long(name: str, length: int, room: int, num_images: int) -> SampleError:
+def _too_long(name: str, length: int, room: int, num_images: int) -> SampleError:
     what = f"its {num_images} pictures and " if num_images else ""
     return SampleError(
         f"{name}: {what}the template alone have {length:,} tokens, and there is room for {room:,}; "
-        "raise data.max_length, or ask for fewer new tokens",
+        "leave the task out, raise data.max_length, or ask for fewer new tokens",
         needs=length,
     )
 

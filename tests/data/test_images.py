@@ -61,6 +61,14 @@ def pixels(encoded: bytes) -> list[list[int]]:
     return np.asarray(image).reshape(-1, 3).tolist()
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_in_memory_that_is_none(size):
+    with pytest.raises(ImageError, match=f"it has {size[0]} x {size[1]} pixels"):
+        as_shown(Image.new("RGB", size))
+    with pytest.raises(ImageError, match="it is a picture in memory of grey values in mode I;16"):
+        as_shown(Image.new("I;16", (2, 2)))
+
+
 def greys(encoded: bytes) -> list[int]:
     found = pixels(encoded)
     assert all(len(set(pixel)) == 1 for pixel in found)

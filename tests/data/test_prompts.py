@@ -181,16 +181,6 @@ def test_a_long_prompt_loses_the_beginning_of_its_text(encoder, name):
     assert error.value.needs == least
 
 
-def test_plain_ids_are_cut_on_the_left(encoder):
-    own = encoder("olmoe")
-    encoded = own.plain([5, 6, 7, 8], room=3, row=4, name="gsm8k 4")
-    assert (encoded.input_ids, encoded.cut_tokens) == ([6, 7, 8], 1)
-    assert own.plain([5, 6], room=2).cut_tokens == 0
-    batch = own.collator.batch([encoded, own.plain([9], room=3)], left=True)
-    assert batch.is_valid_BS.tolist() == [[True] * 3, [False, False, True]]
-    assert batch.rows == (4, 0) and batch.images == {}
-
-
 def test_what_a_model_cannot_read_is_named(encoder):
     with pytest.raises(SampleError, match="vqa 2 shows a picture, and this backbone reads text"):
         encoder("olmoe").chat(Question("a"), [shown(4, 4)], room=99, name="vqa 2")
