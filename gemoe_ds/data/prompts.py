@@ -66,7 +66,7 @@ class PromptEncoder:
             raise ConfigError("this model's chat template has no system message; leave it out")
         if self._one_image and len(pictures) > 1:
             raise SampleError(
-                f"{name} shows {len(pictures)} pictures, and this model reads one at a time; "
+                f"{name}: it shows {len(pictures)} pictures, and this model reads one at a time; "
                 "choose a --prompt-style that says which, or leave the task out"
             )
         in_place = question.in_place and not self._one_image
@@ -103,7 +103,7 @@ class PromptEncoder:
     def _laid(self, pictures: Sequence[Image.Image], name: str) -> list[ProcessedImage]:
         layout, images = self.collator.layout, []
         if pictures and layout is None:
-            raise SampleError(f"{name} shows a picture, and this backbone reads text only")
+            raise SampleError(f"{name}: it shows a picture, and this backbone reads text only")
         for place, picture in enumerate(pictures, 1):
             assert layout is not None
             try:
@@ -114,10 +114,10 @@ class PromptEncoder:
 
 
 def _too_long(name: str, length: int, room: int, num_images: int) -> SampleError:
-    what = f"its {num_images} pictures and " if num_images else ""
     return SampleError(
-        f"{name}: {what}the template alone have {length:,} tokens, and there is room for {room:,}; "
-        "leave the task out, raise data.max_length, or ask for fewer new tokens",
+        f"{name}: {length:,} tokens are left without the text (the template, pictures: "
+        f"{num_images}), and there is room for {room:,}; leave the task out, raise "
+        "data.max_length, or ask for fewer new tokens",
         needs=length,
     )
 

@@ -33,7 +33,7 @@ class VisionPrompts:
             pictures,
             room=room,
             row=request.doc_id,
-            name=f"{request.task}, document {request.doc_id},",
+            name=f"{request.task}, document {request.doc_id}",
         )
 
 

@@ -84,7 +84,7 @@ def test_molmo_is_shown_the_first_picture(collators):
         )
         == "<|endoftext|> User: vqa2: Is <image 1> or <image 2> larger? Assistant:"
     )
-    with pytest.raises(SampleError, match=r"mmmu_val, document 5, shows 2 pictures"):
+    with pytest.raises(SampleError, match=r"mmmu_val, document 5: it shows 2 pictures"):
         VisionPrompts(collators["molmoe"], style("default"))(ask, 9999)
 
 
