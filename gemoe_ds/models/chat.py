@@ -26,11 +26,8 @@ class ChatTemplate:
     question_with_image: str = "{image} USER: {text} ASSISTANT:"
     answer: str = " {text}{end}{eos}"
     start: str = "{bos}"
-    system: str | None = None  # None: the model knows no system message
     no_question: str | None = None  # for a question without a text, if it is another template
     only_image: str | None = None  # and for one with an image
-    between_images: str = ""  # where several stand before a question
-    one_image: bool = False  # the model reads one at a time, which stands before everything
     specials: tuple[str, ...] = ()  # special tokens that the templates name
     obeyed: tuple[str, ...] = ()  # special tokens that stay special inside a text
     stops: tuple[
@@ -40,6 +37,10 @@ class ChatTemplate:
     joined: bool = False  # text between special tokens is tokenised at once, not by template
     eos_as_bos: bool = False  # of a tokenizer that has no bos
     pad: str | None = None  # of a tokenizer that has none
+    # Of prompts alone. Not in the repr, by which token lengths on disk know a template.
+    system: str | None = field(default=None, repr=False)  # None: it knows no system message
+    between_images: str = field(default="", repr=False)  # where several stand before a question
+    one_image: bool = field(default=False, repr=False)  # one at a time, before everything
     # what the model's own code adds to a tokenizer without it, in this order, and the ids it gets
     added: Mapping[str, int] = field(default_factory=dict)
 

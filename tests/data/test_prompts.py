@@ -176,7 +176,9 @@ def test_a_long_prompt_loses_the_beginning_of_its_text(encoder, name):
         assert sum(cut.is_vision) == sum(whole.is_vision)
         start, _, end = said(cut).partition("style: ")
         assert said(whole).startswith(start) and said(whole).endswith(end.lstrip())
-    with pytest.raises(SampleError, match=r"pope 7: [\d,]+ tokens are left .*pictures: 2\)") as error:
+    with pytest.raises(
+        SampleError, match=r"pope 7: [\d,]+ tokens are left .*pictures: 2\)"
+    ) as error:
         own.chat(question, pictures, room=least - 1, name="pope 7")
     assert error.value.needs == least
 
