@@ -39,6 +39,15 @@ def session_parser(description: str | None) -> Parser:
         "--data", type=Path, required=True, help="samples: a folder that `gemoe data convert` wrote"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    add_routing(parser)
+    parser.add_argument(
+        "--batch", type=at_least_one, default=64, help="samples per rank in one forward pass (64)"
+    )
+    return parser
+
+
+def add_routing(parser: Parser) -> None:
+    """What was trained, and the ways to route."""
     parser.add_argument(
         "--trained", type=Path, help="run folder, or one checkpoint; its trained weights are loaded"
     )
@@ -75,11 +84,7 @@ def session_parser(description: str | None) -> Parser:
         default=512,
         help="number of --calibrate samples (default: 512)",
     )
-    parser.add_argument(
-        "--batch", type=at_least_one, default=64, help="samples per rank in one forward pass (64)"
-    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def evaluate_parser(description: str | None) -> Parser:

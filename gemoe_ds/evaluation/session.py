@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,16 @@ from gemoe_ds.progress import EVALUATE
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.checks.samples import leave_out_known
 
+
+@dataclass(frozen=True)
+class Calibration:
+    """What --mean-k is met on."""
+
+    place: str
+    mean_k_L: Callable[[], list[float]]
+    loss: Callable[[], float]
+
+
 BETWEEN = "between two batches; what --out holds is whole"
 
 
@@ -69,6 +79,7 @@ class EvalSession:
         self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)
         self._logs: dict[Path, BadSampleLog] = {}
+        self.calibration: Calibration | None = None  # in the place of samples
         self._losses: dict[str, np.ndarray] = {}  # of `measure_losses`, by router
 
     def say(self, text: str) -> None:
@@ -166,27 +177,35 @@ class EvalSession:
         return again
 
     def fit_budget(self, routers: list[Router], mean_k: float) -> Budget:
-        """Move the dial until the model uses so many experts on the calibration samples."""
-        arguments, data = self.arguments, self.config.data
-        place = arguments.calibrate or data.validation_path or data.train_path
-        known, first = open_samples(place), routers[0]
-
-        def scored() -> Scores:
-            return self.scored(known, arguments.calibration_samples)
-
-        def measured() -> list[float]:
-            return [float(mean) for mean in scored().tokens()[1].mean(1)]
-
+        """Move the dial until the model uses so many experts on what it is calibrated on."""
+        arguments, first = self.arguments, routers[0]
+        known = self.calibration or self._calibration_samples()
         if first.budgets_by_sensitivity and not arguments.per_layer:
             range_of_k(first, mean_k)
             if first.name not in self._losses:
-                self._losses[first.name] = measure_losses(routers, lambda: scored().loss)
-            budget = spend(routers, mean_k, self._losses[first.name], measured)
+                self._losses[first.name] = measure_losses(routers, known.loss)
+            budget = spend(routers, mean_k, self._losses[first.name], known.mean_k_L)
         else:
             target = [mean_k] * len(routers) if arguments.per_layer else mean_k
-            budget = fit_budget_to(routers, target, measured, rescale=arguments.rescale)
-        self.say(f"mean k {budget.mean_k:.3f} on {place} after {budget.passes} passes: {budget}")
+            budget = fit_budget_to(routers, target, known.mean_k_L, rescale=arguments.rescale)
+        self.say(
+            f"mean k {budget.mean_k:.3f} on {known.place} after {budget.passes} passes: {budget}"
+        )
         return budget
+
+    def _calibration_samples(self) -> Calibration:
+        data = self.config.data
+        place = self.arguments.calibrate or data.validation_path or data.train_path
+        samples = open_samples(place)
+
+        def scored() -> Scores:
+            return self.scored(samples, self.arguments.calibration_samples)
+
+        return Calibration(
+            str(place),
+            lambda: [float(mean) for mean in scored().tokens()[1].mean(1)],
+            lambda: scored().loss,
+        )
 
 
 def chosen_routers(arguments: argparse.Namespace) -> dict[str, Chosen]:

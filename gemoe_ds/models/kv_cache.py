@@ -26,6 +26,13 @@ class DecodeState:
         self.is_valid_BP = torch.cat(known, dim=1)
         return self.is_valid_BP
 
+    def select(self, row_R: Tensor) -> None:
+        """What follows are R sequences, each behind one of those so far; one may have several."""
+        assert self.is_valid_BP is not None and self.next_position_B is not None
+        self.cache.batch_select_indices(row_R)
+        self.is_valid_BP = self.is_valid_BP[row_R]
+        self.next_position_B = self.next_position_B[row_R]
+
 
 def attention_inputs(
     is_valid_BS: Tensor, past: DecodeState | None, position_BS: Tensor | None = None

@@ -253,12 +253,12 @@ class MoEModel(nn.Module):
         Padding stands left of everything.
         """
         self.ctx.rolled_out = {}
-        with self._autocast(inputs.input_ids_BS.device):
+        with self.autocast(inputs.input_ids_BS.device):
             hidden_BSD = self.hidden(inputs)
             logits_BV: Tensor = self.backbone.head(self.hf)(hidden_BSD[:, -1])
         return logits_BV.float()
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def forward(
@@ -347,7 +347,7 @@ class MoEModel(nn.Module):
         self.eval()
         self.ctx.rolled_out, self.ctx.rollout = {}, TEACHER
         try:
-            with self._autocast(labels_BS.device):
+            with self.autocast(labels_BS.device):
                 hidden_BSD = self.hidden(inputs)
         finally:
             self.ctx.rollout = None
@@ -364,7 +364,7 @@ class MoEModel(nn.Module):
     ) -> Tensor:
         """Mean KL(teacher || student) of a position, as `lm` is the mean of a target."""
         assert self.distill is not None, "only a model with a teacher is taught"
-        with torch.no_grad(), self._autocast(taught_PD.device):
+        with torch.no_grad(), self.autocast(taught_PD.device):
             teacher_PV = self.backbone.head(self.hf)(taught_PD)
         kl = divergence(logits_PV, teacher_PV, self.distill.temperature)
         return kl / (per_micro_batch or max(len(taught_PD), 1))
@@ -376,7 +376,7 @@ class MoEModel(nn.Module):
         return self._logits_at(at_BS, inputs), next_BS[at_BS]
 
     def _logits_at(self, at_BS: Tensor, inputs: ModelInputs) -> Tensor:
-        with self._autocast(at_BS.device):
+        with self.autocast(at_BS.device):
             hidden_BSD = self.hidden(inputs)
             logits: Tensor = self.backbone.head(self.hf)(hidden_BSD[at_BS])
         return logits

@@ -98,7 +98,7 @@ def test_the_teacher_stays_what_it_was_to_the_bit(base, dtype):
         optimizer.step()
     assert all(module.training for module in student.modules())
     static = make_model(base, "top_k", {}, dtype=dtype).eval()
-    with torch.no_grad(), static._autocast(torch.device("cpu")):
+    with torch.no_grad(), static.autocast(torch.device("cpu")):
         hidden_BSD = static.hidden(model_inputs(batch))
     taught_PD = student(**batch, teach=True)["taught_PD"]
     assert torch.equal(taught_PD, hidden_BSD[batch["is_valid_BS"]])

@@ -41,6 +41,7 @@ class Mode(ConfigModel):
     backbone: str  # model.backbone.name
     base: str | None  # the base checkpoint; None: random weights
     checkpoint: str | None  # what was trained; None: the untouched model
+    dtype: str | None = None  # of activations and frozen weights
     backbone_k: int = Field(ge=1)
     num_experts: int = Field(ge=1)
     total_parameters: int = Field(ge=0)

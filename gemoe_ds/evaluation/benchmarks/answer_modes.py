@@ -1,0 +1,284 @@
+"""Answer tasks with every routing that is asked for; each has its folder in --out."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemoe_ds.analysis.benchmarks.files import MODE, Mode, read_mode
+from gemoe_ds.analysis.provenance import named_from_here, provenance
+from gemoe_ds.analysis.routing_sums import RoutingSums
+from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.cluster.watchdog import watched
+from gemoe_ds.config import RunConfig
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.engine.adopt_launcher import adopt_launcher
+from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
+from gemoe_ds.errors import ConfigError
+from gemoe_ds.evaluation.arguments import RoutingMode, modes
+from gemoe_ds.evaluation.benchmarks.answering import Answerer, answer_blocks
+from gemoe_ds.evaluation.benchmarks.batch_size import AUTO, tokens_that_fit
+from gemoe_ds.evaluation.benchmarks.calibration import calibration_on
+from gemoe_ds.evaluation.benchmarks.parts import (
+    ANSWERS,
+    PartWriter,
+    batch_of,
+    found_parts,
+    merge_task,
+    new_start,
+    remove_parts,
+)
+from gemoe_ds.evaluation.benchmarks.plan import TaskPlan, blocks_of, plan_tasks
+from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.reading import Reader
+from gemoe_ds.evaluation.benchmarks.tasks import Task
+from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
+from gemoe_ds.evaluation.budget import Budget
+from gemoe_ds.evaluation.records import method_name
+from gemoe_ds.evaluation.routing import RoutingCounter
+from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
+from gemoe_ds.files import write_text
+from gemoe_ds.train.assemble import meta_collator
+
+ASKED, BUDGET = "asked.json", "budget.json"
+# What must be the same for answers of two starts to be of one model.
+_SAME = ("k", "budget_k", "seed", "backbone", "base", "checkpoint", "dtype")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is answered, and how it is read: the same for all ways to route."""
+
+    tasks: Sequence[Task]
+    plans: list[TaskPlan]
+    reader: Reader
+    choices: dict[str, Any]
+
+    def of(self, number: int) -> dict[str, Any]:
+        """asked.json of a task."""
+        plan = self.plans[number]
+        counts = {"num_documents": plan.doc_D.size, "num_requests": plan.num_requests}
+        return {"fingerprint": plan.fingerprint, **counts, "choices": self.choices}
+
+
+def answer_all(
+    arguments: Namespace,
+    tasks: Sequence[Task],
+    calibrate_tasks: Sequence[Task],
+    style: PromptStyle,
+    stop: StopRequest | None,
+) -> None:
+    """All tasks with every routing. What is there already stays. Collective."""
+    adopt_launcher()
+    config = session_config(arguments)
+    asked_modes = modes(arguments, chosen_routers(arguments))
+    check_calibration(arguments, config, calibrate_tasks)
+    with distributed() as world, watched(world, config.monitor.stall_seconds):
+        asked = read_tasks(config, tasks, style, world)
+        for mode in asked_modes:
+            check_folder(arguments, config, mode, asked)
+        if all(
+            _is_done(arguments.out / m.folder, asked, n) for m in asked_modes for n in _all(asked)
+        ):
+            if world.is_first:
+                print(f"{arguments.out}: all answers are there", flush=True)
+            return
+        session = EvalSession(arguments, config, world, stop)
+        if calibrate_tasks:
+            session.calibration = calibration_on(session, calibrate_tasks, asked.reader)
+        for mode in asked_modes:
+            answer_mode(session, mode, asked)
+
+
+def check_calibration(
+    arguments: Namespace, config: RunConfig, calibrate_tasks: Sequence[Task]
+) -> None:
+    """ConfigError, before a model is read, where there is nothing that --mean-k can be met on."""
+    if not arguments.mean_k:
+        if calibrate_tasks:
+            raise ConfigError("--calibrate-tasks says how --mean-k is met; give it too")
+        return
+    chosen = [router for router, _ in chosen_routers(arguments).values()]
+    routers = chosen or [config.model.router.router_class]
+    if calibrate_tasks:
+        if arguments.calibrate:
+            raise ConfigError("give --calibrate SAMPLES or --calibrate-tasks TASK ..., not both")
+        measured = [r.name for r in routers if r.budgets_by_sensitivity and not arguments.per_layer]
+        if measured:
+            raise ConfigError(
+                f"router {measured[0]!r} shares a budget out by the loss of samples: give "
+                "--calibrate SAMPLES in the place of --calibrate-tasks, or --per-layer"
+            )
+        return
+    place = arguments.calibrate or config.data.validation_path or config.data.train_path
+    if not place or not Path(place).exists():
+        raise ConfigError(
+            f"--mean-k is met on samples, and {place or 'data.train_path'} is not there: give "
+            "--calibrate SAMPLES, or --calibrate-tasks TASK ... for prompts of benchmarks"
+        )
+    open_samples(place)
+
+
+def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, world: World) -> Asked:
+    """Every document once, before the model is read; ConfigError or DataError for what cannot be
+    asked. Collective."""
+    collator = meta_collator(config)
+    refuse_pictures(collator, tasks)
+    reader = Reader(collator, VisionPrompts(collator, style))
+    plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
+    return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})
+
+
+def identity(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict[str, Any]:
+    """What mode.json says that is known before a model is read."""
+    is_trained = arguments.trained and mode.k is None
+    base = config.model.checkpoint
+    return {
+        "k": mode.k,
+        "budget_k": mode.mean_k,
+        "seed": config.seed,
+        "backbone": config.model.backbone.name,
+        "base": named_from_here(base) if base else None,
+        "checkpoint": named_from_here(newest(arguments.trained)) if is_trained else None,
+        "dtype": config.model.dtype,
+    }
+
+
+def check_folder(arguments: Namespace, config: RunConfig, mode: RoutingMode, asked: Asked) -> None:
+    """ConfigError if a mode's folder holds answers of another model or to other questions."""
+    folder = arguments.out / mode.folder
+    if (folder / MODE).exists():
+        found, new = read_mode(folder), identity(arguments, config, mode)
+        for name in _SAME:
+            if getattr(found, name) != new[name]:
+                raise ConfigError(
+                    f"{folder} holds answers of another model: its {name} is "
+                    f"{getattr(found, name)}, not {new[name]}; give another --out, or remove it"
+                )
+    for number, task in enumerate(asked.tasks):
+        path = folder / task.name / ASKED
+        if path.exists() and json.loads(path.read_bytes()) != asked.of(number):
+            raise ConfigError(
+                f"{path.parent} holds answers to other questions (other data, shots or options of "
+                "the task, data.max_length or --prompt-style); give another --out, or remove it"
+            )
+
+
+def _is_done(folder: Path, asked: Asked, number: int) -> bool:
+    return (folder / asked.tasks[number].name / ANSWERS).exists()
+
+
+def _all(asked: Asked) -> range:
+    return range(len(asked.tasks))
+
+
+def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked) -> None:
+    """What is not answered yet. Collective."""
+    world, folder = session.world, session.arguments.out / mode.folder
+    todo = [number for number in _all(asked) if not _is_done(folder, asked, number)]
+    if not todo:
+        session.say(f"{folder}: done before")
+        return
+    set_routing(session, mode, folder)
+    session.say(f"answering: {mode}")
+    budget = _batch(session, asked.reader, folder)
+    together = session.config.parallel.ep_size > 1
+
+    def begin() -> tuple[Path, dict]:
+        write_mode(session, mode, folder)
+        for number in todo:
+            (folder / asked.tasks[number].name).mkdir(exist_ok=True)
+            path = folder / asked.tasks[number].name / ASKED
+            write_text(path, json.dumps(asked.of(number), indent=1) + "\n")
+        earlier = found_parts(folder)
+        return new_start(folder, world.size, budget, together=together), earlier
+
+    start, earlier = broadcast_from_first(begin, world)
+    done = [np.ones(plan.doc_D.size, bool) for plan in asked.plans]
+    for number in todo:
+        done[number][:] = False
+        for part in earlier.get(asked.tasks[number].name, []):
+            for first, last in part.part.done:
+                done[number][first:last] = True
+    answerer = Answerer(
+        session.model, asked.reader, world, together, session.config.seed, budget, session.say
+    )
+    writer = PartWriter(start, world.rank, lambda: RoutingCounter.of(session.model))
+    blocks = blocks_of(asked.plans, budget, done)
+    try:
+        answer_blocks(answerer, asked.tasks, asked.plans, blocks, done, writer, session.stop)
+    finally:
+        writer.close()
+    gather_objects(None)  # all have written
+    merge(session, folder, asked, todo)
+
+
+def merge(session: EvalSession, folder: Path, asked: Asked, todo: Sequence[int]) -> None:
+    """What all ranks and starts have left behind becomes the files of the tasks. Collective."""
+    world, model = session.world, session.model
+    found = found_parts(folder)
+    empty = RoutingSums.empty(len(model.routing), model.routing[0].num_experts)
+    counts = {}
+    for number in todo[world.rank :: world.size]:
+        name = asked.tasks[number].name
+        answers, cut = merge_task(folder / name, name, found.get(name, []), empty)
+        assert answers == asked.plans[number].num_requests, f"{name}: {answers} answers"
+        counts[number] = (answers, cut)
+    everywhere = {n: both for of_rank in gather_objects(counts) for n, both in of_rank.items()}
+    if world.is_first:
+        remove_parts(folder)
+        for number in todo:
+            answers, cut = everywhere[number]
+            documents = asked.plans[number].doc_D.size
+            lost = f"; {cut:,} prompts were cut on the left" if cut else ""
+            name = asked.tasks[number].name
+            print(f"{folder / name}: {answers:,} answers to {documents:,} documents{lost}")
+
+
+def set_routing(session: EvalSession, mode: RoutingMode, folder: Path) -> None:
+    """A budget is met once: a later start takes the numbers that were found."""
+    path = folder / BUDGET
+    if mode.mean_k is not None and gather_objects(path.exists())[0]:
+        known = json.loads(path.read_bytes())
+        session.set_routing(replace(mode, mean_k=None))
+        options = {option: tuple(values) for option, values in known["options"].items()}
+        Budget(known["mean_k"], options, known["passes"]).apply(session.routers_of(mode))
+        return
+    budget = session.set_routing(mode)
+    if budget and session.world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(budget), indent=1) + "\n")
+    gather_objects(None)
+
+
+def _batch(session: EvalSession, reader: Reader, folder: Path) -> int:
+    """Tokens: as --batch says, as the first start had it, or as memory allows. Collective."""
+    given = session.arguments.batch_tokens
+    if given != AUTO:
+        return int(given)
+    earlier = gather_objects(batch_of(folder))[0]
+    batch = earlier or tokens_that_fit(session.model, reader.collator.max_length, session.world)
+    session.say(f"--batch auto: {batch:,} tokens")
+    return batch
+
+
+def write_mode(session: EvalSession, mode: RoutingMode, folder: Path) -> None:
+    model = session.model
+    content = Mode(
+        method=method_name(session, mode),
+        backbone_k=model.routing[0].top_k,
+        num_experts=model.routing[0].num_experts,
+        total_parameters=model.num_parameters,
+        parameters_per_expert=tuple(model.params_per_expert),
+        **identity(session.arguments, session.config, mode),
+        **provenance(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / MODE, json.dumps(content.model_dump(), indent=1) + "\n")
