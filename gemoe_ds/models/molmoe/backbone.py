@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from gemoe_ds.hf_io.hf_config import meta_model
@@ -16,6 +17,7 @@ from gemoe_ds.models.inputs import ModelInputs, run_text
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.molmoe.model import MolmoeConfig, MolmoeModel
 from gemoe_ds.models.olmoe.backbone import OLMOE_BLOCKS
+from gemoe_ds.registry import ConfigModel
 
 PATCH = 14  # pixels, of this tower at any size
 _LAYER = "language_model.model.layers.{l}."
@@ -109,6 +111,17 @@ class MolmoeBackbone(Backbone):
         },
     )
 
+    class Config(ConfigModel):
+        max_crops: int = Field(
+            12,
+            ge=1,
+            le=64,
+            description="crops of an image beside the global one; Molmo trains with 12, and "
+            "evaluates with 36",
+        )
+
+    config: Config
+
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
         return self.described(MolmoeModel, MolmoeConfig, checkpoint)
 
@@ -119,7 +132,8 @@ class MolmoeBackbone(Backbone):
 
     def image_layout(self, model: HFModel) -> MolmoeImages:
         config: MolmoeConfig = model.config
-        return MolmoeImages(patch=PATCH, crop=config.image_size // PATCH)
+        crops = self.config.max_crops
+        return MolmoeImages(patch=PATCH, crop=config.image_size // PATCH, max_crops=crops)
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         return run_text(

@@ -18,6 +18,11 @@ def test_each_rank_holds_its_own_experts_only(folder):
     check_shards(partial(make, folder), 4)
 
 
+def test_crops_are_an_option(folder):
+    backbone = MolmoeBackbone(MolmoeBackbone.Config(max_crops=36))
+    assert backbone.image_layout(backbone.load(folder, folder)).max_crops == 36
+
+
 def test_what_was_trained_goes_back_into_the_public_layout(folder, tmp_path):
     model = make(folder, train="all")
     check_written_back(model, folder, tmp_path, ("new_embedding", "resblocks.22"))

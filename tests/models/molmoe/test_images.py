@@ -34,6 +34,22 @@ def test_published_counts(size, crops, tokens):
     assert image.num_features == 144 * crops
 
 
+@pytest.mark.parametrize(
+    "size, tiling, tokens",
+    [
+        ((224, 224), (1, 1), 316),
+        ((1024, 768), (3, 5), 1420),
+        ((1920, 1080), (4, 8), 2644),
+        ((2000, 2000), (6, 6), 2916),
+        ((3000, 500), (2, 13), 2340),
+    ],
+)
+def test_in_36_crops_as_molmos_own_evaluation_cuts_them(size, tiling, tokens):
+    """Tilings of select_tiling in olmo/data/model_preprocessor.py of allenai/molmo."""
+    layout = MolmoeImages(max_crops=36)
+    assert layout.tiling(size[1], size[0]) == tiling and layout.num_tokens(*size) == tokens
+
+
 def test_the_tokens_of_one_picture():
     """640 x 480: 704 patches; a start, an end and a column mark for each row, twice."""
     ids = LAYOUT(Image.new("RGB", (640, 480))).input_ids
