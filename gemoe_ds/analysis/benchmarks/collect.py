@@ -14,7 +14,6 @@ import numpy as np
 
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS, Column
 from gemoe_ds.analysis.benchmarks.files import (
-    ANSWER_AGAIN,
     MODE,
     SCORES,
     Mode,
@@ -26,11 +25,11 @@ from gemoe_ds.analysis.benchmarks.files import (
     read_scores,
     read_shown,
 )
-from gemoe_ds.analysis.routing_sums import RoutingSums
+from gemoe_ds.analysis.benchmarks.routing import Routing, read_routing
 from gemoe_ds.errors import DataError
 
 BENCHMARKS = "benchmarks"  # of a run
-ANSWERS, ROUTING = "answers.jsonl", "routing.npz"
+ANSWERS = "answers.jsonl"
 Key = tuple[str, str | None, str, int | None, float | None, int | None]
 
 
@@ -41,7 +40,6 @@ class Answered:
     folder: Path
     scores: Scores
     documents: ScoredDocuments
-    routing: RoutingSums
     shown: tuple[ShownAnswer, ...]
 
 
@@ -71,10 +69,10 @@ class ModeRun:
         return {heading: answered for heading, answered in parts.items() if answered}
 
     @cached_property
-    def routing(self) -> dict[str, RoutingSums]:
+    def routing(self) -> dict[str, Routing]:
         """By the paper's column."""
         return {
-            heading: RoutingSums.total([part.routing for part in parts])
+            heading: read_routing([part.folder for part in parts], self.mode)
             for heading, parts in self.columns.items()
         }
 
@@ -130,6 +128,8 @@ def read_modes(given: Sequence[Path]) -> list[ModeRun]:
             f"nothing in {', '.join(str(run.folder) for run in found[:3])} is scored: run `gemoe "
             "benchmark score` on it first"
         )
+    for run in found:
+        run.routing  # noqa: B018  (read now: a file that is damaged ends this before any work)
     return found
 
 
@@ -137,23 +137,16 @@ def _read(folder: Path) -> ModeRun:
     run = ModeRun(read_mode(folder), folder, {})
     for task in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (task / SCORES).is_file():
-            run.tasks[task.name] = _answered(task, run.mode)
+            run.tasks[task.name] = _answered(task)
         elif (task / ANSWERS).is_file():
             run.unscored.append(task.name)
     return run
 
 
-def _answered(folder: Path, mode: Mode) -> Answered:
+def _answered(folder: Path) -> Answered:
     scores = read_scores(folder)
-    routing = RoutingSums.load(folder / ROUTING, ANSWER_AGAIN)
-    found, expected = routing.load_MLE.shape[1:], (mode.num_layers, mode.num_experts)
-    if found != expected or not routing.num_tokens:
-        raise DataError(
-            f"{folder / ROUTING} counts {routing.num_tokens:,} tokens in (layers, experts) = "
-            f"{found}, {MODE} has {expected}: {ANSWER_AGAIN}"
-        )
     documents = read_scored(folder, scores.num_documents)
-    return Answered(folder, scores, documents, routing, read_shown(folder))
+    return Answered(folder, scores, documents, read_shown(folder))
 
 
 def _add(first: ModeRun, second: ModeRun) -> None:

@@ -24,7 +24,7 @@ from gemoe_ds.analysis.benchmarks.figures import (
     some_layers,
 )
 from gemoe_ds.analysis.benchmarks.groups import Model
-from gemoe_ds.analysis.routing_sums import IMAGE, RoutingSums
+from gemoe_ds.analysis.routing_sums import IMAGE
 
 _PATHS = 6  # between two layers, of a benchmark
 
@@ -64,8 +64,8 @@ def load_by_modality(model: Model, gates: Gates) -> Iterable[Drawn]:
         sums = [one for one in group.first.routing.values() if one.tokens_M[IMAGE]]
         if not sums:
             continue
-        total = RoutingSums.total(sums)
-        image_LE, text_LE = total.load_MLE[IMAGE], total.load_LE - total.load_MLE[IMAGE]
+        image_LE = np.sum([one.load_MLE[IMAGE] for one in sums], axis=0)
+        text_LE = np.sum([one.load_LE for one in sums], axis=0) - image_LE
         layers = some_layers(group.first)
         drawn = Figure(figsize=(7.2, 1.5 * len(layers) + 0.8), layout="constrained")
         grid = drawn.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]

@@ -208,13 +208,10 @@ def _gains(model: Model, column: Column) -> tuple:
 
 def document_entropy(run: ModeRun, column: Column) -> np.ndarray:
     """Of every document, in the order of `ModeRun.right`; NaN where none of its tokens counted."""
-    parts = []
-    for part in run.columns[column.heading]:
-        known = dict(
-            zip(part.routing.doc_id_D.tolist(), part.routing.mean_entropy_D.tolist(), strict=True)
-        )
-        parts += [known.get(doc, np.nan) for doc in part.documents.doc_id_N.tolist()]
-    return np.array(parts)
+    routing, parts = run.routing[column.heading], run.columns[column.heading]
+    return np.concatenate(
+        [routing.entropy_of(part.folder.name, part.documents.doc_id_N) for part in parts]
+    )
 
 
 def shown_groups(model: Model) -> list[Group]:

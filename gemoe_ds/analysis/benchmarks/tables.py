@@ -20,7 +20,8 @@ from gemoe_ds.analysis.benchmarks.results import (
     Source,
     Table,
 )
-from gemoe_ds.analysis.routing_sums import KINDS, RoutingSums
+from gemoe_ds.analysis.benchmarks.routing import Routing
+from gemoe_ds.analysis.routing_sums import KINDS
 from gemoe_ds.errors import DataError
 
 
@@ -207,7 +208,7 @@ def _kinds_of_tokens(models: Sequence[Model]) -> Iterable[KindsOfTokens]:
                     )
 
 
-def _mean_k(sums: Sequence[RoutingSums], kind: int) -> float | None:
+def _mean_k(sums: Sequence[Routing], kind: int) -> float | None:
     """Over seeds; None where there are no tokens of the kind. -1: of all."""
     of_seeds = [one.mean_k_L if kind < 0 else one.mean_k_ML[kind] for one in sums]
     return None if np.isnan(of_seeds).any() else float(np.mean(of_seeds))

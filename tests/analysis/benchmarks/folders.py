@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemoe_ds.analysis.benchmarks.collect import ROUTING
+from gemoe_ds.analysis.benchmarks.collect import Answered
 from gemoe_ds.analysis.benchmarks.files import (
     MODE,
     SCORED,
@@ -20,6 +20,7 @@ from gemoe_ds.analysis.benchmarks.files import (
     ShownAnswer,
     shown_line,
 )
+from gemoe_ds.analysis.benchmarks.routing import ROUTING
 from gemoe_ds.analysis.routing_sums import NUM_BINS, RoutingSums, entropy_bins
 
 LAYERS, EXPERTS, BACKBONE_K = 3, 8, 4
@@ -99,6 +100,10 @@ def routing_of(documents: int, k: int | None, seed: int = 0, tokens: int = 12) -
         setattr(sums, f"entropy_{name}_D", entropy_D)
     sums.check()
     return sums
+
+
+def sums_of(answered: Answered) -> RoutingSums:
+    return RoutingSums.load(answered.folder / ROUTING)
 
 
 def scores_of(task: str, right_N: np.ndarray, **changed: Any) -> Scores:

@@ -17,7 +17,15 @@ from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.figures import document_entropy, draw_all, some_layers
 from gemoe_ds.analysis.benchmarks.groups import Model, models_of
 from gemoe_ds.analysis.routing_sums import IMAGE
-from tests.analysis.benchmarks.folders import EXPERTS, LAYERS, demo_run, mode_of, write_mode
+from tests.analysis.benchmarks.folders import (
+    EXPERTS,
+    LAYERS,
+    demo_run,
+    mode_of,
+    routing_of,
+    sums_of,
+    write_mode,
+)
 
 TASKS = {"scienceqa_img": 40, "gqa": 30, "mmlu_law": 20, "mmlu_anatomy": 30}
 GATES = {
@@ -82,9 +90,8 @@ def test_gains_join_two_k_by_document(model: Model, drawn: dict[str, Figure]) ->
     curve = axes.lines[0]
     assert curve.get_label() == "2 to 4 experts"
     more, fewer = (group.first.tasks["scienceqa_img"] for group in model.groups[:2])
-    entropy_D = dict(
-        zip(more.routing.doc_id_D.tolist(), more.routing.mean_entropy_D.tolist(), strict=True)
-    )
+    sums = sums_of(more)
+    entropy_D = dict(zip(sums.doc_id_D.tolist(), sums.mean_entropy_D.tolist(), strict=True))
     order = sorted(more.documents.doc_id_N.tolist(), key=entropy_D.__getitem__)
     change = 100 * (more.documents.right_N - fewer.documents.right_N)
     parts = np.array_split(order, 8)
@@ -94,10 +101,11 @@ def test_gains_join_two_k_by_document(model: Model, drawn: dict[str, Figure]) ->
 
 def test_a_document_without_tokens_is_in_no_gain(tmp_path: Path) -> None:
     folder = write_mode(tmp_path, "k_4", mode_of("top_k", 4), {"gsm8k": np.ones(6)})
+    sums = routing_of(6, 4)
+    sums.doc_id_D = sums.doc_id_D + 1  # so 0 is not there, and 6 is nobody's
+    sums.save(folder / "gsm8k/routing.npz")
     (run,) = read_modes([folder])
     (column,) = [column for column in COLUMNS if column.heading == "GSM-8K"]
-    sums = run.tasks["gsm8k"].routing
-    sums.doc_id_D = sums.doc_id_D + 1  # so 0 is not there, and 6 is nobody's
     entropy_D = document_entropy(run, column)
     assert np.isnan(entropy_D[0]) and entropy_D[1:] == pytest.approx(sums.mean_entropy_D[:5])
 

@@ -10,7 +10,14 @@ import pytest
 from gemoe_ds.analysis.benchmarks.collect import read_modes
 from gemoe_ds.analysis.benchmarks.results import Block, Row, Table
 from gemoe_ds.analysis.benchmarks.tables import build_results
-from tests.analysis.benchmarks.folders import LAYERS, demo_run, mode_of, right_of, write_mode
+from tests.analysis.benchmarks.folders import (
+    LAYERS,
+    demo_run,
+    mode_of,
+    right_of,
+    sums_of,
+    write_mode,
+)
 
 
 def tables(*runs: Path) -> dict[str, Table]:
@@ -49,7 +56,7 @@ def test_experts_and_parameters_are_of_an_average_token(tmp_path: Path) -> None:
     run = demo_run(tmp_path, {"pope": 20, "gqa": 60}, seeds=1)
     block = ours(tables(run)["1"])
     (_, _, trained) = read_modes([run])
-    sums = [trained.routing[heading] for heading in ("POPE", "GQA")]
+    sums = [sums_of(trained.tasks[task]) for task in ("pope", "gqa")]
     mean_k_L = np.mean([one.k_hist_MLK.sum(0) @ np.arange(one.k_hist_MLK.shape[-1]) / one.num_tokens
                         for one in sums], axis=0)  # fmt: skip
     gemoe = row(block, "GeMoE")
