@@ -32,6 +32,26 @@ def test_bfloat16_is_near_float32(path, pack):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
+@pytest.mark.parametrize("tokens, share", [(0, 0.5), (1, 0.5), (1, 0.0), (9, 0.3), (40, 0.4)])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_few_rows_an_expert_are_written_as_many_are(tokens, share, pack):
+    """Without gradients, as answers are written: one row, several, none, and 17 of an expert."""
+    x, mask, weights, gate_up, down = (
+        t.detach() for t in ragged_problem(4, tokens, 8, share, d=16, f=24)
+    )
+    mask[:16, 2], mask[:, 5] = True, False  # as many as count as few; idle
+    if tokens == 40:
+        mask[:17, 3] = True
+    with torch.no_grad(), patch.object(ffn, "path_for", lambda *_: by_expert):
+        got = dispatch(LocalDispatcher(), x, mask, weights, Experts(gate_up, down, trainable=False))
+        want = dense_moe(x, mask, weights, gate_up, down)
+        torch.testing.assert_close(got, want)
+        stored = (gate_up.bfloat16(), down.bfloat16())
+        narrow = Experts(*stored, trainable=False, pack=pack)
+        got16 = dispatch(LocalDispatcher(), x.bfloat16(), mask, weights.float(), narrow)
+    assert (got16 - want).norm() <= 0.02 * want.norm()
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "d_model", "width", "path"),
     [
