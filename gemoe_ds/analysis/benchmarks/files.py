@@ -87,7 +87,7 @@ class Scores(ConfigModel):
             numbers = [name for name, found in self.metrics.items() if _is_number(found)]
             raise DataError(
                 f"{self.task} has no number {key!r} in its {SCORES} ({', '.join(numbers)}): "
-                f"{SCORE_AGAIN} with {self.harness.split()[0]} as docs/benchmarks.md names it"
+                f"{SCORE_AGAIN} with the versions that `make eval-env` installs"
             )
         return float(value)
 
