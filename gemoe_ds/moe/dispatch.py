@@ -12,14 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemoe_ds.moe.all_to_all import AllToAll, AsyncWork, TokenExchange, UnevenAllToAll
 from gemoe_ds.moe.gather_scatter import gather_rows, scatter_add_rows
-from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.host_copy import HostCopy
+from gemoe_ds.moe.plan import RoutingPlan, row_major
+from gemoe_ds.moe.triton_launch import available
 
 ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `Experts`
 SharedFn = Callable[[Tensor], Tensor | None]  # x_TD -> y_TD; None: nothing to add
@@ -29,8 +31,11 @@ class Dispatcher(ABC):
     """Applies the experts to the tokens that chose them and combines what comes back."""
 
     @abstractmethod
-    def dispatch_preprocess(self, mask_TE: Tensor) -> Any:
-        """Start what only needs to know who goes where; the result goes into the call."""
+    def dispatch_preprocess(self, mask_TE: Tensor, num_assignments: int | None = None) -> Any:
+        """Start what only needs to know who goes where; the result goes into the call.
+
+        `num_assignments`: the number of true entries, where it is known.
+        """
 
     @abstractmethod
     def __call__(
@@ -44,21 +49,32 @@ class Dispatcher(ABC):
         """sum over the token's assignments of weight * expert(x), plus `shared(x)`; dtype of x."""
 
 
+class _Counted(NamedTuple):
+    mask_TE: Tensor
+    counts_E: Tensor
+    total: HostCopy | int  # on its way to the host
+
+
 class LocalDispatcher(Dispatcher):
     """All experts live here; nothing travels."""
 
-    def dispatch_preprocess(self, mask_TE: Tensor) -> Tensor:
-        return mask_TE
+    def dispatch_preprocess(self, mask_TE: Tensor, num_assignments: int | None = None) -> _Counted:
+        counts_E = mask_TE.sum(0)
+        if num_assignments is None:
+            return _Counted(mask_TE, counts_E, HostCopy(counts_E.sum()))
+        return _Counted(mask_TE, counts_E, num_assignments)
 
     def __call__(
         self,
         x_TD: Tensor,
         weights_TE: Tensor,
-        preprocessed: Tensor,
+        preprocessed: _Counted,
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        y_TD = experts(x_TD, RoutingPlan.from_mask(preprocessed, weights_TE))
+        mask_TE, counts_E, total = preprocessed
+        num_assignments = int(total.value) if isinstance(total, HostCopy) else total
+        y_TD = experts(x_TD, RoutingPlan.from_mask(mask_TE, weights_TE, num_assignments, counts_E))
         shared_TD = None if shared is None else shared(x_TD)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
@@ -100,7 +116,9 @@ class AllToAllDispatcher(Dispatcher):
         self.num_ranks = num_ranks
         self.traffic = Traffic()
 
-    def dispatch_preprocess(self, mask_TE: Tensor) -> _Preprocessed:
+    def dispatch_preprocess(
+        self, mask_TE: Tensor, num_assignments: int | None = None
+    ) -> _Preprocessed:
         num_tokens, num_experts = mask_TE.shape
         mask_TRL = mask_TE.view(num_tokens, self.num_ranks, num_experts // self.num_ranks)
         sends_RT = mask_TRL.any(2).t().contiguous()
@@ -118,11 +136,11 @@ class AllToAllDispatcher(Dispatcher):
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        counts, received, sends_RT = (
-            preprocessed.counts,
-            preprocessed.received,
-            preprocessed.sends_RT,
-        )
+        counts, received = preprocessed.counts, preprocessed.received
+        sends_RT, rows_TD = preprocessed.sends_RT, x_TD
+        if x_TD.dtype == torch.float32 and torch.is_autocast_enabled(x_TD.device.type):
+            # A LayerNorm gives these under CUDA's autocast; the experts round them anyway.
+            rows_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         preprocessed.work.wait()
         sent_rows, sent_assignments, got_rows, got_assignments = torch.stack(
             [counts[:, 0], counts[:, 1:].sum(1), received[:, 0], received[:, 1:].sum(1)]
@@ -130,18 +148,21 @@ class AllToAllDispatcher(Dispatcher):
         # 1. The pairs, rank-major, and for every assignment the place of its row in its block.
         num_assignments = sum(sent_assignments)
         plan = RoutingPlan.from_mask(preprocessed.mask_TE, weights_TE, num_assignments)
-        token_ids_P = torch.nonzero_static(sends_RT, size=sum(sent_rows))[:, 1]
+        rank_ids_P, token_ids_P = torch.nonzero_static(sends_RT, size=sum(sent_rows)).unbind(1)
         rank_ids_A = torch.arange(self.num_ranks, device=x_TD.device).repeat_interleave(
             counts[:, 1:].sum(1), output_size=num_assignments
         )
         row_offsets_A = (sends_RT.cumsum(1) - 1)[rank_ids_A, plan.token_ids_A]
+        order = None
+        if available(x_TD.device):
+            order = row_major(token_ids_P, rank_ids_P, x_TD.shape[0], self.num_ranks)
         # 2. Rows, places and weights travel; experts follow from the counts.
         exchange = TokenExchange(
             UnevenAllToAll(self.all_to_all, sent_rows, got_rows),
             UnevenAllToAll(self.all_to_all, sent_assignments, got_assignments),
         )
         dispatched = exchange.dispatch_start(
-            gather_rows(x_TD, token_ids_P), plan.weights_A, row_offsets_A
+            gather_rows(rows_TD, token_ids_P, order), plan.weights_A, row_offsets_A
         )
         shared_TD = None if shared is None else shared(x_TD)
         rows_QD, weights_B, row_offsets_B = exchange.dispatch_finish(dispatched)
@@ -150,8 +171,8 @@ class AllToAllDispatcher(Dispatcher):
             rows_QD, _plan_of_received(received, row_offsets_B, weights_B, sum(got_rows))
         )
         partial_PD = exchange.combine(partial_QD)
-        self._count(sent_rows, sent_assignments, x_TD, counts, plan.weights_A)
-        home_TD = scatter_add_rows(partial_PD, token_ids_P, x_TD.shape[0])
+        self._count(sent_rows, sent_assignments, rows_TD, counts, plan.weights_A)
+        home_TD = scatter_add_rows(partial_PD, token_ids_P, x_TD.shape[0], order).to(x_TD.dtype)
         return home_TD if shared_TD is None else home_TD + shared_TD
 
     def _count(
@@ -178,7 +199,7 @@ def _plan_of_received(
     """From source-major, expert-major within a source, to expert-major.
 
     `received` int64 [R, 1 + L] counts rows and assignments; a place counts from the first row of
-    its source. The sort is stable, so no sum depends on timing.
+    its source. No sort: an expert's rows are moved as one piece from each source.
     """
     rows_R, counts_RL = received[:, 0], received[:, 1:]
     num_ranks, num_local = counts_RL.shape
@@ -187,11 +208,14 @@ def _plan_of_received(
     row_ids_B = row_offsets_B + first_R.repeat_interleave(
         counts_RL.sum(1), output_size=num_assignments
     )
-    expert_ids_B = (
-        torch.arange(num_local, device=row_offsets_B.device)
-        .repeat(num_ranks)
-        .repeat_interleave(counts_RL.reshape(-1), output_size=num_assignments)
+    counts_LR = counts_RL.t().contiguous()
+    before_RL = (counts_RL.reshape(-1).cumsum(0) - counts_RL.reshape(-1)).view_as(counts_RL)
+    before_LR = (counts_LR.view(-1).cumsum(0) - counts_LR.view(-1)).view_as(counts_LR)
+    pieces_B = torch.arange(num_local * num_ranks, device=counts_LR.device).repeat_interleave(
+        counts_LR.view(-1), output_size=num_assignments
     )
-    order_B = expert_ids_B.argsort(stable=True)
+    moved_B = (before_RL.t() - before_LR).reshape(-1).index_select(0, pieces_B)
+    order_B = torch.arange(num_assignments, device=moved_B.device) + moved_B
     row_ids_B, weights_B = row_ids_B.index_select(0, order_B), weights_B.index_select(0, order_B)
-    return RoutingPlan(row_ids_B, weights_B, counts_RL.sum(0), num_rows)
+    expert_ids_B = pieces_B // num_ranks
+    return RoutingPlan(row_ids_B, expert_ids_B, weights_B, counts_RL.sum(0), num_rows)

@@ -226,7 +226,7 @@ class MoELayer(nn.Module):
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)
         mask_TE = router.dispatched(decision)
-        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE)
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, self._known(router))
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):
@@ -250,6 +250,13 @@ class MoELayer(nn.Module):
             y_TD = with_dense_gradient(y_TD, weights_TE, x_TD, others_TE, parts, self._sum_of)
         self.ctx.watch(router.spec.slot, y_TD, training=self.training)
         return y_TD.view(x_BSD.shape)
+
+    def _known(self, router: Router) -> int | None:
+        """The number of assignments, where it follows from shapes alone."""
+        ctx = self.ctx
+        if router.static_k is None or ctx.may_have_padding or ctx.intervene is not None:
+            return None
+        return router.static_k * len(ctx.is_valid_T)
 
     def _sum_of(self, x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """The weighted sum of these experts alone."""

@@ -1,11 +1,12 @@
 """The ragged token -> expert assignment: what dispatch hands to the experts.
 
-Shapes: T tokens, E experts, A assignments (a token occurs 0..E times).
+Shapes: T tokens, E experts, A assignments (a token occurs 0..E times); N rows of C columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class RoutingPlan:
     """Which token goes to which expert with which weight; expert-major, tokens ascending within."""
 
     token_ids_A: Tensor  # int64, source row of every assignment
+    expert_ids_A: Tensor  # int64, ascending
     weights_A: Tensor  # float32, combine weight, differentiable
     tokens_per_expert_E: Tensor  # int64, sums to A
     num_tokens: int
@@ -26,15 +28,21 @@ class RoutingPlan:
 
     @classmethod
     def from_mask(
-        cls, mask_TE: Tensor, weights_TE: Tensor, num_assignments: int | None = None
+        cls,
+        mask_TE: Tensor,
+        weights_TE: Tensor,
+        num_assignments: int | None = None,
+        counts_E: Tensor | None = None,
     ) -> RoutingPlan:
         """The plan of a bool mask and the weights at its true entries.
 
         The transposed mask's nonzeros are already expert-major, so no sort is needed. Unless
         `num_assignments` (the number of true entries) is given, this waits for the device.
+        `counts_E`: the mask's sums over tokens, where they are known.
         """
         num_tokens, num_experts = mask_TE.shape
-        counts_E = mask_TE.sum(0)
+        if counts_E is None:
+            counts_E = mask_TE.sum(0)
         if num_assignments is None:
             num_assignments = int(counts_E.sum())
         expert_ids_A, token_ids_A = torch.nonzero_static(mask_TE.t(), size=num_assignments).unbind(
@@ -42,4 +50,29 @@ class RoutingPlan:
         )
         # index_select on the flat view: its backward is one index_add, not an index_put
         weights_A = weights_TE.reshape(-1).index_select(0, token_ids_A * num_experts + expert_ids_A)
-        return cls(token_ids_A, weights_A, counts_E, num_tokens)
+        return cls(token_ids_A, expert_ids_A, weights_A, counts_E, num_tokens)
+
+    def row_major(self) -> RowMajor:
+        return row_major(self.token_ids_A, self.expert_ids_A, self.num_tokens, self.num_experts)
+
+
+class RowMajor(NamedTuple):
+    """Where the entries of row 0, 1, .. stand, and where each row's share of these ends."""
+
+    order_A: Tensor  # int64
+    ends_N: Tensor  # int64
+
+
+def row_major(rows_A: Tensor, columns_A: Tensor, num_rows: int, num_columns: int) -> RowMajor:
+    """Of entries that each have a cell (row, column) for themselves; in a row by column.
+
+    No sort: an entry's place is the number of entries in the cells up to its own.
+    """
+    cells_A = rows_A * num_columns + columns_A
+    taken_NC = torch.zeros(num_rows * num_columns, dtype=torch.int64, device=rows_A.device)
+    up_to_NC = taken_NC.index_fill_(0, cells_A, 1).cumsum(0)
+    entries_A = torch.arange(rows_A.numel(), device=rows_A.device)
+    order_A = torch.empty_like(entries_A).index_copy_(
+        0, up_to_NC.index_select(0, cells_A) - 1, entries_A
+    )
+    return RowMajor(order_A, up_to_NC.view(num_rows, num_columns)[:, -1].contiguous())

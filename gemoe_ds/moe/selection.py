@@ -53,7 +53,7 @@ def share_for_mean_k(before_TE: Tensor, valid_T: Tensor, mean_k: float) -> Tenso
     without a wait for the host; to 0.001 and no finer, lest it end at a token's own sum, where
     rounding decides.
     """
-    low, high = before_TE.new_tensor(0.0), before_TE.new_tensor(1.0)
+    low, high = before_TE.new_zeros(()), before_TE.new_ones(())
     count = valid_T.sum().clamp_min(1)
     for _ in range(10):
         middle = (low + high) / 2

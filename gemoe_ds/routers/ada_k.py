@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, Rollout, TokenContext
+from gemoe_ds.moe.host_copy import Remembered
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.selection import k_range, mass_before, share_for_mean_k, topk_weights
@@ -89,9 +90,10 @@ class AdaKRouter(Router):
         self.gate.requires_grad_(False)
         self.allocator = RouterLinear(spec.d_model, self.k_high - self.k_low + 1)
         self.register_buffer("warm_left", torch.tensor(float(config.warm_steps * config.updates)))
+        self._warm_left = Remembered()
 
     def rollouts(self) -> tuple[str, ...]:
-        return () if self.warm_left > 0 else (SAMPLED, DEFAULT)
+        return () if self._warm_left.of(self.warm_left) > 0 else (SAMPLED, DEFAULT)
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> AdaKDecision:
         scores_TE = logits_TE.softmax(-1)
@@ -106,7 +108,9 @@ class AdaKRouter(Router):
         """k of every token: sampled, replayed, the default, or the most likely one; int64 [T]."""
         default_T = torch.full_like(log_p_TK[:, 0], self.spec.top_k, dtype=torch.int64)
         if ctx.rollout == SAMPLED:
-            choice_T = torch.multinomial(log_p_TK.exp(), 1).squeeze(1)
+            # As torch.multinomial draws it, which waits to see whether the numbers are good ones.
+            p_TK = log_p_TK.exp()
+            choice_T = (p_TK / torch.empty_like(p_TK).exponential_()).argmax(1)
             log_p_T = log_p_TK.gather(1, choice_T[:, None]).squeeze(1)
             self.record_of(ctx).cache |= {"choice_T": choice_T, "log_p_T": log_p_T}
             return choice_T + self.k_low

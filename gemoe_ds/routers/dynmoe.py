@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.host_copy import Remembered
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.step_context import StepContext
@@ -86,6 +87,7 @@ class DynMoERouter(Router):
             )
         self.register_buffer("is_open_E", torch.ones(spec.num_experts))
         self.register_buffer("is_calibrated", torch.tensor(float(self.start_k == "half")))
+        self._is_calibrated = Remembered()
         self.register_buffer("chosen_E", torch.zeros(spec.num_experts))  # since the last change
         self.register_buffer("unserved_D", torch.zeros(spec.d_model))
 
@@ -139,19 +141,21 @@ class DynMoERouter(Router):
         counts = {"tokens": ctx.is_valid_T.sum(), "chosen_E": decision.mask_TE.sum(0)}
         if self.config.adapt == "both":
             counts["unserved_D"] = cache["unserved_D"]
-        if not self.is_calibrated:
-            assert not isinstance(self.start_k, str)
-            share = self.start_k / self.spec.num_experts
-            cos_A = cache["cos_TE"][ctx.is_valid_T].flatten()
-            counts["quantile"] = cos_A.new_zeros(())
-            if cos_A.shape[0]:
-                quantile = cos_A.sort().values[int((1 - share) * (cos_A.shape[0] - 1))]
-                counts["quantile"] = quantile * counts["tokens"]
+        if not self._is_calibrated.of(self.is_calibrated):
+            counts["quantile"] = self._quantile(cache["cos_TE"], ctx.is_valid_T) * counts["tokens"]
         return counts
+
+    def _quantile(self, cos_TE: Tensor, valid_T: Tensor) -> Tensor:
+        """The cosine that `start_k` experts of a valid token pass on average; 0 without tokens."""
+        assert not isinstance(self.start_k, str)
+        cos_A = cos_TE.masked_fill(~valid_T[:, None], torch.inf).flatten().sort().values
+        last = valid_T.sum() * self.spec.num_experts - 1
+        at = ((1 - self.start_k / self.spec.num_experts) * last.double()).long().clamp_min(0)
+        return torch.where(last < 0, 0.0, cos_A.gather(0, at[None])[0])
 
     def after_step(self, step_context: StepContext) -> None:
         layer = step_context.layer
-        if not self.is_calibrated and layer["tokens"] > 0:
+        if not self._is_calibrated.of(self.is_calibrated) and layer["tokens"] > 0:
             start = layer["quantile"] / layer["tokens"]
             step_context.assign_(self.threshold.value_E, start.expand(self.spec.num_experts))
             self.is_calibrated.fill_(1.0)

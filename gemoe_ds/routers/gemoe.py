@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.host_copy import Remembered
 from gemoe_ds.moe.linear import RouterLinear, fused_linear
 from gemoe_ds.moe.monotonic import monotonic_loss
 from gemoe_ds.moe.per_layer import PerLayer, within
@@ -126,6 +127,7 @@ class GeMoERouter(Router):
             self.entropy_map = EntropyMap(num_choices)
             self.register_buffer("mean_entropy", torch.tensor(math.log2(spec.num_experts) / 2))
             self.register_buffer("is_centred", torch.tensor(0.0))
+        self._is_centred = Remembered()
         # The ablation without any loss on k leaves the predictor at its random start.
         has_budget = config.budget_k is not None and config.budget_weight > 0
         trains = config.monotonic_weight > 0 or config.ce_to_k != "none" or has_budget
@@ -210,7 +212,7 @@ class GeMoERouter(Router):
         return terms
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
-        if self.entropy_map is None or self.is_centred:
+        if self.entropy_map is None or self._is_centred.of(self.is_centred):
             return {}
         entropy_T = losses.entropy_bits(decision.scores_TE) * ctx.is_valid_T
         return {"entropy": entropy_T.sum(), "tokens": ctx.is_valid_T.sum()}
@@ -218,7 +220,7 @@ class GeMoERouter(Router):
     def after_step(self, step_context: StepContext) -> None:
         """The layer's mean entropy in the first step is where the middle k will be."""
         layer = step_context.layer
-        if self.entropy_map is None or self.is_centred or layer["tokens"] == 0:
+        if self.entropy_map is None or self._is_centred.of(self.is_centred) or layer["tokens"] == 0:
             return
         self.mean_entropy.copy_(layer["entropy"] / layer["tokens"])
         self.is_centred.fill_(1.0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LossTerm, TokenContext
+from gemoe_ds.moe.host_copy import Remembered
 from gemoe_ds.moe.linear import RouterLinear
 from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.selection import mass_before, share_for_mean_k, topk_weights
@@ -68,6 +69,7 @@ class TopPRouter(Router):
         if config.start_k is not None:
             self._check_start(config.start_k)
             self.register_buffer("is_calibrated", torch.tensor(0.0))
+            self._is_calibrated = Remembered()
         self.threshold = (
             None
             if config.learn == "no"
@@ -104,7 +106,7 @@ class TopPRouter(Router):
         }
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
-        if self.config.start_k is None or self.is_calibrated:
+        if self.config.start_k is None or self._is_calibrated.of(self.is_calibrated):
             return {}
         before_TE = mass_before(decision.scores_TE)[0][:, : self.most]
         tokens = ctx.is_valid_T.sum()
@@ -113,7 +115,9 @@ class TopPRouter(Router):
 
     def after_step(self, step_context: StepContext) -> None:
         layer = step_context.layer
-        if self.config.start_k is None or self.is_calibrated or layer["tokens"] == 0:
+        if self.config.start_k is None or self._is_calibrated.of(self.is_calibrated):
+            return
+        if layer["tokens"] == 0:
             return
         assert self.threshold is not None
         share = layer["share"] / layer["tokens"]

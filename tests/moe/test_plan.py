@@ -18,5 +18,10 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
         sum(e == i for e, _ in listed) for i in range(experts)
     ]
     assert plan.token_ids_A.tolist() == [t for _, t in listed]
+    assert plan.expert_ids_A.tolist() == [e for e, _ in listed]
     assert plan.weights_A.tolist() == [weights[t, e].item() for e, t in listed]
     assert (plan.num_tokens, plan.num_experts) == (tokens, experts)
+    order, ends = (one.tolist() for one in plan.row_major())
+    of_tokens = sorted(range(len(listed)), key=lambda a: (listed[a][1], listed[a][0]))
+    assert order == of_tokens
+    assert ends == mask.sum(1).cumsum(0).tolist()

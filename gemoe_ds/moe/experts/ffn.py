@@ -72,8 +72,10 @@ class _RaggedFFN(torch.autograd.Function):
         path = path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], down_EDF.shape[2])
         plan = replace(plan, weights_A=weights_A)
         keep = any(ctx.needs_input_grad)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
+        y_ND, kept = torch.zeros_like(x_ND), list[Tensor]()
+        if weights_A.numel():  # no product has to take a matrix without rows
+            with torch.autocast(x_ND.device.type, enabled=False):
+                y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
         ctx.path, ctx.plan, ctx.expert_weights = (
             path,
             replace(plan, weights_A=weights_A[:0]),
@@ -85,10 +87,12 @@ class _RaggedFFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_ND: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_A, *kept = ctx.saved_tensors
+        if not weights_A.numel():
+            inputs = x_ND, weights_A, ctx.expert_weights.gate_up_EGD, ctx.expert_weights.down_EDF
+            wanted = zip(inputs, ctx.needs_input_grad, strict=False)
+            return *(torch.zeros_like(one) if needs else None for one, needs in wanted), None, None
         plan = replace(ctx.plan, weights_A=weights_A)
         with torch.autocast(x_ND.device.type, enabled=False):
             grads = ctx.path.backward(

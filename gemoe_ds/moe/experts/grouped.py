@@ -16,7 +16,6 @@ from torch.nn.functional import silu
 
 from gemoe_ds.moe.experts import kernels
 from gemoe_ds.moe.experts.weights import ExpertWeights
-from gemoe_ds.moe.gather_scatter import row_major
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.triton_launch import available
 
@@ -30,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
     gemm, dtype, ends_E = expert_weights.gemm, expert_weights.dtype, _ends(plan.tokens_per_expert_E)
-    order_A, ends_N = row_major(plan.token_ids_A, plan.num_tokens)
+    order_A, ends_N = plan.row_major()
     rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
     gate_up_AG = gemm.times_transposed(rows_AD, expert_weights.gate_up_EGD.to(dtype), ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
