@@ -5,10 +5,11 @@ Shapes: Q questions, C kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,39 @@ class Questions:
     @classmethod
     def of(cls, asked: Iterable[tuple[int, int, str, bool]]) -> Questions:
         """From (row, turn, kind, right) in any order: that of ranks and batches is forgotten."""
-        rows, turns, kinds, right = zip(*sorted(asked), strict=True)
-        kinds_C, kind_Q = np.unique(np.array(kinds), return_inverse=True)
+        rows, turns, names, right = zip(*asked, strict=True)
+        return cls.sorted(rows, turns, range(len(names)), right, names)
+
+    @classmethod
+    def sorted(
+        cls,
+        row_Q: ArrayLike,
+        turn_Q: ArrayLike,
+        kind_Q: ArrayLike,
+        right_Q: ArrayLike,
+        kinds: ArrayLike,
+    ) -> Questions:
+        """From columns in any order; kind_Q is an index into `kinds`, which may repeat names."""
+        kinds_C, place = np.unique(np.array(kinds, np.str_), return_inverse=True)
+        order = np.lexsort((np.array(turn_Q), np.array(row_Q)))
         return cls(
-            row_Q=np.array(rows, np.int32),
-            turn_Q=np.array(turns, np.int16),
-            kind_Q=kind_Q.astype(np.int16),
+            row_Q=np.array(row_Q, np.int32)[order],
+            turn_Q=np.array(turn_Q, np.int16)[order],
+            kind_Q=place[np.array(kind_Q, int)[order]].astype(np.int16),
             kinds_C=kinds_C,
-            right_Q=np.array(right, bool),
+            right_Q=np.array(right_Q, bool)[order],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Questions]) -> Questions:
+        """Of several ranks."""
+        starts = np.cumsum([0, *(len(part.kinds_C) for part in parts)])
+        return cls.sorted(
+            np.concatenate([part.row_Q for part in parts]),
+            np.concatenate([part.turn_Q for part in parts]),
+            np.concatenate([p.kind_Q + start for p, start in zip(parts, starts, strict=False)]),
+            np.concatenate([part.right_Q for part in parts]),
+            np.concatenate([part.kinds_C for part in parts]),
         )
 
     def check(self, asked: Mapping[str, int], accuracy: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: eval.json, tokens.npz, questions.npz and samples.npz.
+"""What an evaluation leaves: eval.json, routing.npz, questions.npz and samples.npz.
 
 Shapes: L MoE layers, N tokens, K = largest k + 1 columns of a k histogram, E experts.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from gemoe_ds.analysis.questions import Questions
+from gemoe_ds.analysis.routing_sums import IMAGE, PROMPT, WRITTEN, RoutingSums
 from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
@@ -23,8 +24,8 @@ from gemoe_ds.registry import ConfigModel
 
 M = TypeVar("M", bound=ConfigModel)
 A = TypeVar("A")
-RECORD, TOKENS, QUESTIONS, SAMPLES = "eval.json", "tokens.npz", "questions.npz", "samples.npz"
-MAX_TOKENS = 20_000  # of every layer, kept for the figures
+RECORD, ROUTING, QUESTIONS, SAMPLES = "eval.json", "routing.npz", "questions.npz", "samples.npz"
+TOKENS = "tokens.npz"  # of earlier versions, in the place of routing.npz
 
 Key = tuple[str, int | None, float | None, int]  # method, k, budget and seed
 
@@ -118,7 +119,7 @@ _PER_LAYER = [name for name in EvalRecord.model_fields if name.endswith("_per_la
 
 @dataclass(frozen=True, eq=False)
 class TokenSample:
-    """Some tokens of an evaluation, the same ones in every layer, and the k of all tokens."""
+    """What figures show: some tokens, the same ones in every layer, and the k of all tokens."""
 
     entropy_LN: np.ndarray  # float32, bits
     k_LN: np.ndarray  # int16
@@ -127,33 +128,14 @@ class TokenSample:
     k_hist_text_LK: np.ndarray  # int64
 
     @classmethod
-    def draw(
-        cls,
-        entropy_LN: np.ndarray,
-        k_LN: np.ndarray,
-        is_vision_N: np.ndarray,
-        *,
-        limit: int = MAX_TOKENS,
-        seed: int = 0,
-    ) -> TokenSample:
-        """Histograms of all N tokens, and `limit` of the tokens themselves, drawn at random."""
-        num_tokens, width = is_vision_N.size, int(k_LN.max(initial=0)) + 1
-        if entropy_LN.shape != k_LN.shape or entropy_LN.shape[1:] != is_vision_N.shape:
-            raise ValueError(
-                f"entropy {entropy_LN.shape}, k {k_LN.shape} and is_vision {is_vision_N.shape} "
-                "are not [L, N], [L, N] and [N]"
-            )
-        chosen = np.arange(num_tokens)
-        if num_tokens > limit:
-            drawn = np.random.default_rng(seed).choice(num_tokens, limit, replace=False)
-            chosen = np.sort(drawn)
-        is_vision_N = is_vision_N.astype(bool)
+    def of(cls, sums: RoutingSums) -> TokenSample:
+        k_hist_MLK = sums.k_hist_MLK
         return cls(
-            entropy_LN=entropy_LN[:, chosen].astype(np.float32),
-            k_LN=k_LN[:, chosen].astype(np.int16),
-            is_vision_N=is_vision_N[chosen],
-            k_hist_vision_LK=_histograms(k_LN[:, is_vision_N], width),
-            k_hist_text_LK=_histograms(k_LN[:, ~is_vision_N], width),
+            entropy_LN=sums.entropy_LN,
+            k_LN=sums.k_LN,
+            is_vision_N=sums.kind_N == IMAGE,
+            k_hist_vision_LK=k_hist_MLK[IMAGE],
+            k_hist_text_LK=k_hist_MLK[PROMPT] + k_hist_MLK[WRITTEN],
         )
 
     def check(self, num_layers: int) -> None:
@@ -168,11 +150,6 @@ class TokenSample:
         ):
             if getattr(self, name).shape != expected:
                 raise ValueError(f"{name} is {getattr(self, name).shape}, not {expected}")
-
-
-def _histograms(k_LN: np.ndarray, width: int) -> np.ndarray:
-    rows = [np.bincount(k_N.astype(np.int64), minlength=width) for k_N in k_LN]
-    return np.array(rows, dtype=np.int64).reshape(len(k_LN), width)
 
 
 def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float | None:
@@ -190,50 +167,47 @@ def _centred_ranks(x_N: np.ndarray) -> np.ndarray:
     return ranks[inverse] - (x_N.size + 1) / 2
 
 
-def routing_summary(
-    entropy_LN: np.ndarray, k_LN: np.ndarray, is_vision_N: np.ndarray, load_LE: np.ndarray
-) -> dict[str, Any]:
-    """The routing fields of `EvalRecord`, from all valid tokens and the tokens of each expert."""
-    if is_vision_N.size == 0:
+def routing_summary(sums: RoutingSums) -> dict[str, Any]:
+    """The routing fields of `EvalRecord`."""
+    if sums.num_tokens == 0:
         raise ValueError("an evaluation without tokens has no routing")
-    is_vision_N = is_vision_N.astype(bool)
-    per_layer_L = k_LN.mean(1, dtype=np.float64)
+    mean_k_L, k_M = sums.mean_k_L, sums.load_MLE.sum((1, 2)) / sums.num_layers
+    text = [PROMPT, WRITTEN]
     return {
-        "mean_k": float(per_layer_L.mean()),
-        "mean_k_per_layer": per_layer_L.tolist(),
-        "mean_k_vision": _mean_or_none(k_LN[:, is_vision_N]),
-        "mean_k_text": _mean_or_none(k_LN[:, ~is_vision_N]),
-        "entropy_per_layer": entropy_LN.mean(1, dtype=np.float64).tolist(),
-        "spearman_per_layer": [spearman(h, k) for h, k in zip(entropy_LN, k_LN, strict=True)],
-        "load_max_over_mean_per_layer": [
-            float(load_E.max() / load_E.mean()) if load_E.any() else None for load_E in load_LE
-        ],
-        "idle_experts_per_layer": (load_LE == 0).sum(1).tolist(),
-        "num_experts": load_LE.shape[1],
-        "tokens": is_vision_N.size,
+        "mean_k": float(mean_k_L.mean()),
+        "mean_k_per_layer": mean_k_L.tolist(),
+        "mean_k_vision": _mean_or_none(k_M[IMAGE], sums.tokens_M[IMAGE]),
+        "mean_k_text": _mean_or_none(k_M[text].sum(), sums.tokens_M[text].sum()),
+        "entropy_per_layer": sums.mean_entropy_L.tolist(),
+        "spearman_per_layer": sums.spearman_L,
+        "load_max_over_mean_per_layer": sums.load_max_over_mean_L,
+        "idle_experts_per_layer": sums.idle_experts_L,
+        "num_experts": sums.load_MLE.shape[-1],
+        "tokens": sums.num_tokens,
     }
 
 
-def _mean_or_none(values: np.ndarray) -> float | None:
-    return float(values.mean(dtype=np.float64)) if values.size else None
+def _mean_or_none(total: float, number: int) -> float | None:
+    return float(total / number) if number else None
 
 
 def write_record(
     folder: Path,
     record: EvalRecord,
-    tokens: TokenSample,
+    routing: RoutingSums,
     questions: Questions | None = None,
     samples: Samples | None = None,
 ) -> None:
     """Write all files into `folder`; eval.json comes last and is there only when all is."""
-    tokens.check(record.num_layers)
+    if routing.num_layers != record.num_layers:
+        raise ValueError(f"routing of {routing.num_layers} layers, not of {record.num_layers}")
     if questions:
         questions.check(record.num_questions_by_kind, record.accuracy_by_kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)  # never an old record beside new tokens
-    for name in (QUESTIONS, SAMPLES):
+    for name in (TOKENS, QUESTIONS, SAMPLES):
         (folder / name).unlink(missing_ok=True)
-    _write_arrays(folder / TOKENS, tokens)
+    routing.save(folder / ROUTING)
     if questions:
         _write_arrays(folder / QUESTIONS, questions)
     if samples:
@@ -245,10 +219,18 @@ def write_record(
 def read_record(folder: Path) -> tuple[EvalRecord, TokenSample]:
     """The record and tokens of an evaluation; DataError names the file and what is wrong in it."""
     record = load_json(folder / RECORD, EvalRecord, "run the evaluation again")
-    tokens = _read_arrays(
-        folder / TOKENS, TokenSample, lambda found: found.check(record.num_layers)
-    )
-    return record, tokens
+    if (folder / TOKENS).exists():  # an evaluation of 0.1
+        tokens = _read_arrays(
+            folder / TOKENS, TokenSample, lambda found: found.check(record.num_layers)
+        )
+        return record, tokens
+    sums = RoutingSums.load(folder / ROUTING)
+    if sums.num_layers != record.num_layers:
+        raise DataError(
+            f"{folder / ROUTING} has {sums.num_layers} layers, {RECORD} beside it "
+            f"{record.num_layers}: run the evaluation again"
+        )
+    return record, TokenSample.of(sums)
 
 
 def read_questions(folder: Path, record: EvalRecord) -> Questions:

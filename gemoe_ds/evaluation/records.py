@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from gemoe_ds.analysis.provenance import named_from_here, provenance
-from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import (
     RECORD,
     EvalRecord,
-    TokenSample,
     read_record,
     routing_summary,
     write_record,
 )
-from gemoe_ds.analysis.samples import Samples
+from gemoe_ds.analysis.routing_sums import MAX_TOKENS
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
@@ -43,6 +41,8 @@ from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_con
 from gemoe_ds.evaluation.untrained import is_rule
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.train.monitor import seconds_in
+
+MAX_FLIPS = 1_000_000  # tokens that --flips compares; of more, a sample of so many
 
 
 def evaluate(
@@ -133,14 +133,16 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
             k = router.static_k
             session.say(f"evaluating {router.name}{'' if k is None else f' k={k}'}")
             began = time.perf_counter()
-            scores = session.scored(samples, arguments.limit)
+            max_tokens = MAX_FLIPS if arguments.flips else MAX_TOKENS
+            scores = session.scored(samples, arguments.limit, max_tokens)
             if world.is_first:
                 seconds = time.perf_counter() - began
                 write_scores(session, mode, out, scores, k, seconds)
         if arguments.flips:
             session.say("evaluating in float32, for the k that differ")
             in_float32 = session_config(arguments, "model.dtype=float32")
-            exact = EvalSession(arguments, in_float32, world, stop).scored(samples, arguments.limit)
+            exact_session = EvalSession(arguments, in_float32, world, stop)
+            exact = exact_session.scored(samples, arguments.limit, MAX_FLIPS)
             if world.is_first:
                 write_flips(arguments.out, config.model.dtype, scores, exact)
         gather_objects(None)  # the first rank has written
@@ -156,7 +158,7 @@ def write_scores(
     seconds: float,
 ) -> None:
     arguments = session.arguments
-    record, tokens = record_of(
+    record = record_of(
         session.model,
         scores,
         method=method_name(session, mode),
@@ -167,8 +169,7 @@ def write_scores(
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
         checkpoint=named_from_here(session.checkpoint or session.config.model.checkpoint),
     )
-    samples = Samples.of(scores.samples)
-    write_record(out, record, tokens, Questions.of(scores.questions), samples)
+    write_record(out, record, scores.routing, scores.questions, scores.samples)
     session.say(
         f"{out}: accuracy {100 * record.accuracy:.2f} %, mean k {record.mean_k:.2f} "
         f"({record.seconds:.1f} s)"
@@ -191,8 +192,8 @@ def method_name(session: EvalSession, mode: RoutingMode) -> str:
 
 def write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:
     """The share of tokens, layer by layer, that get another number of experts than in float32."""
-    _, k_LN, _ = scores.tokens()
-    _, exact_LN, _ = exact.tokens()
+    k_LN, exact_LN = scores.routing.k_LN, exact.routing.k_LN  # the same tokens, in the same order
+    assert np.array_equal(scores.routing.hash_N, exact.routing.hash_N)
     flipped_L = (k_LN != exact_LN).mean(1).tolist()
     report = {"dtype": dtype, "tokens": k_LN.shape[1], "flipped_per_layer": flipped_L}
     (out / "k_flips.json").write_text(json.dumps(report | provenance(), indent=1) + "\n")
@@ -200,11 +201,10 @@ def write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:
     print(f"{out}/k_flips.json: k differs from float32 in {shares} % of the tokens, by layer")
 
 
-def record_of(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRecord, TokenSample]:
+def record_of(model: MoEModel, scores: Scores, **identity: Any) -> EvalRecord:
     """What one evaluation leaves behind; `identity` says what was evaluated."""
-    entropy_LN, k_LN, is_vision_N = scores.tokens()
-    routing = routing_summary(entropy_LN, k_LN, is_vision_N, scores.load_LE)
-    record = EvalRecord(
+    routing = routing_summary(scores.routing)
+    return EvalRecord(
         backbone_k=model.routing[0].top_k,
         accuracy=scores.accuracy,
         accuracy_by_kind=scores.accuracy_by_kind,
@@ -220,7 +220,6 @@ def record_of(model: MoEModel, scores: Scores, **identity: Any) -> tuple[EvalRec
         **routing,
         **provenance(),
     )
-    return record, TokenSample.draw(entropy_LN, k_LN, is_vision_N)
 
 
 def _by_kind(scores: Scores) -> dict[str, Any]:

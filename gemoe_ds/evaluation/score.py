@@ -1,26 +1,59 @@
-"""Exact-match accuracy by question kind, loss, and how tokens were routed, over all ranks."""
+"""Exact-match accuracy by question kind, loss, and how tokens were routed, over all ranks.
+
+Shapes: B sequences, S tokens, T = B S, N of them valid, L MoE layers, D samples.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from gemoe_ds.analysis.questions import Questions
+from gemoe_ds.analysis.routing_sums import IMAGE, MAX_TOKENS, PROMPT, WRITTEN, RoutingSums
+from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.data.bad_samples import BadSample
-from gemoe_ds.data.collate import Batch
+from gemoe_ds.data.collate import IGNORE, Batch
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.data.token_kinds import TOKEN_KINDS, answer_positions, kinds_of
+from gemoe_ds.engine.world import Ranks
 from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.evaluation.routing import Routed, RoutingCounter, over_ranks
 from gemoe_ds.models.moe_model import MoEModel
 
-Gather = Callable[[object], list]  # one object of each rank -> those of all ranks, on every rank
 UNNAMED = "question"  # kind of a turn that the data does not name
 POSITIONS = 16  # of answer tokens that are told apart; the last stands for all that follow
+
+
+@dataclass(frozen=True, eq=False)
+class BySample:
+    """A few numbers of every sample that was not left out, sorted by row."""
+
+    row_D: np.ndarray  # int32
+    ce_D: np.ndarray  # float64: sum of the cross-entropies of
+    targets_D: np.ndarray  # int32: so many targets
+    mass_D: np.ndarray  # float32: see `Samples`; NaN where it was not asked for
+
+    @classmethod
+    def of(
+        cls, row_D: ArrayLike, ce_D: ArrayLike, targets_D: ArrayLike, mass_D: ArrayLike
+    ) -> BySample:
+        """From columns in any order."""
+        order = np.argsort(row_D, kind="stable")
+        return cls(
+            row_D=np.array(row_D, np.int32)[order],
+            ce_D=np.array(ce_D, np.float64)[order],
+            targets_D=np.array(targets_D, np.int32)[order],
+            mass_D=np.array(mass_D, np.float32)[order],
+        )
 
 
 @dataclass
@@ -31,46 +64,46 @@ class Scores:
     asked: Counter[str] = field(default_factory=Counter)
     not_asked: Counter[str] = field(default_factory=Counter)  # cut, or of a sample left out
     cut_answers: int = 0  # of those
-    # Row, turn, kind, and whether it was right, of every question that was asked.
-    questions: list[tuple[int, int, str, bool]] = field(default_factory=list)
     bad: dict[int, BadSample] = field(default_factory=dict)  # by row
-    # The sum of a sample's cross-entropies, and how many targets it has; by row.
-    losses: dict[int, tuple[float, int]] = field(default_factory=dict)
     ce_sum: float = 0.0  # of all targets
     num_targets: int = 0
-    num_tokens: int = 0  # valid ones
-    entropy_LN: list[np.ndarray] = field(default_factory=list)
-    k_LN: list[np.ndarray] = field(default_factory=list)
-    is_vision_N: list[np.ndarray] = field(default_factory=list)
-    load_LE: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
     # Sums of k over tokens, and how many tokens: by TOKEN_KINDS, by place in the answer.
     kind_k_LC: np.ndarray = field(default_factory=lambda: np.zeros((1, len(TOKEN_KINDS))))
     kind_tokens_C: np.ndarray = field(default_factory=lambda: np.zeros(len(TOKEN_KINDS), int))
     answer_k_LP: np.ndarray = field(default_factory=lambda: np.zeros((1, POSITIONS)))
     answer_tokens_P: np.ndarray = field(default_factory=lambda: np.zeros(POSITIONS, int))
-    samples: dict[int, tuple[float, float]] = field(default_factory=dict)  # see `Samples`
+    questions: Questions = field(default_factory=lambda: Questions.sorted([], [], [], [], []))
+    by_sample: BySample = field(default_factory=lambda: BySample.of([], [], [], []))
+    routing: RoutingSums = field(default_factory=lambda: RoutingSums.empty(1, 1))
 
     @classmethod
-    def merged(cls, parts: Iterable[Scores]) -> Scores:
-        total = cls()
+    def merged(cls, parts: Sequence[Scores], routing: RoutingSums | None = None) -> Scores:
+        """`routing`: that of all parts together, where it is known."""
+        total = cls(
+            questions=Questions.joined([part.questions for part in parts]),
+            by_sample=BySample.of(
+                row_D=np.concatenate([part.by_sample.row_D for part in parts]),
+                ce_D=np.concatenate([part.by_sample.ce_D for part in parts]),
+                targets_D=np.concatenate([part.by_sample.targets_D for part in parts]),
+                mass_D=np.concatenate([part.by_sample.mass_D for part in parts]),
+            ),
+            routing=routing or RoutingSums.total(part.routing for part in parts),
+        )
+        sums = ("kind_k_LC", "kind_tokens_C", "answer_k_LP", "answer_tokens_P")
         for part in parts:
             total.right.update(part.right)
             total.asked.update(part.asked)
             total.not_asked.update(part.not_asked)
-            total.cut_answers += part.cut_answers
-            total.questions += part.questions
             total.bad |= part.bad
-            total.losses |= part.losses
-            total.ce_sum += part.ce_sum
-            total.num_targets += part.num_targets
-            total.num_tokens += part.num_tokens
-            total.entropy_LN += part.entropy_LN
-            total.k_LN += part.k_LN
-            total.is_vision_N += part.is_vision_N
-            for name in ("load_LE", "kind_k_LC", "kind_tokens_C", "answer_k_LP", "answer_tokens_P"):
+            for name in ("cut_answers", "ce_sum", "num_targets", *sums):
                 setattr(total, name, getattr(total, name) + getattr(part, name))
-            total.samples |= part.samples
         return total
+
+    def over(self, ranks: Ranks, device: torch.device) -> Scores:
+        """Of all ranks, on every rank. Collective."""
+        routing = over_ranks(self.routing, ranks, device)
+        rest = {name: value for name, value in vars(self).items() if name != "routing"}
+        return Scores.merged([Scores(**part) for part in ranks.gather(rest)], routing)
 
     @property
     def accuracy_by_kind(self) -> dict[str, float]:
@@ -96,13 +129,23 @@ class Scores:
         """Experts of a token, over all layers."""
         return float(np.mean(self.load_LE.sum(1))) / max(self.num_tokens, 1)
 
-    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """entropy_LN (bits), k_LN and is_vision_N of every valid token."""
-        return (
-            np.concatenate(self.entropy_LN, axis=1),
-            np.concatenate(self.k_LN, axis=1),
-            np.concatenate(self.is_vision_N),
-        )
+    @property
+    def num_tokens(self) -> int:
+        """Valid ones."""
+        return self.routing.num_tokens
+
+    @property
+    def load_LE(self) -> np.ndarray:
+        """Tokens of each expert."""
+        return self.routing.load_LE
+
+    @property
+    def samples(self) -> Samples:
+        """Entropy, and the mass of the best experts, of every sample that is not left out."""
+        by, routing = self.by_sample, self.routing
+        place_D = np.searchsorted(routing.doc_id_D, by.row_D)
+        entropy_D = routing.mean_entropy_D[place_D].astype(np.float32)
+        return Samples(by.row_D, entropy_D, by.mass_D)
 
 
 def evaluate(
@@ -110,39 +153,36 @@ def evaluate(
     samples: SampleFolder,
     batches: Iterable[Batch | None],
     device: torch.device,
-    gather: Gather,
+    ranks: Ranks,
     *,
     run: Callable[..., dict[str, Tensor]] | None = None,
     spare: Batch | None = None,
-    keep_tokens: bool = True,
+    in_detail: bool = True,
     special_ids: Set[int] = frozenset(),
+    max_tokens: int = MAX_TOKENS,
 ) -> Scores:
     """Score every batch; None stands where a rank has run out but the others have not. Collective.
 
     A rank without a batch still runs the model on one that is not counted, its last or `spare`,
     because the exchange between expert-parallel ranks needs everyone. Greedy exact match without a
     generation loop: see `MoEModel._score`. `run`: the engine that holds the model, if one does.
-    Without `keep_tokens` there are sums only, and there may be no question among them.
-    `special_ids`: of the tokenizer. The model and the random state are left as they were.
+    Without `in_detail` neither kinds of tokens are told apart nor the mass of the best experts is
+    worked out, and there may be no question. `special_ids`: of the tokenizer. `max_tokens`: of the
+    sample of tokens. The model and the random state are left as they were.
     """
-    scores, last = Scores(), spare
+    counting = _Counting(model, samples, in_detail, special_ids, max_tokens)
+    last = spare
     with _evaluating(model, device):
         for batch in batches:
-            counted = batch is not None
             current = batch if batch is not None else last
             if current is None:
                 raise ConfigError("a rank has no batch at all: use fewer ranks")
             last = current
             found = (run or model)(**current.to(device).inputs, score=True)
-            if counted:
-                _count_answers(scores, current, found["correct_BS"].cpu(), samples)
-                _count_losses(scores, current, found["ce_B"])
-                _count_routing(scores, model, keep_tokens=keep_tokens)
-                if keep_tokens:
-                    _count_kinds(scores, current, special_ids)
-                    _count_samples(scores, model, current)
-    total = Scores.merged(gather(scores))
-    if keep_tokens and not total.asked:
+            if batch is not None:
+                counting.add(batch, found)
+    total = counting.scores().over(ranks, device)
+    if in_detail and not total.asked:
         example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
         raise DataError(
             f"{samples.path}: none of {total.not_asked.total():,} questions can be asked, raise "
@@ -157,7 +197,7 @@ def _evaluating(model: MoEModel, device: torch.device) -> Iterator[None]:
     before, training = (ctx.trace, ctx.collect), [m for m in model.modules() if m.training]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
-        ctx.trace, ctx.collect = True, True
+        ctx.trace, ctx.collect = True, False
         try:
             yield
         finally:
@@ -166,85 +206,99 @@ def _evaluating(model: MoEModel, device: torch.device) -> Iterator[None]:
                 module.training = True
 
 
-def _count_answers(scores: Scores, batch: Batch, correct_BS: Tensor, samples: SampleFolder) -> None:
-    """A turn is right if every token of its answer is (the end token is not asked for)."""
-    scores.bad |= {bad.row: bad for bad in batch.bad}
-    is_label_BS = batch.labels_BS != -100
-    for row, turns_S, right_S, label_S in zip(
-        batch.rows, batch.turn_BS, correct_BS, is_label_BS, strict=True
-    ):
-        for index, turn in enumerate(samples[row].turns):
-            answer_S = (turns_S == index) & label_S
-            kind = turn.kind or UNNAMED
-            if not answer_S.any():
-                scores.not_asked[kind] += 1
-                scores.cut_answers += row not in scores.bad
-                continue
-            right = bool(right_S[answer_S].all())
-            scores.asked[kind] += 1
-            scores.right[kind] += right
-            scores.questions.append((row, index, kind, right))
+class _Counting:
+    """What this rank sees, batch by batch. Columns of plain numbers: there may be many samples."""
 
+    def __init__(
+        self,
+        model: MoEModel,
+        samples: SampleFolder,
+        in_detail: bool,
+        special_ids: Set[int],
+        max_tokens: int,
+    ) -> None:
+        self.model, self.samples = model, samples
+        self.in_detail, self.special_ids = in_detail, special_ids
+        self.found = Scores()
+        self.routing = RoutingCounter.of(model, max_tokens)
+        self.kinds: dict[str, int] = {}
+        self.questions: list[array[Any]] = [array(code) for code in "ihhb"]
+        self.by_sample: list[array[Any]] = [array(code) for code in "idif"]
 
-def _count_losses(scores: Scores, batch: Batch, ce_B: Tensor) -> None:
-    scores.ce_sum += ce_B.sum().item()
-    scores.num_targets += batch.num_targets
-    targets_B = (batch.labels_BS[:, 1:] != -100).sum(1)
-    pairs = zip(ce_B.tolist(), targets_B.tolist(), strict=True)
-    scores.losses |= dict(zip(batch.rows, pairs, strict=True))
+    def add(self, batch: Batch, found: dict[str, Tensor]) -> None:
+        self._add_answers(batch, found["correct_BS"].cpu())
+        is_there_B = ~np.isin(batch.rows, [bad.row for bad in batch.bad])
+        targets_B = (batch.labels_BS[:, 1:] != IGNORE).sum(1)
+        mass_B = (
+            self._mass_B(len(batch.rows)) if self.in_detail else np.full(len(targets_B), np.nan)
+        )
+        columns = (np.array(batch.rows), found["ce_B"].cpu().numpy(), targets_B.numpy(), mass_B)
+        for column, values_B in zip(self.by_sample, columns, strict=True):
+            column.extend(values_B[is_there_B].tolist())
+        self.found.ce_sum += float(columns[1].sum())
+        self.found.num_targets += batch.num_targets
+        is_answer_BS = (batch.turn_BS >= 0) | (batch.labels_BS != IGNORE)
+        kind_BS = torch.where(batch.is_vision_BS, IMAGE, torch.where(is_answer_BS, WRITTEN, PROMPT))
+        routed = self.routing.add(self.model.ctx, kind_BS, np.array(batch.rows))
+        if self.in_detail:
+            self._add_kinds(batch, routed)
 
+    def scores(self) -> Scores:
+        row_Q, turn_Q, kind_Q, right_Q = self.questions
+        self.found.questions = Questions.sorted(row_Q, turn_Q, kind_Q, right_Q, list(self.kinds))
+        row_D, ce_D, targets_D, mass_D = self.by_sample
+        self.found.by_sample = BySample.of(row_D, ce_D, targets_D, mass_D)
+        self.found.routing = self.routing.sums
+        return self.found
 
-def _count_routing(scores: Scores, model: MoEModel, *, keep_tokens: bool) -> None:
-    ctx = model.ctx
-    valid_T = ctx.is_valid_T
-    scores.num_tokens += int(valid_T.sum())
-    load = torch.stack([record.stats["tokens_per_expert"].total for record in ctx.layers])
-    scores.load_LE = scores.load_LE + load.double().cpu().numpy()
-    if not keep_tokens:
-        return
-    entropy = [record.entropy_T for record in ctx.layers]
-    k = [record.k_T for record in ctx.layers]
-    assert all(t is not None for t in [*entropy, *k])
-    scores.entropy_LN.append(torch.stack([e[valid_T] for e in entropy]).float().cpu().numpy())  # type: ignore[index]
-    scores.k_LN.append(torch.stack([e[valid_T] for e in k]).to(torch.int16).cpu().numpy())  # type: ignore[index]
-    scores.is_vision_N.append(ctx.is_vision_T[valid_T].cpu().numpy())
+    def _add_answers(self, batch: Batch, correct_BS: Tensor) -> None:
+        """A turn is right if every token of its answer is (the end token is not asked for)."""
+        scores = self.found
+        scores.bad |= {bad.row: bad for bad in batch.bad}
+        is_label_BS = batch.labels_BS != IGNORE
+        for row, turns_S, right_S, label_S in zip(
+            batch.rows, batch.turn_BS, correct_BS, is_label_BS, strict=True
+        ):
+            for index, turn in enumerate(self.samples[row].turns):
+                answer_S = (turns_S == index) & label_S
+                kind = turn.kind or UNNAMED
+                if not answer_S.any():
+                    scores.not_asked[kind] += 1
+                    scores.cut_answers += row not in scores.bad
+                    continue
+                right = bool(right_S[answer_S].all())
+                scores.asked[kind] += 1
+                scores.right[kind] += right
+                place = self.kinds.setdefault(kind, len(self.kinds))
+                for column, value in zip(self.questions, (row, index, place, right), strict=True):
+                    column.append(value)
 
+    def _add_kinds(self, batch: Batch, routed: Routed) -> None:
+        """Of the tokens that were counted."""
+        scores = self.found
+        kind_N = kinds_of(batch, self.special_ids).reshape(-1)[routed.place_N]
+        place_N = np.minimum(answer_positions(batch), POSITIONS - 1).reshape(-1)[routed.place_N]
+        in_answer_N = place_N >= 0
 
-def _count_kinds(scores: Scores, batch: Batch, special_ids: Set[int]) -> None:
-    """Of the batch whose k were kept last."""
-    is_valid_BS = batch.is_valid_BS.numpy()
-    kind_N = kinds_of(batch, special_ids)[is_valid_BS]
-    place_N = np.minimum(answer_positions(batch)[is_valid_BS], POSITIONS - 1)
-    k_LN, in_answer_N = scores.k_LN[-1], place_N >= 0
+        def sums(of_N: np.ndarray, columns: int, k_LN: np.ndarray) -> np.ndarray:
+            return np.array([np.bincount(of_N, k_N, columns) for k_N in k_LN])
 
-    def sums(of_N: np.ndarray, columns: int, among_N: np.ndarray) -> np.ndarray:
-        rows = [np.bincount(of_N[among_N], k_N[among_N], columns) for k_N in k_LN]
-        return np.array(rows)
+        scores.kind_k_LC = scores.kind_k_LC + sums(kind_N, len(TOKEN_KINDS), routed.k_LN)
+        scores.kind_tokens_C = scores.kind_tokens_C + np.bincount(
+            kind_N, minlength=len(TOKEN_KINDS)
+        )
+        place_N, k_LN = place_N[in_answer_N], routed.k_LN[:, in_answer_N]
+        scores.answer_k_LP = scores.answer_k_LP + sums(place_N, POSITIONS, k_LN)
+        scores.answer_tokens_P = scores.answer_tokens_P + np.bincount(place_N, minlength=POSITIONS)
 
-    everywhere_N = np.ones_like(in_answer_N)
-    scores.kind_k_LC = scores.kind_k_LC + sums(kind_N, len(TOKEN_KINDS), everywhere_N)
-    scores.kind_tokens_C = scores.kind_tokens_C + np.bincount(kind_N, minlength=len(TOKEN_KINDS))
-    scores.answer_k_LP = scores.answer_k_LP + sums(place_N, POSITIONS, in_answer_N)
-    scores.answer_tokens_P = scores.answer_tokens_P + np.bincount(
-        place_N[in_answer_N], minlength=POSITIONS
-    )
-
-
-def _count_samples(scores: Scores, model: MoEModel, batch: Batch) -> None:
-    """Entropy, and the mass of the best experts, of every sample that is not left out."""
-    is_valid_BS = model.ctx.is_valid_T.view(len(batch.rows), -1)
-    entropy, mass = [], []
-    for record, spec in zip(model.ctx.layers, model.routing, strict=True):
-        assert record.entropy_T is not None and record.logits_TE is not None
-        scores_TE = record.logits_TE.float().softmax(-1)[:, : spec.num_experts]
-        entropy.append(record.entropy_T.float())
-        mass.append(scores_TE.topk(spec.top_k).values.sum(1))
-    means = [
-        (torch.stack(values).mean(0).view_as(is_valid_BS) * is_valid_BS).sum(1)
-        / is_valid_BS.sum(1).clamp_min(1)
-        for values in (entropy, mass)
-    ]
-    left_out = {bad.row for bad in batch.bad}
-    for row, *pair in zip(batch.rows, *(mean.tolist() for mean in means), strict=True):
-        if row not in left_out:
-            scores.samples[row] = (pair[0], pair[1])
+    def _mass_B(self, num_sequences: int) -> np.ndarray:
+        """The share of the scores that the best experts hold, mean over layers and valid tokens."""
+        ctx, mass = self.model.ctx, []
+        for record, spec in zip(ctx.layers, self.model.routing, strict=True):
+            assert record.logits_TE is not None
+            scores_TE = record.logits_TE.float().softmax(-1)[:, : spec.num_experts]
+            mass.append(scores_TE.topk(spec.top_k).values.sum(1))
+        is_valid_BS = ctx.is_valid_T.view(num_sequences, -1)
+        mass_BS = torch.stack(mass).mean(0).view_as(is_valid_BS) * is_valid_BS
+        mass_B: np.ndarray = (mass_BS.sum(1) / is_valid_BS.sum(1).clamp_min(1)).cpu().numpy()
+        return mass_B

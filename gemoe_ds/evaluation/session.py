@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemoe_ds.analysis.routing_sums import MAX_TOKENS
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.signals import until_stopped
@@ -27,7 +28,7 @@ from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
-from gemoe_ds.engine.world import World, gather_objects
+from gemoe_ds.engine.world import ALL_RANKS, World, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode
 from gemoe_ds.evaluation.budget import Budget, check_dial, fit_budget_to, range_of_k
@@ -105,7 +106,9 @@ class EvalSession:
             prompts=prompts,
         )
 
-    def scored(self, samples: SampleFolder, limit: int | None = None) -> Scores:
+    def scored(
+        self, samples: SampleFolder, limit: int | None = None, max_tokens: int = MAX_TOKENS
+    ) -> Scores:
         log = self._left_out(samples)
         stream = self.stream(samples, limit=limit)
         scores = evaluate(
@@ -113,8 +116,9 @@ class EvalSession:
             samples,
             self.iterate(stream, EVALUATE),
             self.world.device,
-            gather_objects,
+            ALL_RANKS,
             special_ids=self.collator.special_ids,
+            max_tokens=max_tokens,
         )
         log.record(scores.bad.values())
         log.check()
@@ -203,7 +207,7 @@ class EvalSession:
 
         return Calibration(
             str(place),
-            lambda: [float(mean) for mean in scored().tokens()[1].mean(1)],
+            lambda: scored().routing.mean_k_L.tolist(),
             lambda: scored().loss,
         )
 

@@ -84,11 +84,12 @@ class Outcome:
         kinds = {kind: n for n, kind in enumerate(sorted(scores.asked | scores.not_asked))}
         losses_NG, targets_NG = np.zeros((2, num_samples, 1), np.float32)
         right_NG, asked_NG = np.zeros((2, num_samples, len(kinds)), np.float32)
-        for row, (ce, targets) in scores.losses.items():
-            losses_NG[row], targets_NG[row] = ce, targets
-        for row, _, kind, right in scores.questions:
-            right_NG[row, kinds[kind]] += right
-            asked_NG[row, kinds[kind]] += 1
+        by, questions = scores.by_sample, scores.questions
+        losses_NG[by.row_D, 0], targets_NG[by.row_D, 0] = by.ce_D, by.targets_D
+        kind_C = np.array([kinds[kind] for kind in questions.kinds_C.tolist()], int)
+        place_Q = questions.row_Q, kind_C[questions.kind_Q]
+        np.add.at(right_NG, place_Q, questions.right_Q)
+        np.add.at(asked_NG, place_Q, 1)
         return cls(scores.mean_k, Mean(losses_NG, targets_NG), Mean(right_NG, asked_NG))
 
     def towards(self, other: Outcome, mean_k: float) -> Outcome:

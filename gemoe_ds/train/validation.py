@@ -17,7 +17,7 @@ from gemoe_ds.data.collate import Batch, Collator
 from gemoe_ds.data.lengths import Lengths, known_lengths
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
-from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
+from gemoe_ds.engine.world import ALL_RANKS, World, broadcast_from_first, gather_objects
 from gemoe_ds.errors import ConfigError, Stopped
 from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.moe.router import Router
@@ -148,10 +148,11 @@ class Validation(Hook):
                 self.samples,
                 self._batches(limit, title),
                 self.world.device,
-                gather_objects,
+                ALL_RANKS,
                 run=trainer.engine,
                 spare=self.spare,
-                keep_tokens=False,
+                in_detail=False,
+                max_tokens=0,
             )
         finally:
             ctx.routers = None

@@ -10,7 +10,7 @@ import numpy as np
 from gemoe_ds.analysis.ablation import Ablation, Pairs, summary
 from gemoe_ds.analysis.gains import Gain, gains_of
 from gemoe_ds.analysis.questions import Questions
-from gemoe_ds.analysis.record import EvalRecord, TokenSample, routing_summary
+from gemoe_ds.analysis.record import EvalRecord, routing_summary
 from gemoe_ds.analysis.routing_sums import IMAGE, PROMPT, RoutingSums, entropy_bins
 from gemoe_ds.analysis.samples import Samples
 
@@ -78,7 +78,7 @@ def tokens(
 
 def evaluation(
     method: str, k: int | None, loss: float, seed: int = 0
-) -> tuple[EvalRecord, TokenSample]:
+) -> tuple[EvalRecord, RoutingSums]:
     """Four layers, six kinds; `loss`: points below the baseline, unlike for every kind."""
     arrays = tokens(k, seed)
     rng = np.random.default_rng([seed, k or 99])
@@ -86,8 +86,12 @@ def evaluation(
     noise = 0.15 * rng.standard_normal(len(KINDS)) * (method != "top_k")
     level = np.array([97.1, 92.4, 99.2, 90.6, 88.3, 95.0])
     accuracy = (level - loss * share + noise) / 100
+    sums = sums_of(**arrays)
     load_LE = rng.gamma(2.0, 500.0, (4, 64)).round()
-    summary = routing_summary(**arrays, load_LE=load_LE)
+    summary = routing_summary(sums) | {
+        "load_max_over_mean_per_layer": (load_LE.max(1) / load_LE.mean(1)).tolist(),
+        "idle_experts_per_layer": (load_LE == 0).sum(1).tolist(),
+    }
     made = record(
         method,
         k,
@@ -104,10 +108,10 @@ def evaluation(
         train_seconds=None if method == "top_k" else 61.0,
         **summary,
     )
-    return made, TokenSample.draw(**arrays)
+    return made, sums
 
 
-def demo_evaluations() -> list[tuple[EvalRecord, TokenSample]]:
+def demo_evaluations() -> list[tuple[EvalRecord, RoutingSums]]:
     """What `make demo-seeds` leaves behind, in kind: 7 static rows, 2 tuned, 3 seeds of GeMoE."""
     losses = {8: 0, 7: 0.1, 6: 0.5, 5: 1.4, 4: 3.0, 3: 6.2, 2: 12.1}
     static = [evaluation("top_k", k, loss) for k, loss in losses.items()]

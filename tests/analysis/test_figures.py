@@ -15,6 +15,7 @@ from PIL import Image
 
 from gemoe_ds.analysis import drawing, expert_figures, figures
 from gemoe_ds.analysis.ablation import PREDICTORS
+from gemoe_ds.analysis.record import TokenSample
 from gemoe_ds.analysis.results import Results, build_results
 from tests.analysis.evaluations import ablation_of, demo_evaluations, evaluation, gains, pairs_of
 
@@ -27,7 +28,7 @@ def demo() -> tuple[Results, figures.Tokens]:
     results = build_results([record for record, _ in made], command="")
     measured = ablation_of(pairs_of()), ablation_of(pairs_of(seed=1), method="gemoe", k=None)
     results = results.model_copy(update={"ablations": measured, "gains": gains()})
-    return results, {record.key: sample for record, sample in made}
+    return results, {record.key: TokenSample.of(sums) for record, sums in made}
 
 
 @pytest.fixture
@@ -198,9 +199,9 @@ def test_a_method_has_one_colour_in_every_figure(draw: Draw) -> None:
 
 
 def test_figures_with_nothing_to_show_are_left_out(tmp_path: Path) -> None:
-    record, sample = evaluation("top_k", 8, 0)
+    record, sums = evaluation("top_k", 8, 0)
     results = build_results([record], command="")
-    written = figures.write_figures(results, {record.key: sample}, tmp_path)
+    written = figures.write_figures(results, {record.key: TokenSample.of(sums)}, tmp_path)
     assert [entry.file for entry in written] == ["accuracy_against_k.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["accuracy_against_k.png"]
 
@@ -208,7 +209,7 @@ def test_figures_with_nothing_to_show_are_left_out(tmp_path: Path) -> None:
 def test_two_adaptive_methods_have_their_own_panels_and_colours(tmp_path: Path) -> None:
     made = [evaluation("top_k", 8, 0), evaluation("gemoe", None, 1), evaluation("zeta", None, 2)]
     results = build_results([record for record, _ in made], command="")
-    samples = {record.key: sample for record, sample in made}
+    samples = {record.key: TokenSample.of(sums) for record, sums in made}
     drawn = figures.FIGURES["entropy_against_k"][1](results, samples)
     assert drawn is not None
     assert len(drawn.axes) == 8

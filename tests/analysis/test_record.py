@@ -25,38 +25,51 @@ from gemoe_ds.analysis.record import (
     spearman,
     write_record,
 )
+from gemoe_ds.analysis.routing_sums import RoutingSums
 from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.errors import DataError
-from tests.analysis.evaluations import evaluation, record
+from tests.analysis.evaluations import evaluation, record, sums_of
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    made, sample = evaluation("gemoe", None, 0.2)
-    write_record(tmp_path / "new" / "folder", made, sample)
+    made, sums = evaluation("gemoe", None, 0.2)
+    write_record(tmp_path / "new" / "folder", made, sums)
     read, tokens = read_record(tmp_path / "new" / "folder")
     assert read == made
-    for name, array in vars(sample).items():
+    for name, array in vars(TokenSample.of(sums)).items():
         got = getattr(tokens, name)
         assert got.dtype == array.dtype
         np.testing.assert_array_equal(got, array)
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
         "eval.json",
-        "tokens.npz",
+        "routing.npz",
     ]
+
+
+def test_what_0_1_left_is_read_until_it_is_evaluated_again(tmp_path: Path) -> None:
+    made, sums = evaluation("gemoe", None, 0.2)
+    (tmp_path / "eval.json").write_text(made.model_dump_json())
+    old = vars(TokenSample.of(sums)) | {"k_hist_text_LK": np.full((4, 9), 7)}
+    np.savez(tmp_path / "tokens.npz", **old)
+    read, tokens = read_record(tmp_path)
+    assert read == made and (tokens.k_hist_text_LK == 7).all()
+    write_record(tmp_path, made, sums)
+    assert (read_record(tmp_path)[1].k_hist_text_LK != 7).any()
+    assert not (tmp_path / "tokens.npz").exists()
 
 
 def test_an_interrupted_write_leaves_no_old_record_beside_new_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, sample = evaluation("gemoe", None, 0.2)
-    write_record(tmp_path, made, sample)
+    made, sums = evaluation("gemoe", None, 0.2)
+    write_record(tmp_path, made, sums)
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(module, "write_text", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_record(tmp_path, made, sample)
+        write_record(tmp_path, made, sums)
     with pytest.raises(DataError, match="eval.json is missing: run the evaluation again"):
         read_record(tmp_path)
 
@@ -70,25 +83,25 @@ def asked_record(**changed: Any) -> EvalRecord:
 
 
 def test_questions_come_back_sorted_and_belong_to_their_record(tmp_path: Path) -> None:
-    sample = TokenSample.draw(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
-    write_record(tmp_path, asked_record(), sample, Questions.of(ASKED))
+    sums = sums_of(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
+    write_record(tmp_path, asked_record(), sums, Questions.of(ASKED))
     found = read_questions(tmp_path, read_record(tmp_path)[0])
     assert found.row_Q.tolist() == [0, 0, 1, 2] and found.turn_Q.tolist() == [0, 1, 0, 0]
     assert found.kinds_C[found.kind_Q].tolist() == ["x", "y", "x", "x"]
     assert found.right_Q.tolist() == [False, False, True, True]
     dtypes = {name: array.dtype for name, array in vars(found).items() if name != "kinds_C"}
     assert dtypes == {"row_Q": "int32", "turn_Q": "int16", "kind_Q": "int16", "right_Q": "bool"}
-    write_record(tmp_path, asked_record(), sample)
+    write_record(tmp_path, asked_record(), sums)
     with pytest.raises(DataError, match="questions.npz is missing: run the evaluation again"):
         read_questions(tmp_path, asked_record())
     with pytest.raises(ValueError, match="other counts"):
-        write_record(tmp_path, asked_record(), sample, Questions.of(ASKED[1:]))
+        write_record(tmp_path, asked_record(), sums, Questions.of(ASKED[1:]))
 
 
 def test_samples_come_back_sorted(tmp_path: Path) -> None:
-    sample = TokenSample.draw(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
+    sums = sums_of(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
     samples = Samples.of({7: (2.0, 0.5), 3: (1.0, 0.25)})
-    write_record(tmp_path, asked_record(), sample, samples=samples)
+    write_record(tmp_path, asked_record(), sums, samples=samples)
     found = read_samples(tmp_path)
     assert {name: array.tolist() for name, array in vars(found).items()} == {
         "row_S": [3, 7],
@@ -98,7 +111,7 @@ def test_samples_come_back_sorted(tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", **(vars(samples) | {"row_S": np.array([7, 3])}))
     with pytest.raises(DataError, match="sorted, each once"):
         read_samples(tmp_path)
-    write_record(tmp_path, asked_record(), sample)
+    write_record(tmp_path, asked_record(), sums)
     with pytest.raises(DataError, match="samples.npz is missing"):
         read_samples(tmp_path)
 
@@ -141,6 +154,9 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+ONE_LAYER = np.ones((1, 2)), np.ones((1, 2), int), np.zeros(2, bool)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -153,8 +169,10 @@ def truncate(path: Path) -> None:
         (lambda f: edit_json(f, seconds=float("nan")), "seconds"),
         (lambda f: edit_json(f, entropy_per_layer=[1.0]), "entropy_per_layer has not one entry"),
         (lambda f: edit_json(f, num_questions_by_kind={}), "name different kinds"),
-        (lambda f: (f / "tokens.npz").unlink(), "tokens.npz is missing"),
-        (lambda f: truncate(f / "tokens.npz"), "tokens.npz is damaged"),
+        (lambda f: (f / "routing.npz").unlink(), "routing.npz is missing"),
+        (lambda f: truncate(f / "routing.npz"), "routing.npz is damaged"),
+        (lambda f: sums_of(*ONE_LAYER).save(f / "routing.npz"), "has 1 layers, eval.json .* 4"),
+        (lambda f: (f / "tokens.npz").write_bytes(b"PK"), "tokens.npz is damaged"),
         (lambda f: (f / "tokens.npz").write_bytes(b""), "tokens.npz is damaged"),
         (lambda f: (f / "tokens.npz").write_bytes(b"noise" * 9), "tokens.npz is damaged"),
         (lambda f: np.savez(f / "tokens.npz", k_LN=np.zeros((4, 1))), "tokens.npz is damaged"),
@@ -240,15 +258,14 @@ def test_spearman_by_hand() -> None:
         spearman(np.zeros(3), np.zeros(4))
 
 
-def test_a_sample_keeps_whole_tokens_and_counts_all_of_them() -> None:
+def test_what_figures_show_of_sums() -> None:
     rng = np.random.default_rng(0)
     k_LN = rng.integers(0, 9, (3, 500))
     entropy_LN = k_LN + 10.0 * np.arange(500)  # tells which token and which k it was
     is_vision_N = np.arange(500) % 3 == 0
-    sample = TokenSample.draw(entropy_LN, k_LN, is_vision_N, limit=100)
+    sample = TokenSample.of(sums_of(entropy_LN, k_LN, is_vision_N))
     sample.check(3)
     token_N = sample.entropy_LN[0].astype(int) // 10
-    assert len(set(token_N)) == 100
     np.testing.assert_array_equal(sample.k_LN, k_LN[:, token_N])
     np.testing.assert_array_equal(sample.is_vision_N, is_vision_N[token_N])
     for layer in range(3):
@@ -256,43 +273,34 @@ def test_a_sample_keeps_whole_tokens_and_counts_all_of_them() -> None:
             here_N = k_LN[layer] == k
             assert sample.k_hist_vision_LK[layer, k] == (here_N & is_vision_N).sum()
             assert sample.k_hist_text_LK[layer, k] == (here_N & ~is_vision_N).sum()
-    whole = TokenSample.draw(entropy_LN, k_LN, is_vision_N)
-    np.testing.assert_array_equal(whole.k_LN, k_LN)
-
-
-def test_a_sample_refuses_arrays_that_do_not_belong_together() -> None:
-    with pytest.raises(ValueError, match="are not"):
-        TokenSample.draw(np.zeros((2, 5)), np.zeros((2, 4)), np.zeros(5, bool))
-    with pytest.raises(ValueError, match="are not"):
-        TokenSample.draw(np.zeros((2, 5)), np.zeros((2, 5)), np.zeros(4, bool))
 
 
 def test_the_routing_summary_by_hand() -> None:
-    summary = routing_summary(
-        entropy_LN=np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 1.0]]),
-        k_LN=np.array([[1, 2, 6], [3, 3, 3]]),
+    sums = sums_of(
+        entropy_LN=np.array([[1.0, 1.5, 2.0], [1.0, 1.0, 0.25]]),
+        k_LN=np.array([[0, 1, 2], [3, 3, 3]]),  # the first k experts of 4
         is_vision_N=np.array([True, True, False]),
-        load_LE=np.array([[6, 3, 0], [0, 0, 0]]),
+        experts=4,
     )
-    assert summary == {
-        "mean_k": 3.0,
-        "mean_k_per_layer": [3.0, 3.0],
-        "mean_k_vision": 2.25,
-        "mean_k_text": 4.5,
-        "entropy_per_layer": [2.0, 3.0],
+    assert routing_summary(sums) == {
+        "mean_k": 2.0,
+        "mean_k_per_layer": [1.0, 3.0],
+        "mean_k_vision": 1.75,
+        "mean_k_text": 2.5,
+        "entropy_per_layer": [1.5, 0.75],
         "spearman_per_layer": [1.0, None],
-        "load_max_over_mean_per_layer": [2.0, None],
-        "idle_experts_per_layer": [1, 3],
-        "num_experts": 3,
+        "load_max_over_mean_per_layer": [pytest.approx(2 / 0.75), pytest.approx(4 / 3)],
+        "idle_experts_per_layer": [2, 1],
+        "num_experts": 4,
         "tokens": 3,
     }
+    nothing = sums_of(np.ones((1, 2)), np.zeros((1, 2), int), np.zeros(2, bool))
+    assert routing_summary(nothing)["load_max_over_mean_per_layer"] == [None]
 
 
 def test_a_modality_without_a_token_has_no_mean() -> None:
-    summary = routing_summary(
-        np.ones((1, 2)), np.ones((1, 2), int), np.zeros(2, bool), np.ones((1, 4))
-    )
+    summary = routing_summary(sums_of(*ONE_LAYER))
     assert summary["mean_k_vision"] is None
     assert summary["mean_k_text"] == 1.0
     with pytest.raises(ValueError, match="without tokens"):
-        routing_summary(np.ones((1, 0)), np.ones((1, 0)), np.zeros(0, bool), np.ones((1, 4)))
+        routing_summary(RoutingSums.empty(1, 4))

@@ -14,7 +14,7 @@ import gemoe_ds
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
-from gemoe_ds.engine.world import distributed
+from gemoe_ds.engine.world import ALONE, distributed
 from gemoe_ds.evaluation.arguments import RoutingMode, evaluate_parser
 from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.evaluation.session import EvalSession, session_config
@@ -142,9 +142,9 @@ def test_every_figure_is_made_once_and_joined_by_lines(setting):
         stream = EvalStream(samples, collator, batch=8, rank=0, world=1, limit=limit)
         titles.append(title)
         model.ctx.routers = routers
-        device, gather = torch.device("cpu"), lambda part: [part]
+        device = torch.device("cpu")
         try:
-            return evaluate(model, samples, stream, device, gather, keep_tokens=False)
+            return evaluate(model, samples, stream, device, ALONE, in_detail=False)
         finally:
             model.ctx.routers = None
 

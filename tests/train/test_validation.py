@@ -14,6 +14,7 @@ from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.engine.world import ALONE
 from gemoe_ds.errors import Stopped
 from gemoe_ds.evaluation.score import evaluate
 from gemoe_ds.models.moe_model import ExpertShard
@@ -161,7 +162,7 @@ def test_the_untouched_backbone_at_the_same_mean_k(runs):
         for layer in model.moe_layers:
             layer.base.k = k
         stream = EvalStream(samples, collator, batch=5, rank=0, world=1)
-        scores = evaluate(model, samples, stream, torch.device("cpu"), lambda part: [part])
+        scores = evaluate(model, samples, stream, torch.device("cpu"), ALONE)
         assert scores.mean_k == k
         values[k] = np.array([scores.loss, scores.accuracy])
     for mean_k, *pair in found.values():

@@ -12,9 +12,9 @@ from experiments.compare.answers import collect, read_answers, write_answers
 from experiments.compare.jobs import Plan
 from experiments.compare.trials import choose, read_trials, record_of, taken, write_trials
 from gemoe_ds.analysis.questions import Questions
-from gemoe_ds.analysis.record import TokenSample, write_record
+from gemoe_ds.analysis.record import write_record
 from gemoe_ds.errors import ConfigError, DataError
-from tests.analysis.evaluations import record
+from tests.analysis.evaluations import record, sums_of
 from tests.experiments.compare.planted import TRIALS, grid, planted
 from tests.helpers import repository
 
@@ -36,8 +36,8 @@ def leave(
         num_questions_by_kind={"x": len(right)},
         mean_k_per_layer=(mean_k - 0.5, mean_k + 0.5),
     )
-    tokens = TokenSample.draw(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
-    write_record(folder, made, tokens, questions)
+    sums = sums_of(np.ones((2, 3)), np.full((2, 3), 8), np.zeros(3, bool))
+    write_record(folder, made, sums, questions)
 
 
 def test_runs_are_collected_written_and_read_back(tmp_path):
