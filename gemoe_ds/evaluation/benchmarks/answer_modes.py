@@ -36,7 +36,7 @@ from gemoe_ds.evaluation.benchmarks.parts import (
     remove_parts,
 )
 from gemoe_ds.evaluation.benchmarks.plan import TaskPlan, blocks_of, plan_tasks
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.reading import Reader
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
@@ -45,9 +45,10 @@ from gemoe_ds.evaluation.records import method_name
 from gemoe_ds.evaluation.routing import RoutingCounter
 from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
 from gemoe_ds.files import write_text
-from gemoe_ds.train.assemble import meta_collator
+from gemoe_ds.train.assemble import meta_collator, named_backbone
 
 ASKED, BUDGET = "asked.json", "budget.json"
+_LONGEST = 8_192  # tokens; no prompt of the paper's benchmarks has as many
 # What must be the same for answers of two starts to be of one model.
 _SAME = ("k", "budget_k", "seed", "backbone", "base", "checkpoint", "dtype")
 
@@ -81,7 +82,7 @@ def answer_all(
     asked_modes = modes(arguments, chosen_routers(arguments))
     check_calibration(arguments, config, calibrate_tasks)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        asked = read_tasks(config, tasks, style, world)
+        asked = read_tasks(whole_context(arguments, config), tasks, style, world)
         for mode in asked_modes:
             check_folder(arguments, config, mode, asked)
         if all(
@@ -134,6 +135,18 @@ def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, wor
     reader = Reader(collator, VisionPrompts(collator, style))
     plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
     return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})
+
+
+def whole_context(arguments: Namespace, config: RunConfig) -> RunConfig:
+    """Prompts are as long as the model can read, as in the stock harnesses, whatever it was trained
+    on; unless `data.max_length` is given with the command."""
+    if any(override.startswith("data.max_length=") for override in arguments.overrides):
+        return config
+    backbone, base = named_backbone(config), config.model.checkpoint
+    hf = backbone.load(Path(base) if base else None, Path(config.data.tokenizer))
+    context = min(backbone.context_length(hf) or config.data.max_length, _LONGEST)
+    data = config.data.model_copy(update={"max_length": context})
+    return config.model_copy(update={"data": data})
 
 
 def identity(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict[str, Any]:

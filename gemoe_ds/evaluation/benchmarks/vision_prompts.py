@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from gemoe_ds.data.collate import Collator, Encoded
 from gemoe_ds.data.prompts import PromptEncoder
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 

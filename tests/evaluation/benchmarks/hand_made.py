@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemoe_ds.evaluation.benchmarks.answer_arguments import answer_parser, find_run
 from gemoe_ds.evaluation.benchmarks.answer_modes import answer_all
-from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.requests import Request, Writing
 from tests.helpers import repository
 from tests.tiny import WORDS
@@ -61,12 +61,12 @@ def all_kinds(number: int = 7) -> list[HandMade]:
     return [HandMade(kind, number) for kind in ("letters", "ends", "rolling", "greedy", "drawn")]
 
 
-def write_recipe(setting: dict[str, Path]) -> Path:
+def write_recipe(setting: dict[str, Path], backbone: str = "tiny") -> Path:
     path = setting["root"] / "recipe.yaml"
     path.write_text(
         f"""output_dir: {setting["root"] / "unused"}
 model:
-  backbone: {{name: tiny}}
+  backbone: {{name: {backbone}}}
   checkpoint: {setting["hf"]}
   router: {{name: gemoe}}
   dtype: float32
@@ -80,14 +80,16 @@ deepspeed: {repository() / "ds_configs/zero2.json"}
     return path
 
 
-def answer(recipe, tasks, *words, stop=None, known=()):
+def answer(recipe, tasks, *words, stop=None, known=(), style="default"):
     """`gemoe benchmark answer` with these tasks, in this process."""
     overrides = [str(word) for word in words if re.fullmatch(r"\w[\w.]*=.*", str(word))]
     options = [str(word) for word in words if str(word) not in overrides]
+    if not any(override.startswith("data.max_length=") for override in overrides):
+        overrides.append("data.max_length=64")
     given = [str(recipe), *overrides, "--tasks", "-", *options]
     arguments = answer_parser(None).parse_intermixed_args(given)
     find_run(arguments)
-    answer_all(arguments, tasks, known, DefaultStyle(), stop)
+    answer_all(arguments, tasks, known, PromptStyle.named(style)(), stop)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-import gemoe_ds.evaluation.benchmarks.prompt_styles  # noqa: F401  (registers them)
 from gemoe_ds.errors import ConfigError, SampleError
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle, has_options
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle, has_options
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
 from tests.helpers import repository

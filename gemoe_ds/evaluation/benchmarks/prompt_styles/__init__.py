@@ -1,4 +1,4 @@
-"""Styles of prompts, registered by importing the package."""
+"""Styles of prompts: whoever imports one, or their base, has registered them all."""
 
 from gemoe_ds.registry import import_all
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from PIL import Image
 
 from gemoe_ds.data.prompts import Question
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 
 
 class DeepseekVl2Style(PromptStyle):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 
 
 class DefaultStyle(PromptStyle):

@@ -14,7 +14,7 @@ from typing import ClassVar
 from PIL import Image
 
 from gemoe_ds.data.prompts import Question
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle, has_options
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle, has_options
 
 _TRAINED = {
     "ai2d": "ai2_diagram",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from gemoe_ds.data.prompts import Question
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 
 
 class Qwen3VLStyle(PromptStyle):

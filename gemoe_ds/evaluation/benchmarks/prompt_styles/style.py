@@ -1,4 +1,4 @@
-"""PromptStyle: how its publishers ask a model; each style is a file in prompt_styles/."""
+"""PromptStyle: how its publishers ask a model; each style is a file beside this one."""
 
 from __future__ import annotations
 
