@@ -92,7 +92,7 @@ def generate(
     count: bool = True,
     choose: Callable[[Tensor], Tensor] | None = None,
     has_ended: Callable[[int, list[int]], bool] | None = None,
-    after_forward: Callable[[], None] | None = None,
+    after_forward: Callable[[], object] | None = None,
 ) -> Written:
     """Continue prompts that are padded on the left, until each has met one of `end_ids`.
 
@@ -139,7 +139,7 @@ def _generate(
     choose: Callable[[Tensor], Tensor],
     any_rank: Callable[[bool], bool],
     has_ended: Callable[[int, list[int]], bool],
-    after_forward: Callable[[], None],
+    after_forward: Callable[[], object],
     count: bool,
 ) -> Written:
     past = DecodeState()

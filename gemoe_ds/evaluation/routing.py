@@ -144,15 +144,15 @@ class RoutingCounter:
         is_vision_BS: Tensor,
         doc_B: np.ndarray,
         index_B: np.ndarray | int = 0,
-    ) -> Callable[[], None]:
+    ) -> Callable[[], Routed]:
         """`after_forward` of one call of `generate`, whose prompts have these images."""
         prompt_BS, forwards = torch.where(is_vision_BS, IMAGE, PROMPT), count()
 
-        def add() -> None:
+        def add() -> Routed:
             forward = next(forwards)
             written_BS = torch.full_like(prompt_BS[:, :1], WRITTEN)
             kind_BS = written_BS if forward else prompt_BS
-            self.add(ctx, kind_BS, doc_B, index_B=index_B, first=max(forward - 1, 0))
+            return self.add(ctx, kind_BS, doc_B, index_B=index_B, first=max(forward - 1, 0))
 
         return add
 

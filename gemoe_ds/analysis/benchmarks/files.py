@@ -109,8 +109,8 @@ class ShownAnswer(ConfigModel):
 
     doc_id: int
     question: str
-    tokens: tuple[tuple[str, float], ...]  # text of a written token, its mean k over layers
-    expected: str
+    # Text of a written token, and the experts that it took to write it: mean k over layers.
+    tokens: tuple[tuple[str, float], ...]
 
 
 def read_mode(folder: Path) -> Mode:

@@ -155,7 +155,7 @@ def _inline(text: str) -> str:
 def _answers(answers: Sequence[tuple[Group, ModeRun]]) -> Iterable[str]:
     """By method and benchmark; colours from 0 experts to the most that any word took."""
     every = [
-        (group, column.heading, part.folder.name, part.shown)
+        (group, column.heading, part)
         for group, run in answers
         for column in COLUMNS
         for part in run.columns.get(column.heading, [])
@@ -163,24 +163,22 @@ def _answers(answers: Sequence[tuple[Group, ModeRun]]) -> Iterable[str]:
     ]
     if not every:
         return
-    most = (
-        max((k for *_, shown in every for one in shown for _, k in one.tokens), default=1.0) or 1.0
-    )
+    every_k = [k for *_, part in every for one in part.shown for _, k in one.tokens]
+    most = max(every_k, default=0) or 1.0
     ends = f"linear-gradient(to right, {_colour(0, most)}, {_colour(most, most)})"
     yield (
-        "<p>The colour of a word says how many experts it took, the mean over layers: 0 "
+        "<p>The colour of a word says how many experts it took to write it, mean over layers: 0 "
         f'<span class="scale" style="background: {ends}"></span> {most:.2f}. A pointer over a word '
         "shows its number.</p>"
     )
-    for group, heading, task, shown in every:
-        yield (
-            f"<details><summary>{escape(heading)} ({escape(task)}), {escape(group.label)}: "
-            + (f"{len(shown)} answers</summary>" + "".join(_answer(one, most) for one in shown))
-            + "</details>"
-        )
+    for group, heading, part in every:
+        scores = dict(zip(part.documents.doc_id_N.tolist(), part.documents.right_N, strict=True))
+        shown = [_answer(one, scores.get(one.doc_id), most) for one in part.shown]
+        title = f"{heading} ({part.folder.name}), {group.label}: {len(shown)} answers"
+        yield f"<details><summary>{escape(title)}</summary>{''.join(shown)}</details>"
 
 
-def _answer(answer: ShownAnswer, most: float) -> str:
+def _answer(answer: ShownAnswer, score: float | None, most: float) -> str:
     words = "".join(
         f'<span style="background: {_colour(k, most)}" title="k {k:.2f}">{escape(text)}</span>'
         for text, k in answer.tokens
@@ -188,7 +186,8 @@ def _answer(answer: ShownAnswer, most: float) -> str:
     return (
         f'<div class="answer"><div class="question">{escape(answer.question)}</div>'
         f'<div class="written">{words}</div>'
-        f"<div>expected: {escape(answer.expected)} (document {answer.doc_id})</div></div>"
+        f"<div>document {answer.doc_id}, score {report.NONE if score is None else f'{score:g}'}"
+        "</div></div>"
     )
 
 

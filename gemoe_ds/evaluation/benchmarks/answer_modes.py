@@ -38,6 +38,7 @@ from gemoe_ds.evaluation.benchmarks.parts import (
 from gemoe_ds.evaluation.benchmarks.plan import TaskPlan, blocks_of, plan_tasks
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.reading import Reader
+from gemoe_ds.evaluation.benchmarks.shown import write_shown
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
 from gemoe_ds.evaluation.budget import Budget
@@ -242,6 +243,7 @@ def merge(session: EvalSession, folder: Path, asked: Asked, todo: Sequence[int])
     for number in todo[world.rank :: world.size]:
         name = asked.tasks[number].name
         answers, cut = merge_task(folder / name, name, found.get(name, []), empty)
+        write_shown(folder / name, asked.tasks[number], folder / name / ANSWERS)
         assert answers == asked.plans[number].num_requests, f"{name}: {answers} answers"
         counts[number] = (answers, cut)
     everywhere = {n: both for of_rank in gather_objects(counts) for n, both in of_rank.items()}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemoe_ds.analysis.benchmarks.files import MAX_SHOWN
 from gemoe_ds.cluster.signals import stop_together
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.console import Progress
@@ -27,6 +28,7 @@ from gemoe_ds.evaluation.benchmarks.parts import PartWriter
 from gemoe_ds.evaluation.benchmarks.plan import Block, TaskPlan, dealt
 from gemoe_ds.evaluation.benchmarks.reading import Document, Reader, Work
 from gemoe_ds.evaluation.benchmarks.requests import Answer, Request
+from gemoe_ds.evaluation.benchmarks.shown import WritingK, shown_tokens
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 from gemoe_ds.evaluation.decoding import Sampler, StopStrings
 from gemoe_ds.evaluation.generate import alone, generate
@@ -150,6 +152,12 @@ class Answerer:
             np.array([request.doc_id for request in requests]),
             np.array([request.index for request in requests]),
         )
+        writing_k = WritingK(len(requests))
+
+        def after_forward() -> None:
+            found = counted()
+            writing_k.add(found, self.model.ctx.is_valid_T.numel() // len(requests))
+
         written = generate(
             self.model,
             made,
@@ -159,9 +167,10 @@ class Answerer:
             count=False,
             choose=Sampler(writings, [seed_of(self.seed, request) for request in requests]),
             has_ended=texts if prompts else None,
-            after_forward=counted if prompts else None,
+            after_forward=after_forward if prompts else None,
         )
         cut = [tokens for document in batch for tokens in document.cut]
+        is_shown = [document.is_shown and not n for document in batch for n in range(document.rows)]
         return [
             Answer(
                 request.key,
@@ -171,6 +180,9 @@ class Answerer:
                 prompt_tokens=len(prompts[row].input_ids),
                 written_tokens=len(ids),
                 cut_tokens=cut[row],
+                tokens=shown_tokens(tokenizer, self._without_end(ids), writing_k.k_B[row])
+                if is_shown[row]
+                else None,
             )
             for row, (request, ids) in enumerate(
                 zip(requests, written.token_ids if requests else [], strict=True)
@@ -233,10 +245,11 @@ def answer_blocks(
     def read(block: Block) -> list[Document]:
         plan, task, is_done = plans[block.task], tasks[block.task], done[block.task]
         places = [place for place in range(block.first, block.last) if not is_done[place]]
-        return [
-            answerer.reader.read(task.requests_of(int(plan.doc_D[place])), block.work)
-            for place in places
-        ]
+        found = []
+        for doc in plan.doc_D[places].tolist():
+            found.append(answerer.reader.read(task.requests_of(doc), block.work))
+            found[-1].is_shown = doc < MAX_SHOWN
+        return found
 
     with ThreadPoolExecutor(1) as ahead, bar:
         coming = iter([block for block in mine if block])

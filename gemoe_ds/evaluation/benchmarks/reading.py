@@ -47,6 +47,7 @@ class Document:
     # To write, for each request:
     prompts: list[Encoded] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)  # tokens
+    is_shown: bool = False  # its answer's tokens are kept
 
 
 class Reader:

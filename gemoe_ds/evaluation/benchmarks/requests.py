@@ -58,6 +58,7 @@ class Answer:
     prompt_tokens: int = 0
     written_tokens: int = 0
     cut_tokens: int = 0  # on the left of the prompt, which was too long
+    tokens: list[list[Any]] | None = None  # of a few of `generate`: text and k, for shown.jsonl
 
     def as_json(self) -> str:
         """A line of answers.jsonl."""

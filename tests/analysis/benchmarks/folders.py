@@ -141,7 +141,6 @@ def write_task(
                 doc_id=doc,
                 question=f"<What> is {doc} & {doc}?",
                 tokens=(("It", 1.0), (" is", 2.5), (f" {doc}\n", 8.0)),
-                expected=str(doc),
             )
             for doc in range(shown)
         ]

@@ -140,8 +140,7 @@ def test_routing_of_all_parts_is_added(tmp_path: Path) -> None:
 
 def test_shown_answers_come_back_in_order_and_never_too_many(tmp_path: Path) -> None:
     made = [
-        ShownAnswer(doc_id=doc, question="\u2028?", tokens=(("a\n", 1.5),), expected="")
-        for doc in range(30)
+        ShownAnswer(doc_id=doc, question="\u2028?", tokens=(("a\n", 1.5),)) for doc in range(30)
     ]
     (tmp_path / "shown.jsonl").write_text("\n".join(map(shown_line, made[::-1])), encoding="utf-8")
     assert read_shown(tmp_path) == tuple(made[:20])
