@@ -49,7 +49,9 @@ ROOMS = [
 ONLY_IN = {
     "deepspeed": {"engine", "benchmarks"},  # whose layers run beside ours
     "transformers": {"hf_io", "models", "data", "data_prep", "export", "benchmarks"},
-    "datasets": {"data"},
+    "datasets": {"data", "evaluation"},
+    "lm_eval": {"evaluation"},
+    "lmms_eval": {"evaluation"},
     "grain": {"data"},
     "matplotlib": {"analysis", "benchmarks", "experiments"},
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from gemoe_ds.evaluation.benchmarks.requests import Request
 
@@ -15,7 +16,9 @@ class Task(Protocol):
     """
 
     name: str  # a leaf task
+    group: str | None  # the group that it was asked for with, such as mmlu
     num_documents: int
+    choices: Mapping[str, Any]  # what the paper does not say: num_fewshot, limit, ...
 
     def requests_of(self, doc: int) -> list[Request]:
         """Of the document at this place, from 0 on; `doc_id` is the harness's own."""

@@ -1,0 +1,28 @@
+"""How tasks are asked, where the user has a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
+
+FEWSHOT_SEED = 1234  # as lm-eval's
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    num_fewshot: int | None = None  # of language tasks; None: the task's own, MMLU's five
+    limit: int | None = None  # the first so many documents of every leaf task
+    # Renders messages, as data/chat_template.py does; None: plain text, as lm-eval's default.
+    chat_template: Callable[..., str] | None = None
+    fewshot_as_multiturn: bool = True  # with a chat template: examples are turns of their own
+    style: PromptStyle = field(default_factory=DefaultStyle)  # of vision tasks
+
+    @property
+    def template(self) -> str:
+        """For `choices`."""
+        if self.chat_template is None:
+            return "none"
+        return "examples as turns" if self.fewshot_as_multiturn else "examples in one turn"
