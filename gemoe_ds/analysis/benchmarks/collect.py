@@ -151,6 +151,13 @@ def _answered(folder: Path) -> Answered:
 
 def _add(first: ModeRun, second: ModeRun) -> None:
     """Tasks that `first` lacks; a task of both must have the same scores."""
+    trained, other = first.mode.checkpoint, second.mode.checkpoint
+    if trained != other:
+        raise DataError(
+            f"{first.folder} ({trained}) and {second.folder} ({other}) are two trainings of one "
+            "method with one seed: they cannot share a row; give one of them, or `--name` one "
+            "otherwise when it answers"
+        )
     for task, answered in second.tasks.items():
         known = first.tasks.setdefault(task, answered)
         if known.scores.metrics != answered.scores.metrics:

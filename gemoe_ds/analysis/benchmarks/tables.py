@@ -174,7 +174,9 @@ def _choices(layout: Layout, models: Sequence[Model]) -> Iterable[str]:
         for column in model.ran(layout.columns):
             parts = next(run for run in model.runs if column.heading in run.columns).columns
             scores = [part.scores for part in parts[column.heading]]
-            tasks = scores[0].task if len(scores) == 1 else f"{column.task}, {len(scores)} parts,"
+            tasks = scores[0].task
+            if column.leaves:
+                tasks = f"{column.task}, {len(scores)} of its {len(column.leaves)} parts,"
             number = sum(one.num_documents for one in scores)
             chosen = {f"{name} {value}" for one in scores for name, value in one.choices.items()}
             text = (
@@ -186,7 +188,9 @@ def _choices(layout: Layout, models: Sequence[Model]) -> Iterable[str]:
     for text, titles in said.items():
         yield f"{text} ({', '.join(titles)})." if len(models) > 1 else f"{text}."
     for model in models:
-        yield f"**{model.title}**: base model {model.base or 'with random weights'}."
+        dtypes = {run.mode.dtype for run in model.runs if run.mode.dtype}
+        computed = f", computed in {' and '.join(sorted(dtypes))}" if dtypes else ""
+        yield f"**{model.title}**: base model {model.base or 'with random weights'}{computed}."
 
 
 def _kinds_of_tokens(models: Sequence[Model]) -> Iterable[KindsOfTokens]:

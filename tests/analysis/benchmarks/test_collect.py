@@ -115,12 +115,28 @@ def test_the_same_mode_in_two_places(tmp_path: Path) -> None:
     right = right_of(np.random.default_rng(0), 20, 0.5)
     mode = mode_of("top_k", 4)
     write_mode(tmp_path / "one", "k_4", mode, {"gsm8k": right})
-    write_mode(tmp_path / "two", "k_4", mode, {"gsm8k": right, "mmlu_law": right})
+    write_mode(tmp_path / "two", "k_4", mode, {"gsm8k": right, "mmlu_virology": right})
     (found,) = read_modes([tmp_path / "one", tmp_path / "two"])
-    assert sorted(found.tasks) == ["gsm8k", "mmlu_law"]
+    assert sorted(found.tasks) == ["gsm8k", "mmlu_virology"]
     write_mode(tmp_path / "three", "k_4", mode, {"gsm8k": 1 - right[:19]})
     with pytest.raises(DataError, match="are the same way to route with other scores"):
         read_modes([tmp_path / "one", tmp_path / "three"])
+
+
+def test_two_trainings_are_no_row(tmp_path: Path) -> None:
+    """Not even where they answered different tasks, which would look like one run's."""
+    for name, task in (("a", "gsm8k"), ("b", "pope")):
+        mode = mode_of("gemoe", checkpoint=f"runs/{name}/checkpoints/step-000200")
+        write_mode(tmp_path / name, "trained", mode, {task: np.ones(3)})
+    with pytest.raises(DataError, match="are two trainings of one method with one seed"):
+        read_modes([tmp_path / "a", tmp_path / "b"])
+
+
+@pytest.mark.parametrize("task", ["mmlu_pro_law", "gsm8k_cot", "ai2d_no_mask", "mmlu", "pope_adv"])
+def test_another_task_of_like_name_fills_no_column(tmp_path: Path, task: str) -> None:
+    write_mode(tmp_path, "k_4", mode_of("top_k", 4), {task: np.ones(3), "gqa": np.zeros(3)})
+    (run,) = read_modes([tmp_path])
+    assert set(run.columns) == {"GQA"}
 
 
 def test_documents_in_any_order_are_joined(tmp_path: Path) -> None:
@@ -131,7 +147,7 @@ def test_documents_in_any_order_are_joined(tmp_path: Path) -> None:
 
 
 def test_routing_of_all_parts_is_added(tmp_path: Path) -> None:
-    tasks = {"mmlu_law": np.ones(5), "mmlu_anatomy": np.ones(7)}
+    tasks = {"mmlu_virology": np.ones(5), "mmlu_anatomy": np.ones(7)}
     write_mode(tmp_path, "trained", mode_of("gemoe"), tasks)
     (found,) = read_modes([tmp_path])
     parts = [routing_of(number, None) for number in (5, 7)]

@@ -27,7 +27,7 @@ from tests.analysis.benchmarks.folders import (
     write_mode,
 )
 
-TASKS = {"scienceqa_img": 40, "gqa": 30, "mmlu_law": 20, "mmlu_anatomy": 30}
+TASKS = {"scienceqa_img": 40, "gqa": 30, "mmlu_virology": 20, "mmlu_anatomy": 30}
 GATES = {
     name: np.random.default_rng(seed).standard_normal((LAYERS, EXPERTS, 5)).astype(np.float32)
     for seed, name in enumerate(("before", "after"))

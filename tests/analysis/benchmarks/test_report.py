@@ -16,7 +16,14 @@ from gemoe_ds.analysis.results import FigureFile
 from tests.analysis.benchmarks.folders import demo_run
 
 EXPECTED = Path(__file__).with_name("expected_report.md")
-TASKS = {"pope": 30, "scienceqa_img": 40, "mme": 10, "ai2d": 50, "mmlu_anatomy": 40, "mmlu_law": 20}
+TASKS = {
+    "pope": 30,
+    "scienceqa_img": 40,
+    "mme": 10,
+    "ai2d": 50,
+    "mmlu_anatomy": 40,
+    "mmlu_virology": 20,
+}
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def row(block: Block, label: str) -> Row:
 
 
 def test_scores_averages_and_retention_are_plain_means(tmp_path: Path) -> None:
-    tasks = {"mmlu_anatomy": 40, "mmlu_law": 10, "gsm8k": 30}
+    tasks = {"mmlu_anatomy": 40, "mmlu_virology": 10, "gsm8k": 30}
     block = ours(tables(demo_run(tmp_path, tasks))["9"])
     assert [row.label for row in block.rows] == ["Top-4", "Top-2", "GeMoE"]
     base, gemoe = row(block, "Top-4"), row(block, "GeMoE")
@@ -71,7 +71,7 @@ def test_experts_and_parameters_are_of_an_average_token(tmp_path: Path) -> None:
 def test_differences_are_those_of_a_bootstrap_written_out(tmp_path: Path) -> None:
     """Every benchmark draws its own documents; both methods meet the same ones."""
     rng = np.random.default_rng(0)
-    numbers = {"gsm8k": 60, "mmlu_law": 150}
+    numbers = {"gsm8k": 60, "mmlu_virology": 150}
     methods = {}
     for name, method, k in (("k_4", "top_k", 4), ("trained", "gemoe", None)):
         methods[name] = {task: rng.integers(0, 3, n) / 2 for task, n in numbers.items()}
@@ -84,7 +84,7 @@ def test_differences_are_those_of_a_bootstrap_written_out(tmp_path: Path) -> Non
             apart = methods["trained"][task][drawn].mean() - methods["k_4"][task][drawn].mean()
             slow[task].append(100 * apart)
     slow["average"] = list(np.mean(list(slow.values()), axis=0))
-    cells = {"gsm8k": "GSM-8K", "mmlu_law": "MMLU"}
+    cells = {"gsm8k": "GSM-8K", "mmlu_virology": "MMLU"}
     for task, apart in slow.items():
         cell = gemoe.average if task == "average" else gemoe.cells[cells[task]]
         ends = np.percentile(apart, [2.5, 97.5])
@@ -118,8 +118,8 @@ def test_mme_is_two_scores_and_a_sum_that_no_average_holds(tmp_path: Path) -> No
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    full = {task: right_of(rng, 10, 0.5) for task in ("gsm8k", "mmlu_law", "mmlu_anatomy")}
-    partly = {task: full[task] for task in ("gsm8k", "mmlu_law")}
+    full = {task: right_of(rng, 10, 0.5) for task in ("gsm8k", "mmlu_virology", "mmlu_anatomy")}
+    partly = {task: full[task] for task in ("gsm8k", "mmlu_virology")}
     write_mode(tmp_path, "k_2", mode_of("top_k", 2), full)
     trained = write_mode(tmp_path, "trained", mode_of("gemoe"), partly)
     (trained / "humaneval").mkdir()
