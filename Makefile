@@ -22,7 +22,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu check lint format setup clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -94,6 +94,11 @@ full-size: setup
 # MolmoE-1B and DeepSeek-VL2-Tiny at theirs on a GPU, 20 steps: results/full_size_gpu.json.
 full-size-gpu: setup
 	$(BIN)/python -m experiments.full_size --backbones molmoe deepseek_vl2 --ranks 1 --steps 20 --out results/full_size_gpu.json
+
+# Whatever wants a GPU, in about ten minutes on one: results/gpu_check.json and .md.
+# CHECKPOINT=DIR adds a published folder beside its publishers' code, BACKBONE=NAME says whose.
+gpu-check: setup
+	$(BIN)/python -m experiments.gpu_check $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 check: lint
 	$(BIN)/mypy

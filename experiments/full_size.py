@@ -1,9 +1,9 @@
 """Backbones at their true sizes on this machine: results/full_size.json, or full_size_gpu.json.
 
-For each: a checkpoint in its public layout with random weights, loaded on --ranks ranks with expert
-parallelism among them; GeMoE is trained for --steps steps, saved, resumed and trained for as many
-again; then answers are written at the backbone's own k and at GeMoE's. Random weights say nothing
-of quality: what is measured is memory and time.
+For each: a checkpoint in its public layout with random weights (or --checkpoint, a real one),
+loaded on --ranks ranks with expert parallelism among them; GeMoE is trained for --steps steps,
+saved, resumed and trained for as many again; then answers are written at the backbone's own k and
+at GeMoE's. Random weights say nothing of quality: what is measured is memory and time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def turns() -> Iterator[tuple[str, str]]:
         yield f"What comes after {n} ?", f"After {n} comes {n + 1} ."
 
 
-def write_data(folder: Path, *, images: bool) -> None:
+def write_data(folder: Path, *, images: bool, num_turns: int) -> None:
     import numpy as np
     from PIL import Image
 
@@ -48,9 +48,10 @@ def write_data(folder: Path, *, images: bool) -> None:
         Image.fromarray(pixels).resize((480, 360)).save(stored, "JPEG")
         return stored.getvalue()
 
+    every = [Turn(*turn) for turn in turns()] * 2
     samples = (
-        Sample(f"n{i}", picture(i) if images else None, (Turn(*turn),))
-        for i, turn in enumerate(turns())
+        Sample(f"n{i}", picture(i) if images else None, tuple(every[i : i + num_turns]))
+        for i in range(SAMPLES)
     )
     write_samples(samples, folder, source="experiments/full_size.py")
 
@@ -87,10 +88,20 @@ def kept_bytes(folder: Path, ranks: int) -> int:
 class FullSize:
     """One backbone's folder, runs and figures."""
 
-    def __init__(self, name: str, ranks: int, steps: int) -> None:
-        self.name, self.ranks, self.steps = name, ranks, steps
+    def __init__(
+        self,
+        name: str,
+        ranks: int,
+        steps: int,
+        real: Path | None = None,
+        num_turns: int = 1,
+        more: Sequence[str] = (),
+    ) -> None:
+        self.name, self.ranks, self.steps, self.num_turns = name, ranks, steps, num_turns
+        self.more = more
         self.root = Path("runs/full_size") / name
-        self.base, self.data = self.root / "checkpoint", self.root / "data"
+        self.base, self.data = real or self.root / "checkpoint", self.root / "data"
+        self.tokenizer = real or self.root / "tokenizer"
         if (self.root / "run").exists():
             raise ConfigError(f"{self.root}/run exists; remove it to measure again")
 
@@ -106,9 +117,11 @@ class FullSize:
             write_random_checkpoint(backbone, self.base, shards=SHARDS)
         if not self.data.exists():
             sees = backbone(backbone.Config()).image_layout(backbone.published()) is not None
-            write_data(self.data, images=sees)
+            write_data(self.data, images=sees, num_turns=self.num_turns)
+        if self.tokenizer == self.base:
+            return
         words = {word for turn in turns() for text in turn for word in text.split()}
-        write_stand_in_tokenizer(backbone, words, self.root / "tokenizer")
+        write_stand_in_tokenizer(backbone, words, self.tokenizer)
 
     def launched(self, script: str, *options: str) -> None:
         command = [
@@ -118,14 +131,28 @@ class FullSize:
         print(f"-- {shlex.join(command)}", flush=True)
         subprocess.run(command, check=True)
 
+    def options(self) -> list[str]:
+        paths = {"model.checkpoint": self.base, "data.train_path": self.data}
+        paths |= {"data.tokenizer": self.tokenizer, "output_dir": self.root / "run"}
+        options = [f"{key}={path}" for key, path in paths.items()]
+        return [*options, f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
+
+    def estimated(self) -> int:
+        """Bytes of a rank, of the device that is here."""
+        import torch
+
+        from gemoe_ds.config.load import load_config
+        from gemoe_ds.data.sample import open_samples
+        from gemoe_ds.train.estimate import estimate
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = load_config(RECIPE, [*self.options(), *self.more])
+        return estimate(config, open_samples(self.data), self.ranks, device).total
+
     def train(self, steps: int, *more: str) -> list[dict[str, Any]]:
         """Train to `steps`; the phases."""
-        paths = {"model.checkpoint": self.base, "data.train_path": self.data}
-        paths |= {"data.tokenizer": self.root / "tokenizer", "output_dir": self.root / "run"}
-        options = [f"{key}={path}" for key, path in paths.items()]
-        options += [f"model.backbone.name={self.name}", f"parallel.ep_size={self.ranks}"]
-        options += [f"train.steps={steps}", f"checkpoint.every={self.steps}", *more]
-        self.launched("train.py", RECIPE, *options)
+        options = [f"train.steps={steps}", f"checkpoint.every={self.steps}", *more]
+        self.launched("train.py", RECIPE, *self.options(), *options)
         measured: list[dict[str, Any]] = json.loads((self.root / "run/profile.json").read_text())
         return measured
 
@@ -145,8 +172,8 @@ class FullSize:
         top_k = backbone.published_blocks()[0].routing.top_k
         disk = dd_rate(self.base)
         evict(self.base)
-        first = self.train(self.steps)
-        again = self.train(2 * self.steps, "resume=auto")
+        first = self.train(self.steps, *self.more)
+        again = self.train(2 * self.steps, "resume=auto", *self.more)
         kept = kept_bytes(self.base, self.ranks)
         total = sum(file.stat().st_size for file in self.base.glob("*.safetensors"))
         loading = next(phase for phase in first if phase["name"] == "loading")
@@ -155,6 +182,8 @@ class FullSize:
             "ranks": self.ranks,
             "checkpoint_bytes": total,
             "kept_bytes_per_rank": kept,
+            "estimated_bytes_per_rank": self.estimated(),
+            "device": _device(),
             "loading_peak_over_kept": round(max(loading["host_bytes"]) / kept, 3),
             "loading_node_over_checkpoint": round(sum(loading["share_bytes"]) / total, 3),
             "dd_bytes_per_s": round(disk),
@@ -166,24 +195,45 @@ class FullSize:
         }
 
 
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def main() -> int:
     parser = Parser("python -m experiments.full_size", description=__doc__)
     parser.add_argument("--backbones", nargs="+", default=["olmoe"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/full_size.json"))
+    parser.add_argument("--checkpoint", type=Path, help="a real folder, of the one backbone named")
+    parser.add_argument("--turns", type=int, default=1, help="questions and answers a sample (1)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the training"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
     arguments = parser.parse_or_exit()
+    real = arguments.checkpoint.absolute() if arguments.checkpoint else None
     os.chdir(CHECKOUT)
     from gemoe_ds.analysis.provenance import provenance
 
     with exit_on_error():
+        if real and len(arguments.backbones) != 1:
+            raise ConfigError("--checkpoint is of one backbone: name it with --backbones")
         measured = {}
         for name in arguments.backbones:
-            one = FullSize(name, arguments.ranks, arguments.steps)
+            one = FullSize(
+                name,
+                arguments.ranks,
+                arguments.steps,
+                real,
+                arguments.turns,
+                arguments.set,
+            )
             one.prepare()
             measured[name] = one.measure()
-            if not arguments.keep:
+            if not arguments.keep and not real:
                 shutil.rmtree(one.base)
         report = {"backbones": measured} | provenance()
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

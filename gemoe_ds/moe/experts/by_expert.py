@@ -69,7 +69,7 @@ def _by_each(rows_AK: Tensor, weight_EMK: Tensor, counts: list[int]) -> Tensor:
     sizes = [count for _, count in busy]
     is_stored_so = weight_EMK.dtype == rows_AK.dtype
     for (expert, count), rows_nK, out_nM in zip(
-        busy, rows_AK.split(sizes), out_AM.split(sizes), strict=True
+        busy, torch.split(rows_AK, sizes), torch.split(out_AM, sizes), strict=True
     ):
         weight_MK = weight_EMK[expert] if is_stored_so else weight_EMK[expert].to(rows_AK.dtype)
         if count == 1:
