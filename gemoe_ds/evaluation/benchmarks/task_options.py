@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gemoe_ds.evaluation.benchmarks.prompt_style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
+from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 
 FEWSHOT_SEED = 1234  # as lm-eval's
 
