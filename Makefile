@@ -18,11 +18,14 @@ BIN := .venv/bin
 PLACE := $(CURDIR) $(TORCH_INDEX)
 STAMP := .venv/installed-$(shell { cat pyproject.toml setup.py constraints.txt; echo "$(PLACE)"; } | cksum | cut -d' ' -f1)
 
+EVAL_PINS := gemoe_ds/evaluation/benchmarks/eval_requirements.txt
+EVAL_STAMP := .venv/eval-$(shell cksum < $(EVAL_PINS) | cut -d' ' -f1)
+
 export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -49,10 +52,10 @@ compare-quick: setup
 compare-trials: setup
 	@$(BIN)/python -m experiments.compare --trials
 
-test: check
+test: check eval-env
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4
 
-test-slow: setup
+test-slow: setup eval-env
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
 # A real SLURM of two nodes, mpirun and so on, on this machine alone. Needs root; Debian or Ubuntu.
@@ -128,6 +131,17 @@ $(STAMP):
 		echo "$(PLACE)" > .venv/place; }
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
 	@rm -f .venv/installed-*
+	@touch $@
+
+# The harnesses that `gemoe benchmark` asks and scores with, beside what is there: lm-eval and
+# lmms-eval declare packages (torchvision, opencv, wandb ...) that nothing here imports.
+eval-env: setup $(EVAL_STAMP)
+	@:
+
+$(EVAL_STAMP): | setup
+	@echo "== set-up: lm-eval and lmms-eval into .venv (190 MB)"
+	$(BIN)/python -m pip install -q --no-deps -r $(EVAL_PINS)
+	@rm -f .venv/eval-*
 	@touch $@
 
 # Removes what the demo made (runs/demo) and the environment.

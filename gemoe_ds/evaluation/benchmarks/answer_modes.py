@@ -133,7 +133,7 @@ def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, wor
     asked. Collective."""
     collator = meta_collator(config)
     refuse_pictures(collator, tasks)
-    reader = Reader(collator, VisionPrompts(collator, style), config.data.num_workers)
+    reader = Reader(collator, VisionPrompts(collator, style))
     plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
     return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})
 

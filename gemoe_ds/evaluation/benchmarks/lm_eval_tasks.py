@@ -155,6 +155,8 @@ def _flat(built: Any) -> Iterator[LmEvalLeaf]:
 class LmEvalTask:
     """A `Task` over one of the harness."""
 
+    harness = LM_EVAL
+
     def __init__(
         self, stock: Any, group: str | None, options: TaskOptions, default_shots: int
     ) -> None:

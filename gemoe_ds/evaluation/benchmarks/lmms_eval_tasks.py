@@ -122,6 +122,8 @@ def _leaves(index: Any, name: str, folder: Path | None, asked: str) -> Iterator[
 class LmmsEvalTask:
     """A `Task` over one of the harness."""
 
+    harness = LMMS_EVAL
+
     def __init__(self, stock: Any, group: str | None, options: TaskOptions) -> None:
         self.name, self.group = str(stock.config.task), group
         self._stock = stock

@@ -10,6 +10,7 @@ from typing import Any
 from gemoe_ds.analysis.benchmarks import columns
 from gemoe_ds.errors import ConfigError, DataError, GemoeError
 from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL, LMMS_EVAL, check_installed, label
+from gemoe_ds.evaluation.benchmarks.local_data import data_of
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 
@@ -67,7 +68,8 @@ def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Task]:
             raise ConfigError(f"--num-fewshot {options.num_fewshot} must be 0 at least")
         if all(one.leaf.harness == LMMS_EVAL for one in asked):
             raise ConfigError("--num-fewshot: none of --tasks is a language task; leave it out")
-    return [_load(one, options) for one in asked]
+    with data_of([one.leaf for one in asked], options.data):
+        return [_load(one, options) for one in asked]
 
 
 def _load(asked: Asked, options: TaskOptions) -> Task:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 
@@ -18,6 +19,7 @@ class TaskOptions:
     # Renders messages, as data/chat_template.py does; None: plain text, as lm-eval's default.
     chat_template: Callable[..., str] | None = None
     fewshot_as_multiturn: bool = True  # with a chat template: examples are turns of their own
+    data: DataPlaces = DataPlaces()
     style: PromptStyle = field(default_factory=DefaultStyle)  # of vision tasks
 
     @property

@@ -16,6 +16,7 @@ class Task(Protocol):
     """
 
     name: str  # a leaf task
+    harness: str  # lm_eval, lmms_eval
     group: str | None  # the group that it was asked for with, such as mmlu
     num_documents: int
     choices: Mapping[str, Any]  # what the paper does not say: num_fewshot, limit, ...

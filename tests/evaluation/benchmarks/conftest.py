@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,5 +19,6 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = tmp_path_factory.mktemp("datasets_cache")
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)  # read when datasets is imported
     patch.setenv("HF_DATASETS_CACHE", str(cache))
+    patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("views")))
     yield write_miniature(tmp_path_factory.mktemp("hub"))
     patch.undo()

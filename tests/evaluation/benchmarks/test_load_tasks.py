@@ -8,6 +8,7 @@ import pytest
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.benchmarks.load_tasks import SETS, load_tasks, resolve
+from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 
 
@@ -22,11 +23,10 @@ def test_the_paper_s_sets() -> None:
     assert {one.default_shots for one in asked if one.name == "mmlu"} == {5}
 
 
-def test_loaded_tasks_know_their_group_and_choices(
-    miniature: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(miniature)
-    gsm8k, pope = load_tasks(["gsm8k", "pope"], TaskOptions(limit=2))
+def test_loaded_tasks_know_their_group_and_choices(miniature: Path) -> None:
+    options = TaskOptions(limit=2, data=DataPlaces(miniature))
+    gsm8k, pope = load_tasks(["gsm8k", "pope"], options)
+    assert (gsm8k.harness, pope.harness) == ("lm_eval", "lmms_eval")
     assert (gsm8k.name, gsm8k.group, gsm8k.num_documents) == ("gsm8k", None, 2)
     assert gsm8k.choices == {"num_fewshot": 5, "limit": 2, "chat_template": "none"}
     assert pope.choices == {"num_fewshot": 0, "limit": 2}
