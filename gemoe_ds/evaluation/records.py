@@ -187,7 +187,8 @@ def method_name(session: EvalSession, mode: RoutingMode) -> str:
     arguments, router = session.arguments, session.model.moe_layers[0].router
     # Of these the run has tuned the gates alone, of which the router's name says nothing.
     rule = mode.router is not None or router.name == "top_k" or is_rule(router)
-    return arguments.name or (f"{router.name}_tuned" if arguments.trained and rule else router.name)
+    tuned = arguments.trained and mode.k is None and rule  # --k is the untouched model
+    return arguments.name or (f"{router.name}_tuned" if tuned else router.name)
 
 
 def write_flips(out: Path, dtype: str, scores: Scores, exact: Scores) -> None:

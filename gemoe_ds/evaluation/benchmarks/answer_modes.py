@@ -81,6 +81,7 @@ def answer_all(
     adopt_launcher()
     config = session_config(arguments)
     asked_modes = modes(arguments, chosen_routers(arguments))
+    check_static(arguments, config)
     check_calibration(arguments, config, calibrate_tasks)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         asked = read_tasks(whole_context(arguments, config), tasks, style, world)
@@ -97,6 +98,16 @@ def answer_all(
             session.calibration = calibration_on(session, calibrate_tasks, asked.reader)
         for mode in asked_modes:
             answer_mode(session, mode, asked)
+
+
+def check_static(arguments: Namespace, config: RunConfig) -> None:
+    """ConfigError where --k would not be the untouched model, whose gates alone are kept."""
+    if arguments.trained and arguments.k and config.model.trainable != "routers":
+        raise ConfigError(
+            f"--k with a run answers the untouched model, and model.trainable="
+            f"{config.model.trainable} has changed more than its routers: leave --k out here, and "
+            "give the recipe in the place of the run for it"
+        )
 
 
 def check_calibration(

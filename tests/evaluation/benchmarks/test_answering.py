@@ -248,6 +248,9 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_read(recipe, tmp_path, m
     with pytest.raises(ConfigError, match="--mean-k is met on samples, and"):
         words = ("--router", "score", "--mean-k", "3", "data.train_path=/none")
         answer(recipe, tasks, *words, "--out", tmp_path)
+    with pytest.raises(ConfigError, match="model.trainable=all has changed more than its routers"):
+        words = ("--trained", tmp_path / "run", "model.trainable=all", "--out", tmp_path)
+        answer(recipe, tasks, "--k", "4", *words)
     with pytest.raises(ConfigError, match="--calibrate-tasks says how"):
         answer(recipe, tasks, "--k", "4", "--out", tmp_path, known=tasks)
 
