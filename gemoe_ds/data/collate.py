@@ -20,7 +20,7 @@ from gemoe_ds.data.images import decode_image
 from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import SampleError
 from gemoe_ds.models.chat import ChatTemplate
-from gemoe_ds.models.images import ImageLayout, ProcessedImage
+from gemoe_ds.models.images import ON_HOST, ImageLayout, ProcessedImage
 from gemoe_ds.models.inputs import ModelInputs
 
 IGNORE = -100
@@ -77,13 +77,17 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """What a model's forward takes."""
+        """What a model's forward takes on its device."""
         inputs = self.inputs
-        return [*inputs.pop("images").values(), *inputs.values()]
+        images = inputs.pop("images").items()
+        return [*(tensor for name, tensor in images if name not in ON_HOST), *inputs.values()]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         inputs = self.inputs
-        images: Any = {name: change(tensor) for name, tensor in inputs.pop("images").items()}
+        images: Any = {
+            name: tensor if name in ON_HOST else change(tensor)
+            for name, tensor in inputs.pop("images").items()
+        }
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in inputs.items()}
         return replace(self, images=images, **changed)
 

@@ -1,4 +1,4 @@
-"""The grouped product that suits this GPU: torch's, or before Hopper DeepSpeed's Triton kernel.
+"""The grouped product that suits this GPU: torch's, or where that is a loop DeepSpeed's kernel.
 
 NOT run on a GPU yet: tests/engine/test_gemm.py does so where there is one.
 """
@@ -6,11 +6,11 @@ NOT run on a GPU yet: tests/engine/test_gemm.py does so where there is one.
 from __future__ import annotations
 
 import torch
-from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
+from deepspeed.ops.triton_ops.group_gemm_triton import _grouped_dw, group_gemm_triton
 from torch import Tensor
 
 from gemoe_ds.models.moe_model import MoEModel
-from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
+from gemoe_ds.moe.experts.grouped_gemm import IDLE_MASKED, TORCH, GroupedGemm
 
 
 class TritonGroupedGemm(GroupedGemm):
@@ -25,20 +25,22 @@ class TritonGroupedGemm(GroupedGemm):
         return product
 
     def weight_grad(self, grad_AM: Tensor, rows_AK: Tensor, ends_E: Tensor) -> Tensor:
-        """Its public face gives this one as the gradient of a product only, which comes on top."""
-        shape = (len(ends_E), grad_AM.shape[1], rows_AK.shape[1])
-        with torch.enable_grad():
-            weight_EMK = rows_AK.new_zeros(shape).requires_grad_()
-            product = group_gemm_triton(rows_AK.detach(), weight_EMK, ends_E, trans_b=True)
-            (grad_EMK,) = torch.autograd.grad(product, weight_EMK, grad_AM)
-        return grad_EMK
+        # Its public face would give this as a gradient only, after a product for nothing.
+        gradient: Tensor = _grouped_dw(
+            grad_AM.contiguous(), rows_AK.contiguous(), ends_E, len(ends_E)
+        )
+        return gradient
 
 
 def grouped_gemm(device: torch.device) -> GroupedGemm:
-    """The faster one of the two on this device."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return TritonGroupedGemm()
-    return TORCH
+    """The fastest one on this device."""
+    if device.type != "cuda":
+        return TORCH
+    major, _ = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return TORCH
+    # Of later ones torch's product has a kernel for 10 alone, data centre Blackwell.
+    return IDLE_MASKED if major == 10 else TritonGroupedGemm()
 
 
 def choose_grouped_gemm(model: MoEModel, device: torch.device) -> None:

@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# Extras that the host reads, to cut tensors: they stay there when a batch goes to a device.
+ON_HOST = ("grid_thw", "tiles")
+
 
 @dataclass(frozen=True)
 class ProcessedImage:
@@ -24,7 +27,7 @@ class ProcessedImage:
     feature_P: np.ndarray  # int64: the row of its features that belongs there; -1: none
     num_features: int  # rows that the model makes of it, those that go nowhere included
     pixels: np.ndarray  # float32, normalised: [N, 3, H, W], or whatever the tower takes, [N, ...]
-    extras: Mapping[str, np.ndarray] = field(default_factory=dict)  # [N, ...] or [1, ...] each
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)  # joined along the first axis
 
 
 class ImageLayout(Protocol):

@@ -300,7 +300,7 @@ class MoEModel(nn.Module):
         self.ctx.rolled_out = rolled_out or {}
         next_BS = following(labels_BS)
         at_BS = next_BS != -100 if taught_PD is None else self._distilled(inputs, labels_BS)
-        logits, targets = self._logits_at(at_BS, inputs), next_BS[at_BS]
+        logits, targets = self._logits(at_BS, next_BS, inputs)
         parts = {}
         if taught_PD is not None:
             parts["distill"] = self._divergence(logits, taught_PD, distilled_per_micro_batch)
@@ -321,8 +321,7 @@ class MoEModel(nn.Module):
     def _roll_out(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Rollout]:
         self.ctx.rolled_out = {}
         done: dict[str, Rollout] = {}
-        is_scored_BS = torch.zeros_like(inputs.is_valid_BS)
-        is_scored_BS[:, :-1] = labels_BS[:, 1:] != -100
+        is_scored_BS = following(labels_BS) != -100
         for name in self.rollouts:
             self.ctx.rollout = name
             try:
@@ -372,14 +371,15 @@ class MoEModel(nn.Module):
     def target_logits(self, inputs: ModelInputs, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Logits only where the NEXT token is a target: the head is wide, the answers are short."""
         next_BS = following(labels_BS)
-        at_BS = next_BS != -100
-        return self._logits_at(at_BS, inputs), next_BS[at_BS]
+        return self._logits(next_BS != -100, next_BS, inputs)
 
-    def _logits_at(self, at_BS: Tensor, inputs: ModelInputs) -> Tensor:
+    def _logits(self, at_BS: Tensor, next_BS: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """Logits and targets where `at_BS` says."""
+        # Asked for by the mask, the host would wait three times, behind the forward and the loss.
+        at_P = at_BS.flatten().nonzero().squeeze(1)
         with self.autocast(at_BS.device):
-            hidden_BSD = self.hidden(inputs)
-            logits: Tensor = self.backbone.head(self.hf)(hidden_BSD[at_BS])
-        return logits
+            hidden_PD = self.hidden(inputs).flatten(0, 1).index_select(0, at_P)
+            return self.backbone.head(self.hf)(hidden_PD), next_BS.flatten().index_select(0, at_P)
 
     @torch.no_grad()
     def _score(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Tensor]:

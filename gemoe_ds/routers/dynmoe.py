@@ -148,6 +148,8 @@ class DynMoERouter(Router):
     def _quantile(self, cos_TE: Tensor, valid_T: Tensor) -> Tensor:
         """The cosine that `start_k` experts of a valid token pass on average; 0 without tokens."""
         assert not isinstance(self.start_k, str)
+        if not cos_TE.numel():
+            return cos_TE.new_zeros(())
         cos_A = cos_TE.masked_fill(~valid_T[:, None], torch.inf).flatten().sort().values
         last = valid_T.sum() * self.spec.num_experts - 1
         at = ((1 - self.start_k / self.spec.num_experts) * last.double()).long().clamp_min(0)

@@ -1,4 +1,4 @@
-"""The grouped products equal a loop, and DeepSpeed's is chosen on GPUs before Hopper."""
+"""The grouped products equal a loop, and each GPU gets the one that suits it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from gemoe_ds.engine.gemm import TritonGroupedGemm, grouped_gemm
-from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
+from gemoe_ds.moe.experts.grouped_gemm import (
+    IDLE_MASKED,
+    TORCH,
+    GroupedGemm,
+    IdleMaskedGroupedGemm,
+)
 
 
 class Loop(GroupedGemm):
@@ -53,7 +58,15 @@ def test_torch_equals_loop(dtype):
 
 @pytest.mark.parametrize(
     ("capability", "kind"),
-    [((8, 0), TritonGroupedGemm), ((8, 9), TritonGroupedGemm), ((9, 0), GroupedGemm)],
+    [
+        ((8, 0), TritonGroupedGemm),
+        ((8, 9), TritonGroupedGemm),
+        ((9, 0), GroupedGemm),
+        ((10, 0), IdleMaskedGroupedGemm),
+        ((10, 3), IdleMaskedGroupedGemm),
+        ((11, 0), TritonGroupedGemm),
+        ((12, 0), TritonGroupedGemm),
+    ],
 )
 def test_choice_by_capability(capability, kind):
     with patch("torch.cuda.get_device_capability", return_value=capability):
@@ -61,8 +74,18 @@ def test_choice_by_capability(capability, kind):
     assert grouped_gemm(torch.device("cpu")) is TORCH
 
 
+def test_idle_experts_learn_nothing_where_the_product_leaves_something_there():
+    ends = torch.tensor([5, 5, 9, 9], dtype=torch.int32)
+    g = torch.Generator().manual_seed(0)
+    rows, grad = (torch.randn(9, n, generator=g) for n in (32, 48))
+    want = Loop().weight_grad(grad, rows, ends)
+    dirty = want.masked_fill((want == 0).all(2).all(1)[:, None, None], torch.nan)
+    with patch.object(GroupedGemm, "weight_grad", lambda *_: dirty):
+        torch.testing.assert_close(IDLE_MASKED.weight_grad(grad, rows, ends), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("gemm", [TORCH, TritonGroupedGemm()])
+@pytest.mark.parametrize("gemm", [TORCH, IDLE_MASKED, TritonGroupedGemm()])
 def test_on_a_gpu(gemm):
     compare(gemm, "cuda", torch.bfloat16, 2e-2)

@@ -38,7 +38,8 @@ def by_hand(tokens: str, batch: dict) -> list[tuple[int, int]]:
 def all_logits(model, batch: dict) -> torch.Tensor:
     """[B, S, V] of a plain forward."""
     everywhere_BS = torch.ones_like(batch["is_valid_BS"])
-    return model._logits_at(everywhere_BS, model_inputs(batch)).view(*everywhere_BS.shape, -1)
+    logits, _ = model._logits(everywhere_BS, everywhere_BS, model_inputs(batch))
+    return logits.view(*everywhere_BS.shape, -1)
 
 
 def make_student(base, router: str, options: dict, **distill: object):

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 from weakref import ref
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gemoe_ds.moe import monotonic_kernel, triton_launch
-from gemoe_ds.moe.experts import kernels
+from gemoe_ds.moe import monotonic, monotonic_kernel, triton_launch
+from gemoe_ds.moe.experts import grouped, kernels
 
 CUDA = torch.device("cuda", 0)
 
@@ -156,6 +157,38 @@ class Gpu(TorchDispatchMode):
         return name == "copy_" and isinstance(args[0], Pretended) and bool(of_host)
 
 
+def _swiglu(gate_up, weights, hidden, *_, **__) -> None:
+    hidden.copy_(grouped._swiglu(gate_up, weights))
+
+
+def _swiglu_backward(grad, gate_up, weights, *outputs, **_) -> None:
+    want_hidden = outputs[2] is not None
+    for output, value in zip(
+        outputs, grouped._swiglu_backward(grad, gate_up, weights, want_hidden), strict=False
+    ):
+        if value is not None:
+            output.copy_(value)
+
+
+def _segment_sum(rows, order, ends, sums, *_, **__) -> None:
+    sums.copy_(grouped._segment_sum(rows, order, ends, sums.dtype))
+
+
+def _all_pairs(entropy, k_soft, valid, moved, sums, *_, SLOPE, CONSTANT, **__) -> None:
+    total, num_pairs, by_token = monotonic.all_pairs(entropy, k_soft, valid, SLOPE, CONSTANT)
+    moved.copy_(by_token)
+    if sums.numel():
+        sums.zero_()[:, 0] = torch.stack([total, num_pairs])
+
+
+_BY_TORCH = {
+    kernels._swiglu_kernel: _swiglu,
+    kernels._swiglu_backward_kernel: _swiglu_backward,
+    kernels._segment_sum_kernel: _segment_sum,
+    monotonic_kernel._all_pairs_kernel: _all_pairs,
+}
+
+
 def real(value: Any) -> Any:
     return value.host if isinstance(value, Pretended) else value
 
@@ -177,8 +210,12 @@ def on_gpu(value: Any) -> Any:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[Gpu]:
-    """While this lasts torch.cuda is there as far as the project uses it."""
+def pretended_gpu(interpret: bool = False) -> Iterator[Gpu]:
+    """While this lasts torch.cuda is there as far as the project uses it.
+
+    Kernels are counted, and what they compute comes from the project's way for CPUs; with
+    `interpret` from Triton's interpreter, which takes 5 ms a program.
+    """
     gpu = Gpu()
 
     class Stream:
@@ -194,7 +231,8 @@ def pretended_gpu() -> Iterator[Gpu]:
         if 0 not in grid:
             gpu.launches[kernel.__name__] += 1
         with _disable_current_modes():
-            triton_launch.launch(kernel, grid, *map(real, tensors), **constants)
+            run = partial(triton_launch.launch, kernel, grid) if interpret else _BY_TORCH[kernel]
+            run(*map(real, tensors), **constants)
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         """By its definition: torch chooses among kernels that a CPU build has not."""

@@ -50,10 +50,11 @@ def library() -> Path:
     return path
 
 
-def run(*checks: str) -> None:
+def run(*files: str) -> None:
     """The tests of these files, in a process of their own with a pretended GPU."""
     preloaded = [str(library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
     environment = os.environ | {"LD_PRELOAD": ":".join(preloaded), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run([*command, *checks], env=environment, capture_output=True, text=True)
+    command += [str(SOURCE.with_name(file)) for file in files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

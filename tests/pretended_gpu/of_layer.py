@@ -140,7 +140,7 @@ def assert_as_on_cpu(layer: MoELayer, found: tuple, wanted: tuple, copies: int =
 def test_a_step_is_that_of_a_cpu_with_one_wait_and_few_launches(ranks, trainable):
     kind = {"trainable": trainable, "ranks": ranks}
     wanted = on_cpu(make_layer("gemoe", {}, **kind, here=ranks))
-    with pretended_gpu() as gpu:
+    with pretended_gpu(interpret=True) as gpu:
         layer = on_gpu(make_layer("gemoe", {}, **kind, here=1))
         *found, costs = step(layer, gpu)
     assert_as_on_cpu(layer, found, wanted, ranks)

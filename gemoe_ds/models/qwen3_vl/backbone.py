@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -26,7 +25,7 @@ from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import put_features
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import attended, attention_inputs
-from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
+from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages, rotary_positions
 from gemoe_ds.registry import ConfigModel
 
 _EXPERTS = "model.language_model.layers.{l}.mlp.experts"
@@ -128,6 +127,7 @@ class Qwen3VLBackbone(Backbone):
             image_id=config.image_token_id,
             start_id=config.vision_start_token_id,
             end_id=config.vision_end_token_id,
+            position_side=model.model.visual.num_grid_per_side,
         )
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
@@ -138,22 +138,27 @@ class Qwen3VLBackbone(Backbone):
                 inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
             ).last_hidden_state
             return hidden_BSD
-        feature_BS, grid = inputs.images["feature_BS"], inputs.images["grid_thw"]
+        images = inputs.images
+        feature_BS, tower = images["feature_BS"], inner.visual
         is_image_BS = feature_BS >= 0
-        seen = inner.get_image_features(
-            inputs.images["pixels"].to(embedded_BSD.dtype), grid, return_dict=True
+        seen = tower(
+            images["pixels"].to(embedded_BSD.dtype).type(tower.dtype),
+            grid_thw=images["grid_thw"],
+            interp_indices=images["interp_indices"],
+            interp_weights=images["interp_weights"],
+            position_ids=images["patch_position"],
+            return_dict=True,
         )
-        embedded_BSD = put_features(embedded_BSD, torch.cat(seen.pooler_output), feature_BS)
-        position_3BS, _ = inner.get_rope_index(
-            inputs.input_ids_BS,
-            is_image_BS.long(),
-            image_grid_thw=grid,
-            attention_mask=attended(inputs.is_valid_BS),
-        )
+        embedded_BSD = put_features(embedded_BSD, seen.pooler_output, feature_BS)
+        attended_BS = attended(inputs.is_valid_BS)
+        position_3BS = rotary_positions(feature_BS, attended_BS, images["place_F3"])
+        rows_P = feature_BS[is_image_BS]
         hidden_BSD = inner.language_model(
             inputs_embeds=embedded_BSD,
             visual_pos_masks=is_image_BS,
-            deepstack_visual_embeds=[f[feature_BS[is_image_BS]] for f in seen.deepstack_features],
+            deepstack_visual_embeds=[
+                rows.index_select(0, rows_P) for rows in seen.deepstack_features
+            ],
             **attention_inputs(inputs.is_valid_BS, inputs.past, position_3BS),
         ).last_hidden_state
         return hidden_BSD

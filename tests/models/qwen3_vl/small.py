@@ -11,7 +11,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
-from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages
+from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages, tables
 
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, TOP_K, EPS = 40, 3, 4, 2, 8, 3, 1e-6
 IMAGE = 30
@@ -107,3 +107,9 @@ PUBLIC = {
 
 def layout(**changes) -> Qwen3VLImages:
     return Qwen3VLImages(Qwen2VLImageProcessorPil(**PUBLIC | changes))
+
+
+def looked_up(*grids):
+    """What the layout gives beside the pixels, of images of so many patches."""
+    every = [tables(torch.tensor([grid]), position_side=4) for grid in grids]
+    return {name: torch.cat([one[name] for one in every]) for name in every[0]}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.qwen3_vl.backbone import Qwen3VLBackbone
+from gemoe_ds.models.qwen3_vl.images import rotary_positions
 from tests.models import reference
 from tests.models.qwen3_vl.small import (
     DIM,
@@ -21,6 +25,7 @@ from tests.models.qwen3_vl.small import (
     KV_HEADS,
     LAYERS,
     TOP_K,
+    looked_up,
     write_qwen3_vl,
 )
 from tests.models.small import check_shards, check_written_back, make_model
@@ -34,12 +39,16 @@ def folder(tmp_path_factory):
 make = partial(make_model, "qwen3_vl_moe")
 
 
+@pytest.fixture(scope="module")
+def rope_index(folder):
+    return make(folder).hf.model.get_rope_index
+
+
 def blank_images(shape):
     return {
         "pixels": torch.zeros(16, 3 * 2 * 2 * 2),
-        "grid_thw": torch.tensor([[1, 4, 4]]),
         "feature_BS": torch.full(shape, -1),
-    }
+    } | looked_up([1, 4, 4])
 
 
 def logits_of(model, ids_BS, valid_BS, images):
@@ -92,9 +101,8 @@ def batch():
     lengths = torch.tensor([19, 6, 12])
     images = {
         "pixels": torch.randn(32 + 8 + 16, 3 * 2 * 2 * 2, generator=g),
-        "grid_thw": torch.tensor([[1, 4, 8], [1, 4, 2], [1, 4, 4]]),
         "feature_BS": feature,
-    }
+    } | looked_up([1, 4, 8], [1, 4, 2], [1, 4, 4])
     return ids, torch.arange(19) < lengths[:, None], images
 
 
@@ -114,6 +122,37 @@ def test_images_are_those_of_the_stock_model(folder, batch):
     reference.assert_same(ours[valid], expected[valid])
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_positions_are_those_of_transformers(rope_index, seed):
+    """Ragged sequences of text and pictures, padded on either side; one may be padding alone."""
+    draw = random.Random(seed)
+    sequences, grids = [], []
+    for _ in range(draw.randint(1, 4)):
+        ids: list[int] = []
+        for _ in range(draw.randint(0, 3)):
+            ids += [1] * draw.randint(0, 4)
+            grids.append([1, 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)])
+            ids += [31, *[IMAGE] * (grids[-1][1] * grids[-1][2] // 4), 32]
+        sequences.append(ids + [2] * draw.randint(0 if ids else 1, 3))
+    length = max(map(len, sequences))
+    left = draw.random() < 0.5
+    pads = [[0] * (length - len(ids)) for ids in sequences]
+    ids_BS = torch.tensor([p + s if left else s + p for s, p in zip(sequences, pads, strict=True)])
+    valid_BS = ids_BS != 0
+    is_image_BS = ids_BS == IMAGE
+    feature_BS = torch.full_like(ids_BS, -1)
+    feature_BS[is_image_BS] = torch.arange(int(is_image_BS.sum()))
+    places = looked_up(*(grids or [[1, 2, 2]]))["place_F3"]
+    wanted, _ = rope_index(
+        ids_BS,
+        is_image_BS.long(),
+        image_grid_thw=torch.tensor(grids) if grids else None,
+        attention_mask=valid_BS,
+    )
+    assert rotary_positions(feature_BS, valid_BS, places).tolist() == wanted.tolist()
+
+
 def test_a_picture_through_its_layout(folder):
     """From pixels to logits: what the layout makes is what the model takes."""
     model = make(folder)
@@ -124,9 +163,8 @@ def test_a_picture_through_its_layout(folder):
     feature[0, : len(image.feature_P)] = torch.from_numpy(image.feature_P)
     images = {
         "pixels": torch.from_numpy(image.pixels),
-        "grid_thw": torch.from_numpy(image.extras["grid_thw"]),
         "feature_BS": feature,
-    }
+    } | {name: torch.from_numpy(extra) for name, extra in image.extras.items()}
     assert logits_of(model, ids, ids >= 0, images).isfinite().all()
     assert model.image_layout.token == ("<|image_pad|>", IMAGE)
 

@@ -1,0 +1,120 @@
+"""Whole models on a pretended GPU: test_pretended_gpu.py starts these in a process of their own."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from gemoe_ds.data.collate import Batch, Collator
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.images import ON_HOST
+from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.tokenizer import load_tokenizer
+from gemoe_ds.moe.dispatch import AllToAllDispatcher
+from gemoe_ds.moe.router import Router
+from tests.models.cases import CASES, write_case, write_text
+from tests.models.qwen3_vl import small as qwen3_vl
+from tests.pretended_gpu.gpu import on_gpu, pretended_gpu, real
+from tests.pretended_gpu.of_layer import RANKS, assert_close, gradients, loopback
+from tests.tiny import make_model, random_batch, write_base
+from tests.train.resuming import write_data
+
+# Waits of the host beside one a layer, in the forward and in the backward pass.
+WAITS = {
+    "olmoe": (3, 0),  # where targets are, padding on the left, transformers: packed sequences
+    "deepseek_vl2": (4, 0),  # where features go
+    # not the third, but features for DeepStack's two as well; the other 4 and 6 are transformers'
+    "qwen3_vl_moe": (8, 6),
+}
+
+
+def build(name: str, folder) -> MoEModel:
+    backbone, gemoe = Backbone.named(name), Router.named("gemoe")
+    torch.manual_seed(0)
+    return MoEModel.from_checkpoint(
+        backbone(backbone.Config()),
+        folder / "base",
+        folder / "tokenizer",
+        (gemoe, gemoe.Config()),
+        dtype=torch.bfloat16,
+    )
+
+
+def batch_of(name: str, model: MoEModel, folder) -> Batch:
+    sees = CASES[name].sees
+    data = (write_data if sees else write_text)(folder / "data")
+    tokenizer = load_tokenizer(folder / "tokenizer", model.backbone.chat)
+    collator = Collator(tokenizer, model.image_layout, model.backbone.chat, max_length=400)
+    samples = open_samples(data)
+    return collator.batch([collator.encode(row, samples[row]) for row in range(2)])
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_training_step(name, tmp_path, monkeypatch):
+    # As wide as a grouped product takes them.
+    monkeypatch.setitem(qwen3_vl.CONFIG["text_config"], "moe_intermediate_size", 16)
+    write_case(name, tmp_path)
+    model, reference = build(name, tmp_path), build(name, tmp_path)
+    model.ctx.trace = reference.ctx.trace = True
+    inputs = batch_of(name, model, tmp_path).inputs
+    wanted = reference.train()(**inputs)
+    wanted["loss"].backward()
+    images = inputs.pop("images")
+    with pretended_gpu() as gpu:
+        on_gpu(model).train()
+        images = {n: one if n in ON_HOST else on_gpu(one) for n, one in images.items()}
+        parts = model(**on_gpu(inputs), images=images)
+        others, in_backward = WAITS[name]
+        assert gpu.waits.total() == len(model.moe_layers) + others, dict(gpu.waits)
+        gpu.forget()
+        parts["loss"].backward()
+        assert gpu.waits.total() == in_backward, dict(gpu.waits)
+        assert not gpu.mixed and not gpu.uploads, (gpu.mixed, gpu.uploads)
+    assert_close(parts["loss"], wanted["loss"], "loss")
+    found, expected = gradients(model), gradients(reference)
+    assert found.keys() == expected.keys()
+    k, k_ref = (torch.cat([real(r.k_T) for r in m.ctx.layers]) for m in (model, reference))
+    assert (k == k_ref).float().mean() > 0.98  # rounding decides where a token is at an edge
+    for name, grad in found.items():
+        difference = (real(grad) - expected[name]).norm() / expected[name].norm()
+        assert difference < 0.15, (name, difference)
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_nothing_stays_alive_after_a_step(base, recompute, ranks):
+    """All of a model's layers; those of one layer alone: of_layer.py."""
+    shard = ExpertShard(0, ranks, lambda: AllToAllDispatcher(loopback, 0, ranks))
+    model = make_model(base, shard=shard, recompute=recompute, dtype=torch.bfloat16)
+    gc.disable()
+    alive = []
+    with pretended_gpu() as gpu:
+        on_gpu(model).train()
+        batch = on_gpu(random_batch(0))
+        for _ in range(3):
+            model(**batch)["loss"].backward()
+            model.zero_grad()
+            alive.append(gpu.alive())
+    gc.enable()
+    assert alive[0] == max(alive), alive
+
+
+def test_rollouts(base):
+    """Ada-K samples without a wait more than one a layer and forward."""
+    model = make_model(base, "ada_k", {"warm_steps": 0}, dtype=torch.bfloat16)
+    with pretended_gpu() as gpu:
+        on_gpu(model).train()
+        batch = on_gpu(random_batch(0))
+        gpu.forget()
+        rolled_out = model(**batch, roll_out=True)
+        model(**batch, rolled_out=rolled_out)["loss"].backward()
+    assert not gpu.mixed and not gpu.uploads
+    assert not [place for place in gpu.waits if "/routers/" in place], gpu.waits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("tiny"))
