@@ -113,6 +113,11 @@ class PromptEncoder:
         return images
 
 
+def pictures_marked(text: str) -> int:
+    """How many pictures the numbered marks in a text name."""
+    return len({*_NUMBERED.findall(text)})
+
+
 def _too_long(name: str, length: int, room: int, num_images: int) -> SampleError:
     return SampleError(
         f"{name}: {length:,} tokens are left without the text (the template, pictures: "

@@ -143,7 +143,7 @@ def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, wor
     """Every document once, before the model is read; ConfigError or DataError for what cannot be
     asked. Collective."""
     collator = meta_collator(config)
-    refuse_pictures(collator, tasks)
+    refuse_pictures(collator, tasks, style)
     reader = Reader(collator, VisionPrompts(collator, style))
     plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
     return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})

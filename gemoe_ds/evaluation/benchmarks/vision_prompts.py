@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gemoe_ds.data.collate import Collator, Encoded
-from gemoe_ds.data.prompts import PromptEncoder
+from gemoe_ds.data.prompts import PromptEncoder, pictures_marked
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.requests import Request
@@ -37,13 +37,28 @@ class VisionPrompts:
         )
 
 
-def refuse_pictures(collator: Collator, tasks: Iterable[Task]) -> None:
-    """ConfigError for tasks with pictures of a model that reads text, before anything is asked."""
-    if collator.layout is not None:
-        return
-    seen = sorted(t.name for t in tasks if t.num_documents and t.requests_of(0)[0].images)
-    if seen:
+def refuse_pictures(collator: Collator, tasks: Iterable[Task], style: PromptStyle) -> None:
+    """ConfigError, before anything is asked, for tasks with more pictures than the model reads."""
+    seen = [t for t in tasks if t.num_documents and t.requests_of(0)[0].images]
+    if collator.layout is None and seen:
         raise ConfigError(
-            f"--tasks {' '.join(seen)}: about pictures, and this backbone reads text only; leave "
-            "them out, or choose another model.backbone"
+            f"--tasks {' '.join(sorted(t.name for t in seen))}: about pictures, and this backbone "
+            "reads text only; leave them out, or choose another model.backbone"
         )
+    if collator.conversations.chat.one_image and style.most_pictures != 1:
+        for task in seen:
+            _refuse_several(task)
+
+
+def _refuse_several(task: Task) -> None:
+    """Told by the marks in a text, where a task marks its pictures: none is opened."""
+    if not pictures_marked(task.requests_of(0)[0].context):
+        return
+    for doc in range(task.num_documents):
+        request = task.requests_of(doc)[0]
+        if (number := pictures_marked(request.context)) > 1:
+            raise ConfigError(
+                f"--tasks {task.name}: document {request.doc_id} shows {number} pictures, and this "
+                "model reads one at a time; --prompt-style molmo shows the first, as Molmo's own "
+                "evaluation does, or leave the task out"
+            )

@@ -165,6 +165,18 @@ def test_a_model_that_reads_text_refuses_pictures_before_it_starts(collators):
     tasks = [Documents("gsm8k", [text]), Documents("pope", [asks("pope", "a", (4, 4))])]
     tasks.append(Documents("empty", []))
     with pytest.raises(ConfigError, match=r"--tasks pope: about pictures, and this backbone reads"):
-        refuse_pictures(collators["olmoe"], tasks)
-    refuse_pictures(collators["olmoe"], [tasks[0], tasks[2]])
-    refuse_pictures(collators["qwen3_vl_moe"], tasks)
+        refuse_pictures(collators["olmoe"], tasks, style("default"))
+    refuse_pictures(collators["olmoe"], [tasks[0], tasks[2]], style("default"))
+    refuse_pictures(collators["qwen3_vl_moe"], tasks, style("default"))
+
+
+def test_a_model_that_reads_one_picture_refuses_several_before_it_starts(collators):
+    texts = ("<image 1> a", "b <image 1> or <image 1>?", "<image 1> or <image 3>?")
+    tasks = [Documents("pope", [asks("pope", "a", (4, 4))])]
+    tasks.append(Documents("mmmu_val", [asks("mmmu_val", text) for text in texts]))
+    with pytest.raises(ConfigError, match="--tasks mmmu_val: document 5 shows 2 pictures, and"):
+        refuse_pictures(collators["molmoe"], tasks, style("default"))
+    refuse_pictures(collators["molmoe"], tasks, style("molmo"))
+    refuse_pictures(collators["deepseek_vl2"], tasks, style("default"))
+    tasks[1].requests.pop()
+    refuse_pictures(collators["molmoe"], tasks, style("default"))

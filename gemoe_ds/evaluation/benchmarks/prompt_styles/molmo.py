@@ -8,10 +8,7 @@ A-OKVQA if they have options.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import ClassVar
-
-from PIL import Image
 
 from gemoe_ds.data.prompts import Question
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle, has_options
@@ -34,6 +31,7 @@ _INSTRUCTIONS = ("pre_prompt", "post_prompt", "multiple_choice_prompt", "open_en
 class MolmoStyle(PromptStyle):
     name: ClassVar[str] = "molmo"
     task_options = dict.fromkeys(_INSTRUCTIONS, "")
+    most_pictures = 1  # the first: all that it was trained on, and asked about
 
     def question(self, task: str, text: str, num_pictures: int) -> Question:
         chooses = has_options(text)
@@ -45,7 +43,3 @@ class MolmoStyle(PromptStyle):
             text = text.replace(" There are several options:", "").removeprefix("Context: ")
             text = re.sub(r"^([A-Z])\. ", r"\1: ", text.strip(), flags=re.MULTILINE) + "\n"
         return Question(text.rstrip(" ") if chooses else text.strip(), lead=f"{style}: ")
-
-    def pictures(self, task: str, pictures: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        """The first: all that it was trained on, and asked about."""
-        return pictures[:1]

@@ -20,6 +20,7 @@ class PromptStyle(Registered):
     model_name: ClassVar[str] = "default"
     # In the place of those, where a task has such an option (pre_prompt, post_prompt ...).
     task_options: ClassVar[Mapping[str, str]] = {}
+    most_pictures: ClassVar[int | None] = None  # of a document; None: all
 
     def configure(self, task: Any) -> None:
         """Sets `task_options` of a task of lmms-eval, before it says what it asks."""
@@ -32,8 +33,8 @@ class PromptStyle(Registered):
         return Question(text)
 
     def pictures(self, task: str, pictures: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        """Those that are shown."""
-        return pictures
+        """Those that are shown, as they are shown."""
+        return pictures[: self.most_pictures]
 
     def told(self) -> dict[str, str]:
         """For `choices` of scores.json and for mode.json."""
