@@ -48,7 +48,10 @@ def paired(value: Callable[..., float], *timings: Timing) -> float:
 
 
 def measure(
-    contenders: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1
+    contenders: dict[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run each contender once a round. On several ranks all must call this with the same names."""
     on_gpu = torch.cuda.is_available()
@@ -59,11 +62,11 @@ def measure(
                 dist.barrier()
             if on_gpu:
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             if on_gpu:
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Timing(_slowest(taken[warm_up:])) for name, taken in seconds.items()}
 
 

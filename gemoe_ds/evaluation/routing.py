@@ -37,6 +37,8 @@ from gemoe_ds.engine.world import Ranks
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.context import TokenContext
 
+# Entropies are summed as multiples of 1 / 2^20 bit, up to 2^33 bits: exactly, in whatever order.
+_EXACT = 2**20
 _PENDING = 20_000  # rows or tokens that are kept before they are put in their place
 
 
@@ -166,7 +168,8 @@ class RoutingCounter:
         sums.tokens_M += np.bincount(kind_N, minlength=len(KINDS))
         sums.load_MLE += found.load_MLE
         for kind in range(len(KINDS)):
-            sums.entropy_sum_ML[kind] += found.entropy_LN[:, kind_N == kind].sum(1, dtype=float)
+            of_kind = found.entropy_LN[:, kind_N == kind].astype(float)
+            sums.entropy_sum_ML[kind] += (of_kind * _EXACT).round().sum(1) / _EXACT
         _increment(sums.k_hist_MLK, kind_N, layer_L1, k_LN)
         _increment(sums.joint_LBK, layer_L1, entropy_bins(found.entropy_LN, num_experts), k_LN)
         before, after = found.heaviest_LN[:-1], found.heaviest_LN[1:]

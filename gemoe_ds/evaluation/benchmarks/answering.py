@@ -272,7 +272,7 @@ def answer_blocks(
                 answerer.answers([], work, nothing)
             if answerer.any_rank(writer.is_due):
                 writer.commit(number)
-            bar.set_description(_names(tasks, of_ranks), refresh=False)
+            bar.set_description_str(_names(tasks, of_ranks), refresh=False)
             bar.update(sum(one.tokens for one in of_ranks if one))
         writer.commit(len(rounds))
 
