@@ -69,6 +69,7 @@ class Texts:
     option: tuple[int, int] = (1, 1)
     new_tokens: int = 0
     group: str | None = None
+    harness: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
 
     def requests_of(self, doc: int) -> list[Request]:
