@@ -185,7 +185,7 @@ def _answer(answer: ShownAnswer, score: float | None, most: float) -> str:
     )
     return (
         f'<div class="answer"><div class="question">{escape(answer.question)}</div>'
-        f'<div class="written">{words}</div>'
+        f'<div class="written">{words or "<i>nothing</i>"}</div>'
         f"<div>document {answer.doc_id}, score {report.NONE if score is None else f'{score:g}'}"
         "</div></div>"
     )

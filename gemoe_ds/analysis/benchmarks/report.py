@@ -123,7 +123,7 @@ def number(cell: Cell | None, decimals: int = 2) -> str:
 def _parameters(count: float | None) -> str:
     if count is None:
         return NONE
-    return f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
+    return f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.3g}M"
 
 
 def difference_tables(table: Table) -> Iterable[tuple[str, list[list[str]]]]:

@@ -72,7 +72,12 @@ def write_report(results: BenchmarkResults, models: Sequence[Model], flags: Any)
     if flags.html:
         from gemoe_ds.analysis.benchmarks.page import render_html
 
-        answers = [(group, group.first) for model in models for group in model.groups]
+        answers = [
+            (group, group.first)
+            for model in models
+            for group in sorted(model.groups, key=lambda group: not group.is_adaptive)
+            if group.is_adaptive or group is model.baseline
+        ]
         write_text(out / "report.html", render_html(results, out / "figures", answers))
     write_text(out / "results.json", results.model_dump_json(indent=1, exclude_none=True) + "\n")
 
