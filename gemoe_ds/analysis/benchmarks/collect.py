@@ -155,8 +155,8 @@ def _add(first: ModeRun, second: ModeRun) -> None:
     if trained != other:
         raise DataError(
             f"{first.folder} ({trained}) and {second.folder} ({other}) are two trainings of one "
-            "method with one seed: they cannot share a row; give one of them, or `--name` one "
-            "otherwise when it answers"
+            "method with one seed: they cannot share a row; give one of them, or train again with "
+            "another seed"
         )
     for task, answered in second.tasks.items():
         known = first.tasks.setdefault(task, answered)

@@ -135,7 +135,7 @@ def read_scored(folder: Path, num_documents: int) -> ScoredDocuments:
         doc_id_N, right_N = doc_id_N[order_N], right_N[order_N]
         if (np.diff(doc_id_N) == 0).any() or not np.isfinite(right_N).all():
             raise ValueError("a document is there twice, or a score is not finite")
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
         raise DataError(f"{path} {reason}: {SCORE_AGAIN}") from None
     return ScoredDocuments(doc_id_N, right_N)

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     argv = sys.argv[1:] if argv is None else argv
     flags = parser.parse_or_exit(argv)
+    if flags.tensorboard and flags.tensorboard.is_file():
+        parser.error(f"--tensorboard {flags.tensorboard}: is a file; give a folder")
     with exit_on_error():
         runs = read_modes(flags.runs)
         command = shlex.join(["gemoe", "benchmark", "tables", *argv])

@@ -144,7 +144,7 @@ def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, wor
     asked. Collective."""
     collator = meta_collator(config)
     refuse_pictures(collator, tasks, style)
-    reader = Reader(collator, VisionPrompts(collator, style))
+    reader = Reader(collator, VisionPrompts(collator, style), config.data.num_workers)
     plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
     return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})
 

@@ -245,10 +245,10 @@ def answer_blocks(
     def read(block: Block) -> list[Document]:
         plan, task, is_done = plans[block.task], tasks[block.task], done[block.task]
         places = [place for place in range(block.first, block.last) if not is_done[place]]
-        found = []
-        for doc in plan.doc_D[places].tolist():
-            found.append(answerer.reader.read(task.requests_of(doc), block.work))
-            found[-1].is_shown = doc < MAX_SHOWN
+        docs = plan.doc_D[places].tolist()
+        found = answerer.reader.read_all([task.requests_of(doc) for doc in docs], block.work)
+        for document, doc in zip(found, docs, strict=True):
+            document.is_shown = doc < MAX_SHOWN
         return found
 
     with ThreadPoolExecutor(1) as ahead, bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -53,9 +54,11 @@ class Document:
 class Reader:
     """The same on every rank and in every thread."""
 
-    def __init__(self, collator: Collator, show: EncodePrompt) -> None:
-        """`show` encodes the prompts of requests that have pictures, if only an empty list."""
+    def __init__(self, collator: Collator, show: EncodePrompt, num_workers: int) -> None:
+        """`show` encodes the prompts of requests that have pictures, if only an empty list; so many
+        threads open and resize them."""
         self.collator, self._show = collator, show
+        self._workers = ThreadPoolExecutor(num_workers)
         self.tokens = TextTokens(collator.tokenizer, collator.max_length)
 
     def size(self, requests: Sequence[Request]) -> Size:
@@ -79,6 +82,12 @@ class Reader:
         shared = any(number > 1 for number in long.values())
         rows = len(requests) if shared else len(long)
         return Size(Work.TWO_FORWARDS if shared else Work.ONE_FORWARD, rows, max(tokens))
+
+    def read_all(self, asked: Sequence[Sequence[Request]], work: Work) -> list[Document]:
+        """Documents, by what is asked about each."""
+        has_pictures = bool(asked) and asked[0][0].images is not None
+        each = self._workers.map if has_pictures else map
+        return list(each(lambda requests: self.read(requests, work), asked))
 
     def read(self, requests: Sequence[Request], work: Work) -> Document:
         """What the model needs; nothing is shared unless there are two forwards."""

@@ -140,7 +140,7 @@ def write_task(
             ShownAnswer(
                 doc_id=doc,
                 question=f"<What> is {doc} & {doc}?",
-                tokens=(("It", 1.0), (" is", 2.5), (f" {doc}\n", 8.0)),
+                tokens=(("It", 1.0), (" <is>", 2.5), (f" {doc}\n", 8.0)),
             )
             for doc in range(shown)
         ]

@@ -86,8 +86,8 @@ def test_words_have_the_colour_of_their_k(page: str) -> None:
         r'<span style="background: (#\w{6})" title="k ([\d.]+)">([^<]*)</span>', page
     )
     colours = {text: (colour, k) for colour, k, text in words}
-    assert colours["It"][1] == "1.00" and colours[" is"][1] == "2.50"
-    red = [int(colours[word][0][3:5], 16) for word in ("It", " is", " 0\n")]
+    assert colours["It"][1] == "1.00" and colours[" &lt;is&gt;"][1] == "2.50"
+    red = [int(colours[word][0][3:5], 16) for word in ("It", " &lt;is&gt;", " 0\n")]
     assert red == sorted(red, reverse=True) and len(set(red)) == 3, "more experts, darker"
     assert page.count("<details>") == 3 * 2, "three methods, two tasks"
 

@@ -55,6 +55,10 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ([str(run), "--out", str(tmp_path / "file")], "File exists: choose another --out"),
         ([str(run)], "the following arguments are required: --out"),
         (["--out", str(tmp_path / "out")], "required: RUN"),
+        (
+            [str(run), "--out", str(tmp_path / "out"), "--tensorboard", str(tmp_path / "file")],
+            "file: is a file; give a folder",
+        ),
         ([str(run), "--out", str(tmp_path / "out"), "--htlm"], "did you mean --html?"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""As VLMEvalKit's model `deepseek_vl2` asks, which its authors wrote: MMMU in words of its own."""
+"""As VLMEvalKit's model `deepseek_vl2` asks: MMMU in words of its own."""
 
 from __future__ import annotations
 
