@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,8 +139,7 @@ def measured(
     stops: Callable[[], bool] = lambda: False,
 ) -> Lengths | None:
     """Of these rows; None if it was asked to stop."""
-    firsts, images = [], []
-    turns: list[tuple[int, int, int]] = []
+    firsts, images, turns = array("q"), array("i"), array("i")  # not a Python object a number
     broken: dict[int, str] = {}
     layout = collator.layout
     tokens_of = cache(lambda size: layout.num_tokens(*size) if layout else 0)
@@ -159,12 +159,11 @@ def measured(
                     tokens = tokens_of(image_size(collator, sample))
             except SampleError as error:
                 broken[at] = str(error)
-            firsts.append(len(turns))
+            firsts.append(len(turns) // 3)
             images.append(tokens)
-            turns += [turn.lengths for turn in of_sample]
-            if of_sample:
-                question, answer, end = turns[firsts[-1]]
-                turns[firsts[-1]] = (question + tokens, answer, end)
+            for index, turn in enumerate(of_sample):
+                question, answer, end = turn.lengths
+                turns.extend((question + (tokens if index == 0 else 0), answer, end))
         bar.update(len(some))
     bar.close()
     return Lengths(
