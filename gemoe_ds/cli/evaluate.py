@@ -4,7 +4,7 @@
     gemoe evaluate RUN/config.yaml --trained RUN --data TEST --out DIR     the trained router
     ... --mean-k 3 4 5                      the trained router, at 3, 4 and 5 experts on average
 
-Writes eval.json and tokens.npz for `gemoe analyze`, and questions.npz (right or wrong, question by
+Writes eval.json and routing.npz for `gemoe analyze`, and questions.npz (right or wrong, question by
 question): several k into DIR/k_8, DIR/k_5, ..., several --mean-k into DIR/mean_k_4, ... A signal
 ends it between two batches, with exit code 75.
 Runs alone or, faster, under `deepspeed` or `torchrun`: the samples are split over the ranks.

@@ -1,6 +1,7 @@
 """Write the answers of every way to route, and what they cost, in turns.
 
-Each way leaves its answers.jsonl; throughput.json and .md hold the costs side by side.
+Each way leaves its answers.jsonl and routing.npz; throughput.json and .md hold the costs side by
+side.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.analysis.record import ROUTING
+from gemoe_ds.analysis.routing_sums import RoutingSums
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.data.bad_samples import BadSample, listed
+from gemoe_ds.data.collate import Batch
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.engine.world import any_over_ranks, distributed, gather_objects
+from gemoe_ds.engine.world import ALL_RANKS, any_over_ranks, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.generate import GenerationStats, Written, alone, generate
+from gemoe_ds.evaluation.routing import RoutingCounter, over_ranks
 from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
 from gemoe_ds.evaluation.throughput import Cost, as_json, as_markdown
 from gemoe_ds.progress import GENERATE
@@ -38,6 +44,7 @@ class ModeResult:
     steps: GenerationStats = field(default_factory=GenerationStats)
     rounds: list[tuple[float, float]] = field(default_factory=list)
     memory: int = 0
+    routing: RoutingSums | None = None  # a document is a row of the data
 
 
 def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
@@ -67,6 +74,7 @@ def one_round(
     world = session.world
     stream = session.stream(samples, limit=session.arguments.limit, prompts=True)
     prompts, steps, last = GenerationStats(), GenerationStats(), None
+    counter = RoutingCounter.of(session.model) if counted else None
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     label = f"{mode}, {'counting' if counted else 'timing'}"
@@ -74,12 +82,13 @@ def one_round(
         last = batch or (last and last.silenced())
         if last is None:
             raise ConfigError("a rank has no sample at all: use fewer ranks than samples")
-        written = write(session, last, counted=counted)
+        written = write(session, last, counter)
         prompts, steps = prompts + written.prompts, steps + written.steps
         if counted and batch is not None:
             result.bad |= {bad.row: bad for bad in batch.bad}
             result.answers += answered(session, samples, batch, written)
-    if counted:
+    if counter:
+        result.routing = over_ranks(counter.sums, ALL_RANKS, world.device)
         result.bad = left_out(session, samples, result)
         result.prompts, result.steps = prompts, steps
     else:
@@ -100,18 +109,20 @@ def left_out(
     return {bad.row: bad for bad in log.samples}
 
 
-def write(session: EvalSession, batch: Any, *, counted: bool) -> Written:
+def write(session: EvalSession, batch: Batch, counter: RoutingCounter | None) -> Written:
     arguments, world = session.arguments, session.world
+    batch, ctx, rows = batch.to(world.device), session.model.ctx, np.array(batch.rows)
     shares_experts = session.config.parallel.ep_size > 1
     return generate(
         session.model,
-        batch.to(world.device),
+        batch,
         max_new_tokens=arguments.max_new_tokens,
         end_ids=session.collator.end_ids,
         temperature=arguments.temperature,
         seed=session.config.seed,
         any_rank=(lambda here: any_over_ranks(here, world.device)) if shares_experts else alone,
-        count=counted,
+        count=counter is not None,
+        after_forward=counter.while_writing(ctx, batch.is_vision_BS, rows) if counter else None,
     )
 
 
@@ -140,6 +151,7 @@ def report(session: EvalSession, found: dict[RoutingMode, ModeResult], out: Path
     """Everything of all ranks, written by the first one. Collective."""
     costs = []
     for mode, mine in found.items():
+        routing, mine.routing = mine.routing, None  # it is that of all ranks already
         ranks: list[ModeResult] = gather_objects(mine)
         if not session.world.is_first:
             continue
@@ -148,6 +160,8 @@ def report(session: EvalSession, found: dict[RoutingMode, ModeResult], out: Path
         folder.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(answer, ensure_ascii=False) for answer in answers)
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        assert routing is not None
+        routing.save(folder / ROUTING)
         by_round = zip(*(rank.rounds for rank in ranks), strict=True)
         rounds = [(max(p for p, _ in spent), max(s for _, s in spent)) for spent in by_round]
         prompts = sum((rank.prompts for rank in ranks), GenerationStats())

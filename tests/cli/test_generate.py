@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from gemoe_ds.analysis.routing_sums import RoutingSums
 from tests.helpers import repository, run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_data, write_setting
 
@@ -50,6 +52,14 @@ def test_answers_and_costs_on_one_rank_and_on_two(trained, tmp_path):
         assert [a["id"] for a in found] == [f"s{i}" for i in range(5)]
         assert all(1 <= a["tokens"] <= 5 and a["question"] for a in found)
         assert found == answers(tmp_path / "two" / routing)
+        sums, same = (
+            RoutingSums.load(tmp_path / n / routing / "routing.npz") for n in ("one", "two")
+        )
+        assert sums.written_tokens_D.tolist() == [a["tokens"] - 1 for a in found]  # fed back
+        assert np.array_equal(sums.load_MLE, same.load_MLE)
+        assert np.array_equal(sums.hash_N, same.hash_N) and np.array_equal(sums.k_LN, same.k_LN)
+        for name in ("doc_id_D", "prompt_tokens_D", "k_prompt_D", "k_written_D"):
+            assert np.array_equal(getattr(sums, name), getattr(same, name)), name
     one, both = (
         json.loads((tmp_path / n / "throughput.json").read_text())["costs"] for n in ("one", "two")
     )
