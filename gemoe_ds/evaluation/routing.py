@@ -135,8 +135,9 @@ class RoutingCounter:
         index_B = np.broadcast_to(np.asarray(index_B, np.int64), num_sequences)
         place_N = first * is_written_N + _place_within(2 * sequence_N + is_written_N)
         hash_N = _hash(doc_B[sequence_N], index_B[sequence_N], 2 * place_N + is_written_N)
-        self._count(found)
-        self._count_rows(found, sequence_N, is_written_N, doc_B)
+        exact_LN = (found.entropy_LN.astype(float) * _EXACT).round() / _EXACT
+        self._count(found, exact_LN)
+        self._count_rows(found, exact_LN.sum(0), sequence_N, is_written_N, doc_B)
         self._keep(found, hash_N)
         return found
 
@@ -158,7 +159,7 @@ class RoutingCounter:
 
         return add
 
-    def _count(self, found: Routed) -> None:
+    def _count(self, found: Routed, exact_LN: np.ndarray) -> None:
         sums, kind_N, k_LN = self._sums, found.kind_N, found.k_LN
         width = int(k_LN.max(initial=0)) + 1
         if width > sums.k_hist_MLK.shape[-1]:
@@ -168,8 +169,7 @@ class RoutingCounter:
         sums.tokens_M += np.bincount(kind_N, minlength=len(KINDS))
         sums.load_MLE += found.load_MLE
         for kind in range(len(KINDS)):
-            of_kind = found.entropy_LN[:, kind_N == kind].astype(float)
-            sums.entropy_sum_ML[kind] += (of_kind * _EXACT).round().sum(1) / _EXACT
+            sums.entropy_sum_ML[kind] += exact_LN[:, kind_N == kind].sum(1)
         _increment(sums.k_hist_MLK, kind_N, layer_L1, k_LN)
         _increment(sums.joint_LBK, layer_L1, entropy_bins(found.entropy_LN, num_experts), k_LN)
         before, after = found.heaviest_LN[:-1], found.heaviest_LN[1:]
@@ -177,9 +177,14 @@ class RoutingCounter:
         _increment(sums.transitions_LEE, layer, before[layer, token], after[layer, token])
 
     def _count_rows(
-        self, found: Routed, sequence_N: np.ndarray, is_written_N: np.ndarray, doc_B: np.ndarray
+        self,
+        found: Routed,
+        entropy_N: np.ndarray,
+        sequence_N: np.ndarray,
+        is_written_N: np.ndarray,
+        doc_B: np.ndarray,
     ) -> None:
-        k_N, entropy_N = found.k_LN.sum(0), found.entropy_LN.sum(0, dtype=float)
+        k_N = found.k_LN.sum(0)
         rows = {"doc_id_D": doc_B}
         for name, chosen_N in (("prompt", ~is_written_N), ("written", is_written_N)):
             of_B, size = sequence_N[chosen_N], doc_B.size
