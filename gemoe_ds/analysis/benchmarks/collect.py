@@ -29,6 +29,7 @@ from gemoe_ds.analysis.benchmarks.routing import Routing, read_routing
 from gemoe_ds.errors import DataError
 
 BENCHMARKS = "benchmarks"  # of a run
+_ROUNDED = 1e-3  # points: lmms_eval rounds MMMU's share to five digits
 ANSWERS = "answers.jsonl"
 Key = tuple[str, str | None, str, int | None, float | None, int | None]
 
@@ -89,7 +90,7 @@ class ModeRun:
         right_N = np.concatenate([part.documents.right_N for part in parts])
         score = self.values(column)[-1]
         for scale in {column.scale, 100.0}:  # some harness's percent are means of 0 and 1
-            if abs(scale * right_N.mean() - score) < 1e-4:
+            if abs(scale * right_N.mean() - score) < _ROUNDED:
                 return scale * right_N
         return None
 

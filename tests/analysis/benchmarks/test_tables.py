@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,15 @@ def test_scores_that_are_no_mean_over_documents_have_no_interval(tmp_path: Path)
     assert gemoe.average.value == pytest.approx(
         np.mean([cell.value for cell in gemoe.cells.values()])
     )
+
+
+def test_a_share_that_lmms_eval_has_rounded_is_still_a_mean(tmp_path: Path) -> None:
+    run = demo_run(tmp_path, {"mmmu_val": 90}, seeds=1)
+    for path in (run / "benchmarks").glob("*/mmmu_val/scores.json"):
+        found = json.loads(path.read_text())
+        found["metrics"]["mmmu_acc,none"] = round(found["metrics"]["mmmu_acc,none"] + 4e-6, 5)
+        path.write_text(json.dumps(found))
+    assert ours(tables(run)["8"]).by_document == ("MMMU",)
 
 
 def test_mme_is_two_scores_and_a_sum_that_no_average_holds(tmp_path: Path) -> None:
