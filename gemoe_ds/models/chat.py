@@ -40,6 +40,7 @@ class ChatTemplate:
     # Of prompts alone. Not in the repr, by which token lengths on disk know a template.
     system: str | None = field(default=None, repr=False)  # None: it knows no system message
     between_images: str = field(default="", repr=False)  # where several stand before a question
+    bos_before_text: bool = field(default=False, repr=False)  # its class added it to text
     one_image: bool = field(default=False, repr=False)  # one at a time, before everything
     # what the model's own code adds to a tokenizer without it, in this order, and the ids it gets
     added: Mapping[str, int] = field(default_factory=dict)

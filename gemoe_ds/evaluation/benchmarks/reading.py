@@ -59,7 +59,11 @@ class Reader:
         threads open and resize them."""
         self.collator, self._show = collator, show
         self._workers = ThreadPoolExecutor(num_workers)
-        self.tokens = TextTokens(collator.tokenizer, collator.max_length)
+        self.tokens = TextTokens(
+            collator.tokenizer,
+            collator.max_length,
+            begins=collator.conversations.chat.bos_before_text,
+        )
 
     def size(self, requests: Sequence[Request]) -> Size:
         """About, in little time: a picture is not opened, and taken for no token."""

@@ -27,8 +27,9 @@ class Pair:
 class TextTokens:
     """A special token that is written out in a text is that token, as in lm-eval."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer: Any, max_length: int, *, begins: bool = False) -> None:
+        """`begins`: a text begins with the first token, even if the tokenizer does not add it."""
+        self.tokenizer, self.max_length, self._begins = tokenizer, max_length, begins
         first = tokenizer.bos_token_id
         self.first: int = tokenizer.eos_token_id if first is None else first
         self._first_text: str = tokenizer.decode([self.first])
@@ -41,9 +42,10 @@ class TextTokens:
 
     def encode(self, text: str) -> list[int]:
         """With what the tokenizer puts around a text, unless it begins with the first token."""
-        ids: list[int] = self.tokenizer.encode(
-            text, add_special_tokens=not text.startswith(self._first_text)
-        )
+        has_begun = text.startswith(self._first_text)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not has_begun)
+        if self._begins and not has_begun and ids[:1] != [self.first]:
+            return [self.first, *ids]
         return ids
 
     def prompt(self, text: str, room: int) -> tuple[list[int], int]:

@@ -81,6 +81,7 @@ class DeepseekVl2Backbone(Backbone):
         answer="{text}{end}{eos}",
         system="{bos}{text}",
         between_images="\n",
+        bos_before_text=True,  # LlamaTokenizerFast of transformers 4; version 5 has forgotten it
         no_question="<|User|>:<|Assistant|>:",
         only_image="<|User|>: {image}\n\n<|Assistant|>:",
         specials=("<|User|>", "<|Assistant|>"),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from gemoe_ds.errors import DataError
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.text_tokens import Pair, TextTokens
+from gemoe_ds.models.backbone import Backbone
 
 
 def make_tokenizer(begins: bool) -> PreTrainedTokenizerFast:
@@ -75,6 +76,18 @@ def test_pairs_are_those_of_lm_eval(begins):
         assert list(pair.continuation) == after and pair.num_inputs == len(inputs)
         num_cut += pair.cut > 0
     assert num_cut > 30
+
+
+def test_texts_of_a_model_whose_tokenizer_class_began_them():
+    """As if the tokenizer itself put the first token before a text, once."""
+    beginning, plain = TextTokens(make_tokenizer(True), 9), make_tokenizer(True)
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing("$A")
+    begun = TextTokens(plain, 9, begins=True)
+    for text in ("", "ab", "<s>ab", " <s>", "</s>"):
+        assert begun.encode(text) == beginning.encode(text)
+        assert begun.pairs(ask(text, "cd")) == beginning.pairs(ask(text, "cd"))
+    for name in Backbone.names():
+        assert Backbone.named(name).chat.bos_before_text == (name == "deepseek_vl2")
 
 
 def test_a_continuation_that_no_forward_holds_is_refused():
