@@ -46,7 +46,7 @@ LAYOUTS = (
 def build_results(runs: Sequence[ModeRun], *, command: str) -> BenchmarkResults:
     """DataError where runs cannot be compared, or have no benchmark of the paper."""
     models = models_of(runs)
-    tables = tuple(_table(layout, models) for layout in LAYOUTS if _is_filled(layout, models))
+    tables = tuple(filter(None, (_table(layout, models) for layout in LAYOUTS)))
     if not tables:
         tasks = sorted({task for run in runs for task in run.tasks})
         raise DataError(
@@ -63,12 +63,10 @@ def build_results(runs: Sequence[ModeRun], *, command: str) -> BenchmarkResults:
     )
 
 
-def _is_filled(layout: Layout, models: Sequence[Model]) -> bool:
-    return any(model.ran(layout.columns) for model in models)
-
-
-def _table(layout: Layout, models: Sequence[Model]) -> Table:
-    ours = [model for model in models if model.ran(layout.columns)]
+def _table(layout: Layout, models: Sequence[Model]) -> Table | None:
+    ours = [m for m in models if m.ran(layout.columns) and _groups(layout, m)]
+    if not ours:
+        return None
     blocks = [_block(layout, model) for model in ours]
     return Table(
         number=layout.number,
@@ -80,13 +78,16 @@ def _table(layout: Layout, models: Sequence[Model]) -> Table:
     )
 
 
+def _groups(layout: Layout, model: Model) -> list[Group]:
+    return [g for g in model.groups if layout.other_k or g.is_adaptive or g is model.baseline]
+
+
 def _block(layout: Layout, model: Model) -> Block:
     measures = Measures(model, layout.columns)
-    groups = [g for g in model.groups if layout.other_k or g.is_adaptive or g is model.baseline]
     return Block(
         model=model.title,
         is_published=False,
-        rows=tuple(_row(group, measures) for group in groups),
+        rows=tuple(_row(group, measures) for group in _groups(layout, model)),
         averaged=tuple(column.heading for column in measures.averaged),
         by_document=tuple(column.heading for column in measures.by_document),
     )

@@ -32,6 +32,10 @@ for (const name of ["GQA", "GQA", "Method", "N"]) {
   named(name).click();
   said.push([name, named(name).getAttribute("aria-sort"), ...column(name)].join("|"));
 }
+const word = document.querySelector(".written span");
+document.querySelector("details").open = true;
+said.push(["seen", document.images[0].naturalWidth, word.getBoundingClientRect().width > 0,
+           getComputedStyle(word).backgroundColor].join("|"));
 document.title = said.join(";");
 </script>
 """
@@ -104,7 +108,9 @@ def test_a_click_on_a_heading_sorts(page: str, tmp_path: Path) -> None:
     )
     title = re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title, done.stderr
-    sorts = [line.split("|") for line in title[1].split(";")]
+    *sorts, seen = [line.split("|") for line in title[1].split(";")]
+    assert seen[:3] == ["seen", "9", "true"], "the figure and the words"
+    assert seen[3].startswith("rgb(") and seen[3] != "rgb(0, 0, 0)"
     names, ways = [line[0] for line in sorts], [line[1] for line in sorts]
     assert names == ["GQA", "GQA", "Method", "N"]
     assert ways == ["descending", "ascending", "descending", "descending"]

@@ -146,6 +146,11 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "(2 of 4 benchmarks)" in said
 
 
+def test_a_table_without_a_row_of_ours_is_left_out(tmp_path: Path) -> None:
+    write_mode(tmp_path, "k_2", mode_of("top_k", 2), {"pope": np.ones(5)})
+    assert list(tables(tmp_path)) == ["2"]
+
+
 def test_models_have_blocks_and_retention_of_their_own(tmp_path: Path) -> None:
     one = demo_run(tmp_path / "one", {"gsm8k": 20}, base="a/olmoe")
     two = demo_run(tmp_path / "two", {"gsm8k": 20}, base="b/other", seeds=1)
