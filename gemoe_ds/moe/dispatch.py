@@ -27,15 +27,22 @@ ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `
 SharedFn = Callable[[Tensor], Tensor | None]  # x_TD -> y_TD; None: nothing to add
 
 
+class Sizes(NamedTuple):
+    """What shapes say of the number of assignments."""
+
+    exactly: int | None = None
+    at_most: int | None = None  # where it need not be exact: nothing goes backward
+
+
+UNKNOWN = Sizes()
+
+
 class Dispatcher(ABC):
     """Applies the experts to the tokens that chose them and combines what comes back."""
 
     @abstractmethod
-    def dispatch_preprocess(self, mask_TE: Tensor, num_assignments: int | None = None) -> Any:
-        """Start what only needs to know who goes where; the result goes into the call.
-
-        `num_assignments`: the number of true entries, where it is known.
-        """
+    def dispatch_preprocess(self, mask_TE: Tensor, sizes: Sizes = UNKNOWN) -> Any:
+        """Start what only needs to know who goes where; the result goes into the call."""
 
     @abstractmethod
     def __call__(
@@ -53,16 +60,24 @@ class _Counted(NamedTuple):
     mask_TE: Tensor
     counts_E: Tensor
     total: HostCopy | int  # on its way to the host
+    is_bound: bool = False  # there may be fewer
+
+
+# On a GPU so many assignments are gone through at once, chosen or not: the host then needs not
+# wait to know how many they are, and a CUDA graph can hold the layer.
+_FEW = 4096
 
 
 class LocalDispatcher(Dispatcher):
     """All experts live here; nothing travels."""
 
-    def dispatch_preprocess(self, mask_TE: Tensor, num_assignments: int | None = None) -> _Counted:
+    def dispatch_preprocess(self, mask_TE: Tensor, sizes: Sizes = UNKNOWN) -> _Counted:
         counts_E = mask_TE.sum(0)
-        if num_assignments is None:
-            return _Counted(mask_TE, counts_E, HostCopy(counts_E.sum()))
-        return _Counted(mask_TE, counts_E, num_assignments)
+        if sizes.exactly is not None:
+            return _Counted(mask_TE, counts_E, sizes.exactly)
+        if sizes.at_most is not None and sizes.at_most <= _FEW and available(mask_TE.device):
+            return _Counted(mask_TE, counts_E, sizes.at_most, is_bound=True)
+        return _Counted(mask_TE, counts_E, HostCopy(counts_E.sum()))
 
     def __call__(
         self,
@@ -72,9 +87,10 @@ class LocalDispatcher(Dispatcher):
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        mask_TE, counts_E, total = preprocessed
-        num_assignments = int(total.value) if isinstance(total, HostCopy) else total
-        y_TD = experts(x_TD, RoutingPlan.from_mask(mask_TE, weights_TE, num_assignments, counts_E))
+        mask_TE, counts_E, total, is_bound = preprocessed
+        number = int(total.value) if isinstance(total, HostCopy) else total
+        plan = RoutingPlan.from_mask(mask_TE, weights_TE, number, counts_E, may_have_spare=is_bound)
+        y_TD = experts(x_TD, plan)
         shared_TD = None if shared is None else shared(x_TD)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
@@ -116,9 +132,7 @@ class AllToAllDispatcher(Dispatcher):
         self.num_ranks = num_ranks
         self.traffic = Traffic()
 
-    def dispatch_preprocess(
-        self, mask_TE: Tensor, num_assignments: int | None = None
-    ) -> _Preprocessed:
+    def dispatch_preprocess(self, mask_TE: Tensor, sizes: Sizes = UNKNOWN) -> _Preprocessed:
         num_tokens, num_experts = mask_TE.shape
         mask_TRL = mask_TE.view(num_tokens, self.num_ranks, num_experts // self.num_ranks)
         sends_RT = mask_TRL.any(2).t().contiguous()

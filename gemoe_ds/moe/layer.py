@@ -11,7 +11,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.after_step import after_step, before_steps
 from gemoe_ds.moe.context import TEACHER, TokenContext
 from gemoe_ds.moe.dense_gradient import with_dense_gradient
-from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from gemoe_ds.moe.dispatch import UNKNOWN, Dispatcher, LocalDispatcher, Sizes
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router, RoutingSpec
@@ -226,7 +226,7 @@ class MoELayer(nn.Module):
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)
         mask_TE = router.dispatched(decision)
-        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, self._known(router))
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, self._sizes(router))
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):
@@ -251,12 +251,15 @@ class MoELayer(nn.Module):
         self.ctx.watch(router.spec.slot, y_TD, training=self.training)
         return y_TD.view(x_BSD.shape)
 
-    def _known(self, router: Router) -> int | None:
-        """The number of assignments, where it follows from shapes alone."""
-        ctx = self.ctx
-        if router.static_k is None or ctx.may_have_padding or ctx.intervene is not None:
-            return None
-        return router.static_k * len(ctx.is_valid_T)
+    def _sizes(self, router: Router) -> Sizes:
+        """What is known of the number of assignments without asking the device."""
+        ctx, num_tokens = self.ctx, len(self.ctx.is_valid_T)
+        if ctx.intervene is not None:
+            return UNKNOWN
+        if router.static_k is not None and not ctx.may_have_padding:
+            return Sizes(exactly=router.static_k * num_tokens)
+        writes = not self.training and not torch.is_grad_enabled()
+        return Sizes(at_most=router.max_k * num_tokens) if writes else UNKNOWN
 
     def _sum_of(self, x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """The weighted sum of these experts alone."""

@@ -187,7 +187,7 @@ class ThresholdRouter(ScoreRule):
         if self.training:
             return passed_by(self.scores_H, self._drawn_mean_k(ctx) / self.k_high)[:, None]
         known_H = self._followed(ctx) if self.config.hold else self.scores_H
-        return passed_by(known_H, known_H.new_tensor([self.mean_k / self.k_high]))
+        return passed_by(known_H, known_H.new_full((1,), self.mean_k / self.k_high))
 
     def _drawn_mean_k(self, ctx: TokenContext) -> Tensor:
         """Of the sequence of every token, [T]; the same in all layers.

@@ -25,3 +25,10 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
     of_tokens = sorted(range(len(listed)), key=lambda a: (listed[a][1], listed[a][0]))
     assert order == of_tokens
     assert ends == mask.sum(1).cumsum(0).tolist()
+    if not mask.numel():
+        return
+    spare = RoutingPlan.from_mask(mask, weights, len(listed) + 3, may_have_spare=True)
+    order, ends = (one.tolist() for one in spare.row_major())
+    assert order == [*of_tokens, len(listed), len(listed) + 1, len(listed) + 2]
+    assert ends == mask.sum(1).cumsum(0).tolist()
+    assert spare.without_spare(len(listed)).token_ids_A.tolist() == plan.token_ids_A.tolist()

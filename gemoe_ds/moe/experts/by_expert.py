@@ -32,6 +32,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the sum's dtype; kept, if asked: the projections [n, G] of every busy expert."""
     counts = plan.tokens_per_expert_E.tolist()
+    plan = plan.without_spare(sum(counts))
     if not keep and max(counts, default=0) <= _FEW_ROWS:
         return _forward_few(x_ND, plan, counts, expert_weights), []
     y_ND = _sums_like(x_ND)
