@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def check_installed() -> None:
 
 @contextmanager
 def quiet_and_seeded() -> Iterator[None]:
-    """While tasks are loaded: no logs, and the seeds of lm-eval, which some tasks shuffle with.
+    """While tasks are loaded: no bars, and the seeds of lm-eval, which some tasks shuffle with.
 
     Every task is loaded from the same seeds, in whatever company it is asked for.
     """
@@ -66,8 +67,10 @@ def quiet_and_seeded() -> Iterator[None]:
     np.random.seed(1234)
     logger.disable("lmms_eval")
     datasets.disable_progress_bars()
+    nowhere = io.StringIO()  # GQA has a bar of its own
     try:
-        yield
+        with redirect_stderr(nowhere):
+            yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])

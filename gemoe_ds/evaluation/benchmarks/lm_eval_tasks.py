@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from lm_eval.tasks._index import Kind
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL, folders_with, quiet_and_seeded
+from gemoe_ds.evaluation.benchmarks.local_data import prepared_apart
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.task_options import FEWSHOT_SEED, TaskOptions
 from gemoe_ds.evaluation.benchmarks.writing import writing_of
@@ -64,8 +66,7 @@ class LmEvalLeaf:
         overrides = dict(self.overrides)
         if lean and "class" not in self.config:
             overrides["class"] = _LeanTask
-        with quiet_and_seeded():
-            return TaskFactory()._build_task(self.entry, overrides)
+        return _SeededFactory()._build_task(self.entry, overrides)
 
 
 class _LeanTask(ConfigurableTask):
@@ -78,6 +79,15 @@ class _LeanTask(ConfigurableTask):
 
     def fewshot_docs(self) -> Any:
         return super().fewshot_docs() if self._is_made else None
+
+
+class _SeededFactory(TaskFactory):
+    """Loads every task from the same seeds, as a leaf that is asked for by itself is."""
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+        config = (entry.cfg or {}) | (overrides or {})
+        with quiet_and_seeded(), prepared_apart(str(config.get("dataset_path") or "")):
+            return super()._build_task(entry, overrides)
 
 
 class _Elsewhere(Exception):
@@ -118,6 +128,20 @@ class LmEvalNames:
 
     def leaves(self, name: str) -> tuple[list[LmEvalLeaf], bool]:
         """Of a task, group or tag, and whether it is a group; none for a name that is not known."""
+        entry, index = self._entry(name)
+        if entry is None:
+            return [], False
+        try:
+            return _leaves(entry, index), entry.kind is Kind.GROUP
+        except _Elsewhere as error:
+            raise ConfigError(f"--tasks {name}: {error}, which cannot be asked here") from None
+
+    def load_group(self, name: str) -> Any:
+        """The harness's own object, with its tasks, loaded."""
+        entry, index = self._entry(name)
+        return _SeededFactory().build(entry, overrides=None, registry=dict(index))
+
+    def _entry(self, name: str) -> tuple[Any, Any]:
         for folder in folders_with(ROOT, name):
             if folder == ROOT:
                 break
@@ -126,22 +150,15 @@ class LmEvalNames:
                 self._some[folder] = manager.task_index
             entry = self._some[folder].get(name)
             if entry is not None and entry.kind is not Kind.TAG:
-                try:
-                    return _leaves(entry, self._some[folder])
-                except _Elsewhere:
-                    break
-        entry = self.everything.get(name)
-        if entry is None:
-            return [], False
-        try:
-            return _leaves(entry, self.everything)
-        except _Elsewhere as error:
-            raise ConfigError(f"--tasks {name}: {error}, which cannot be asked here") from None
+                with suppress(_Elsewhere):
+                    _leaves(entry, self._some[folder])
+                    return entry, self._some[folder]
+        return self.everything.get(name), self.everything
 
 
-def _leaves(entry: Any, index: Mapping[str, Any]) -> tuple[list[LmEvalLeaf], bool]:
+def _leaves(entry: Any, index: Mapping[str, Any]) -> list[LmEvalLeaf]:
     built = _LeafFactory().build(entry, overrides=None, registry=dict(index))
-    return list(_flat(built)), entry.kind is Kind.GROUP
+    return list(_flat(built))
 
 
 def _flat(built: Any) -> Iterator[LmEvalLeaf]:

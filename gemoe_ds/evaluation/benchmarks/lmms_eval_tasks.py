@@ -6,20 +6,22 @@ pictures, which are opened when a request's `images` are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import lmms_eval.tasks
 from lmms_eval import utils
 from lmms_eval.api.task import Task as StockTask
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.benchmarks.harnesses import LMMS_EVAL, folders_with, quiet_and_seeded
+from gemoe_ds.evaluation.benchmarks.local_data import prepared_apart
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.writing import writing_of
@@ -61,7 +63,8 @@ class LmmsEvalLeaf:
 
     def load_stock(self, options: TaskOptions) -> Any:
         """The harness's own object, with what the style of prompts changes in it."""
-        with quiet_and_seeded():
+        with quiet_and_seeded(), prepared_apart(self.data[0]):
+            _resolve_hf_datasets_cache_dir.cache_clear()  # it would keep the first task's
             manager = _manager(self.folder, options.style.model_name)
             stock = dict(_flat(manager.load_task_or_group(self.asked)))[self.task_name]
         options.style.configure(stock)
@@ -144,23 +147,8 @@ class LmmsEvalTask:
         instance = stock.construct_requests(
             doc_id=doc, ctx=context, metadata=metadata | {"repeats": stock.config.repeats}
         )
-        options = instance.args[1]
-        if options.get("until") == [stock.config.fewshot_delimiter]:
-            # The harness's default, between examples; its models take it for no end of an answer.
-            options = options | {"until": []}
-        writing = writing_of(self.name, options, _MAX_TOKENS)
-        return [
-            Request(
-                self.name,
-                doc,
-                index,
-                "generate",
-                instance.args[0],
-                writing=writing,
-                images=lambda: self._pictures(doc),
-            )
-            for index in range(stock.config.repeats or 1)
-        ]
+        pictures = partial(self._pictures, doc)
+        return as_requests(stock, doc, instance, pictures)
 
     def _pictures(self, doc: int) -> list[Image.Image]:
         found = self._stock.doc_to_visual(self._stock.dataset[self._split][doc]) or []
@@ -171,3 +159,18 @@ class LmmsEvalTask:
                     "benchmark` shows pictures only; leave the task out"
                 )
         return list(found)
+
+
+def as_requests(
+    stock: Any, doc_id: int, instance: Any, images: Callable[[], list[Image.Image]] = list
+) -> list[Request]:
+    """One for each repeat."""
+    name, options = str(stock.config.task), instance.args[1]
+    if options.get("until") == [stock.config.fewshot_delimiter]:
+        # The harness's default, between examples; its models take it for no end of an answer.
+        options = options | {"until": []}
+    writing = writing_of(name, options, _MAX_TOKENS)
+    return [
+        Request(name, doc_id, index, "generate", instance.args[0], writing=writing, images=images)
+        for index in range(stock.config.repeats or 1)
+    ]

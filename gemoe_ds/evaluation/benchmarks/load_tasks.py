@@ -44,7 +44,7 @@ def resolve(names: Sequence[str]) -> list[Asked]:
         raise ConfigError(f"--tasks: name some, such as {', '.join(SETS)}")
     known: dict[str, Any] = {LM_EVAL: LmEvalNames(), LMMS_EVAL: LmmsEvalNames()}
     found: dict[str, Asked] = {}
-    for name, shots in _members(names):
+    for name, shots in members(names):
         for asked in _leaves(known, name, shots):
             task = asked.leaf.task_name
             other = found.setdefault(task, asked)
@@ -91,7 +91,7 @@ def _load(asked: Asked, options: TaskOptions) -> Task:
     return task
 
 
-def _members(names: Iterable[str]) -> Iterator[tuple[str, int]]:
+def members(names: Iterable[str]) -> Iterator[tuple[str, int]]:
     """Sets taken apart: a name, and the examples of its tasks if they do not say."""
     for name in names:
         for member in SETS.get(name, (name,)):

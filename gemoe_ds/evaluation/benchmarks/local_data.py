@@ -14,6 +14,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from gemoe_ds.errors import ConfigError, DataError
 
+METRICS = Path(__file__).with_name("metrics")  # code_eval, which is on the hub, too
 # What `load_dataset` calls a format, not a repository: the files are named beside it.
 _FORMATS = {"json", "csv", "parquet", "text", "arrow", "imagefolder", "webdataset", "generator"}
 
@@ -102,6 +104,7 @@ def _message(missing: Sequence[str], places: DataPlaces) -> str:
 def _view(links: Mapping[str, Path]) -> Path:
     """A folder of links. The same for the same links: `load_dataset` knows what it has prepared
     before by the path that it was read from."""
+    links = dict(links) | {folder.name: folder for folder in METRICS.iterdir() if folder.is_dir()}
     told = "\n".join(f"{name} {path}" for name, path in sorted(links.items()))
     above = Path(tempfile.gettempdir()) / f"gemoe_data_{os.getuid()}"
     above.mkdir(mode=0o700, exist_ok=True)
@@ -114,6 +117,40 @@ def _view(links: Mapping[str, Path]) -> Path:
         with contextlib.suppress(FileExistsError):  # of this process, or of another rank
             link.symlink_to(path)
     return view
+
+
+@contextlib.contextmanager
+def prepared_apart(repository: str) -> Iterator[None]:
+    """Within `data_of`, while a task of this repository is loaded: `load_dataset` keeps what it has
+    prepared by the files that it was prepared from.
+
+    It goes by the folder's name alone, and gives what it has prepared from other files of that name
+    before: of another folder, or of this one before it was fetched again.
+    """
+    here = Path.cwd() / repository
+    if not repository or Path(repository).is_absolute() or not here.is_dir():
+        yield
+        return
+    above = Path(datasets.config.HF_DATASETS_CACHE)
+    own = above / "gemoe" / f"{repository.replace('/', '___')}-{_stamp(here.resolve())}"
+    variable = "LMMS_EVAL_DATASETS_CACHE"
+    environment = os.environ.get(variable)
+    datasets.config.HF_DATASETS_CACHE, os.environ[variable] = own, str(own)
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = above
+        os.environ.pop(variable)
+        if environment is not None:
+            os.environ[variable] = environment
+
+
+@cache
+def _stamp(folder: Path) -> str:
+    """Of all files of a folder: names, sizes and times."""
+    files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+    told = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
