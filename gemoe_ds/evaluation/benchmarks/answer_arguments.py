@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import add_routing, check_routing
-from gemoe_ds.parser import Parser
+from gemoe_ds.parser import Parser, at_least_one
 
 _CONFIG = "config.yaml"
 
@@ -24,6 +24,22 @@ def answer_parser(description: str | None) -> Parser:
     )
     parser.add_argument(
         "--data-root", type=Path, help="folder with the data sets, as OWNER/NAME of the hub"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the data sets that are not on this machine"
+    )
+    parser.add_argument(
+        "--limit", type=at_least_one, help="only the first so many documents of every leaf task"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        help="examples before a question of a language task (default: as the task has it)",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="language tasks in the chat template of the tokenizer's folder",
     )
     parser.add_argument("--out", type=Path, help="folder of the answers (default: RUN/benchmarks)")
     add_routing(parser)

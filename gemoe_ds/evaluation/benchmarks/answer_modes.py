@@ -18,6 +18,7 @@ from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
+from gemoe_ds.data.chat_template import FolderTemplate
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
@@ -26,6 +27,7 @@ from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.benchmarks.answering import Answerer, answer_blocks
 from gemoe_ds.evaluation.benchmarks.batch_size import AUTO, tokens_that_fit
 from gemoe_ds.evaluation.benchmarks.calibration import calibration_on
+from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.parts import (
     ANSWERS,
     PartWriter,
@@ -39,6 +41,7 @@ from gemoe_ds.evaluation.benchmarks.plan import TaskPlan, blocks_of, plan_tasks
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
 from gemoe_ds.evaluation.benchmarks.reading import Reader
 from gemoe_ds.evaluation.benchmarks.shown import write_shown
+from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
 from gemoe_ds.evaluation.budget import Budget
@@ -65,9 +68,31 @@ class Asked:
 
     def of(self, number: int) -> dict[str, Any]:
         """asked.json of a task."""
-        plan = self.plans[number]
-        counts = {"num_documents": plan.doc_D.size, "num_requests": plan.num_requests}
-        return {"fingerprint": plan.fingerprint, **counts, "choices": self.choices}
+        task, plan = self.tasks[number], self.plans[number]
+        told = {
+            "harness": task.harness,
+            "group": task.group,
+            "num_documents": plan.doc_D.size,
+            "num_requests": plan.num_requests,
+            "choices": {**task.choices, **self.choices},
+            "fingerprint": plan.fingerprint,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(told))  # as it is read back
+        return plain
+
+
+def task_options(arguments: Namespace) -> TaskOptions:
+    """As the command line has them."""
+    template = None
+    if arguments.apply_chat_template:
+        template = FolderTemplate(Path(session_config(arguments).data.tokenizer))
+    return TaskOptions(
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        chat_template=template,
+        data=DataPlaces(arguments.data_root, arguments.download),
+        style=PromptStyle.named(arguments.prompt_style)(),
+    )
 
 
 def answer_all(

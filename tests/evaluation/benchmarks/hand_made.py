@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemoe_ds.evaluation.benchmarks.answer_arguments import answer_parser, find_run
@@ -28,6 +28,9 @@ class HandMade:
     kind: str
     num_documents: int
     seed: int = 0
+    group: str | None = None
+    harness: str = "by_hand"
+    choices: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
