@@ -151,7 +151,7 @@ class Ours:
         config = session_config(self.arguments)
         self.session = EvalSession(self.arguments, config, world)
         collator = meta_collator(config)
-        self.reader = Reader(collator, VisionPrompts(collator, DefaultStyle()))
+        self.reader = Reader(collator, VisionPrompts(collator, DefaultStyle()), 1)
 
     def answers(self, task: Texts, k: int) -> list[tuple[float | str, bool]]:
         """In the order of the requests."""
