@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,9 @@ def entropy_bins(entropy: np.ndarray, num_experts: int) -> np.ndarray:
 
     Narrow everywhere between 0 and log2 E, the largest entropy of a softmax, and narrower at both
     ends, where the tokens of a sure or of an undecided gate crowd. Scores that do not add up to 1
-    lead beyond; the outermost bins take all that is left.
+    lead beyond; the outermost bins take all that is left, and that of 0 what is no number.
     """
-    share = entropy.astype(np.float32) / np.float32(np.log2(max(num_experts, 2)))
+    share = np.nan_to_num(entropy.astype(np.float32) / np.float32(np.log2(max(num_experts, 2))))
     share = np.clip(share, 1 - _FURTHEST, _FURTHEST)
     bins: np.ndarray = (_scale(share) - _LOWEST).astype(np.int32)
     return bins
@@ -102,19 +102,28 @@ class RoutingSums:
 
     @classmethod
     def total(cls, parts: Iterable[RoutingSums]) -> RoutingSums:
-        """ValueError for no part, or parts of different models."""
-        parts = list(parts)
-        shapes = {part.load_MLE.shape for part in parts}
-        if len(shapes) != 1:
-            raise ValueError(f"sums over layers and experts {sorted(shapes)} cannot be added")
-        width = max(part.k_hist_MLK.shape[-1] for part in parts)
-        dense = {
-            name: np.sum([part.widened(width)[name] for part in parts], axis=0) for name in DENSE
-        }
-        limit = min(part.limit for part in parts)
-        sample = smallest([{n: getattr(p, n) for n in SAMPLE} for p in parts], int(limit))
-        rows = added_rows([{n: getattr(p, n) for n in ROWS} for p in parts])
-        return cls(limit=np.asarray(limit), **dense, **sample, **rows)
+        """One part after the other. ValueError for none, or parts of different models."""
+        total, rows = None, []
+        for part in parts:
+            rows.append({name: getattr(part, name) for name in ROWS})
+            if total is None:
+                dense = part.widened(part.k_hist_MLK.shape[-1])
+                total = replace(part, **{name: array.copy() for name, array in dense.items()})
+                continue
+            if part.load_MLE.shape != total.load_MLE.shape:
+                raise ValueError(
+                    "sums of other layers and experts cannot be added: "
+                    f"{part.load_MLE.shape[1:]} to {total.load_MLE.shape[1:]}"
+                )
+            width = max(part.k_hist_MLK.shape[-1], total.k_hist_MLK.shape[-1])
+            dense, more = total.widened(width), part.widened(width)
+            limit = min(total.limit, part.limit)
+            both = [{name: getattr(one, name) for name in SAMPLE} for one in (total, part)]
+            sample = smallest(both, int(limit))
+            total = replace(total, limit=limit, **{n: dense[n] + more[n] for n in DENSE}, **sample)
+        if total is None:
+            raise ValueError("no sums to add")
+        return replace(total, **added_rows(rows))
 
     def __add__(self, other: RoutingSums) -> RoutingSums:
         return RoutingSums.total([self, other])
@@ -240,14 +249,21 @@ class RoutingSums:
             raise ValueError("kind_N or k_LN has what no token is")
         if self.hash_N.size != min(int(self.limit), self.num_tokens):
             raise ValueError(f"a sample of {self.hash_N.size} of {self.num_tokens} tokens")
-        if (np.diff(self.doc_id_D) <= 0).any() or (self.hash_N[1:] < self.hash_N[:-1]).any():
+        if (self.doc_id_D[1:] <= self.doc_id_D[:-1]).any() or (
+            self.hash_N[1:] < self.hash_N[:-1]
+        ).any():
             raise ValueError("doc_id_D or hash_N is not in order")
         by_row = int(self.prompt_tokens_D.sum() + self.written_tokens_D.sum())
         if by_row != self.num_tokens:
             raise ValueError(f"documents of {by_row} tokens, not {self.num_tokens}")
 
     def save(self, path: Path) -> None:
-        """As one file that is whole or absent."""
+        """As one file that is whole or absent. DataError where the gates gave NaN."""
+        if not np.isfinite(self.entropy_sum_ML).all():
+            raise DataError(
+                f"{path} is not written: the entropy of some gate is not a number; look at the "
+                "checkpoint, or take model.dtype=float32"
+            )
         self.check()
         partial = path.with_name(f"{path.name}.tmp")
         with partial.open("wb") as file:

@@ -19,6 +19,7 @@ from gemoe_ds.analysis.routing_sums import (
     entropy_bins,
 )
 from gemoe_ds.engine.world import ALONE, Ranks
+from gemoe_ds.errors import DataError
 from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.evaluation.routing import RoutingCounter, over_ranks
 from gemoe_ds.models.inputs import ModelInputs
@@ -304,6 +305,28 @@ def test_what_is_written_is_counted_until_it_ends(router, options, tmp_path):
         assert np.allclose(found, array, rtol=1e-5, atol=1e-5), name
     if router == "moepp":
         assert counter.sums.k_hist_MLK[..., 0].any()  # nothing but free experts
+
+
+def test_gates_that_give_nan_are_counted_and_not_written(tmp_path):
+    """As validation meets them in a run that diverges."""
+    kind_BS = torch.full((1, 4), PROMPT)
+    ctx = forward(kind_BS, 0)
+    ctx.layers[0].entropy_T[1] = torch.nan
+    counter = RoutingCounter(LAYERS, EXPERTS)
+    counter.add(ctx, kind_BS, np.array([0]))
+    sums = counter.sums
+    assert np.isnan(sums.mean_entropy_L[0]) and sums.mean_entropy_L[1] > 0
+    assert np.isfinite(sums.mean_k_L).all() and sums.joint_LBK.sum() == 4 * LAYERS
+    with pytest.raises(DataError, match="routing.npz is not written: the entropy of some gate"):
+        sums.save(tmp_path / "routing.npz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_total_is_no_view_of_its_part():
+    sums = parts_of([[1]], 20)
+    total, before = RoutingSums.total([sums]), sums.load_MLE.copy()
+    total.load_MLE += 1
+    assert np.array_equal(sums.load_MLE, before)
 
 
 def test_a_context_that_did_not_trace_is_refused():

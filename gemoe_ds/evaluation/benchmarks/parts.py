@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -196,8 +197,8 @@ def merge_task(
     """answers.jsonl, sorted by key, and routing.npz of a task; gives the number of answers, and of
     those whose prompt was cut."""
     found = [part for part in parts if part.part.done]
-    sums = [RoutingSums.load(part.folder / part.part.routing) for part in found]
-    RoutingSums.total([empty, *sums]).save(out / ROUTING)
+    sums = (RoutingSums.load(part.folder / part.part.routing) for part in found)
+    RoutingSums.total(chain([empty], sums)).save(out / ROUTING)  # one in memory after the other
     files = [part.answers(task).open("rb") for part in found]
     try:
         keys, places, cut = _index(files, [part.part.num_bytes for part in found])
