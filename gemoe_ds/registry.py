@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -105,8 +106,13 @@ class Registered:
             known, near = ", ".join(cls.names()), difflib.get_close_matches(name, cls.names(), n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(
-                f"{cls.__name__.lower()} {name!r} is not known; known: {known}{hint}"
+                f"{cls._called()} {name!r} is not known; known: {known}{hint}"
             ) from None
+
+    @classmethod
+    def _called(cls) -> str:
+        """The family in plain words: router, prompt style."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
 
     @classmethod
     def configured(

@@ -120,3 +120,36 @@ def test_every_backbone(name, tmp_path):
         assert found.text == tokenizer.decode(
             [i for i in ids if i not in collator.end_ids], skip_special_tokens=True
         )
+
+
+STYLES = {
+    "olmoe": "default",
+    "molmoe": "molmo",
+    "deepseek_vl2": "deepseek_vl2",
+    "qwen3_vl_moe": "qwen3_vl",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "style"), STYLES.items())
+def test_answered_and_scored_by_the_commands(name, style, miniature, tmp_path):
+    """Tasks of both harnesses, with what each family is asked by whoever published it."""
+    from gemoe_ds.cli.benchmark import answer as answer_command
+    from gemoe_ds.cli.benchmark import score as score_command
+
+    base, tokenizer = write_case(name, tmp_path)
+    setting = {"root": tmp_path, "hf": base, "tokenizer": tokenizer, "data": tmp_path}
+    keys = {"mmlu_anatomy": "acc,none", "gsm8k": "exact_match,strict-match"}
+    if CASES[name].sees:
+        keys |= {"mmmu_val": "mmmu_acc,none", "ai2d": "exact_match,flexible-extract"}
+        keys["pope"] = "pope_accuracy,none"
+    data = ["--data-root", str(miniature)]
+    words = [str(write_recipe(setting, name)), "--tasks", *keys, "--k", "2", "--limit", "4"]
+    words += ["--prompt-style", style, "--out", str(tmp_path / "out"), *data]
+    answer_command.main(words)
+    score_command.main([str(tmp_path / "out"), *data])
+    for task, key in keys.items():
+        found = json.loads((tmp_path / "out/k_2" / task / "scores.json").read_text())
+        assert 0 <= found["metrics"][key] <= 1 and found["num_documents"] == 4
+        asked = found["choices"]
+        assert asked["prompt_style"] == style and asked["max_length"] >= 2048

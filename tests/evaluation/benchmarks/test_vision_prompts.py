@@ -127,6 +127,13 @@ def test_every_style_takes_any_question_and_says_its_name(name, collators):
                     assert len(encoded.images) == count
 
 
+def test_an_unknown_style_is_named():
+    with pytest.raises(
+        ConfigError, match="^prompt style 'qwen' is not known; known: .* mean qwen3"
+    ):
+        style("qwen")
+
+
 def test_task_options_take_the_place_of_a_tasks_own():
     task = SimpleNamespace(lmms_eval_specific_kwargs={"post_prompt": "\nShort.", "format": "x"})
     style("molmo").configure(task)
