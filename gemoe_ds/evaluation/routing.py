@@ -68,7 +68,8 @@ def routed(ctx: TokenContext, kind_BS: Tensor) -> Routed:
         mask_TE, experts = record.mask_TE, record.mask_TE.shape[1]
         most_T, best_T = torch.where(mask_TE, record.weights_TE, -torch.inf).max(1)
         best_T = torch.where(most_T > -torch.inf, best_T, -1)
-        load_ME = is_kind_MT @ mask_TE.float()  # exact: fewer than 2^24 tokens
+        with torch.autocast(device.type, enabled=False):
+            load_ME = is_kind_MT @ mask_TE.float()  # exact: fewer than 2^24 tokens
         numbers = [record.entropy_T.float().view(torch.int32), record.k_T, best_T, load_ME]
         parts += [x.to(torch.int32).reshape(-1) for x in numbers]  # type: ignore[union-attr]
     packed = torch.cat(parts).cpu().numpy()  # the one copy, and wait

@@ -307,6 +307,17 @@ def test_what_is_written_is_counted_until_it_ends(router, options, tmp_path):
         assert counter.sums.k_hist_MLK[..., 0].any()  # nothing but free experts
 
 
+def test_counts_are_exact_under_autocast():
+    kind_BS, sums = torch.full((3, 999), PROMPT), []  # odd numbers that bfloat16 has not
+    ctx = forward(kind_BS, 0)
+    for enabled in (False, True):
+        counter = RoutingCounter(LAYERS, EXPERTS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            counter.add(ctx, kind_BS, np.arange(3))
+        sums.append(counter.sums)
+    same_sums(*sums)
+
+
 def test_gates_that_give_nan_are_counted_and_not_written(tmp_path):
     """As validation meets them in a run that diverges."""
     kind_BS = torch.full((1, 4), PROMPT)
