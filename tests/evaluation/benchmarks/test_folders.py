@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,9 @@ class Pictures:
 
     num_documents: int = 5
     name: str = "mmmu_by_hand"
+    harness: str = "by_hand"
+    group: str | None = None
+    choices: dict[str, int] = field(default_factory=lambda: {"limit": 5})
 
     def requests_of(self, doc: int) -> list[Request]:
         count = 1 + doc % 3
@@ -99,7 +102,7 @@ def test_every_backbone(name, tmp_path):
     sums = RoutingSums.load(folder / pictures.name / "routing.npz")
     assert sums.tokens_M[0] > 5 * 4 and set(sums.k_LN.flatten()) == {2}
     asked = json.loads((folder / pictures.name / "asked.json").read_text())
-    assert asked["choices"] == {"max_length": 500, "prompt_style": style}
+    assert asked["choices"] == {"limit": 5, "max_length": 500, "prompt_style": style}
 
     top_k = Router.named("top_k")
     model = MoEModel.from_checkpoint(
