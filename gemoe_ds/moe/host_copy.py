@@ -35,7 +35,7 @@ class Remembered:
         self._value = 0.0
 
     def of(self, buffer: Tensor) -> float:
-        if self._buffer is not buffer or self._version != buffer._version:
-            self._buffer, self._version = buffer, buffer._version
-            self._value = buffer.item()
+        version = -1 if buffer.is_inference() else buffer._version  # -1: changes are not counted
+        if self._buffer is not buffer or self._version != version or version < 0:
+            self._buffer, self._version, self._value = buffer, version, buffer.item()
         return self._value

@@ -50,16 +50,15 @@ class Qwen3VLImages:
     def __call__(self, rgb: Image.Image, num_images: int = 1) -> ProcessedImage:
         image = self.processor([_not_too_long(rgb)], return_tensors="np")
         pixels, grid = image["pixel_values"].astype(np.float32), image["image_grid_thw"]
-        num_tokens = len(pixels) // self.processor.merge_size**2
+        merge = self.processor.merge_size
+        num_tokens = len(pixels) // merge**2
+        looked_up = tables(torch.from_numpy(grid).long(), self.position_side, merge)
         return ProcessedImage(
             [self.start_id, *[self.image_id] * num_tokens, self.end_id],
             np.array([-1, *range(num_tokens), -1]),
             num_tokens,
             pixels,
-            {
-                name: table.numpy()
-                for name, table in tables(torch.from_numpy(grid).long(), self.position_side).items()
-            },
+            {name: table.numpy() for name, table in looked_up.items()},
         )
 
     def num_tokens(self, width: int, height: int, num_images: int = 1) -> int:
@@ -107,7 +106,7 @@ def tables(grid_13: Tensor, position_side: int, merge: int = 2) -> dict[str, Ten
 def rotary_positions(feature_BS: Tensor, is_valid_BS: Tensor, place_F3: Tensor) -> Tensor:
     """Time, row and column of every position, int64 [3, B, S] (M-RoPE); 0 where it is padding.
 
-    Text counts 1, 2, ...; an image stands in one place of time, its rows and columns count from
+    Text counts 0, 1, ...; an image stands in one place of time, its rows and columns count from
     there. On the device, without a wait: transformers' own goes through it position by position.
     """
     is_image_BS = feature_BS >= 0
