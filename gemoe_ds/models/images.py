@@ -86,8 +86,12 @@ def put_features(embedded_BSD: Tensor, features_FD: Tensor, feature_BS: Tensor) 
     reach every module of the tower on every rank.
     """
     here_BS = feature_BS >= 0
-    rows = features_FD[feature_BS[here_BS]].to(embedded_BSD.dtype)
-    return embedded_BSD.masked_scatter(here_BS[..., None], rows)
+    return put_rows(embedded_BSD, features_FD[feature_BS[here_BS]], here_BS)
+
+
+def put_rows(embedded_BSD: Tensor, rows_PD: Tensor, here_BS: Tensor) -> Tensor:
+    """The same with the rows that go to these places, one after the other."""
+    return embedded_BSD.masked_scatter(here_BS[..., None], rows_PD.to(embedded_BSD.dtype))
 
 
 def add_features(embedded_BSD: Tensor, features_FD: Tensor, feature_BS: Tensor) -> Tensor:

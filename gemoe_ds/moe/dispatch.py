@@ -58,8 +58,8 @@ class Dispatcher(ABC):
 
 class _Counted(NamedTuple):
     mask_TE: Tensor
-    counts_E: Tensor
-    total: HostCopy | int  # on its way to the host
+    tokens_per_expert_E: Tensor
+    number: HostCopy | int  # of assignments; a copy of the counts on its way to the host
     is_bound: bool = False  # there may be fewer
 
 
@@ -77,7 +77,7 @@ class LocalDispatcher(Dispatcher):
             return _Counted(mask_TE, counts_E, sizes.exactly)
         if sizes.at_most is not None and sizes.at_most <= _FEW and available(mask_TE.device):
             return _Counted(mask_TE, counts_E, sizes.at_most, is_bound=True)
-        return _Counted(mask_TE, counts_E, HostCopy(counts_E.sum()))
+        return _Counted(mask_TE, counts_E, HostCopy(counts_E))
 
     def __call__(
         self,
@@ -87,9 +87,11 @@ class LocalDispatcher(Dispatcher):
         experts: ExpertFn,
         shared: SharedFn | None = None,
     ) -> Tensor:
-        mask_TE, counts_E, total, is_bound = preprocessed
-        number = int(total.value) if isinstance(total, HostCopy) else total
-        plan = RoutingPlan.from_mask(mask_TE, weights_TE, number, counts_E, may_have_spare=is_bound)
+        mask_TE, per_expert_E, number, is_bound = preprocessed
+        known: dict[str, Any] = {"num_assignments": number, "may_have_spare": is_bound}
+        if isinstance(number, HostCopy):
+            known = {"counts_E": number.value.tolist()}
+        plan = RoutingPlan.from_mask(mask_TE, weights_TE, per_expert_E, **known)
         y_TD = experts(x_TD, plan)
         shared_TD = None if shared is None else shared(x_TD)
         return y_TD if shared_TD is None else y_TD + shared_TD
@@ -156,12 +158,16 @@ class AllToAllDispatcher(Dispatcher):
             # A LayerNorm gives these under CUDA's autocast; the experts round them anyway.
             rows_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         preprocessed.work.wait()
-        sent_rows, sent_assignments, got_rows, got_assignments = torch.stack(
-            [counts[:, 0], counts[:, 1:].sum(1), received[:, 0], received[:, 1:].sum(1)]
-        ).tolist()  # the one wait of the host
+        sent, got = torch.stack([counts, received]).tolist()  # the one wait of the host
+        sent_rows, got_rows = ([of_rank[0] for of_rank in one] for one in (sent, got))
+        sent_assignments, got_assignments = (
+            [sum(of_rank[1:]) for of_rank in one] for one in (sent, got)
+        )
         # 1. The pairs, rank-major, and for every assignment the place of its row in its block.
         num_assignments = sum(sent_assignments)
-        plan = RoutingPlan.from_mask(preprocessed.mask_TE, weights_TE, num_assignments)
+        plan = RoutingPlan.from_mask(
+            preprocessed.mask_TE, weights_TE, num_assignments=num_assignments
+        )
         rank_ids_P, token_ids_P = torch.nonzero_static(sends_RT, size=sum(sent_rows)).unbind(1)
         rank_ids_A = torch.arange(self.num_ranks, device=x_TD.device).repeat_interleave(
             counts[:, 1:].sum(1), output_size=num_assignments
@@ -181,9 +187,7 @@ class AllToAllDispatcher(Dispatcher):
         shared_TD = None if shared is None else shared(x_TD)
         rows_QD, weights_B, row_offsets_B = exchange.dispatch_finish(dispatched)
         # 3. One partial sum a pair, back home in the rows' dtype, summed there in float32.
-        partial_QD = experts(
-            rows_QD, _plan_of_received(received, row_offsets_B, weights_B, sum(got_rows))
-        )
+        partial_QD = experts(rows_QD, _plan_of_received(received, got, row_offsets_B, weights_B))
         partial_PD = exchange.combine(partial_QD)
         self._count(sent_rows, sent_assignments, rows_TD, counts, plan.weights_A)
         home_TD = scatter_add_rows(partial_PD, token_ids_P, x_TD.shape[0], order).to(x_TD.dtype)
@@ -208,12 +212,12 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def _plan_of_received(
-    received: Tensor, row_offsets_B: Tensor, weights_B: Tensor, num_rows: int
+    received: Tensor, on_host: list[list[int]], row_offsets_B: Tensor, weights_B: Tensor
 ) -> RoutingPlan:
     """From source-major, expert-major within a source, to expert-major.
 
-    `received` int64 [R, 1 + L] counts rows and assignments; a place counts from the first row of
-    its source. No sort: an expert's rows are moved as one piece from each source.
+    `received` int64 [R, 1 + L], also `on_host`, counts rows and assignments; a place counts from
+    the first row of its source. No sort: an expert's rows move in one piece from each source.
     """
     rows_R, counts_RL = received[:, 0], received[:, 1:]
     num_ranks, num_local = counts_RL.shape
@@ -232,4 +236,5 @@ def _plan_of_received(
     order_B = torch.arange(num_assignments, device=moved_B.device) + moved_B
     row_ids_B, weights_B = row_ids_B.index_select(0, order_B), weights_B.index_select(0, order_B)
     expert_ids_B = pieces_B // num_ranks
-    return RoutingPlan(row_ids_B, expert_ids_B, weights_B, counts_RL.sum(0), num_rows)
+    num_rows, *counts = map(sum, zip(*on_host, strict=True))
+    return RoutingPlan(row_ids_B, expert_ids_B, weights_B, counts_RL.sum(0), num_rows, counts)

@@ -21,51 +21,60 @@ class RoutingPlan:
     weights_A: Tensor  # float32, combine weight, differentiable
     tokens_per_expert_E: Tensor  # int64, sums to A
     num_tokens: int
+    counts_E: list[int] | None = None  # the same on the host, if it knows
     mask_TE: Tensor | None = None  # of a plan whose last entries may be spare; see `from_mask`
 
     @property
     def num_experts(self) -> int:
         return self.tokens_per_expert_E.numel()
 
+    @property
+    def counts_on_host(self) -> list[int]:
+        """Of each expert. Waits for the device, unless they are known."""
+        return self.tokens_per_expert_E.tolist() if self.counts_E is None else self.counts_E
+
     @classmethod
     def from_mask(
         cls,
         mask_TE: Tensor,
         weights_TE: Tensor,
-        num_assignments: int | None = None,
-        counts_E: Tensor | None = None,
+        tokens_per_expert_E: Tensor | None = None,
         *,
+        counts_E: list[int] | None = None,
+        num_assignments: int | None = None,
         may_have_spare: bool = False,
     ) -> RoutingPlan:
         """The plan of a bool mask and the weights at its true entries.
 
-        The transposed mask's nonzeros are already expert-major, so no sort is needed. Unless
-        `num_assignments` (the number of true entries) is given, this waits for the device.
-        `counts_E`: the mask's sums over tokens, where they are known. With `may_have_spare` there
-        are at most so many true entries, and the rest of the plan stands for nothing: rows behind
-        those of the last expert, which no product needs and no sum takes.
+        The transposed mask's nonzeros are already expert-major, so no sort is needed. Unless the
+        host is given counts or `num_assignments` (the number of true entries), this waits for the
+        device. With `may_have_spare` there are at most so many, and the rest of the plan stands
+        for nothing: rows behind those of the last expert, which no product needs, no sum takes.
         """
         num_tokens, num_experts = mask_TE.shape
-        if counts_E is None:
-            counts_E = mask_TE.sum(0)
+        if tokens_per_expert_E is None:
+            tokens_per_expert_E = mask_TE.sum(0)
         if num_assignments is None:
-            num_assignments = int(counts_E.sum())
+            counts_E = tokens_per_expert_E.tolist() if counts_E is None else counts_E
+            num_assignments = sum(counts_E)
         expert_ids_A, token_ids_A = torch.nonzero_static(
             mask_TE.t(), size=num_assignments, fill_value=0
         ).unbind(1)
         # index_select on the flat view: its backward is one index_add, not an index_put
         weights_A = weights_TE.reshape(-1).index_select(0, token_ids_A * num_experts + expert_ids_A)
+        ids = token_ids_A, expert_ids_A
         mask = mask_TE if may_have_spare else None
-        return cls(token_ids_A, expert_ids_A, weights_A, counts_E, num_tokens, mask)
+        return cls(*ids, weights_A, tokens_per_expert_E, num_tokens, counts_E, mask)
 
     def row_major(self) -> RowMajor:
         shape = self.num_tokens, self.num_experts
         return row_major(self.token_ids_A, self.expert_ids_A, *shape, self.mask_TE)
 
-    def without_spare(self, num_assignments: int) -> RoutingPlan:
-        """The true entries alone, as many as the host knows that they are."""
+    def without_spare(self) -> RoutingPlan:
+        """The true entries alone; waits for the device if there may be others."""
         if self.mask_TE is None:
             return self
+        num_assignments = sum(self.counts_on_host)
         names = ("token_ids_A", "expert_ids_A", "weights_A")
         cut = {name: getattr(self, name)[:num_assignments] for name in names}
         return replace(self, mask_TE=None, **cut)

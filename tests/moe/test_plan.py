@@ -27,8 +27,10 @@ def test_plan_lists_the_mask(seed, tokens, experts, density):
     assert ends == mask.sum(1).cumsum(0).tolist()
     if not mask.numel():
         return
-    spare = RoutingPlan.from_mask(mask, weights, len(listed) + 3, may_have_spare=True)
+    spare = RoutingPlan.from_mask(
+        mask, weights, num_assignments=len(listed) + 3, may_have_spare=True
+    )
     order, ends = (one.tolist() for one in spare.row_major())
     assert order == [*of_tokens, len(listed), len(listed) + 1, len(listed) + 2]
     assert ends == mask.sum(1).cumsum(0).tolist()
-    assert spare.without_spare(len(listed)).token_ids_A.tolist() == plan.token_ids_A.tolist()
+    assert spare.without_spare().token_ids_A.tolist() == plan.token_ids_A.tolist()

@@ -152,6 +152,36 @@ def test_a_step_is_that_of_a_cpu_with_one_wait_and_few_launches(ranks, trainable
 
 
 @pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
+def test_float32_has_one_wait_too(ranks):
+    """Experts one after the other, each with as many rows as the host has been told."""
+    kind = {"trainable": True, "ranks": ranks}
+    x = tokens()[0].float()
+    wanted = make_layer("gemoe", {}, **kind, here=ranks)(x)
+    with pretended_gpu() as gpu:
+        layer = on_gpu(make_layer("gemoe", {}, **kind, here=1))
+        gpu.forget()
+        y = layer(on_gpu(x))
+        loss_of(layer, y).backward()
+    assert gpu.waits.total() == 1 and not gpu.mixed, (gpu.waits, gpu.mixed)
+    assert_close(y, wanted, "y")
+
+
+def test_float32_rows_travel_as_autocast_has_them():
+    """CUDA's autocast has LayerNorm give float32: the experts would round the rows anyway."""
+    kind = {"trainable": True, "ranks": RANKS}
+    _, *masks = tokens()
+    x = tokens()[0].float()
+    wanted = forward(make_layer("gemoe", {}, **kind, here=RANKS), x, *masks)
+    with pretended_gpu():
+        layer = on_gpu(make_layer("gemoe", {}, **kind, here=1))
+        y = forward(layer, *on_gpu((x, *masks)))
+    assert y.dtype == torch.float32
+    assert_close(y, wanted, "y")
+    traffic = layer.dispatcher.traffic
+    assert traffic.row_bytes == 2 * traffic.rows * SPEC.d_model * BF16.itemsize > 0
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
 def test_nothing_stays_alive_after_a_step(ranks):
     kind = {"trainable": True, "ranks": ranks}
     wanted = on_cpu(make_layer("gemoe", {}, **kind, here=ranks))

@@ -22,7 +22,7 @@ from gemoe_ds.hf_io.key_rules import KeyMap, expert_tables
 from gemoe_ds.models.backbone import Backbone, HFModel
 from gemoe_ds.models.blocks import stock_block
 from gemoe_ds.models.chat import ChatTemplate
-from gemoe_ds.models.images import put_features
+from gemoe_ds.models.images import put_rows
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import attended, attention_inputs
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages, rotary_positions
@@ -149,10 +149,10 @@ class Qwen3VLBackbone(Backbone):
             position_ids=images["patch_position"],
             return_dict=True,
         )
-        embedded_BSD = put_features(embedded_BSD, seen.pooler_output, feature_BS)
+        rows_P = feature_BS[is_image_BS]
+        embedded_BSD = put_rows(embedded_BSD, seen.pooler_output[rows_P], is_image_BS)
         attended_BS = attended(inputs.is_valid_BS)
         position_3BS = rotary_positions(feature_BS, attended_BS, images["place_F3"])
-        rows_P = feature_BS[is_image_BS]
         hidden_BSD = inner.language_model(
             inputs_embeds=embedded_BSD,
             visual_pos_masks=is_image_BS,

@@ -5,7 +5,7 @@ in memory: fresh pages for [A, 2 F] arrays, and passes over them. So rows are ga
 activated and added to the result one expert at a time (3 to 8 MB in flight at D = 2048, F = 1024,
 512 rows), and only the gate and up projections outlive their expert.
 
-Serves every dtype and device; on a GPU it waits for the host once for the counts.
+Serves every dtype and device.
 Shapes: N rows, n rows of one expert (filled up, see `_busy`), D model, F expert width, G = 2 F.
 """
 
@@ -31,8 +31,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the sum's dtype; kept, if asked: the projections [n, G] of every busy expert."""
-    counts = plan.tokens_per_expert_E.tolist()
-    plan = plan.without_spare(sum(counts))
+    plan, counts = plan.without_spare(), plan.counts_on_host
     if not keep and max(counts, default=0) <= _FEW_ROWS:
         return _forward_few(x_ND, plan, counts, expert_weights), []
     y_ND = _sums_like(x_ND)
@@ -95,7 +94,7 @@ def backward(
     grad_weights = []
     grad_gate_up_EGD = torch.zeros_like(expert_weights.gate_up_EGD) if needs_experts else None
     grad_down_EDF = torch.zeros_like(expert_weights.down_EDF) if needs_experts else None
-    busy = _busy(plan, plan.tokens_per_expert_E.tolist(), expert_weights)
+    busy = _busy(plan, plan.counts_on_host, expert_weights)
     for (expert, count, ids_n, weights_n), gate_up_nG in zip(busy, kept, strict=True):
         gate_nF, up_nF = gate_up_nG.chunk(2, -1)
         grad_nD = grad_ND.index_select(0, ids_n).to(expert_weights.dtype)
