@@ -179,8 +179,8 @@ def sums_of(
         np.add.at(sums.k_hist_MLK, (kind_N, layer, k_N), 1)
         np.add.at(sums.entropy_sum_ML, (kind_N, layer), entropy_N)
         np.add.at(sums.joint_LBK, (layer, entropy_bins(entropy_N, experts), k_N), 1)
-        for expert in range(experts):
-            np.add.at(sums.load_MLE, (kind_N, layer, expert), k_N > expert)
+        for expert in range(min(experts, width)):
+            sums.load_MLE[:, layer, expert] = np.bincount(kind_N[k_N > expert], minlength=3)
         if layer:
             sums.transitions_LEE[layer - 1, 0, 0] = (k_LN[layer - 1 : layer + 1] > 0).all(0).sum()
     doc_N = np.arange(num_tokens) // 10

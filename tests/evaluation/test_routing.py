@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -155,12 +156,22 @@ def test_sums_are_those_of_a_walk_over_all_tokens():
     )
 
 
+@cache
+def kinds_of_document(doc: int) -> torch.Tensor:
+    rng = np.random.default_rng(doc)
+    return kinds(rng, 1, int(rng.integers(1, 12)))
+
+
+@cache
+def routed_alone(doc: int) -> TokenContext:
+    return forward(kinds_of_document(doc), doc)
+
+
 def parts_of(batches: list[list[int]], limit: int) -> RoutingSums:
     """Documents 0..39 of ragged lengths, in these batches: the same tokens whatever they are."""
     counter = RoutingCounter(LAYERS, EXPERTS, limit)
     for docs in batches:
-        alone = [np.random.default_rng(doc) for doc in docs]
-        each = [kinds(rng, 1, int(rng.integers(1, 12))) for rng in alone]
+        each = [kinds_of_document(doc) for doc in docs]
         length = max((kind.shape[1] for kind in each), default=0)
         whole = TokenContext(LAYERS)
         pad = [
@@ -171,8 +182,8 @@ def parts_of(batches: list[list[int]], limit: int) -> RoutingSums:
         for layer, record in enumerate(whole.layers):
             for name in ("mask_TE", "weights_TE", "entropy_T", "k_T"):
                 rows = []
-                for doc, kind in zip(docs, each, strict=True):
-                    row = getattr(forward(kind, doc).layers[layer], name)
+                for doc in docs:
+                    row = getattr(routed_alone(doc).layers[layer], name)
                     more = length - len(row)
                     rows.append(torch.cat([row, row.new_zeros(more, *row.shape[1:])]))
                 empty = torch.zeros(0, EXPERTS) if name.endswith("TE") else torch.zeros(0)
