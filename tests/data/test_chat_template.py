@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from gemoe_ds.data.chat_template import FolderTemplate
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from tests.models.published import GOLDEN, write_published
 
 ROLES = (  # of the kind that OLMoE-Instruct has
@@ -29,6 +30,8 @@ def test_it_is_the_folders_own(tmp_path, name, template):
     own = AutoTokenizer.from_pretrained(folder)
     ours = FolderTemplate(folder)
     assert ours.drops_system == (template == REFUSES)
+    told = TaskOptions(chat_template=ours).template
+    assert told == "examples as turns" + ", system messages left out" * ours.drops_system
     for messages, ends in itertools.product(CONVERSATIONS, (True, False)):
         kept = [m for m in messages if m != SYSTEM] if ours.drops_system else messages
         asked = kept if ends else [*kept, BEGUN]

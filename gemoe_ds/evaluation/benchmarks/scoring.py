@@ -26,7 +26,7 @@ import numpy as np
 
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.files import SCORED, SCORES, Scores
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import DataError, GemoeError
 from gemoe_ds.evaluation.benchmarks.answered import AnsweredTask
 from gemoe_ds.evaluation.benchmarks.code_metric import code_may_run
 from gemoe_ds.evaluation.benchmarks.harnesses import label, quiet_and_seeded
@@ -123,7 +123,17 @@ def _evaluating(folder: Path) -> Iterator[None]:
     path = folder / LOG if folder.is_dir() else folder
     with path.open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         with contextlib.redirect_stderr(log), quiet_and_seeded():
-            yield
+            try:
+                yield
+            except GemoeError:
+                raise
+            except Exception as error:  # of any kind: the code of 16,000 tasks
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise DataError(
+                    f"{path.parent.name}: the harness cannot score it ({reason}); some tasks need "
+                    "all of their documents (MME's come in pairs), without --limit; or leave it "
+                    "out with --tasks"
+                ) from error
 
 
 def _by_filter(

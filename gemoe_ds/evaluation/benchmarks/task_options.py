@@ -27,4 +27,6 @@ class TaskOptions:
         """For `choices`."""
         if self.chat_template is None:
             return "none"
-        return "examples as turns" if self.fewshot_as_multiturn else "examples in one turn"
+        told = "examples as turns" if self.fewshot_as_multiturn else "examples in one turn"
+        drops = getattr(self.chat_template, "drops_system", False)
+        return f"{told}, system messages left out" if drops else told

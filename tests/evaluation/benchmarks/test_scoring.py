@@ -139,6 +139,14 @@ def test_a_limit_and_a_chat_template(bench: Bench) -> None:
     assert bench.right("gsm8k") == bench.right("pope") == [1.0] * 3
 
 
+def test_half_a_pair_of_mme_is_named(bench: Bench) -> None:
+    bench.answer("mme", options={"limit": 3})
+    with pytest.raises(
+        DataError, match="^mme: the harness cannot score it .AssertionError: MME on"
+    ):
+        bench.score()
+
+
 def test_pope_s_periods_are_told(bench: Bench) -> None:
     bench.answer("pope", answer=saying(lambda one: "Yes." if one.doc_id < 4 else None))
     bench.score()
