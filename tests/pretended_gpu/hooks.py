@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def why_not() -> str | None:
     """What is missing, if anything is."""
     if torch.version.cuda or torch.version.hip:
         return "this torch has a GPU's own hooks: a build for CPUs is wanted"
-    if compiler() is None:
+    if not compiler():
         return "no C++ compiler"
     if not (TORCH / "include/ATen/detail/CUDAHooksInterface.h").exists():
         return "torch's headers are missing"
@@ -30,8 +31,8 @@ def why_not() -> str | None:
     return None if sys.platform == "linux" else "LD_PRELOAD is Linux's"
 
 
-def compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("c++")
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")
 
 
 def library() -> Path:
@@ -43,7 +44,7 @@ def library() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_suffix(f".{os.getpid()}")  # several test processes may come at once
-    command = [str(compiler()), "-shared", "-fPIC", "-std=c++20", f"-I{TORCH}/include", str(SOURCE)]
+    command = [*compiler(), "-shared", "-fPIC", "-std=c++20", f"-I{TORCH}/include", str(SOURCE)]
     command += [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}/lib"]
     subprocess.run([*command, "-o", str(made)], check=True)
     made.replace(path)
@@ -54,6 +55,7 @@ def run(*files: str) -> None:
     """The tests of these files, in a process of their own with a pretended GPU."""
     preloaded = [str(library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
     environment = os.environ | {"LD_PRELOAD": ":".join(preloaded), "TRITON_INTERPRET": "1"}
+    environment["PYTEST_ADDOPTS"] = ""  # of these tests' own parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += [str(SOURCE.with_name(file)) for file in files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

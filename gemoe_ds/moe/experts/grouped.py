@@ -30,7 +30,7 @@ def forward(
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
     gemm, dtype, ends_E = expert_weights.gemm, expert_weights.dtype, _ends(plan.tokens_per_expert_E)
     order_A, ends_N = plan.row_major()
-    rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
+    rows_AD = x_ND.to(dtype).index_select(0, plan.token_ids_A)
     gate_up_AG = gemm.times_transposed(rows_AD, expert_weights.gate_up_EGD.to(dtype), ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
     out_AD = gemm.times_transposed(hidden_AF, expert_weights.down_EDF.to(dtype), ends_E)
@@ -56,7 +56,7 @@ def backward(
         expert_weights.dtype,
     )
     ends_E = _ends(plan.tokens_per_expert_E)
-    grad_AD = grad_ND.index_select(0, plan.token_ids_A).to(dtype)
+    grad_AD = grad_ND.to(dtype).index_select(0, plan.token_ids_A)
     grad_hidden_AF = gemm.times(grad_AD, down_EDF.to(dtype), ends_E)
     grad_gate_up_AG, grad_weights_A, hidden_AF = _swiglu_backward(
         grad_hidden_AF, gate_up_AG, plan.weights_A, needs_experts
@@ -66,7 +66,7 @@ def backward(
         grad_rows_AD = gemm.times(grad_gate_up_AG, gate_up_EGD.to(dtype), ends_E)
         grad_x_ND = _segment_sum(grad_rows_AD, order_A, ends_N, x_ND.dtype)
     if hidden_AF is not None:
-        rows_AD = x_ND.index_select(0, plan.token_ids_A).to(dtype)
+        rows_AD = x_ND.to(dtype).index_select(0, plan.token_ids_A)
         grad_down_EDF = gemm.weight_grad(grad_AD, hidden_AF, ends_E).to(down_EDF.dtype)
         grad_gate_up_EGD = gemm.weight_grad(grad_gate_up_AG, rows_AD, ends_E)
         grad_gate_up_EGD = grad_gate_up_EGD.to(gate_up_EGD.dtype)
