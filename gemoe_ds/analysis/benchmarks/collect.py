@@ -86,6 +86,8 @@ class ModeRun:
 
     def right(self, column: Column) -> np.ndarray | None:
         """The score of every document, part by part; None where the column is not their mean."""
+        if not column.is_mean:
+            return None
         parts = self.columns[column.heading]
         right_N = np.concatenate([part.documents.right_N for part in parts])
         score = self.values(column)[-1]

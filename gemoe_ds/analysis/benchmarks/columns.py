@@ -49,6 +49,8 @@ class Column:
     scale: float = 100.0  # what makes percent of them
     parts: tuple[str, ...] = ()  # what several metrics are called; no percent, so in no average
     leaves: tuple[str, ...] = ()
+    # Whether the score may be a mean over documents: F1 is none, MMBench's turns belong together.
+    is_mean: bool = True
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -67,8 +69,8 @@ class Column:
 
 
 VISION = (
-    Column("MMB", "mmbench_en_dev_static", ("gpt_eval_score,none",), 1.0),
-    Column("POPE", "pope", ("pope_f1_score,none",)),
+    Column("MMB", "mmbench_en_dev_static", ("gpt_eval_score,none",), 1.0, is_mean=False),
+    Column("POPE", "pope", ("pope_f1_score,none",), is_mean=False),
     Column("SQA-I", "scienceqa_img", ("exact_match,none",)),
     Column("VQA-T", "textvqa_val", ("exact_match,none",)),
     Column("GQA", "gqa", ("exact_match,none",)),

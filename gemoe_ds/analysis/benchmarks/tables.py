@@ -139,12 +139,33 @@ def _notes(layout: Layout, models: Sequence[Model], blocks: Sequence[Block]) -> 
                 f"*Retention* of {block.model} is unknown: the untouched model was not answered "
                 f"with its own k. Run `gemoe benchmark answer` with --k {k}."
             )
+        elif not any(row.retention for row in block.rows):
+            yield (
+                f"*Retention* of {block.model} is unknown: its own k has nothing right, or lacks a "
+                "benchmark that other rows have."
+            )
+        yield from _limits(layout, model)
         yield from _gaps(layout, model)
     if any(column.parts for column in layout.columns):
         yield (
             "MME is points, not percent, so no average holds it. The paper does not say whether it "
             "prints perception, cognition or their sum; its number stands under the sum."
         )
+
+
+def _limits(layout: Layout, model: Model) -> Iterable[str]:
+    """Benchmarks of which only the first documents were asked are others."""
+    limited = [
+        column.heading
+        for column in model.ran(layout.columns)
+        if any(
+            part.scores.choices.get("limit")
+            for run in model.runs
+            for part in run.columns.get(column.heading, [])
+        )
+    ]
+    if limited:
+        yield f"Only the first documents of {', '.join(limited)} were asked (`--limit`)."
 
 
 def _gaps(layout: Layout, model: Model) -> Iterable[str]:
@@ -179,11 +200,17 @@ def _choices(layout: Layout, models: Sequence[Model]) -> Iterable[str]:
             if column.leaves:
                 tasks = f"{column.task}, {len(scores)} of its {len(column.leaves)} parts,"
             number = sum(one.num_documents for one in scores)
-            chosen = {f"{name} {value}" for one in scores for name, value in one.choices.items()}
+            chosen = {
+                f"; {name} {value}"
+                for one in scores
+                for name, value in one.choices.items()
+                if value is not None
+            }
+            version = str(scores[0].version)  # of lmms_eval's tasks it is a word
+            versioned = f" (version {version})" if version[:1].isdigit() else ""
             text = (
-                f"**{column.heading}**: {tasks} of {scores[0].harness} (version "
-                f"{scores[0].version}), {number:,} documents, {' + '.join(column.metrics)}"
-                + "".join(f"; {one}" for one in sorted(chosen))
+                f"**{column.heading}**: {tasks} of {scores[0].harness}{versioned}, {number:,} "
+                f"documents, {' + '.join(column.metrics)}{''.join(sorted(chosen))}"
             )
             said.setdefault(text, []).append(model.title)
     for text, titles in said.items():

@@ -18,6 +18,7 @@ from tests.analysis.benchmarks.folders import (
     right_of,
     sums_of,
     write_mode,
+    write_task,
 )
 
 
@@ -104,6 +105,8 @@ def test_scores_that_are_no_mean_over_documents_have_no_interval(tmp_path: Path)
         assert gemoe.cells[heading].interval is None and gemoe.cells[heading].difference is None
     assert gemoe.cells["SQA-I"].interval and gemoe.by_document.difference
     assert gemoe.average.interval is None and gemoe.retention.interval is None
+    more = ours(tables(demo_run(tmp_path / "more", {"ocrbench": 20, "ai2d": 20}))["8"])
+    assert more.by_document == ("AI2D",)
     assert gemoe.average.value == pytest.approx(
         np.mean([cell.value for cell in gemoe.cells.values()])
     )
@@ -144,6 +147,31 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "HumanEval is answered and not scored (trained/humaneval): run `gemoe benchmark" in said
     assert "was not answered with its own k" in said and "--k 4" in said
     assert "(2 of 4 benchmarks)" in said
+
+
+def test_limits_and_a_baseline_of_zero_are_said(tmp_path: Path) -> None:
+    write_mode(tmp_path, "k_4", mode_of("top_k", 4), {"gqa": np.zeros(5)})
+    changed = {"num_fewshot": 0, "limit": 5, "judge": None}
+    folder = tmp_path / "k_4/scienceqa_img"
+    write_task(folder, np.zeros(5), mode_of("top_k", 4), choices=changed, version="Yaml")
+    table = tables(tmp_path)["1"]
+    said = "\n".join(table.notes)
+    assert "Only the first documents of SQA-I were asked (`--limit`)." in said
+    assert "is unknown: its own k has nothing right" in said
+    (choice,) = [line for line in table.choices if "SQA-I" in line]
+    assert choice.endswith(
+        "of lmms_eval 0.7.3, 5 documents, exact_match,none; limit 5; num_fewshot 0."
+    )
+
+
+def test_circular_turns_and_f1_have_no_interval_even_where_means_agree(tmp_path: Path) -> None:
+    run = demo_run(tmp_path, {"pope": 20, "mmbench_en_dev_static": 20}, seeds=1)
+    for path in (run / "benchmarks").glob("*/*/scores.json"):
+        found = json.loads(path.read_text())
+        right = np.load(path.with_name("scored.npz"))["right_N"].mean()
+        found["metrics"] = {"pope_f1_score,none": right, "gpt_eval_score,none": 100 * right}
+        path.write_text(json.dumps(found))
+    assert ours(tables(run)["1"]).by_document == ()
 
 
 def test_a_table_without_a_row_of_ours_is_left_out(tmp_path: Path) -> None:

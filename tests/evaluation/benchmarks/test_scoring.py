@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemoe_ds.analysis.benchmarks.files import read_scored, read_scores
+from gemoe_ds.analysis.benchmarks.collect import read_modes
+from gemoe_ds.analysis.benchmarks.columns import COLUMNS
+from gemoe_ds.analysis.benchmarks.files import MODE, SCORES, read_scored, read_scores
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.benchmarks.answered import ANSWERS
 from gemoe_ds.evaluation.benchmarks.load_tasks import SETS
@@ -21,6 +23,7 @@ from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.requests import Answer, Request
 from gemoe_ds.evaluation.benchmarks.score_modes import ScoreOptions, score_all
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
+from tests.analysis.benchmarks.folders import mode_of, routing_of
 from tests.evaluation.benchmarks.gold import answer_with, right
 from tests.evaluation.benchmarks.miniature import write_miniature
 
@@ -103,6 +106,23 @@ def test_gold_answers_get_full_marks(bench: Bench) -> None:
     assert (scores.harness, scores.version) == ("lm_eval 0.4.13", 3.0)
     assert scores.choices["num_fewshot"] == 5 and scores.software["lm_eval"] == "0.4.13"
     assert not list(Path.cwd().glob("submissions"))
+    assert_tables_take_them(bench.out / "trained")
+
+
+def assert_tables_take_them(folder: Path) -> None:
+    """Every column of the paper, by `gemoe benchmark tables`."""
+    (folder / MODE).write_text(mode_of("gemoe").model_dump_json())
+    for path in folder.glob(f"*/{SCORES}"):
+        routing_of(read_scores(path.parent).num_documents, None).save(path.with_name("routing.npz"))
+    (run,) = read_modes([folder])
+    found = {c.heading: run.values(c)[-1] for c in COLUMNS if c.heading in run.columns}
+    full = dict.fromkeys((column.heading for column in COLUMNS), 100.0) | {"OCRBench": 0.7}
+    assert found == pytest.approx(
+        {name: full[name] for name in full if name != "MM-Vet"} | {"MME": 400}
+    )
+    means = {column.heading for column in COLUMNS if run.columns.get(column.heading)
+             and run.right(column) is not None}  # fmt: skip
+    assert means == found.keys() - {"MMB", "POPE", "OCRBench", "MME"}
 
 
 def test_scores_document_by_document(bench: Bench) -> None:
