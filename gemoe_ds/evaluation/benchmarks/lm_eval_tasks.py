@@ -7,7 +7,7 @@ all few-shot documents in memory; here a request is made when it is asked for.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from gemoe_ds.evaluation.benchmarks.writing import writing_of
 
 ROOT = Path(lm_eval.tasks.__file__).parent
 _MAX_TOKENS = 256  # of an answer, where a task does not say
+_MOST_WORDED = 2000  # examples and answers of a task that are kept
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,39 @@ class LmEvalLeaf:
         return _SeededFactory()._build_task(self.entry, overrides)
 
 
+class _Shot(dict[str, Any]):
+    """A document that is shown as an example, and its place among those."""
+
+    place = 0
+
+
 class _LeanTask(ConfigurableTask):
-    """Does not list its few-shot documents when it is made, which would be all of a split."""
+    """Does not list its few-shot documents when it is made, which would be all of a split, and
+    words an example once: a template is compiled each time that the harness uses it."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self._is_made = False
+        self._is_made, self._worded = False, dict[tuple[str, int], Any]()
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
         self._is_made = True
 
     def fewshot_docs(self) -> Any:
         return super().fewshot_docs() if self._is_made else None
+
+    def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
+        return self._once("text", doc, super().doc_to_text, doc_to_text)
+
+    def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
+        return self._once("target", doc, super().doc_to_target, doc_to_target)
+
+    def _once(self, kind: str, doc: Any, word: Callable[..., Any], template: Any) -> Any:
+        if not isinstance(doc, _Shot):
+            return word(doc, template)
+        key = (kind, doc.place)
+        if key not in self._worded:
+            if len(self._worded) >= _MOST_WORDED:
+                self._worded.clear()
+            self._worded[key] = word(doc, template)
+        return self._worded[key]
 
 
 class _SeededFactory(TaskFactory):
@@ -279,7 +303,12 @@ class _Drawn:
 
     def sample(self, n: int, eval_doc: Any = None) -> list[Any]:
         first = self.doc * self._shots
-        return [self._pool[place] for place in self._places[first : first + n]]
+        return [self._shot(place) for place in self._places[first : first + n]]
+
+    def _shot(self, place: int) -> _Shot:
+        shot = _Shot(self._pool[place])
+        shot.place = place
+        return shot
 
 
 class _Row(Mapping[str, Any]):
