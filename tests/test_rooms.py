@@ -50,7 +50,7 @@ ONLY_IN = {
     "deepspeed": {"engine", "benchmarks"},  # whose layers run beside ours
     "transformers": {"hf_io", "models", "data", "data_prep", "export", "benchmarks"},
     "datasets": {"data", "evaluation"},
-    "lm_eval": {"evaluation"},
+    "lm_eval": {"evaluation", "benchmarks"},  # what answers are timed against
     "lmms_eval": {"evaluation"},
     "grain": {"data"},
     "matplotlib": {"analysis", "benchmarks", "experiments"},
