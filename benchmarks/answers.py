@@ -213,15 +213,19 @@ def main(argv: list[str]) -> None:
     parser = Parser("python -m benchmarks.answers", description=__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=5, help="timed rounds (5)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batches", type=at_least_one, nargs="+", default=[8, 32], help="of stock")
+    parser.add_argument("--batches", type=at_least_one, nargs="+", default=[16], help="of stock")
     parser.add_argument("--tasks", nargs="+", default=[], help="those that begin with these words")
     parser.add_argument("--out", type=Path, help="default: results/answers_DEVICE.json")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other tasks")
     flags = parser.parse_or_exit(argv)
     with exit_on_error():
         origin = provenance()  # before its own results make it dirty
-        rows = run(flags)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         out = flags.out or CHECKOUT / f"results/answers_{device}.json"
+        rows = run(flags)
+        timed = {row["task"] for row in rows}
+        earlier = json.loads(out.read_bytes())["rows"] if flags.keep else []
+        rows = [row for row in earlier if row["task"] not in timed] + rows
         data = origin | {"device": device, "threads": torch.get_num_threads(), "dtype": flags.dtype}
         data |= {"shape": SHAPE | {"top_k": TOP_K}, "clock": _CLOCK, "rows": rows}
         write_text(out, json.dumps(data, indent=1) + "\n")

@@ -205,8 +205,9 @@ def merge_task(
         order = np.argsort(keys, kind="stable")
         partial = out / f".{ANSWERS}.tmp"
         with partial.open("wb") as merged:
-            for number, start in places[order].tolist():
-                files[number].seek(start)
+            for at in order:
+                number, start = places[at]
+                files[number].seek(int(start))
                 merged.write(files[number].readline())
         fsync_path(partial)
         os.replace(partial, out / ANSWERS)
