@@ -42,6 +42,8 @@ class Mode(ConfigModel):
     base: str | None  # the base checkpoint; None: random weights
     checkpoint: str | None  # what was trained; None: the untouched model
     dtype: str | None = None  # of activations and frozen weights
+    router: dict[str, Any] = {}  # its name and options
+    choices: dict[str, Any] = {}  # how prompts were made, where the paper does not say
     backbone_k: int = Field(ge=1)
     num_experts: int = Field(ge=1)
     total_parameters: int = Field(ge=0)

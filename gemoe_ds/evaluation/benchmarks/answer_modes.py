@@ -36,6 +36,7 @@ from gemoe_ds.evaluation.benchmarks.parts import (
     merge_task,
     new_start,
     remove_parts,
+    writing_answers,
 )
 from gemoe_ds.evaluation.benchmarks.plan import TaskPlan, blocks_of, plan_tasks
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle
@@ -54,7 +55,7 @@ from gemoe_ds.train.assemble import meta_collator, named_backbone
 ASKED, BUDGET = "asked.json", "budget.json"
 _LONGEST = 8_192  # tokens; no prompt of the paper's benchmarks has as many
 # What must be the same for answers of two starts to be of one model.
-_SAME = ("k", "budget_k", "seed", "backbone", "base", "checkpoint", "dtype")
+_SAME = ("k", "budget_k", "seed", "backbone", "base", "checkpoint", "dtype", "router")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,28 @@ def identity(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict
         "base": named_from_here(base) if base else None,
         "checkpoint": named_from_here(newest(arguments.trained)) if is_trained else None,
         "dtype": config.model.dtype,
+        "router": routing_of(arguments, config, mode),
     }
+
+
+def routing_of(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict[str, Any]:
+    """The router's name and options, and how its budget is met."""
+    if mode.k is not None:
+        return {"name": "top_k"}
+    router, options = config.model.router.router_class, config.model.router.config
+    if mode.router is not None:
+        router, options = chosen_routers(arguments)[mode.router]
+    met = {"per_layer": arguments.per_layer, "rescale": arguments.rescale}
+    told = {"name": router.name, **options.model_dump()} | (met if mode.mean_k else {})
+    plain: dict[str, Any] = json.loads(json.dumps(told))  # as it is read back
+    return plain
+
+
+def _agree(name: str, found: Any, new: Any) -> bool:
+    """A place may be written from another working directory."""
+    if name in ("base", "checkpoint") and found and new:
+        return Path(found).name == Path(new).name
+    return bool(found == new)
 
 
 def check_folder(arguments: Namespace, config: RunConfig, mode: RoutingMode, asked: Asked) -> None:
@@ -207,7 +229,7 @@ def check_folder(arguments: Namespace, config: RunConfig, mode: RoutingMode, ask
     if (folder / MODE).exists():
         found, new = read_mode(folder), identity(arguments, config, mode)
         for name in _SAME:
-            if getattr(found, name) != new[name]:
+            if not _agree(name, getattr(found, name), new[name]):
                 raise ConfigError(
                     f"{folder} holds answers of another model: its {name} is "
                     f"{getattr(found, name)}, not {new[name]}; give another --out, or remove it"
@@ -242,13 +264,14 @@ def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked) -> None:
     together = session.config.parallel.ep_size > 1
 
     def begin() -> tuple[Path, dict]:
-        write_mode(session, mode, folder)
-        for number in todo:
-            (folder / asked.tasks[number].name).mkdir(exist_ok=True)
-            path = folder / asked.tasks[number].name / ASKED
-            write_text(path, json.dumps(asked.of(number), indent=1) + "\n")
-        earlier = found_parts(folder)
-        return new_start(folder, world.size, budget, together=together), earlier
+        with writing_answers(folder):
+            write_mode(session, mode, folder, asked.choices)
+            for number in todo:
+                (folder / asked.tasks[number].name).mkdir(exist_ok=True)
+                path = folder / asked.tasks[number].name / ASKED
+                write_text(path, json.dumps(asked.of(number), indent=1) + "\n")
+            earlier = found_parts(folder)
+            return new_start(folder, world.size, budget, together=together), earlier
 
     start, earlier = broadcast_from_first(begin, world)
     done = [np.ones(plan.doc_D.size, bool) for plan in asked.plans]
@@ -278,8 +301,9 @@ def merge(session: EvalSession, folder: Path, asked: Asked, todo: Sequence[int])
     counts = {}
     for number in todo[world.rank :: world.size]:
         name = asked.tasks[number].name
-        answers, cut = merge_task(folder / name, name, found.get(name, []), empty)
-        write_shown(folder / name, asked.tasks[number], folder / name / ANSWERS)
+        with writing_answers(folder / name):
+            answers, cut = merge_task(folder / name, name, found.get(name, []), empty)
+            write_shown(folder / name, asked.tasks[number], folder / name / ANSWERS)
         assert answers == asked.plans[number].num_requests, f"{name}: {answers} answers"
         counts[number] = (answers, cut)
     everywhere = {n: both for of_rank in gather_objects(counts) for n, both in of_rank.items()}
@@ -303,10 +327,14 @@ def set_routing(session: EvalSession, mode: RoutingMode, folder: Path) -> None:
         Budget(known["mean_k"], options, known["passes"]).apply(session.routers_of(mode))
         return
     budget = session.set_routing(mode)
-    if budget and session.world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(budget), indent=1) + "\n")
-    gather_objects(None)
+
+    def keep() -> None:
+        if budget:
+            with writing_answers(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(asdict(budget), indent=1) + "\n")
+
+    broadcast_from_first(keep, session.world)
 
 
 def _batch(session: EvalSession, reader: Reader, folder: Path) -> int:
@@ -320,10 +348,13 @@ def _batch(session: EvalSession, reader: Reader, folder: Path) -> int:
     return batch
 
 
-def write_mode(session: EvalSession, mode: RoutingMode, folder: Path) -> None:
+def write_mode(
+    session: EvalSession, mode: RoutingMode, folder: Path, choices: dict[str, Any]
+) -> None:
     model = session.model
     content = Mode(
         method=method_name(session, mode),
+        choices=choices,
         backbone_k=model.routing[0].top_k,
         num_experts=model.routing[0].num_experts,
         total_parameters=model.num_parameters,

@@ -17,7 +17,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gemoe_ds.analysis.routing_sums import RoutingSums
+from gemoe_ds.errors import OutputError
 from gemoe_ds.evaluation.benchmarks.requests import Answer
 from gemoe_ds.evaluation.routing import RoutingCounter
 from gemoe_ds.files import fsync_path, write_text
@@ -87,6 +88,12 @@ class PartWriter:
     def commit(self, number: int) -> None:
         """What was added so far, up to this round, counts."""
         began = time.perf_counter()
+        with writing_answers(self.folder):
+            self._commit(number)
+        self._at = time.perf_counter()
+        self._took = self._at - began
+
+    def _commit(self, number: int) -> None:
         for task, state in self._open.items():
             if state.is_dirty:
                 state.file.flush()
@@ -105,8 +112,6 @@ class PartWriter:
         if number not in self._commits:
             self._commits.append(number)
         self._forget_old()
-        self._at = time.perf_counter()
-        self._took = self._at - began
 
     def close(self) -> None:
         for state in self._open.values():
@@ -131,6 +136,18 @@ class PartWriter:
         for path in self.folder.glob(f"rank_{self.rank}.*.npz"):
             if path.name not in named:
                 path.unlink()
+
+
+@contextmanager
+def writing_answers(folder: Path) -> Iterator[None]:
+    """What the disk refuses is one line, with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written to: {error.strerror or error}; what is answered stays; "
+            "make room, or bring it back, and start the same command again"
+        ) from error
 
 
 def _read_commit(path: Path) -> dict[str, TaskPart]:
@@ -230,4 +247,6 @@ def _index(files: Sequence[BinaryIO], sizes: Sequence[int]) -> tuple[np.ndarray,
 
 
 def remove_parts(mode: Path) -> None:
-    shutil.rmtree(mode / PARTS, ignore_errors=True)
+    """Unless they hold answers to a task that is not asked this time."""
+    if all((mode / task / ANSWERS).exists() for task in found_parts(mode)):
+        shutil.rmtree(mode / PARTS, ignore_errors=True)

@@ -67,6 +67,8 @@ class Reader:
 
     def size(self, requests: Sequence[Request]) -> Size:
         """About, in little time: a picture is not opened, and taken for no token."""
+        if not requests:
+            return Size(Work.ONE_FORWARD, 0, 1)
         first, lengths = requests[0], [self.tokens.length(request) for request in requests]
         if len({request.kind == "generate" for request in requests}) > 1:
             raise DataError(

@@ -13,7 +13,7 @@ import torch
 
 from gemoe_ds.analysis.routing_sums import RoutingSums
 from gemoe_ds.cluster.stopping import StopRequest
-from gemoe_ds.errors import ConfigError, DataError, Stopped
+from gemoe_ds.errors import ConfigError, DataError, OutputError, Stopped
 from gemoe_ds.evaluation.benchmarks.answering import Answerer, seed_of
 from gemoe_ds.evaluation.benchmarks.requests import Answer, Request
 from gemoe_ds.models.moe_model import MoEModel
@@ -231,6 +231,7 @@ def test_what_was_answered_by_another_model_or_otherwise_is_refused(recipe, whol
         ((*MODES, "model.dtype=bfloat16"), "its dtype is float32, not bfloat16"),
         ((*MODES, "seed=5"), "its seed is 0, not 5"),
         ((*MODES, "data.max_length=60"), "other questions"),
+        (("--router", "{name: score, k_low: 2}"), "its router is .*'k_low': 1.*, not .*'k_low': 2"),
     ):
         with pytest.raises(ConfigError, match=message):
             answer(recipe, all_kinds(), *words, "--out", whole)
@@ -238,6 +239,20 @@ def test_what_was_answered_by_another_model_or_otherwise_is_refused(recipe, whol
         answer(recipe, [HandMade("greedy", 7, seed=1)], *MODES, "--out", whole)
     answer(recipe, all_kinds(), *MODES, "--out", whole)  # nothing left to do
     assert files(whole) == kept
+
+
+def test_parts_of_a_task_stay_while_others_are_answered(recipe, whole, tmp_path):
+    """And a folder that cannot be written to is one line."""
+    killed(recipe, tmp_path, 6)
+    answer(recipe, all_kinds()[1:2], "--k", "4", *SMALL, "--out", tmp_path)
+    assert (tmp_path / "k_4/parts").exists()
+    answer(recipe, all_kinds(), "--k", "4", *SMALL, "--out", tmp_path)
+    assert not (tmp_path / "k_4/parts").exists()
+    assert files(tmp_path / "k_4") == files(whole / "k_4")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/k_4").write_text("")
+    with pytest.raises(OutputError, match="k_4 cannot be written to: .*; what is answered stays"):
+        answer(recipe, all_kinds(), "--k", "4", "--out", tmp_path / "full")
 
 
 def test_a_budget_is_met_on_prompts_and_kept(recipe, tmp_path, monkeypatch):
