@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 
 from gemoe_ds.data.images import as_shown, decode_image, display_size, has_more_frames, read_image
 from gemoe_ds.data.sample import Sample
@@ -17,12 +17,6 @@ from gemoe_ds.errors import ImageError
 WHITE = [255, 255, 255]
 ORIENTATION = 0x0112
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
-
-
-@pytest.fixture(autouse=True)
-def as_pillow_is(monkeypatch):
-    """lmms_eval, once imported, lets Pillow show what there is of a damaged picture."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def stored(image: Image.Image, form: str, **options) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from gemoe_ds.data.prompts import PromptEncoder, Question
@@ -29,12 +29,6 @@ TEMPLATE = (  # of Qwen/Qwen3-VL-30B-A3B-Instruct, without tools and videos
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
-
-
-@pytest.fixture(autouse=True)
-def as_pillow_is(monkeypatch):
-    """lmms_eval, once imported, lets Pillow show what there is of a damaged picture."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="module")
