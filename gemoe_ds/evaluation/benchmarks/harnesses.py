@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -78,6 +80,15 @@ def quiet_and_seeded() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@cache
+def _folders_of_files(root: Path) -> defaultdict[str, list[Path]]:
+    """Name of a YAML file -> the folders in root that have one."""
+    found: defaultdict[str, list[Path]] = defaultdict(list)
+    for path in root.glob("**/*.yaml"):
+        found[path.stem].append(root / path.relative_to(root).parts[0])
+    return found
+
+
 def folders_with(root: Path, name: str) -> set[Path]:
     """Folders of a harness's tasks that may define this name, so that not all are read.
 
@@ -85,8 +96,7 @@ def folders_with(root: Path, name: str) -> set[Path]:
     """
     words = re.split("_", name)
     starts = (root / "_".join(words[:count]) for count in range(len(words), 0, -1))
-    files = [path for stem in (name, f"_{name}") for path in root.glob(f"**/{stem}.yaml")]
-    tops = {root / path.relative_to(root).parts[0] for path in files}
-    if len(tops) == 1:
-        return tops
+    files = [folder for stem in (name, f"_{name}") for folder in _folders_of_files(root)[stem]]
+    if len(set(files)) == 1:
+        return set(files)
     return {next((folder for folder in starts if folder.is_dir()), root)}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,17 @@ class _LeafFactory(TaskFactory):
         return super()._build_group_members(members, group, overrides, registry)
 
 
+@cache
+def _index(folder: Path) -> Any:
+    return TaskManager(include_path=str(folder), include_defaults=False).task_index
+
+
 class LmEvalNames:
     """Finds names; reads one folder of the harness where that is enough, else all (seconds)."""
 
-    def __init__(self) -> None:
-        self._some: dict[Path, Any] = {}
-
-    @cached_property
+    @property
     def everything(self) -> Any:
-        return TaskManager().task_index
+        return _index(ROOT)
 
     def leaves(self, name: str) -> tuple[list[LmEvalLeaf], bool]:
         """Of a task, group or tag, and whether it is a group; none for a name that is not known."""
@@ -166,17 +168,12 @@ class LmEvalNames:
         return _SeededFactory().build(entry, overrides=None, registry=dict(index))
 
     def _entry(self, name: str) -> tuple[Any, Any]:
-        for folder in folders_with(ROOT, name):
-            if folder == ROOT:
-                break
-            if folder not in self._some:
-                manager = TaskManager(include_path=str(folder), include_defaults=False)
-                self._some[folder] = manager.task_index
-            entry = self._some[folder].get(name)
+        for folder in folders_with(ROOT, name) - {ROOT}:
+            entry = _index(folder).get(name)
             if entry is not None and entry.kind is not Kind.TAG:
                 with suppress(_Elsewhere):
-                    _leaves(entry, self._some[folder])
-                    return entry, self._some[folder]
+                    _leaves(entry, _index(folder))
+                    return entry, _index(folder)
         return self.everything.get(name), self.everything
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class LmmsEvalLeaf:
         """Why it cannot be answered."""
         kind = self.config.get("output_type", "generate_until")
         if kind in ("loglikelihood", "multiple_choice"):
-            return "scores continuations behind pictures, which is not there"
+            return "scores continuations, which only lm_eval's tasks are asked for here"
         if kind != "generate_until":
             return f"asks in several rounds or for pictures ({kind})"
         of_data = self.config.get("dataset_kwargs") or {}
@@ -84,19 +84,23 @@ def _flat(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), task
 
 
+@cache
+def _index(folder: Path | None) -> Any:
+    with quiet_and_seeded():
+        return _manager(folder).task_index
+
+
 class LmmsEvalNames:
     """Finds names; reads one folder of the harness where that is enough, else all (seconds)."""
 
-    @cached_property
+    @property
     def everything(self) -> Any:
-        with quiet_and_seeded():
-            return _manager(None).task_index
+        return _index(None)
 
     def leaves(self, name: str) -> tuple[list[LmmsEvalLeaf], bool]:
         """Of a task, group or tag, and whether it is a group; none for a name that is not known."""
         for folder in folders_with(ROOT, name) - {ROOT}:
-            with quiet_and_seeded():
-                index = _manager(folder).task_index
+            index = _index(folder)
             if index.get(name, {}).get("type") == "task":
                 return list(_leaves(index, name, folder, name)), False
         if name not in self.everything:

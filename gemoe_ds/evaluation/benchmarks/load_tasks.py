@@ -69,7 +69,22 @@ def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Task]:
         if all(one.leaf.harness == LMMS_EVAL for one in asked):
             raise ConfigError("--num-fewshot: none of --tasks is a language task; leave it out")
     with data_of([one.leaf for one in asked], options.data):
-        return [_load(one, options) for one in asked]
+        return _load_all(asked, options)
+
+
+def _load_all(asked: Sequence[Asked], options: TaskOptions) -> list[Task]:
+    """All of them are tried, so that all that cannot be loaded is told at once."""
+    tasks: list[Task] = []
+    failed: list[DataError] = []
+    for one in asked:
+        try:
+            tasks.append(_load(one, options))
+        except DataError as error:
+            failed.append(error)
+    if failed:
+        more = f" (and {len(failed) - 3} more)" if len(failed) > 3 else ""
+        raise DataError("; ".join(str(error) for error in failed[:3]) + more) from failed[0]
+    return tasks
 
 
 def _load(asked: Asked, options: TaskOptions) -> Task:

@@ -147,8 +147,9 @@ def prepared_apart(repository: str) -> Iterator[None]:
 
 @cache
 def _stamp(folder: Path) -> str:
-    """Of all files of a folder: names, sizes and times."""
-    files = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
+    """Of all files of a folder: names, sizes and times; not of what `hf download` notes down."""
+    notes = folder / ".cache"
+    files = [path for path in folder.rglob("*") if path.is_file() and notes not in path.parents]
     told = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
