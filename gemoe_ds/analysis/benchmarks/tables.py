@@ -184,8 +184,8 @@ def _gaps(layout: Layout, model: Model) -> Iterable[str]:
         partly = [group.label for group in model.groups if not model.is_whole(group, column)]
         if ran and partly:
             yield (
-                f"{column.heading} is not whole in {', '.join(partly)}: a seed or a part is "
-                "missing, which other rows have."
+                f"{column.heading} is not whole in {', '.join(partly)}: a seed or a part, which "
+                "other rows have, is not answered to its end, or not scored."
             )
 
 

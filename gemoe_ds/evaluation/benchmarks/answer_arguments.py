@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gemoe_ds.config.load import read_recipe
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import add_routing, check_routing
 from gemoe_ds.parser import Parser, at_least_one
@@ -83,6 +84,8 @@ def find_run(arguments: argparse.Namespace) -> None:
         if not arguments.router:
             arguments.trained = arguments.trained or run
         arguments.out = arguments.out or run / "benchmarks"
+    else:
+        read_recipe(run)  # ConfigError if there is none
     if arguments.out is None:
         raise ConfigError(
             "--out is where the answers go; only a run's folder has a place of its own"

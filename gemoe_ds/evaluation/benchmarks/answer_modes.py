@@ -124,6 +124,7 @@ def answer_all(
             session.calibration = calibration_on(session, calibrate_tasks, asked.reader)
         for mode in asked_modes:
             answer_mode(session, mode, asked)
+        session.say(f"next: gemoe benchmark score {arguments.out}")
 
 
 def check_static(arguments: Namespace, config: RunConfig) -> None:

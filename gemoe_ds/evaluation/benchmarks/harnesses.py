@@ -38,7 +38,9 @@ def label(harness: str) -> str:
 def check_installed() -> None:
     """ConfigError unless all of the list is there, and the harnesses in these very versions."""
     missing = []
-    for package, pinned in pins().items():
+    for package, pinned in sorted(
+        pins().items(), key=lambda pin: pin[0] not in (LM_EVAL, LMMS_EVAL)
+    ):
         try:
             found = version(package)
         except PackageNotFoundError:

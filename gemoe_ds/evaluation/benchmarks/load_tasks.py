@@ -123,7 +123,10 @@ def _leaves(known: dict[str, Any], name: str, shots: int) -> list[Asked]:
         if leaves:
             return [Asked(leaf, name, is_group, shots) for leaf in leaves]
     everything = {*SETS, *known[LM_EVAL].everything, *known[LMMS_EVAL].everything}
-    near = difflib.get_close_matches(plain, sorted(everything), n=3)
+    if all(part in everything for part in plain.split(",")):
+        raise ConfigError(f"--tasks {name}: several are separated by blanks, not by commas")
+    same = [one for one in everything if one.lower() == plain.lower()]
+    near = same or difflib.get_close_matches(plain, sorted(everything), n=3)
     hint = f"; near it are {', '.join(near)}" if near else ""
     raise ConfigError(
         f"--tasks {name}: neither a set ({', '.join(SETS)}) nor a task of {label(LM_EVAL)} or "

@@ -77,6 +77,7 @@ def test_a_signal_is_exit_code_75(run, miniature, capsys, monkeypatch):  # noqa:
     [
         (["RECIPE", "--tasks", "mme", "--k", "2"], "--out is where the answers go"),
         (["FOLDER", "--tasks", "mme"], "is no run: it has no config.yaml"),
+        (["nowhere", "--tasks", "mme"], "nowhere: no such file or folder"),
         (["RECIPE", "--tasks", "mme", "--out", "OUT"], "give --trained RUN"),
         (["RUN", "--tasks", "mme", "--batch", "0"], "neither auto nor a number of tokens"),
         (["RUN", "--tasks", "mme", "--batch", "1e4"], "neither auto nor a number of tokens"),

@@ -51,6 +51,8 @@ def test_names_that_cannot_be_asked(names: list[str], message: str) -> None:
     ("names", "message"),
     [
         (["paper-visoin"], "neither a set .*near it are paper-vision"),
+        (["MMLU"], "near it are mmlu$"),
+        (["mmlu,gsm8k"], "mmlu,gsm8k: several are separated by blanks"),
         (["lm_eval:pope"], "lm_eval:pope: neither a set"),
         (["lmms-eval:pope"], "lmms-eval:pope: neither a set"),
         (["videomme"], "videomme is about video"),
