@@ -1,6 +1,8 @@
-"""Runs what a model has written: no network, little memory and time, an empty folder.
+"""Runs what a model has written: no network, little memory and time, an empty folder, which is all
+that it can write to, and nothing of it is left.
 
-This guards against accidents, not against an enemy: the program may read what its user may read.
+This guards against accidents, not against an enemy: the program may read what its user may read,
+and each process that it starts has the limits anew.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def refused() -> str | None:
         if _run("pass", folder, Limits(), alone=True) == PASSED:
             return None
     return (
-        "the kernel gives no network namespace (user.max_user_namespaces, or the container's "
-        "seccomp profile): programs could reach the network"
+        "the kernel gives no namespaces (user.max_user_namespaces, or the container's seccomp "
+        "profile): programs could reach the network, write outside their folder and go on running"
     )
 
 

@@ -123,7 +123,7 @@ def _leaves(known: dict[str, Any], name: str, shots: int) -> list[Asked]:
         if leaves:
             return [Asked(leaf, name, is_group, shots) for leaf in leaves]
     everything = {*SETS, *known[LM_EVAL].everything, *known[LMMS_EVAL].everything}
-    if all(part in everything for part in plain.split(",")):
+    if "," in plain and everything.issuperset(plain.split(",")):
         raise ConfigError(f"--tasks {name}: several are separated by blanks, not by commas")
     same = [one for one in everything if one.lower() == plain.lower()]
     near = same or difflib.get_close_matches(plain, sorted(everything), n=3)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from pathlib import Path
+from tempfile import gettempdir
 
+import psutil
 import pytest
 
 from gemoe_ds.evaluation.benchmarks.code import Limits, all_pass, pass_at_k, passes, refused
@@ -22,9 +25,13 @@ def test_what_passes_and_what_does_not() -> None:
         "def f(x:\n" + check,
         "raise SystemExit(0)",
         "import os; os._exit(0)",
+        "import os; os._exit(96)",
+        "import os; os.abort()",
+        "import os; os.kill(os.getpid(), 15)",
         "",
+        "import os; os.wait() if os.fork() else None",
     ]
-    assert all_pass(programs, 2) == [True, False, False, False, False, False, True]
+    assert all_pass(programs, 2) == [True] + 8 * [False] + 2 * [True]
 
 
 @pytest.mark.parametrize(
@@ -43,14 +50,37 @@ def test_what_takes_too_much_fails_in_time(program: str) -> None:
     assert time.perf_counter() - began < 20
 
 
-def test_it_runs_in_an_empty_folder_that_goes_away(tmp_path: Path) -> None:
-    place = tmp_path / "where"
+def test_it_runs_in_an_empty_folder_that_goes_away() -> None:
+    left = set(Path(gettempdir()).glob("gemoe_code_*"))
     program = (
-        "import os\nassert os.listdir() == []\nopen('mine', 'w').close()\n"
-        f"open({str(place)!r}, 'w').write(os.getcwd())\nassert 'PATH' not in os.environ"
+        "import os\nassert os.listdir() == []\nopen('mine', 'w').write('x')\n"
+        "assert open('mine').read() == 'x' and 'PATH' not in os.environ"
     )
     assert passes(program)
-    assert not Path(place.read_text()).exists()
+    assert set(Path(gettempdir()).glob("gemoe_code_*")) <= left
+
+
+def test_it_writes_nowhere_else(tmp_path: Path) -> None:
+    if refused() is not None:
+        pytest.skip(str(refused()))
+    place = tmp_path / "file"
+    assert not passes(f"open({str(place)!r}, 'w')")
+    assert passes("open('/dev/null', 'w').write('x')")
+    assert not place.exists()
+
+
+def test_nothing_of_it_goes_on_running() -> None:
+    if refused() is not None:
+        pytest.skip(str(refused()))
+    word = f"gemoe_daemon_{time.time_ns()}"
+    daemon = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        f"        os.execv({sys.executable!r}, ['{word}', '-c', 'import time; time.sleep(30)'])\n"
+        "    os._exit(0)"
+    )
+    assert passes(daemon)
+    running = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if word in words]
 
 
 def test_it_has_no_network() -> None:
