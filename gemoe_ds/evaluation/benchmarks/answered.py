@@ -29,7 +29,9 @@ class AnsweredTask:
         try:
             told = json.loads(path.read_bytes())
             names = ("harness", "group", "num_documents", "num_requests", "choices")
-            return cls(folder, **{name: told[name] for name in names})
+            found = cls(folder, **{name: told[name] for name in names})
+            found.choices["num_fewshot"], found.choices["limit"]
+            return found
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
@@ -67,6 +69,11 @@ class AnsweredTask:
     def answer(self, request: Request) -> Answer:
         """DataError if another thing was asked: the data has changed since, or the harness."""
         found = self.answers.get((request.doc_id, request.index))
+        if found is not None and found.text is None and found.log_likelihood is None:
+            raise DataError(
+                f"{self.folder / ANSWERS}: document {request.doc_id} has neither text nor "
+                "log_likelihood: run `gemoe benchmark answer` again"
+            )
         if found is None or not (self.has_template or found.key == request.key):
             raise DataError(
                 f"{self.folder}: document {request.doc_id} was not asked what it asks now (other "

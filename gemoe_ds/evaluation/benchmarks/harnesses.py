@@ -83,7 +83,7 @@ def quiet_and_seeded() -> Iterator[None]:
 
 
 @cache
-def _folders_of_files(root: Path) -> defaultdict[str, list[Path]]:
+def _folders_of_files(root: Path) -> dict[str, list[Path]]:
     """Name of a YAML file -> the folders in root that have one."""
     found: defaultdict[str, list[Path]] = defaultdict(list)
     for path in root.glob("**/*.yaml"):
@@ -98,7 +98,10 @@ def folders_with(root: Path, name: str) -> set[Path]:
     """
     words = re.split("_", name)
     starts = (root / "_".join(words[:count]) for count in range(len(words), 0, -1))
-    files = [folder for stem in (name, f"_{name}") for folder in _folders_of_files(root)[stem]]
+    folders = {folder for found in _folders_of_files(root).values() for folder in found}
+    files = [
+        folder for stem in (name, f"_{name}") for folder in _folders_of_files(root).get(stem, [])
+    ]
     if len(set(files)) == 1:
         return set(files)
-    return {next((folder for folder in starts if folder.is_dir()), root)}
+    return {next((folder for folder in starts if folder in folders), root)}

@@ -26,7 +26,7 @@ import numpy as np
 
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.files import SCORED, SCORES, Scores
-from gemoe_ds.errors import DataError, GemoeError
+from gemoe_ds.errors import DataError, GemoeError, OutputError
 from gemoe_ds.evaluation.benchmarks.answered import AnsweredTask
 from gemoe_ds.evaluation.benchmarks.code_metric import code_may_run
 from gemoe_ds.evaluation.benchmarks.harnesses import label, quiet_and_seeded
@@ -140,6 +140,11 @@ def _by_filter(
     rows: Sequence[Mapping[str, Any]], filters: Sequence[str], num_documents: int
 ) -> list[dict[str, Any]]:
     """One a document, by the stock keys. The harness goes through all documents for each filter."""
+    if len(rows) != num_documents * len(filters):
+        raise DataError(
+            f"{len(rows):,} documents were scored, and asked.json has {num_documents:,}: run "
+            "`gemoe benchmark answer` again"
+        )
     found: list[dict[str, Any]] = [{} for _ in range(num_documents)]
     for place, row in enumerate(rows):
         name, doc = filters[place // num_documents], place % num_documents
@@ -177,8 +182,11 @@ def _written(
         values = [_number(row[key]) for row in rows if key in row]
         if len(values) == len(rows) and None not in values:
             arrays[key] = np.array(values, np.float64)
-    np.savez(answered.folder / SCORED, **arrays)  # type: ignore[arg-type]
-    write_text(answered.folder / SCORES, scores.model_dump_json(indent=1) + "\n")
+    try:
+        np.savez(answered.folder / SCORED, **arrays)  # type: ignore[arg-type]
+        write_text(answered.folder / SCORES, scores.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"{answered.folder} cannot be written to: {error}") from error
     return Scored(answered, scores, _warnings(answered, drew))
 
 

@@ -102,6 +102,12 @@ def test_gold_answers_get_full_marks(bench: Bench) -> None:
     assert bench.warnings == [
         "warning: trained/ocrbench: the harness divides by 1,000 questions, and 7 were asked"
     ]
+    filled = {column.heading: column for column in COLUMNS for task in FULL if column.has(task)}
+    assert {column.heading for column in COLUMNS} - filled.keys() == {"MM-Vet"}
+    for task in FULL:
+        for column in filter(lambda one: one.has(task), filled.values()):
+            full = {"OCRBench": (0.7,), "MME": (200.0, 200.0, 400.0)}.get(column.heading, (100.0,))
+            assert column.values(read_scores(bench.out / "trained" / task)) == pytest.approx(full)
     scores = read_scores(bench.out / "trained" / "gsm8k")
     assert (scores.harness, scores.version) == ("lm_eval 0.4.13", 3.0)
     assert scores.choices["num_fewshot"] == 5 and scores.software["lm_eval"] == "0.4.13"
