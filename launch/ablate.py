@@ -4,9 +4,11 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
+HERE = Path(__file__).resolve().parent
+# Run from a checkout, uninstalled; and without this folder, whose evaluate.py is no package.
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p).resolve() != HERE)]
 
-from gemoe_ds.cli.ablate import main
+from gemoe_ds.cli.ablate import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -53,6 +53,7 @@ def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     samples, asked = open_samples(arguments.data), modes(arguments, chosen_routers(arguments))
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
+        session.check_budgets(asked)
         found = {mode: ModeResult() for mode in asked}
         routes = session.routes(asked)
         for number in range(arguments.rounds + 1):

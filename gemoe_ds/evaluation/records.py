@@ -122,6 +122,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     folders = []
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
+        session.check_budgets(asked)
         for mode in asked:
             out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
             folders.append(out)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,6 +168,12 @@ class EvalSession:
                 router.k = router.static_k = mode.k  # type: ignore[assignment]
         self.model.to(self.world.device)
         return None if mode.mean_k is None else self.fit_budget(routers, mode.mean_k)
+
+    def check_budgets(self, modes: Iterable[RoutingMode]) -> None:
+        """ConfigError for a mean k that its router cannot have, before any of them is measured."""
+        for mode in modes:
+            if mode.mean_k is not None:
+                range_of_k(self.routers_of(mode)[0], mode.mean_k)
 
     def routes(self, modes: list[RoutingMode]) -> Callable[[RoutingMode], None]:
         """`set_routing` for turns among several modes: each budget is met once, here."""

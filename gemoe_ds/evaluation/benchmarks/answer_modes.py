@@ -120,6 +120,7 @@ def answer_all(
                 print(f"{arguments.out}: all answers are there", flush=True)
             return
         session = EvalSession(arguments, config, world, stop)
+        session.check_budgets(asked_modes)
         if calibrate_tasks:
             session.calibration = calibration_on(session, calibrate_tasks, asked.reader)
         for mode in asked_modes:

@@ -260,6 +260,9 @@ def test_a_budget_is_met_on_prompts_and_kept(recipe, tmp_path, monkeypatch):
     options = ("--router", "{name: score, k_low: 1}", "--mean-k", "2.5", "--out", tmp_path)
     with pytest.raises(ConfigError, match="not both"):
         answer(recipe, tasks, *options, "--calibrate", tmp_path, known=tasks)
+    with pytest.raises(ConfigError, match="--mean-k 99 cannot be met"):
+        answer(recipe, tasks, "--k", "4", *options, "--mean-k", "2.5", "99", known=tasks)
+    assert not files(tmp_path), "found before anything was answered"
     answer(recipe, tasks[:1], *options, "--per-layer", known=tasks)
     folder = tmp_path / "score_mean_k_2.5"
     assert json.loads((folder / "budget.json").read_text())["mean_k"] == pytest.approx(
