@@ -52,11 +52,8 @@ compare-quick: setup
 compare-trials: setup
 	@$(BIN)/python -m experiments.compare --trials
 
-# One more than there are cores: tests of several ranks wait for each other a good part of their time.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
-
 test: check eval-env
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n $(WORKERS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4
 
 test-slow: setup eval-env
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster"

@@ -12,7 +12,7 @@ from tests.helpers import repository
 from tests.models.cases import write_case
 
 
-@pytest.mark.parametrize("name", ["olmoe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["olmoe", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)])
 def test_a_folder_beside_transformers(name, tmp_path, monkeypatch):
     monkeypatch.setattr(beside_stock, "TEXT", "a b c d e f g h")
     base, tokenizer = write_case(name, tmp_path)
