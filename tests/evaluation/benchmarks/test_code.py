@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 import time
 from pathlib import Path
-from tempfile import gettempdir
 
 import psutil
 import pytest
@@ -50,14 +50,16 @@ def test_what_takes_too_much_fails_in_time(program: str) -> None:
     assert time.perf_counter() - began < 20
 
 
-def test_it_runs_in_an_empty_folder_that_goes_away() -> None:
-    left = set(Path(gettempdir()).glob("gemoe_code_*"))
+def test_it_runs_in_an_empty_folder_that_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = (
         "import os\nassert os.listdir() == []\nopen('mine', 'w').write('x')\n"
         "assert open('mine').read() == 'x' and 'PATH' not in os.environ"
     )
     assert passes(program)
-    assert set(Path(gettempdir()).glob("gemoe_code_*")) <= left
+    assert not [*tmp_path.iterdir()]
 
 
 def test_it_writes_nowhere_else(tmp_path: Path) -> None:
