@@ -6,8 +6,9 @@ import colorsys
 import math
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from gemoe_ds.analysis.results import Group, Results
@@ -90,6 +91,20 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
         spare.remove()
         grid[number - columns].tick_params(labelbottom=True)  # now the lowest of its column
     return drawn, list(grid[:count])
+
+
+def density(
+    axes: Axes, x_N: np.ndarray, y_N: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray
+) -> None:
+    """How many points fall into each cell, in greys; nothing where there is none."""
+    counts, _, _ = np.histogram2d(x_N, y_N, bins=[x_edges, y_edges])
+    axes.pcolormesh(
+        x_edges,
+        y_edges,
+        np.ma.masked_equal(counts.T, 0),
+        cmap=GREYS,
+        norm=LogNorm(1, max(counts.max(), 2)),
+    )
 
 
 def legend_above(drawn: Figure, axes: Axes) -> None:

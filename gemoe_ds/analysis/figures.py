@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -219,14 +218,7 @@ def entropy_against_k(results: Results, tokens: Tokens) -> Figure | None:
     heights = np.arange(-0.5, most + 1)
     for axes, (group, sample, layer) in zip(grid, chosen, strict=True):
         entropy_N, k_N = sample.entropy_LN[layer], sample.k_LN[layer]
-        counts, _, _ = np.histogram2d(entropy_N, k_N, bins=[edges, heights])
-        axes.pcolormesh(
-            edges,
-            heights,
-            np.ma.masked_equal(counts.T, 0),
-            cmap=drawing.GREYS,
-            norm=LogNorm(1, max(counts.max(), 2)),
-        )
+        drawing.density(axes, entropy_N, k_N, edges, heights)
         colour = drawing.colour_of(results, group.method)
         axes.plot(*binned_mean(entropy_N, k_N, edges), color=colour, linewidth=2.2)
         rho = group.rows[0].spearman_per_layer[layer]  # of all tokens, not only the sample

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -132,14 +131,7 @@ def _entropy_panels(model: Model, group: Group, columns: Sequence[Column]) -> Fi
     for line, (heading, one) in zip(grid, sums.items(), strict=True):
         for axes, layer in zip(line, layers, strict=True):
             entropy_N, k_N = one.entropy_LN[layer], one.k_LN[layer]
-            counts, _, _ = np.histogram2d(entropy_N, k_N, bins=[edges, heights])
-            axes.pcolormesh(
-                edges,
-                heights,
-                np.ma.masked_equal(counts.T, 0),
-                cmap=drawing.GREYS,
-                norm=LogNorm(1, max(counts.max(), 2)),
-            )
+            drawing.density(axes, entropy_N, k_N, edges, heights)
             axes.plot(*binned_mean(entropy_N, k_N, edges), color=colour_of(model, group))
             rho = one.spearman_L[layer]
             says = "k is constant" if rho is None else f"Spearman {rho:.3f}"
