@@ -21,7 +21,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.config.load import load_config
 from gemoe_ds.data.collate import Encoded
 from gemoe_ds.engine.gpu import check_dtype
-from gemoe_ds.errors import exit_on_error
+from gemoe_ds.errors import exit_on_error, in_a_line
 from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.files import write_text
 from gemoe_ds.models.inputs import ModelInputs
@@ -56,7 +56,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         stock_log_p_SV, stock_written = stock(config, ids_S, device)
     except Exception as error:  # of other people's code
-        return found | {"not_compared": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        return found | {"not_compared": in_a_line(error)}
     best_S, stock_best_S = log_p_SV.argmax(-1), stock_log_p_SV.argmax(-1)
     pairs = enumerate(zip(written, stock_written, strict=True))
     same = next((place for place, (one, other) in pairs if one != other), len(written))

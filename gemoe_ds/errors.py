@@ -100,6 +100,11 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(MISTAKE)
 
 
+def in_a_line(error: BaseException, limit: int | None = None) -> str:
+    """`ValueError: what it says`, of code that is not ours; at most `limit` characters of it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
 def _number(*names: str) -> int:
     """The first of these variables that holds one; they may be what is wrong."""
     found = (os.environ.get(name, "") for name in names)

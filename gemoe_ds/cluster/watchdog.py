@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import DistError, TCPStore
 
 from gemoe_ds.engine.world import World, gather_objects
-from gemoe_ds.errors import BUG, MISTAKE, STALLED, GemoeError, Stopped
+from gemoe_ds.errors import BUG, MISTAKE, STALLED, GemoeError, Stopped, in_a_line
 from gemoe_ds.progress import PROGRESS, Position
 
 _DIAGNOSIS = "diagnosis"
@@ -88,7 +88,7 @@ class Watch:
             self._put("lost", "")
             self._thread.join(8 * self.beat + self.bound / 2)  # the diagnosis ends this process
         self._over.set()
-        words = "lost contact to another rank" if lost_a_peer else _in_a_line(error)
+        words = "lost contact to another rank" if lost_a_peer else in_a_line(error)
         code = MISTAKE if isinstance(error, GemoeError) else STALLED if lost_a_peer else BUG
         diagnosis = {"rank": self.rank, "words": f"failed: {words}", "code": code}
         self._put(_DIAGNOSIS, json.dumps(diagnosis))
@@ -223,7 +223,3 @@ _LOST = (
     "Socket closed",
     "remote process exited",
 )
-
-
-def _in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemoe_ds.analysis.benchmarks import columns
-from gemoe_ds.errors import ConfigError, DataError, GemoeError
+from gemoe_ds.errors import ConfigError, DataError, GemoeError, in_a_line
 from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL, LMMS_EVAL, check_installed, label
 from gemoe_ds.evaluation.benchmarks.local_data import data_of
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
@@ -98,10 +98,9 @@ def _load(asked: Asked, options: TaskOptions) -> Task:
     except GemoeError:
         raise
     except Exception as error:  # of any kind: the code of 16,000 tasks
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DataError(
-            f"--tasks {leaf.task_name}: {label(leaf.harness)} cannot load it ({reason}); leave it "
-            "out, or put right what it names"
+            f"--tasks {leaf.task_name}: {label(leaf.harness)} cannot load it "
+            f"({in_a_line(error, 300)}); leave it out, or put right what it names"
         ) from error
     return task
 

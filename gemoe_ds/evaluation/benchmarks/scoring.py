@@ -26,7 +26,7 @@ import numpy as np
 
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.files import SCORED, SCORES, Scores
-from gemoe_ds.errors import DataError, GemoeError, OutputError
+from gemoe_ds.errors import DataError, GemoeError, OutputError, in_a_line
 from gemoe_ds.evaluation.benchmarks.answered import AnsweredTask
 from gemoe_ds.evaluation.benchmarks.code_metric import code_may_run
 from gemoe_ds.evaluation.benchmarks.harnesses import label, quiet_and_seeded
@@ -128,11 +128,10 @@ def _evaluating(folder: Path) -> Iterator[None]:
             except GemoeError:
                 raise
             except Exception as error:  # of any kind: the code of 16,000 tasks
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise DataError(
-                    f"{path.parent.name}: the harness cannot score it ({reason}); some tasks need "
-                    "all of their documents (MME's come in pairs), without --limit; or leave it "
-                    "out with --tasks"
+                    f"{path.parent.name}: the harness cannot score it ({in_a_line(error, 300)}); "
+                    "some tasks need all of their documents (MME's come in pairs), without "
+                    "--limit; or leave it out with --tasks"
                 ) from error
 
 
