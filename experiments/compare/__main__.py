@@ -1,8 +1,9 @@
 """Every way to spend fewer experts on the demo's models, under the rules of a grid file.
 
-Runs go side by side, one a core; each result is kept as it ends, and the same command goes on. The
-report says what was found: results/compare. `--trials` first chooses every row's settings, on the
-validation split, and writes them beside the grid; the test split is read by the contest alone.
+Runs go side by side, one a core; each result is kept as it ends, and the same command goes on, on
+another machine too: runs whose answers are in results/compare are not run again. The report there
+says what was found. `--trials` first chooses every row's settings, on the validation split, and
+writes them beside the grid; the test split is read by the contest alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ import sys
 from pathlib import Path
 
 from experiments import CHECKOUT
-from experiments.compare.answers import Answers, Tried, collect, read_answers, write_answers
-from experiments.compare.grid import Grid, read_grid
-from experiments.compare.jobs import QUICK_RUNS, RUNS, Job, Plan, preparation
-from experiments.compare.pool import Pool, cores
+from experiments.compare.answers import (
+    CONTEST,
+    Answers,
+    collect,
+    left_to_run,
+    read_answers,
+    write_answers,
+)
+from experiments.compare.grid import Size, read_grid
+from experiments.compare.jobs import QUICK_RUNS, RUNS, Plan, preparation
+from experiments.compare.pool import INTERRUPTED, Pool, cores
 from experiments.compare.standings import standings
-from experiments.compare.trials import choose, read_trials, record_of, taken, write_trials
-from experiments.steps import Progress, list_or_run
+from experiments.compare.trials import SETS, choose, read_trials, record_of, taken, write_trials
+from experiments.steps import Progress, Step, list_or_run
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser, at_least_one
@@ -37,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="some rows (default: all)")
     parser.add_argument("--backbones", nargs="+", help="some backbones (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="router seeds (default: the grid's)")
+    parser.add_argument("--training", nargs="+", help="some training sets (default: all)")
     parser.add_argument("--jobs", type=at_least_one, default=cores(), help="runs side by side")
     parser.add_argument("--quick", action="store_true", help="20 minutes on 2 cores; says less")
     parser.add_argument("--trials", action="store_true", help="only choose settings")
@@ -58,25 +67,40 @@ def compete(arguments: argparse.Namespace, command: str) -> int:
     runs = QUICK_RUNS if arguments.quick else RUNS
     plan = Plan(grid, size, taken(tried), runs)
     rows = _chosen("--only", arguments.only, list(grid.rows))
+    sets = _chosen("--training", arguments.training, list(SETS))
+    backbones = _chosen("--backbones", arguments.backbones, size.backbones)
+    seeds = arguments.seeds or size.seeds
+    kept = read_answers(out) if (out / CONTEST).exists() and not arguments.trials else None
     if arguments.trials:
-        jobs = Plan(grid, grid.full, {}, runs).trials(rows)
+        jobs = whole = Plan(grid, grid.full, {}, runs).trials(rows, sets, done=tried)
     else:
-        backbones = _chosen("--backbones", arguments.backbones, size.backbones)
-        jobs = plan.contest(rows, backbones, arguments.seeds or size.seeds)
+        jobs = plan.contest(rows, backbones, seeds, sets)
+        whole = plan.contest(list(grid.rows), size.backbones, _seeds(seeds, size, kept))
+    before = preparation()
     if arguments.list:
-        print("\n".join(shlex.join(s.command) for s in [*preparation(), *(j.step for j in jobs)]))
+        print("\n".join(shlex.join(s.command) for s in [*before, *(j.step for j in jobs)]))
         return 0
+    progress = Progress(runs / "steps", [*before, *(job.step for job in whole)])
     code = 0
     if not arguments.report:
-        code = _run(jobs, runs, arguments.jobs)
-    if code == 130:
-        return code
+        code = _run(
+            before, [job.step for job in left_to_run(jobs, progress, kept)], progress, arguments
+        )
     if arguments.trials:
-        return code or _write_trials(grid, jobs, tried, record_of(arguments.grid))
-    answers = collect(grid, jobs, tried, is_quick=arguments.quick, command=command)
+        write_trials(record_of(arguments.grid), tried | choose(grid, jobs, progress))
+        return code
+    answers = collect(grid, whole, tried, progress, kept, is_quick=arguments.quick, command=command)
     write_answers(out, answers)
-    write_report(read_answers(out), out)
+    if code != INTERRUPTED:
+        write_report(read_answers(out), out)
     return code
+
+
+def _seeds(asked: list[int], size: Size, kept: Answers | None) -> list[int]:
+    """The grid's, those that are asked for, and those whose answers are kept."""
+    measured = kept.contest.measured if kept else ()
+    more = {*asked, *(m.seed for m in measured if m.seed is not None)} - {*size.seeds}
+    return [*size.seeds, *sorted(more)]
 
 
 def _chosen(option: str, wanted: list[str] | None, known: list[str]) -> list[str]:
@@ -86,19 +110,13 @@ def _chosen(option: str, wanted: list[str] | None, known: list[str]) -> list[str
     return [name for name in known if wanted is None or name in wanted]
 
 
-def _run(jobs: list[Job], runs: Path, width: int) -> int:
-    before = preparation()
-    code = list_or_run(before, runs.parent / "steps", list_only=False, report=None)
-    if code:
-        return code
-    steps = [job.step for job in jobs]
-    return Pool(steps, Progress(runs / "steps", [*before, *steps]), width, runs / "logs").run()
-
-
-def _write_trials(grid: Grid, jobs: list[Job], tried: dict[str, Tried], path: Path) -> int:
-    write_trials(path, tried | choose(grid, jobs))
-    print(f"saved {path}")
-    return 0
+def _run(
+    before: list[Step], steps: list[Step], progress: Progress, arguments: argparse.Namespace
+) -> int:
+    if not steps:
+        return 0
+    code = list_or_run(before, RUNS.parent / "steps", list_only=False, report=None)
+    return code or Pool(steps, progress, arguments.jobs, progress.folder.with_name("logs")).run()
 
 
 def write_report(answers: Answers, out: Path) -> None:

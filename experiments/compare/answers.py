@@ -1,6 +1,7 @@
 """What a contest has measured: every evaluation, with right or wrong of every question.
 
-`contest.json` and `answers.npz`: all figures of the report follow from these two.
+`contest.json` and `answers.npz`: all figures of the report follow from these two, and another
+machine goes on from them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 
 from experiments.compare.grid import UNTOUCHED, Grid, Setting
 from experiments.compare.jobs import Job
+from experiments.steps import Progress
 from gemoe_ds.analysis.paired import NO_SEED, Curve, Point
 from gemoe_ds.analysis.questions import Questions
-from gemoe_ds.analysis.record import RECORD, load_json, read_questions, read_record
+from gemoe_ds.analysis.record import load_json, read_questions, read_record
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
 from gemoe_ds.registry import ConfigModel
@@ -57,6 +59,7 @@ class Measured(ConfigModel):
     machine: str
     commit: str | None
     date: str
+    fingerprint: str  # of the run's command and of whatever it was made from
 
 
 class Contest(ConfigModel):
@@ -77,6 +80,11 @@ class Answers:
     contest: Contest
     asked: Questions
     right_PQ: np.ndarray
+
+    def of_run(self, fingerprint: str) -> list[tuple[Measured, np.ndarray]]:
+        """Every evaluation of one run; none if it is not among them."""
+        pairs = zip(self.contest.measured, self.right_PQ, strict=True)
+        return [pair for pair in pairs if pair[0].fingerprint == fingerprint]
 
     def curves(self, backbone: str, training: str) -> dict[str, Curve]:
         """By row. A model that nobody trained is the same whatever the others train on."""
@@ -100,42 +108,33 @@ class Answers:
 
 
 def collect(
-    grid: Grid, jobs: Sequence[Job], tried: dict[str, Tried], *, is_quick: bool, command: str
+    grid: Grid,
+    jobs: Sequence[Job],
+    tried: dict[str, Tried],
+    progress: Progress,
+    kept: Answers | None = None,
+    *,
+    is_quick: bool,
+    command: str,
 ) -> Answers:
-    """From the folders of the runs; DataError if they did not answer the same questions."""
-    asked: Questions | None = None
+    """From `kept`, or the folders of finished runs; DataError if other questions were asked."""
+    asked = kept.asked if kept else None
     measured, right, missing = [], [], []
     for job in jobs:
-        if not all((folder / RECORD).exists() for folder in job.records):
+        fingerprint = progress.fingerprints[job.step.name]
+        found = kept.of_run(fingerprint) if kept else []
+        if not found and progress.is_done(job.step):
+            read = [_of_folder(folder, grid, job, fingerprint) for folder in job.records]
+            for folder, (_, questions) in zip(job.records, read, strict=True):
+                asked = asked or questions
+                if not _same(asked, questions):
+                    raise DataError(f"{folder} has answers to other questions than the others")
+            found = [(one, questions.right_Q) for one, questions in read]
+        if not found:
             missing.append(job.step.name)
-            continue
-        for folder in job.records:
-            record, _ = read_record(folder)
-            questions = read_questions(folder, record)
-            asked = asked or questions
-            if not _same(asked, questions):
-                raise DataError(f"{folder} has answers to other questions than {jobs[0].records}")
-            value = record.k if grid.rows[job.row].is_static else job.value
-            untouched = grid.rows[job.row].gates == UNTOUCHED
-            measured.append(
-                Measured(
-                    row=job.row,
-                    value=value,
-                    budget=record.budget_k,
-                    backbone=job.where.backbone,
-                    training=job.where.training,
-                    seed=NO_SEED if untouched else job.where.seed,
-                    mean_k=record.mean_k,
-                    accuracy=record.accuracy,
-                    seconds=record.seconds,
-                    train_seconds=record.train_seconds,
-                    machine=record.machine,
-                    commit=record.commit,
-                    date=record.date,
-                )
-            )
-            right.append(questions.right_Q)
-    if asked is None:
+        measured += [one for one, _ in found]
+        right += [right_Q for _, right_Q in found]
+    if asked is None or not right:
         raise DataError("no run of this contest is done yet: run it without --report")
     contest = Contest(
         command=command,
@@ -146,6 +145,39 @@ def collect(
         missing=tuple(missing),
     )
     return Answers(contest, asked, np.stack(right))
+
+
+def _of_folder(folder: Path, grid: Grid, job: Job, fingerprint: str) -> tuple[Measured, Questions]:
+    record, _ = read_record(folder)
+    untouched = grid.rows[job.row].gates == UNTOUCHED
+    measured = Measured(
+        row=job.row,
+        value=record.k if grid.rows[job.row].is_static else job.value,
+        budget=record.budget_k,
+        backbone=job.where.backbone,
+        training=job.where.training,
+        seed=NO_SEED if untouched else job.where.seed,
+        mean_k=record.mean_k,
+        accuracy=record.accuracy,
+        seconds=record.seconds,
+        train_seconds=record.train_seconds,
+        machine=record.machine,
+        commit=record.commit,
+        date=record.date,
+        fingerprint=fingerprint,
+    )
+    return measured, read_questions(folder, record)
+
+
+def left_to_run(jobs: Sequence[Job], progress: Progress, kept: Answers | None) -> list[Job]:
+    """Without those whose answers are kept, unless one that is left needs what they made."""
+    if kept is None:
+        return list(jobs)
+    left = {j.step.name for j in jobs if not kept.of_run(progress.fingerprints[j.step.name])}
+    for job in reversed(jobs):  # a run comes after those that it needs
+        if job.step.name in left and not progress.is_done(job.step):
+            left |= set(job.step.needs)
+    return [job for job in jobs if job.step.name in left]
 
 
 def _same(a: Questions, b: Questions) -> bool:

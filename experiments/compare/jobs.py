@@ -5,7 +5,7 @@ One process and one thread each, so that as many run side by side as there are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,31 +54,45 @@ class Plan:
     def __init__(self, grid: Grid, size: Size, taken: Mapping[str, Setting], runs: Path) -> None:
         self.grid, self.size, self.taken, self.runs = grid, size, taken, runs
 
-    def contest(self, rows: list[str], backbones: list[str], seeds: list[int]) -> list[Job]:
+    def contest(
+        self,
+        rows: list[str],
+        backbones: list[str],
+        seeds: list[int],
+        sets: Sequence[Training] = ("mixed", "captions"),
+    ) -> list[Job]:
         """Seed 0 of all rows on the first backbone comes first: a cut contest has a whole table."""
         first, *others = self.grid.backbones
         jobs: list[Job] = []
-        for seed in seeds if first in backbones else []:
+        mixed = "mixed" in sets
+        for seed in seeds if mixed and first in backbones else []:
             jobs += self._all(rows, Where(first, seed=seed))
         for backbone in others:
-            if backbone in backbones:
+            if mixed and backbone in backbones:
                 jobs += self._all(rows, Where(backbone, seed=seeds[0]))
-        if first in backbones and self.size.captions:
+        if "captions" in sets and first in backbones and self.size.captions:
             jobs += self._all(rows, Where(first, "captions", seeds[0]))
         return list({job.step.name: job for job in jobs}.values())
 
-    def trials(self, rows: list[str]) -> list[Job]:
+    def trials(
+        self,
+        rows: list[str],
+        sets: Sequence[Training] = ("mixed", "captions"),
+        done: Container[str] = (),
+    ) -> list[Job]:
         """Every setting of every row that trains, and the untouched model to measure them by.
 
-        For each training set: what is best on one may not be on the other.
+        For each training set: what is best on one may not be on the other. Without those that are
+        `done`, by `chosen_for`.
         """
         first = next(iter(self.grid.backbones))
         names = [name for name in self.grid.rows if self.grid.rows[name].is_static]
         jobs = [self._job(name, None, Where(first, trial=0)) for name in names]
-        sets: list[Training] = ["mixed", "captions"] if self.size.captions else ["mixed"]
         for training in sets:
             for name in rows:
                 row = self.grid.rows[name]
+                if chosen_for(name, training) in done:
+                    continue
                 for number in range(len(row.trials)):
                     where = Where(first, training, trial=number)
                     jobs.append(self._job(name, row.trial_value, where))

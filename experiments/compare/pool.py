@@ -13,6 +13,7 @@ from pathlib import Path
 from experiments.steps import Bar, Progress, Step, environment
 
 POLL = 0.2  # seconds
+INTERRUPTED = 130  # exit code
 TAIL = 3  # lines of a failed step's log that are shown
 
 
@@ -41,7 +42,7 @@ class Pool:
                 self._collect()
         except KeyboardInterrupt:
             print("\n== interrupted; run the same command to continue from here", flush=True)
-            return 130
+            return INTERRUPTED
         finally:
             self._end()
         for step in self.failed:

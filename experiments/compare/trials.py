@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from experiments.compare.answers import Trial, Tried
 from experiments.compare.grid import Grid, Setting
 from experiments.compare.jobs import Job, Training, chosen_for
+from experiments.steps import Progress
 from gemoe_ds.analysis.record import read_record
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.files import write_text
@@ -29,9 +30,12 @@ def record_of(grid_file: Path) -> Path:
     return grid_file.with_name(f"{grid_file.stem}_trials.json")
 
 
-def choose(grid: Grid, jobs: Sequence[Job]) -> dict[str, Tried]:
-    """From finished trials, by row and training set: all, and which one is taken."""
+def choose(grid: Grid, jobs: Sequence[Job], progress: Progress) -> dict[str, Tried]:
+    """By row and training set: all trials, and which one is taken. Where all are done."""
+    jobs = [job for job in jobs if progress.is_done(job.step)]
     static = [r for job in jobs if grid.rows[job.row].is_static for r in job.records]
+    if not static:
+        return {}
     points = sorted((r.mean_k, r.accuracy) for r, _ in map(read_record, static))
     k_P, accuracy_P = np.array(points).T
     found: dict[str, list[Trial]] = {}
@@ -54,6 +58,7 @@ def choose(grid: Grid, jobs: Sequence[Job]) -> dict[str, Tried]:
             taken=max(range(len(trials)), key=lambda i: trials[i].above_static),
         )
         for name, trials in found.items()
+        if len(trials) == grid.trials_each
     }
 
 

@@ -111,6 +111,7 @@ def planted(
                             machine="2 x Test CPU",
                             commit="0123abc",
                             date="2026-01-02T03:04:05+00:00",
+                            fingerprint=f"{backbone} {training} {name} {value} {seed}",
                         )
                     )
     trials = [

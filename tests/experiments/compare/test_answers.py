@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.compare.answers import collect, read_answers, write_answers
-from experiments.compare.jobs import Plan
+from experiments.compare.answers import collect, left_to_run, read_answers, write_answers
+from experiments.compare.jobs import Job, Plan, preparation
 from experiments.compare.trials import choose, read_trials, record_of, taken, write_trials
+from experiments.steps import Progress
 from gemoe_ds.analysis.questions import Questions
 from gemoe_ds.analysis.record import write_record
 from gemoe_ds.errors import ConfigError, DataError
 from tests.analysis.evaluations import record, sums_of
-from tests.experiments.compare.planted import TRIALS, grid, planted
+from tests.experiments.compare.planted import GRID, TRIALS, grid, planted
 from tests.helpers import repository
 
 
@@ -40,6 +42,15 @@ def leave(
     write_record(folder, made, sums, questions)
 
 
+def done(jobs: list[Job], folder: Path) -> Progress:
+    """As if these had just ended."""
+    progress = Progress(folder / "steps", [*preparation(), *(job.step for job in jobs)])
+    for job in jobs:
+        job.step.output.mkdir(parents=True, exist_ok=True)
+        progress.finish(job.step)
+    return progress
+
+
 def test_runs_are_collected_written_and_read_back(tmp_path):
     made = grid()
     jobs = Plan(made, made.full, {}, tmp_path).contest(["static", "gemoe"], ["first"], [0])
@@ -48,7 +59,9 @@ def test_runs_are_collected_written_and_read_back(tmp_path):
         leave(folder, k, [True] * k + [False] * (9 - k), "static", k)
     for k, folder in zip(made.full.budgets, gemoe.records, strict=True):
         leave(folder, k + 0.01, [False] * 9, "gemoe")
-    answers = collect(made, jobs, {}, is_quick=False, command="make compare")
+    progress = done(jobs, tmp_path)
+    progress.begin(captions.step)
+    answers = collect(made, jobs, {}, progress, is_quick=False, command="make compare")
     assert answers.contest.missing == (captions.step.name,)
     curves = answers.curves("first", "mixed")
     assert [p.mean_k for p in curves["static"][None]] == [8, 4, 2]
@@ -62,9 +75,35 @@ def test_runs_are_collected_written_and_read_back(tmp_path):
     assert np.array_equal(read.asked.row_Q, answers.asked.row_Q)
     leave(gemoe.records[0], 3, [False] * 8, "gemoe")
     with pytest.raises(DataError, match="answers to other questions"):
-        collect(made, jobs, {}, is_quick=False, command="")
+        collect(made, jobs, {}, progress, is_quick=False, command="")
     with pytest.raises(DataError, match="no run of this contest is done yet"):
-        collect(made, [captions], {}, is_quick=False, command="")
+        collect(made, [captions], {}, progress, is_quick=False, command="")
+
+
+def test_another_machine_goes_on_from_answers_that_are_kept(tmp_path):
+    """It has none of the folders; a run whose gates are needed is made again."""
+    made = grid()
+    rows = ["tuned", "score", "gemoe"]
+    plan = Plan(made, made.full, {}, tmp_path / "runs")
+    jobs = plan.contest(rows, ["first"], [0], ["mixed"])
+    for number, job in enumerate(jobs):
+        for folder in job.records:
+            leave(folder, 4, [True] * number + [False] * (9 - number), job.row)
+    there = collect(made, jobs, {}, done(jobs, tmp_path), is_quick=False, command="")
+    write_answers(tmp_path / "out", there)
+    shutil.rmtree(tmp_path / "runs")
+    kept = read_answers(tmp_path / "out")
+    here = Progress(tmp_path / "here", [*preparation(), *(job.step for job in jobs)])
+    assert not left_to_run(jobs, here, kept)
+    again = collect(made, jobs, {}, here, kept, is_quick=False, command="")
+    assert again.contest == there.contest and np.array_equal(again.right_PQ, there.right_PQ)
+    rule = grid(rows=GRID["rows"] | {"score": GRID["rows"]["score"] | {"router": {"name": "mass"}}})
+    jobs = Plan(rule, rule.full, {}, tmp_path / "runs").contest(rows, ["first"], [0], ["mixed"])
+    here = Progress(tmp_path / "here", [*preparation(), *(job.step for job in jobs)])
+    left = [job.step.name for job in left_to_run(jobs, here, kept)]
+    assert left == ["first_mixed_tuned_8_seed_0", "first_mixed_score_seed_0"]
+    again = collect(rule, jobs, {}, here, kept, is_quick=False, command="")
+    assert again.contest.missing == ("first_mixed_score_seed_0",)
 
 
 def test_damaged_answers(tmp_path):
@@ -92,7 +131,8 @@ def test_a_trial_is_measured_by_what_it_has_above_static_k(tmp_path):
     outcomes = [(7, 8), (3, 6), (5, 4), (6, 4), (7, 8), (8, 8), (5, 4), (6, 4)]  # mixed, captions
     for job, (mean_k, right) in zip(jobs[1:], outcomes, strict=True):
         leave(job.records[0], mean_k, [True] * right + [False] * (10 - right), job.row)
-    tried = choose(made, jobs)
+    progress = done(jobs, tmp_path)
+    tried = choose(made, jobs, progress)
     assert [t.above_static for t in tried["gemoe mixed"].trials] == pytest.approx([0.1, 0.3])
     assert {key: found.taken for key, found in tried.items()} == {
         "gemoe mixed": 1,
@@ -101,6 +141,8 @@ def test_a_trial_is_measured_by_what_it_has_above_static_k(tmp_path):
         "free captions": 0,
     }
     assert taken(tried) == {key: TRIALS[found.taken] for key, found in tried.items()}
+    progress.begin(jobs[-1].step)
+    assert set(choose(made, jobs, progress)) == {*tried} - {"free captions"}, "one is not done"
     path = record_of(tmp_path / "some.yaml")
     write_trials(path, tried)
     assert path.name == "some_trials.json" and read_trials(path, made) == tried

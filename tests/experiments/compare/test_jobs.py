@@ -79,6 +79,8 @@ def test_a_quick_one_and_parts():
     assert names == [f"first_mixed_{run}_seed_0" for run in runs], "score takes tuned_8's gates"
     names = [job.step.name for job in plan().contest(["score"], ["second"], [0])]
     assert names == ["second_mixed_tuned_8_seed_0", "second_mixed_score_seed_0"]
+    parts = [plan().contest(ROWS, BOTH, [0, 1], [training]) for training in ("mixed", "captions")]
+    assert sum(parts, []) == plan().contest(ROWS, BOTH, [0, 1])
 
 
 def test_trials_try_every_setting_and_the_contest_takes_what_they_chose():
@@ -94,6 +96,11 @@ def test_trials_try_every_setting_and_the_contest_takes_what_they_chose():
         ),
     ]
     assert "optim.lr=0.0003" in jobs[1].step.command and "optim.lr=0.001" in jobs[2].step.command
+    left = plan().trials(ROWS, ["mixed"], done=["gemoe mixed", "free captions"])
+    assert [job.step.name for job in left] == [
+        "trials_mixed_static_0",
+        *(f"trials_mixed_{run}_{number}" for run in ("tuned_4", "free_one") for number in (0, 1)),
+    ]
     first = plan().contest(["gemoe"], ["first"], [0])[0].step
     chosen = plan(taken={"gemoe mixed": {"optim.lr": 0.5}}.items()).contest(
         ["gemoe"], ["first"], [0]
