@@ -67,7 +67,7 @@ def compete(arguments: argparse.Namespace, command: str) -> int:
     runs = QUICK_RUNS if arguments.quick else RUNS
     plan = Plan(grid, size, taken(tried), runs)
     rows = _chosen("--only", arguments.only, list(grid.rows))
-    sets = _chosen("--training", arguments.training, list(SETS))
+    sets = [s for s in SETS if s in _chosen("--training", arguments.training, list(SETS))]
     backbones = _chosen("--backbones", arguments.backbones, size.backbones)
     seeds = arguments.seeds or size.seeds
     kept = read_answers(out) if (out / CONTEST).exists() and not arguments.trials else None
