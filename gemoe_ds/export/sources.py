@@ -36,6 +36,37 @@ def write_sources(out: Path, model_class: type, router_module: str) -> None:
         (out / file).write_text(text, encoding="utf-8")
 
 
+def write_package(out: Path, name: str, modules: list[str]) -> None:
+    """These modules and what they import, in folder `out` as a package called `name`.
+
+    The sources as they are, but for the package's name in their imports.
+    """
+    for module in with_packages(closure(modules)):
+        path = _path(module) if _path(module).is_file() else _path(module + ".__init__")
+        target = out / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(renamed(path.read_text(encoding="utf-8"), name), encoding="utf-8")
+
+
+def write_routing(out: Path, name: str) -> None:
+    """Every router and what it needs, as a package called `name`: the code that a plugin of a
+    server carries."""
+    routers = sorted((ROOT / "routers").glob("*.py"))
+    write_package(out, name, [f"{PACKAGE}.routers.{path.stem}" for path in routers])
+    (out / "__init__.py").write_text('"""The routing code of gemoe_ds, copied."""\n', "utf-8")
+
+
+def with_packages(modules: list[str]) -> list[str]:
+    """The modules and the packages that they are in, without the package itself."""
+    parents = {module.rpartition(".")[0] for module in modules} - {PACKAGE}
+    return sorted({*modules, *(with_packages(sorted(parents)) if parents else ())})
+
+
+def renamed(text: str, name: str) -> str:
+    """The same source as part of a package called `name`."""
+    return re.sub(rf"^(\s*from ){PACKAGE}\b", rf"\1{name}", text, flags=re.MULTILINE)
+
+
 def is_stock(model_class: type) -> bool:
     return not model_class.__module__.startswith(PACKAGE)
 

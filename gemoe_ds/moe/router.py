@@ -249,6 +249,14 @@ class Router(Registered, nn.Module):
             raise ConfigError(f"model.router.{option}: {error}") from None
 
     @property
+    def depends_also_on(self) -> str:
+        """What else than the token itself decides its experts, in words; "": nothing else.
+
+        A server refuses such a router: its batches hold parts of several requests.
+        """
+        return ""
+
+    @property
     def dial_ends(self) -> tuple[float, float]:
         """Of a method with a `dial`: where every token gets its `min_k`, and its `max_k`."""
         raise NotImplementedError(f"{type(self).__name__} has a dial without ends")

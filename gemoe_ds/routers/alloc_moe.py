@@ -55,5 +55,9 @@ class AllocMoERouter(ScoreRule):
         return self.k_low + is_in_N.view(more_TK.shape).sum(1)
 
     @property
+    def depends_also_on(self) -> str:
+        return "all tokens of the batch"
+
+    @property
     def dial_ends(self) -> tuple[float, float]:
         return float(self.k_low), float(self.k_high)

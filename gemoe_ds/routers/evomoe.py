@@ -76,6 +76,10 @@ class EvoMoERouter(Router):
         return {"load_balance": LossTerm(balance, self.config.balance_weight)}
 
     @property
+    def depends_also_on(self) -> str:
+        return "whether the token is one of an image"
+
+    @property
     def max_k(self) -> int:
         return self.top
 

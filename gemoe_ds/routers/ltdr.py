@@ -96,5 +96,9 @@ class LTDRRouter(Router):
         return {"load_balance": LossTerm(balance, self.config.balance_weight)}
 
     @property
+    def depends_also_on(self) -> str:
+        return "the other vision tokens of the sample"
+
+    @property
     def max_k(self) -> int:
         return self.tail_k

@@ -232,6 +232,10 @@ class ThresholdRouter(ScoreRule):
             self.scores_H.lerp_((fresh_H / total).to(self.scores_H), 1 - memory)
 
     @property
+    def depends_also_on(self) -> str:
+        return "the tokens before it (hold: true)" if self.config.hold else ""
+
+    @property
     def dial_ends(self) -> tuple[float, float]:
         return float(self.k_low), float(self.k_high)
 
