@@ -15,7 +15,7 @@ PAGES = ("README.md", "docs/**/*.md")
 # What stands before a command's own options: `gemoe evaluate`, `gemoe_ds.cli.evaluate`, ...
 START = re.compile(
     r"(?:^|[\s`])(?:gemoe |-m gemoe_ds\.cli\.|--module gemoe_ds\.cli\.|launch/)"
-    r"((?:data|benchmark) [a-z-]+|[a-z]+)(?:\.py)?(?= |`|$)(.*)"
+    r"((?:data|benchmark) [a-z-]+|[a-z][a-z-]*)(?:\.py)?(?= |`|$)(.*)"
 )
 
 IMPORT_DEEPSPEED = ("train", "doctor")  # before they print their help: their options are read

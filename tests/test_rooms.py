@@ -32,6 +32,7 @@ ROOMS = [
     "data",
     "config",
     "export",
+    "serving",
     "engine",
     "checkpoint",
     "cluster",
@@ -48,7 +49,8 @@ ROOMS = [
 # data/ and data_prep/ may read and write tokenizer folders, which are transformers' format.
 ONLY_IN = {
     "deepspeed": {"engine", "benchmarks"},  # whose layers run beside ours
-    "transformers": {"hf_io", "models", "data", "data_prep", "export", "benchmarks"},
+    "transformers": {"hf_io", "models", "data", "data_prep", "export", "serving", "benchmarks"},
+    "vllm": {"serving"},
     "datasets": {"data", "evaluation"},
     "lm_eval": {"evaluation", "benchmarks"},  # what answers are timed against
     "lmms_eval": {"evaluation"},

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemoe_ds import __version__
+from gemoe_ds.export.code_record import KEY, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.export.sources import can_carry, write_sources
 from gemoe_ds.files import whole_folder
@@ -46,11 +48,13 @@ def export(
         for path in companions(tokenizer, TOKENIZER):
             shutil.copyfile(path, folder / path.name)
         save_file(_router_tensors(model), folder / ROUTERS)
+        of_base = checksums(folder)
         if can_carry(type(model.hf)):
             router_module = type(model.moe_layers[0].router).__module__
             write_sources(folder, type(model.hf), router_module)
         _extend_config(folder / "config.json", router, model)
-        _write_json(folder / "provenance.json", provenance)
+        ours = {n: sum_ for n, sum_ in checksums(folder).items() if of_base.get(n) != sum_}
+        _write_json(folder / PROVENANCE, provenance | {"gemoe_ds": __version__, KEY: ours})
         (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
 
 

@@ -39,9 +39,13 @@ assert not [name for name in {HEAVY} if name in sys.modules]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for name in COMMANDS:
-        (line,) = [row for row in done.stdout.splitlines() if row.startswith(f"  {name} ")]
+        (line,) = [
+            row
+            for row in done.stdout.splitlines()
+            if row.startswith(f"  {name.replace('_', '-')} ")
+        ]
         said = (importlib.import_module(f"gemoe_ds.cli.{name}").__doc__ or "").partition("\n")[0]
         assert said.endswith(".") and line.endswith(said)
 
