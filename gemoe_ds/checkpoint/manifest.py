@@ -39,6 +39,7 @@ LATEST = "latest"
 BEST = "best"
 WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
+GROUPED = "data.group_by_length"  # of the identity; older checkpoints know the default only
 _CONTENTS = {
     "data": "data.train_path",
     "base checkpoint": "model.checkpoint",
@@ -166,7 +167,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
 
 def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
-    stored = with_new_names(found.manifest["identity"], warn=False)
+    stored = {GROUPED: False} | with_new_names(found.manifest["identity"], warn=False)
     stored = _with_added_options(_with_checksums(stored, identity), identity)
     differing = [
         words

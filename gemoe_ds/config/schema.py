@@ -144,6 +144,9 @@ class DataConfig(ConfigModel):
         description="Hugging Face tokenizer: a folder, or owner/name[@revision] in the Hub cache"
     )
     max_length: int = Field(2048, ge=2, description="tokens per sequence; longer ones are cut")
+    group_by_length: bool = Field(
+        False, description="samples of like length in a step: little padding, ranks equally busy"
+    )
     num_workers: int = Field(2, ge=1, description="reader threads per rank")
     max_bad_samples: NonNegative = Field(
         10,

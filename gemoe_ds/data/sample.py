@@ -129,6 +129,7 @@ class SampleFolder:
     """Random access to a written folder, from any thread, in bounded memory.
 
     Row i costs O(log groups), and reading its group unless that is among the `cache_bytes` kept.
+    Threads read side by side, each with a reader of its own.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], cache_bytes: int) -> None:
@@ -136,13 +137,15 @@ class SampleFolder:
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self._names = [shard["file"] for shard in manifest["shards"]]
-        self._shards = [pq.ParquetFile(path / name, memory_map=True) for name in self._names]
+        first = [pq.ParquetFile(path / name, memory_map=True) for name in self._names]
+        self._footers = [reader.metadata for reader in first]
+        self._idle = [[reader] for reader in first]  # a shard's readers that no thread uses now
         self._groups = [
             (shard, group)
-            for shard, file in enumerate(self._shards)
-            for group in range(file.num_row_groups)
+            for shard, footer in enumerate(self._footers)
+            for group in range(footer.num_row_groups)
         ]
-        sizes = (self._shards[s].metadata.row_group(g).num_rows for s, g in self._groups)
+        sizes = (self._footers[s].row_group(g).num_rows for s, g in self._groups)
         self._ends = list(itertools.accumulate(sizes))
         self._kept: dict[int, pa.Table] = {}  # oldest first; a random order gains nothing from LRU
         self._kept_bytes, self._cache_bytes = 0, cache_bytes
@@ -167,21 +170,24 @@ class SampleFolder:
         )
 
     def _read(self, number: int) -> pa.Table:
+        shard, group = self._groups[number]
+        path = self.path / self._names[shard]
         with self._lock:
-            if number in self._kept:  # another thread was faster
-                return self._kept[number]
-            shard, group = self._groups[number]
-            try:
-                table = self._shards[shard].read_row_group(group, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(
-                    f"{self.path / self._names[shard]} is damaged ({error}); convert again"
-                ) from error
-            self._kept[number] = table
-            self._kept_bytes += table.nbytes
+            reader = self._idle[shard].pop() if self._idle[shard] else None
+        try:
+            if reader is None:
+                reader = pq.ParquetFile(path, metadata=self._footers[shard], memory_map=True)
+            table = reader.read_row_group(group, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged ({error}); convert again") from error
+        with self._lock:
+            self._idle[shard].append(reader)
+            if number not in self._kept:  # or another thread was faster
+                self._kept[number] = table
+                self._kept_bytes += table.nbytes
             while self._kept_bytes > self._cache_bytes and len(self._kept) > 1:
                 self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
-            return table
+        return table
 
 
 def open_samples(

@@ -6,7 +6,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+import numpy as np
+
 from gemoe_ds.data.collate import Batch, Collator, Encoded
+from gemoe_ds.data.order import LengthGroupedOrder
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import DataError
 
@@ -30,17 +33,21 @@ def num_read_ahead(num_workers: int) -> int:
 
 
 class _Source:
-    """A SampleFolder as grain wants it: row number -> encoded sample, padding for a bad one."""
+    """What grain reads: the encoded sample, or padding, at a row, or at a place of `order`."""
 
-    def __init__(self, samples: SampleFolder, collator: Collator) -> None:
+    def __init__(
+        self, samples: SampleFolder, collator: Collator, order: LengthGroupedOrder | None
+    ) -> None:
         self.samples = samples
         self.collator = collator
+        self.order = order
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return ENDLESS if self.order else len(self.samples)
 
-    def __getitem__(self, row: int) -> Encoded:
-        return self.collator.encode_or_leave_out(int(row), self.samples[int(row)])
+    def __getitem__(self, index: int) -> Encoded:
+        row = self.order[int(index)] if self.order else int(index)
+        return self.collator.encode_or_leave_out(row, self.samples[row])
 
 
 class TrainStream:
@@ -50,6 +57,9 @@ class TrainStream:
     (s * accumulation + a) * world + r of `micro_batch_size` samples: the global batch does not
     depend on how it is split, and two ranks see what one rank with twice the accumulation sees. A
     sample that cannot be used is padding in its place.
+
+    With `length_N`, the tokens of every sample, a global batch has samples of like length
+    (`LengthGroupedOrder`).
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class TrainStream:
         num_workers: int,
         start_step: int = 0,
         pinned: bool = False,
+        length_N: np.ndarray | None = None,
     ) -> None:
         """`pinned`: see `Batch.pinned`, for a GPU."""
         if len(samples) < micro_batch_size:
@@ -73,14 +84,19 @@ class TrainStream:
                 f"train.micro_batch_size={micro_batch_size}"
             )
         grain = _import_grain()
-        order = grain.MapDataset.source(_Source(samples, collator)).seed(seed).shuffle()
+        order = None
+        if length_N is not None:
+            size = micro_batch_size * accumulation * world
+            order = LengthGroupedOrder(length_N, seed=seed, global_batch_size=size)
+        endless = grain.MapDataset.source(_Source(samples, collator, order))
 
         def batch_of(encoded: Sequence[Encoded]) -> Batch:
             batch = collator.batch(encoded)
             return batch.pinned() if pinned else batch
 
-        # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
-        endless = order.repeat(ENDLESS // len(samples))
+        if order is None:
+            # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
+            endless = endless.seed(seed).shuffle().repeat(ENDLESS // len(samples))
         blocks = endless.batch(micro_batch_size, batch_fn=batch_of)[rank::world]
         options = grain.ReadOptions(num_workers, num_read_ahead(num_workers))
         self._blocks = iter(blocks.to_iter_dataset(options))

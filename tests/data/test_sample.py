@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from gemoe_ds.data.sample import (
@@ -63,6 +67,35 @@ def test_memory_is_bounded_and_threads_agree(tmp_path):
     assert folder._kept_bytes == sum(kept) <= 30_000 and 1 <= len(kept) < 16
     tiny = open_samples(tmp_path / "out", cache_bytes=0)
     assert [tiny[row] for row in rows[:50]] == read[:50] and len(tiny._kept) == 1
+
+
+def test_threads_read_side_by_side(tmp_path, monkeypatch):
+    """Where a read takes 50 ms, as from a busy network disk."""
+    write_samples(samples(256), tmp_path / "out", source="test", shard_size=128)
+    folder, read = open_samples(tmp_path / "out", cache_bytes=0), pq.ParquetFile.read_row_group
+    rows = [GROUP * (i % 8) for i in range(32)]
+    busy, most, lock = set(), 0, threading.Lock()
+
+    def slow(reader: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
+        nonlocal most
+        with lock:
+            assert reader not in busy, "a reader is for one thread at a time"
+            busy.add(reader)
+            most = max(most, len(busy))
+        time.sleep(0.05)
+        table = read(reader, *arguments, **options)
+        busy.remove(reader)
+        return table
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", slow)
+    seconds = []
+    for workers in (1, 8):
+        began = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda row: folder[row].id, rows))
+        seconds.append(time.perf_counter() - began)
+        assert found == [f"id {row}" for row in rows]
+    assert most == 8 and seconds[0] / seconds[1] > 3, "6 on a machine with nothing else to do"
 
 
 def test_the_fingerprint_tells_contents_apart(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,22 @@ def setting(tmp_path_factory):
     return open_samples(root / "data"), collator
 
 
-def sample_log(setting, steps, *, world=1, rank=0, accumulation=1, start=0, batch=3, seed=7):
+LENGTHS = np.array([7 + i % 3 for i in range(NUM)], np.int32)
+GROUPED = pytest.mark.parametrize("length_N", [None, LENGTHS], ids=["shuffled", "by length"])
+
+
+def sample_log(
+    setting,
+    steps,
+    *,
+    world=1,
+    rank=0,
+    accumulation=1,
+    start=0,
+    batch=3,
+    seed=7,
+    length_N=None,
+):
     samples, collator = setting
     stream = TrainStream(
         samples,
@@ -48,15 +64,19 @@ def sample_log(setting, steps, *, world=1, rank=0, accumulation=1, start=0, batc
         world=world,
         num_workers=2,
         start_step=start,
+        length_N=length_N,
     )
     return [[b.ids for b in batches] for batches in itertools.islice(stream, steps)]
 
 
-def test_splits_of_one_global_batch_see_the_same_micro_batches(setting):
-    alone = sample_log(setting, 20, accumulation=4)
+@GROUPED
+def test_splits_of_one_global_batch_see_the_same_micro_batches(setting, length_N):
+    alone = sample_log(setting, 20, accumulation=4, length_N=length_N)
     for world, accumulation in ((2, 2), (4, 1)):
         ranks = [
-            sample_log(setting, 20, world=world, rank=r, accumulation=accumulation)
+            sample_log(
+                setting, 20, world=world, rank=r, accumulation=accumulation, length_N=length_N
+            )
             for r in range(world)
         ]
         for step in range(20):
@@ -72,16 +92,29 @@ def test_every_pass_holds_every_sample_once_in_another_order(setting):
     assert first != [i for s in sample_log(setting, NUM, batch=1, seed=8) for b in s for i in b]
 
 
+@GROUPED
 @pytest.mark.parametrize("start", [0, 1, 9, 30])
-def test_resumed_stream_continues_the_uninterrupted_one(setting, start):
-    options = {"world": 2, "rank": 1, "accumulation": 2}
+def test_resumed_stream_continues_the_uninterrupted_one(setting, start, length_N):
+    options = {"world": 2, "rank": 1, "accumulation": 2, "length_N": length_N}
     whole = sample_log(setting, 34, **options)
     assert sample_log(setting, 4, start=start, **options) == whole[start : start + 4]
 
 
-def test_resume_takes_no_longer_far_into_the_run(setting):
+def test_samples_of_like_length_share_a_step(setting):
+    samples, collator = setting
+    assert [len(collator.encode(i, samples[i]).input_ids) for i in range(NUM)] == LENGTHS.tolist()
+    steps = sample_log(setting, 40, batch=2, accumulation=2, length_N=LENGTHS)
+    lengths = [{LENGTHS[int(i[1:])] for ids in step for i in ids} for step in steps]
+    assert np.mean([len(of_step) for of_step in lengths]) < 1.6
+    shuffled = sample_log(setting, 40, batch=2, accumulation=2)
+    lengths = [{LENGTHS[int(i[1:])] for ids in step for i in ids} for step in shuffled]
+    assert np.mean([len(of_step) for of_step in lengths]) > 2
+
+
+@GROUPED
+def test_resume_takes_no_longer_far_into_the_run(setting, length_N):
     began = time.perf_counter()
-    sample_log(setting, 1, start=10_000_000)
+    sample_log(setting, 1, start=10_000_000, length_N=length_N)
     assert time.perf_counter() - began < 2
 
 

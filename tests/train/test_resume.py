@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from gemoe_ds.checkpoint.manifest import checksum_folder, find
 from gemoe_ds.checkpoint.state import load_trained, run_identity
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.train.assemble import meta_collator
 from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks
 from tests.train.resuming import (
@@ -105,6 +109,10 @@ def test_metrics_have_every_loss_and_every_layer(runs):
             {"train__gradient_accumulation_steps": 4},
             "samples per step is 8, this run's is 16; set train.global_b",
         ),
+        (
+            {"data__group_by_length": True},
+            "its data.group_by_length is false, this run's is true with data.max_length=2048",
+        ),
     ],
 )
 def test_foreign_checkpoints_are_refused(setting, runs, change, words):
@@ -152,3 +160,25 @@ def test_the_sample_log_of_a_run_cut_twice_is_the_uninterrupted_one(setting):
                     shutil.rmtree(folder)
     assert read_sample_log(output) == read_sample_log(whole)
     assert all(len(set(ids)) == 4 for ids in read_sample_log(whole).values())
+
+
+@pytest.mark.slow
+def test_steps_of_like_length_are_the_same_on_any_ranks_and_after_a_cut(setting):
+    def run(name: str, ranks: int, **changes: Any) -> Path:
+        output = setting["root"] / name
+        config = setup_config(
+            setting, output, Setup(ranks, 1, 2), "routers", data__group_by_length=True, **changes
+        )
+        run_ranks(train_all, ranks, [config])
+        return output
+
+    whole = read_sample_log(run("by_length", 2))
+    output = run("by_length_cut", 2, train__steps=7)
+    run("by_length_cut", 4, resume="auto")
+    assert read_sample_log(output) == whole
+    collator = meta_collator(setup_config(setting, output, Setup(1, 1, 2), "routers"))
+    folder = open_samples(setting["data"])
+    samples = [folder[row] for row in range(len(folder))]
+    tokens = {sample.id: len(collator.encode(0, sample).input_ids) for sample in samples}
+    spread = [np.ptp([tokens[i] for i in ids]) for ids in whole.values()]
+    assert np.mean(spread) < 0.5 * np.ptp([*tokens.values()])

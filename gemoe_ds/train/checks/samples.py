@@ -21,10 +21,13 @@ from gemoe_ds.data.bad_samples import (
 )
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.lengths import Lengths, file_name, keep, known_lengths
+from gemoe_ds.data.order import LengthGroupedOrder
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.errors import writing_to
 from gemoe_ds.progress import PROGRESS
+
+_MUCH_PADDING = 0.15
 
 
 def check_samples(
@@ -61,7 +64,7 @@ def check_samples(
         kept = f"kept in {file}" if file else f"{samples.path} cannot be written to"
         seconds = time.perf_counter() - began
         print(f"lengths of {len(lengths):,} samples: {seconds:.1f} s; {kept}", flush=True)
-        for line in report(lengths, config):
+        for line in report(lengths, config, world.size if world else 1):
             print(line, flush=True)
     log = BadSampleLog(
         config.data.max_bad_samples, len(samples), gather_objects if world else alone
@@ -98,7 +101,7 @@ def leave_out_known(
     log.check(log.gather(number)[0], output and output / REFUSED)
 
 
-def report(lengths: Lengths, config: RunConfig) -> Iterator[str]:
+def report(lengths: Lengths, config: RunConfig, num_ranks: int = 1) -> Iterator[str]:
     """Lengths, images, cuts and padding, a line each."""
     data, batch = config.data, config.train.micro_batch_size
     whole_N, cut = lengths.whole_N, lengths.cut(config.data.max_length)
@@ -124,8 +127,26 @@ def report(lengths: Lengths, config: RunConfig) -> Iterator[str]:
             f"{is_long_N.sum():,}{longest}; that cannot be read: {len(lengths.broken):,}; "
             f"data.max_bad_samples={data.max_bad_samples:g}"
         )
-    length_N = np.random.default_rng(config.seed).permutation(cut.length_N)
-    if rows := len(length_N) // batch:
-        length_RB = length_N[: rows * batch].reshape(rows, batch)
+    if rows := len(cut.length_N) // batch:
+        length_RB = _in_order(cut.length_N, config, num_ranks)[: rows * batch].reshape(rows, batch)
         padding = 1 - length_RB.sum() / (length_RB.max(1).sum() * batch)
-        yield f"  padding: {padding:.0%} of the tokens of micro-batches of {batch}"
+        line = f"  padding: {padding:.0%} of the tokens of micro-batches of {batch}"
+        if padding > _MUCH_PADDING and not data.group_by_length:
+            line += "; data.group_by_length=true leaves little of it"
+        yield line
+
+
+def tokens_of(lengths: Lengths | None, config: RunConfig) -> np.ndarray:
+    """Of every sample as training sees it, int32 [N]; on the rank that has the lengths."""
+    assert lengths is not None
+    return lengths.cut(config.data.max_length).length_N.astype(np.int32)
+
+
+def _in_order(length_N: np.ndarray, config: RunConfig, num_ranks: int) -> np.ndarray:
+    """The lengths of samples as a pass over them sees them."""
+    if not config.data.group_by_length:
+        return np.random.default_rng(config.seed).permutation(length_N)
+    size = config.train.micro_batch_size * config.accumulation_steps(num_ranks) * num_ranks
+    order = LengthGroupedOrder(length_N, seed=config.seed, global_batch_size=size)
+    chunks = range(-(-len(length_N) // order.chunk_size))
+    return length_N[np.concatenate([order.chunk(chunk) for chunk in chunks])[: len(length_N)]]

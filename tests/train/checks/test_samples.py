@@ -58,3 +58,15 @@ def test_lengths_beyond_the_model_s_context_are_refused(setting, tmp_path):
 def test_a_budget_is_a_whole_number_or_a_share(budget, setting, tmp_path):
     with pytest.raises(ConfigError, match=r"^data.max_bad_samples.*(number|share|equal to 0)"):
         make_config(setting, tmp_path, data__max_bad_samples=budget)
+
+
+def test_padding_is_told_and_what_would_leave_little_of_it(setting, tmp_path, capsys):
+    def padding(**changes) -> str:
+        look(setting, tmp_path, data__max_bad_samples=12, train__micro_batch_size=4, **changes)
+        return next(line for line in capsys.readouterr().out.splitlines() if "padding: " in line)
+
+    shuffled, grouped = padding(), padding(data__group_by_length=True)
+    assert shuffled.endswith("; data.group_by_length=true leaves little of it")
+    assert grouped.endswith("micro-batches of 4")
+    share = [int(line.split()[1].rstrip("%")) for line in (shuffled, grouped)]
+    assert share[1] < 0.7 * share[0], "20 samples, 12 of them bad"
