@@ -13,9 +13,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from gemoe_ds.config.choices import Choice
 from gemoe_ds.config.load import load_config
 from gemoe_ds.config.paths import shipped
-from gemoe_ds.config.schema import Choice, RunConfig
+from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.parser import Parser, at_least_one
 

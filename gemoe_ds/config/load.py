@@ -13,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from gemoe_ds.config.choices import Choice
 from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.config.paths import RECIPE, Places
-from gemoe_ds.config.schema import Choice, RunConfig
+from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 
 _SHOWN_ERRORS = 3
