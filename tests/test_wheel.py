@@ -137,7 +137,7 @@ def said(installed) -> dict[str, tuple[int, str]]:
 
 def test_help_and_version(said, installed):
     code, text = said["--help"]
-    commands = {path.stem for path in (installed / "gemoe_ds/cli").glob("[!_]*.py")}
+    commands = {p.stem.replace("_", "-") for p in (installed / "gemoe_ds/cli").glob("[!_]*.py")}
     assert code == 0 and all(f"\n  {name} " in text for name in commands - {"main"})
     assert max(map(len, text.splitlines())) <= 100
     assert said["--version"] == (0, f"gemoe {PathDistribution(info(installed)).version}\n")
