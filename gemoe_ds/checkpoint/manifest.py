@@ -39,7 +39,8 @@ LATEST = "latest"
 BEST = "best"
 WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
-GROUPED = "data.group_by_length"  # of the identity; older checkpoints know the default only
+GROUPED, TOO_LONG = "data.group_by_length", "data.too_long"  # of the identity
+DEFAULTS = {GROUPED: False, TOO_LONG: "cut"}  # which older checkpoints do not name
 _CONTENTS = {
     "data": "data.train_path",
     "base checkpoint": "model.checkpoint",
@@ -167,7 +168,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
 
 def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
     """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
-    stored = {GROUPED: False} | with_new_names(found.manifest["identity"], warn=False)
+    stored = DEFAULTS | with_new_names(found.manifest["identity"], warn=False)
     stored = _with_added_options(_with_checksums(stored, identity), identity)
     differing = [
         words

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.checkpoint import manifest
-from gemoe_ds.checkpoint.manifest import ADAM, GROUPED, SAMPLES_PER_STEP, WEIGHTS, Checkpoint
+from gemoe_ds.checkpoint.manifest import (
+    ADAM,
+    DEFAULTS,
+    GROUPED,
+    SAMPLES_PER_STEP,
+    TOO_LONG,
+    WEIGHTS,
+    Checkpoint,
+)
 from gemoe_ds.checkpoint.shards import StateShard, all_keys, by_parameter, stacked
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.paths import inputs
@@ -43,9 +51,10 @@ def run_identity(
     identity[SAMPLES_PER_STEP] = (
         config.train.micro_batch_size * config.accumulation_steps(world_size) * world_size
     )
-    # What is cut has another length, and so another place in the order.
-    grouped = f"true with data.max_length={config.data.max_length}"
-    identity[GROUPED] = grouped if config.data.group_by_length else False
+    # max_length decides on what is dropped, and on the length, and so the place, of what is cut.
+    at, data = f" with data.max_length={config.data.max_length}", config.data
+    identity[GROUPED] = f"true{at}" if data.group_by_length else DEFAULTS[GROUPED]
+    identity[TOO_LONG] = f"drop{at}" if data.too_long == "drop" else DEFAULTS[TOO_LONG]
     return identity
 
 

@@ -95,7 +95,12 @@ class DataConfig(ConfigModel):
     tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
         description="Hugging Face tokenizer: a folder, or owner/name[@revision] in the Hub cache"
     )
-    max_length: int = Field(2048, ge=2, description="tokens per sequence; longer ones are cut")
+    max_length: int = Field(2048, ge=2, description="tokens per sequence")
+    too_long: Literal["cut", "drop", "stop"] = Field(
+        "cut",
+        description="training samples of more tokens. cut: at the last answer that fits; drop: not "
+        "trained on; stop: refuse the run",
+    )
     group_by_length: bool = Field(
         False, description="samples of like length in a step: little padding, ranks equally busy"
     )

@@ -36,12 +36,14 @@ _LOOKED_AT = 16  # samples by which kept lengths are checked
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of every sample at one `max_length`; of a bad one a token of padding."""
+    """What is left of every sample at one `max_length`: of a bad one a token of padding, of a
+    dropped one nothing."""
 
     length_N: np.ndarray
     targets_N: np.ndarray
     cut_answers_N: np.ndarray  # answers that are not there in whole, of bad samples too
     is_bad_N: np.ndarray
+    is_dropped_N: np.ndarray  # too long, where these are dropped
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Lengths:
         """Tokens of the uncut samples."""
         return self._summed(self.turns_T3.sum(1, dtype=np.int64))
 
-    def cut(self, max_length: int) -> Cut:
+    def cut(self, max_length: int, *, drop: bool = False) -> Cut:
+        """`drop`: samples that would lose a token are left out instead."""
         question_T, answer_T, end_T = self.turns_T3.T.astype(np.int64)
         sizes_N = np.diff(self.first_N, append=len(question_T))
         sample_T = np.repeat(np.arange(len(self)), sizes_N)
@@ -85,8 +88,13 @@ class Lengths:
         targets_N[in_part_N] = part_N
         is_bad_N = targets_N == 0
         is_bad_N[[*self.broken]] = True
-        length_N = np.where(is_bad_N, 1, length_N)
-        return Cut(length_N, np.where(is_bad_N, 0, targets_N), sizes_N - kept_N, is_bad_N)
+        is_dropped_N = (self.whole_N > max_length) & drop
+        is_dropped_N[[*self.broken]] = False
+        is_bad_N &= ~is_dropped_N
+        length_N = np.where(is_bad_N, 1, np.where(is_dropped_N, 0, length_N))
+        targets_N = np.where(is_bad_N | is_dropped_N, 0, targets_N)
+        cut_answers_N = np.where(is_dropped_N, 0, sizes_N - kept_N)
+        return Cut(length_N, targets_N, cut_answers_N, is_bad_N, is_dropped_N)
 
     def bad_samples(
         self, samples: SampleFolder, max_length: int, rows: Iterable[int]

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 
 from gemoe_ds.data.collate import Batch, Collator, Encoded
-from gemoe_ds.data.order import LengthGroupedOrder
+from gemoe_ds.data.order import LengthGroupedOrder, Selection
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import DataError
 
@@ -32,21 +32,36 @@ def num_read_ahead(num_workers: int) -> int:
     return 2 * num_workers
 
 
+def check_number(samples: SampleFolder, taken: int, micro_batch_size: int) -> None:
+    """DataError if the samples that are taken are less than a micro-batch."""
+    if taken < micro_batch_size:
+        of = "" if taken == len(samples) else f" of {len(samples)}"
+        raise DataError(
+            f"{samples.path}: {taken}{of} samples do not fill "
+            f"train.micro_batch_size={micro_batch_size}"
+        )
+
+
 class _Source:
-    """What grain reads: the encoded sample, or padding, at a row, or at a place of `order`."""
+    """What grain reads: the encoded sample, or padding; one of those taken, or in their `order`."""
 
     def __init__(
-        self, samples: SampleFolder, collator: Collator, order: LengthGroupedOrder | None
+        self,
+        samples: SampleFolder,
+        collator: Collator,
+        row_M: Sequence[int] | np.ndarray,
+        order: LengthGroupedOrder | None,
     ) -> None:
         self.samples = samples
         self.collator = collator
+        self.row_M = row_M
         self.order = order
 
     def __len__(self) -> int:
-        return ENDLESS if self.order else len(self.samples)
+        return ENDLESS if self.order else len(self.row_M)
 
     def __getitem__(self, index: int) -> Encoded:
-        row = self.order[int(index)] if self.order else int(index)
+        row = int(self.row_M[self.order[int(index)] if self.order else int(index)])
         return self.collator.encode_or_leave_out(row, self.samples[row])
 
 
@@ -58,7 +73,7 @@ class TrainStream:
     depend on how it is split, and two ranks see what one rank with twice the accumulation sees. A
     sample that cannot be used is padding in its place.
 
-    With `length_N`, the tokens of every sample, a global batch has samples of like length
+    `selection` may leave samples out, and give a global batch samples of like length
     (`LengthGroupedOrder`).
     """
 
@@ -75,20 +90,18 @@ class TrainStream:
         num_workers: int,
         start_step: int = 0,
         pinned: bool = False,
-        length_N: np.ndarray | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """`pinned`: see `Batch.pinned`, for a GPU."""
-        if len(samples) < micro_batch_size:
-            raise DataError(
-                f"{samples.path}: {len(samples)} samples do not fill "
-                f"train.micro_batch_size={micro_batch_size}"
-            )
+        selection = selection or Selection()
+        row_M = range(len(samples)) if selection.row_M is None else selection.row_M
+        check_number(samples, len(row_M), micro_batch_size)
         grain = _import_grain()
         order = None
-        if length_N is not None:
+        if selection.length_M is not None:
             size = micro_batch_size * accumulation * world
-            order = LengthGroupedOrder(length_N, seed=seed, global_batch_size=size)
-        endless = grain.MapDataset.source(_Source(samples, collator, order))
+            order = LengthGroupedOrder(selection.length_M, seed=seed, global_batch_size=size)
+        endless = grain.MapDataset.source(_Source(samples, collator, row_M, order))
 
         def batch_of(encoded: Sequence[Encoded]) -> Batch:
             batch = collator.batch(encoded)
@@ -96,7 +109,7 @@ class TrainStream:
 
         if order is None:
             # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
-            endless = endless.seed(seed).shuffle().repeat(ENDLESS // len(samples))
+            endless = endless.seed(seed).shuffle().repeat(ENDLESS // len(row_M))
         blocks = endless.batch(micro_batch_size, batch_fn=batch_of)[rank::world]
         options = grain.ReadOptions(num_workers, num_read_ahead(num_workers))
         self._blocks = iter(blocks.to_iter_dataset(options))

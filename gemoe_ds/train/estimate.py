@@ -157,9 +157,12 @@ def _largest_step(
     on_gpu: bool,
 ) -> tuple[StepShape, Batch]:
     """A step of the longest samples, without images; and the micro-batch with most of those."""
-    cut, size = lengths.cut(config.data.max_length), config.train.micro_batch_size
+    cut = lengths.cut(config.data.max_length, drop=config.data.too_long == "drop")
+    size = config.train.micro_batch_size
     longest = _largest(samples, collator, size, cut.length_N)
-    seen = _largest(samples, collator, size, np.where(cut.is_bad_N, 0, lengths.image_N))
+    seen = _largest(
+        samples, collator, size, np.where(cut.is_bad_N | cut.is_dropped_N, 0, lengths.image_N)
+    )
     shape = StepShape(
         tokens=longest.input_ids_BS.numel(),
         targets=_most(cut.targets_N, size),

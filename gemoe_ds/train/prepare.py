@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gemoe_ds.cluster.preflight import preflight
 from gemoe_ds.cluster.signals import stop_together
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.data.bad_samples import BadSampleLog
+from gemoe_ds.data.order import Selection
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
@@ -23,7 +22,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import WeightAllocator
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import meta_collator
-from gemoe_ds.train.checks.samples import check_samples, tokens_of
+from gemoe_ds.train.checks.samples import check_samples, selection_of
 from gemoe_ds.train.early_stop import best_of
 from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
 from gemoe_ds.train.hooks import Hook, load_hooks
@@ -43,7 +42,7 @@ class Prepared:
     stop: StopRequest
     samples: SampleFolder
     bad_samples: BadSampleLog
-    length_N: np.ndarray | None  # tokens of every sample, if they are grouped by it
+    selection: Selection
     shard: ExpertShard
     memory: WeightAllocator  # where this rank's weights are kept, but for its experts
     expected: Estimate
@@ -79,9 +78,7 @@ def prepare(
         config, samples, collator, world, stop, may_write=may_write
     )
     stop_together(stop, world, BEFORE)
-    length_N = None
-    if config.data.group_by_length:
-        length_N = broadcast_from_first(lambda: tokens_of(lengths, config), world)
+    selection = broadcast_from_first(lambda: selection_of(lengths, samples, config), world)
     if config.train.eval_every:
         hooks = [Validation(config, collator, world, stop), *hooks]
     best_of(config, hooks)
@@ -108,7 +105,7 @@ def prepare(
         stop,
         samples,
         bad_samples,
-        length_N,
+        selection,
         shard,
         memory,
         expected,

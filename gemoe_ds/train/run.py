@@ -273,7 +273,7 @@ def _stream(run: Prepared, model: MoEModel, start_step: int) -> TrainStream:
         num_workers=config.data.num_workers,
         start_step=start_step,
         pinned=world.device.type == "cuda",
-        length_N=run.length_N,
+        selection=run.selection,
     )
 
 

@@ -107,6 +107,15 @@ def test_cuts_are_those_of_encode(tmp_path, tokenizer):
                 assert lengths.bad_samples(samples, max_length, [row]) == [encoded.bad]
             else:
                 assert cut.cut_answers_N[row] == encoded.cut_answers
+        dropped = lengths.cut(max_length, drop=True)
+        is_long_N = lengths.whole_N > max_length
+        is_long_N[[*lengths.broken]] = False
+        assert np.array_equal(dropped.is_dropped_N, is_long_N) and not cut.is_dropped_N.any()
+        assert not dropped.length_N[is_long_N].any() and not dropped.cut_answers_N.any()
+        assert not (dropped.is_bad_N & is_long_N).any(), "dropped, and no more bad for it"
+        for name in ("length_N", "targets_N", "is_bad_N"):
+            kept, all_N = getattr(dropped, name), getattr(cut, name)
+            assert np.array_equal(kept[~is_long_N], all_N[~is_long_N])
 
 
 def test_answers_of_bad_samples_are_cut_too():

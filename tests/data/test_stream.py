@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.order import Selection
 from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream, TrainStream
 from gemoe_ds.errors import DataError
@@ -51,6 +52,7 @@ def sample_log(
     start=0,
     batch=3,
     seed=7,
+    row_M=None,
     length_N=None,
 ):
     samples, collator = setting
@@ -64,7 +66,7 @@ def sample_log(
         world=world,
         num_workers=2,
         start_step=start,
-        length_N=length_N,
+        selection=Selection(row_M, length_N),
     )
     return [[b.ids for b in batches] for batches in itertools.islice(stream, steps)]
 
@@ -109,6 +111,17 @@ def test_samples_of_like_length_share_a_step(setting):
     shuffled = sample_log(setting, 40, batch=2, accumulation=2)
     lengths = [{LENGTHS[int(i[1:])] for ids in step for i in ids} for step in shuffled]
     assert np.mean([len(of_step) for of_step in lengths]) > 2
+
+
+@GROUPED
+def test_samples_that_are_not_taken_never_come(setting, length_N):
+    taken = np.array([1, 2, 5, 7, 11, 13, 22])
+    of_taken = None if length_N is None else length_N[taken]
+    steps = sample_log(setting, 14, batch=1, row_M=taken, length_N=of_taken)
+    ids = [i for step in steps for ids in step for i in ids]
+    assert sorted(ids) == sorted(2 * [f"s{row}" for row in taken])
+    with pytest.raises(DataError, match="7 of 23 samples do not fill train.micro_batch_size=8"):
+        sample_log(setting, 1, batch=8, row_M=taken)
 
 
 @GROUPED

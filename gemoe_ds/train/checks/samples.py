@@ -20,11 +20,12 @@ from gemoe_ds.data.bad_samples import (
     write_list,
 )
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.lengths import Lengths, file_name, keep, known_lengths
-from gemoe_ds.data.order import LengthGroupedOrder
+from gemoe_ds.data.lengths import Cut, Lengths, file_name, keep, known_lengths
+from gemoe_ds.data.order import LengthGroupedOrder, Selection
 from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.stream import check_number
 from gemoe_ds.engine.world import World, gather_objects
-from gemoe_ds.errors import writing_to
+from gemoe_ds.errors import DataError, writing_to
 from gemoe_ds.progress import PROGRESS
 
 _MUCH_PADDING = 0.15
@@ -69,7 +70,8 @@ def check_samples(
     log = BadSampleLog(
         config.data.max_bad_samples, len(samples), gather_objects if world else alone
     )
-    leave_out_known(lengths, samples, collator, log, Path(config.output_dir) if may_write else None)
+    output = Path(config.output_dir) if may_write else None
+    leave_out_known(lengths, samples, collator, log, output, drop=config.data.too_long == "drop")
     return lengths, log
 
 
@@ -79,15 +81,18 @@ def leave_out_known(
     collator: Collator,
     log: BadSampleLog,
     output: Path | None = None,
+    *,
+    drop: bool = False,
 ) -> None:
     """List in `log`, and tell, what cannot be used; DataError if it is too much. Collective.
 
-    The first rank has the lengths. A list that is too long is left in `output`.
+    The first rank has the lengths. A list that is too long is left in `output`. `drop`: samples
+    that are too long are not among them.
     """
     bad: list[BadSample] = []
     number = 0
     if lengths is not None:
-        rows = np.flatnonzero(lengths.cut(collator.max_length).is_bad_N)
+        rows = np.flatnonzero(lengths.cut(collator.max_length, drop=drop).is_bad_N)
         number = len(rows)
         allowed = log.allows(number)
         some = rows if allowed or output else rows[:SHOWN]
@@ -104,8 +109,8 @@ def leave_out_known(
 def report(lengths: Lengths, config: RunConfig, num_ranks: int = 1) -> Iterator[str]:
     """Lengths, images, cuts and padding, a line each."""
     data, batch = config.data, config.train.micro_batch_size
-    whole_N, cut = lengths.whole_N, lengths.cut(config.data.max_length)
-    is_used_N = ~cut.is_bad_N
+    whole_N, cut = lengths.whole_N, _cut(lengths, config)
+    is_used_N = ~(cut.is_bad_N | cut.is_dropped_N)
     line = f"  {whole_N.mean():,.0f} tokens on average, {whole_N.max():,} at most"
     if images := int((lengths.image_N > 0).sum()):
         share = lengths.image_N.sum() / max(whole_N.sum(), 1)
@@ -127,8 +132,14 @@ def report(lengths: Lengths, config: RunConfig, num_ranks: int = 1) -> Iterator[
             f"{is_long_N.sum():,}{longest}; that cannot be read: {len(lengths.broken):,}; "
             f"data.max_bad_samples={data.max_bad_samples:g}"
         )
-    if rows := len(cut.length_N) // batch:
-        length_RB = _in_order(cut.length_N, config, num_ranks)[: rows * batch].reshape(rows, batch)
+    if cut.is_dropped_N.any():
+        yield (
+            f"  dropped: {cut.is_dropped_N.sum():,} samples of more than data.max_length="
+            f"{data.max_length} tokens (data.too_long=drop)"
+        )
+    length_M = cut.length_N[~cut.is_dropped_N]
+    if rows := len(length_M) // batch:
+        length_RB = _in_order(length_M, config, num_ranks)[: rows * batch].reshape(rows, batch)
         padding = 1 - length_RB.sum() / (length_RB.max(1).sum() * batch)
         line = f"  padding: {padding:.0%} of the tokens of micro-batches of {batch}"
         if padding > _MUCH_PADDING and not data.group_by_length:
@@ -136,17 +147,34 @@ def report(lengths: Lengths, config: RunConfig, num_ranks: int = 1) -> Iterator[
         yield line
 
 
-def tokens_of(lengths: Lengths | None, config: RunConfig) -> np.ndarray:
-    """Of every sample as training sees it, int32 [N]; on the rank that has the lengths."""
+def selection_of(lengths: Lengths | None, samples: SampleFolder, config: RunConfig) -> Selection:
+    """What is trained on, on the rank that has the lengths; DataError if a sample may not be."""
     assert lengths is not None
-    return lengths.cut(config.data.max_length).length_N.astype(np.int32)
+    data, whole_N = config.data, lengths.whole_N
+    too_long = int((whole_N > data.max_length).sum())
+    if data.too_long == "stop" and too_long:
+        longest = int(whole_N.argmax())
+        raise DataError(
+            f"{too_long:,} samples have more than data.max_length={data.max_length} tokens (sample "
+            f"{samples[longest].id} has {whole_N[longest]:,}), and data.too_long is stop: set "
+            "data.too_long=cut or drop, or raise data.max_length"
+        )
+    cut = _cut(lengths, config)
+    row_M = np.flatnonzero(~cut.is_dropped_N)
+    check_number(samples, len(row_M), config.train.micro_batch_size)
+    length_M = cut.length_N[~cut.is_dropped_N].astype(np.int32) if data.group_by_length else None
+    return Selection(row_M if cut.is_dropped_N.any() else None, length_M)
 
 
-def _in_order(length_N: np.ndarray, config: RunConfig, num_ranks: int) -> np.ndarray:
+def _cut(lengths: Lengths, config: RunConfig) -> Cut:
+    return lengths.cut(config.data.max_length, drop=config.data.too_long == "drop")
+
+
+def _in_order(length_M: np.ndarray, config: RunConfig, num_ranks: int) -> np.ndarray:
     """The lengths of samples as a pass over them sees them."""
     if not config.data.group_by_length:
-        return np.random.default_rng(config.seed).permutation(length_N)
+        return np.random.default_rng(config.seed).permutation(length_M)
     size = config.train.micro_batch_size * config.accumulation_steps(num_ranks) * num_ranks
-    order = LengthGroupedOrder(length_N, seed=config.seed, global_batch_size=size)
-    chunks = range(-(-len(length_N) // order.chunk_size))
-    return length_N[np.concatenate([order.chunk(chunk) for chunk in chunks])[: len(length_N)]]
+    order = LengthGroupedOrder(length_M, seed=config.seed, global_batch_size=size)
+    chunks = range(-(-len(length_M) // order.chunk_size))
+    return length_M[np.concatenate([order.chunk(chunk) for chunk in chunks])[: len(length_M)]]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gemoe_ds.data.bad_samples import REFUSED
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.train.assemble import meta_collator
-from gemoe_ds.train.checks.samples import check_samples
+from gemoe_ds.train.checks.samples import check_samples, selection_of
 from tests.train.resuming import make_config, write_setting
 
 
@@ -58,6 +59,33 @@ def test_lengths_beyond_the_model_s_context_are_refused(setting, tmp_path):
 def test_a_budget_is_a_whole_number_or_a_share(budget, setting, tmp_path):
     with pytest.raises(ConfigError, match=r"^data.max_bad_samples.*(number|share|equal to 0)"):
         make_config(setting, tmp_path, data__max_bad_samples=budget)
+
+
+def test_what_is_too_long_is_dropped_or_stops_the_run(setting, tmp_path, capsys):
+    def selected(**changes):
+        config = make_config(setting, tmp_path, data__max_length=60, **changes)
+        samples = open_samples(config.data.train_path)
+        lengths, log = check_samples(config, samples, meta_collator(config), may_write=True)
+        return lengths, log, lambda: selection_of(lengths, samples, config)
+
+    lengths, log, select = selected(data__too_long="drop", data__max_bad_samples=0)
+    said = capsys.readouterr().out
+    dropped = int((lengths.whole_N > 60).sum())
+    assert dropped >= 12 and len(log) == 0, "dropped by choice, so not bad"
+    assert f"dropped: {dropped} samples of more than data.max_length=60 tokens" in said
+    assert select().row_M.tolist() == np.flatnonzero(lengths.whole_N <= 60).tolist()
+    assert select().length_M is None
+    _, _, select = selected(data__too_long="drop", data__group_by_length=True)
+    assert select().length_M.tolist() == lengths.whole_N[select().row_M].tolist()
+    _, _, select = selected(data__max_bad_samples=12)
+    assert select().row_M is None
+    _, _, select = selected(data__too_long="stop", data__max_bad_samples=12)
+    words = rf"^{dropped} samples have more than data.max_length=60 tokens \(sample s\d+ has .*stop"
+    with pytest.raises(DataError, match=words):
+        select()
+    _, _, select = selected(data__too_long="drop", train__micro_batch_size=9)
+    with pytest.raises(DataError, match="of 20 samples do not fill train.micro_batch_size=9"):
+        select()
 
 
 def test_padding_is_told_and_what_would_leave_little_of_it(setting, tmp_path, capsys):
