@@ -17,7 +17,7 @@ from torch import Tensor
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.conversation import ConversationTokenizer, Tokenizer, TurnTokens
 from gemoe_ds.data.images import decode_image
-from gemoe_ds.data.sample import Sample
+from gemoe_ds.data.turn import Sample
 from gemoe_ds.errors import SampleError
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import ON_HOST, ImageLayout, ProcessedImage

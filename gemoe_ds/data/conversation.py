@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
-from gemoe_ds.data.sample import Sample
+from gemoe_ds.data.turn import Sample
 from gemoe_ds.models.chat import END, IMAGE, TEXT, ChatTemplate
 
 

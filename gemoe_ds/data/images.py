@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from gemoe_ds.data.sample import Sample
+from gemoe_ds.data.turn import Sample
 from gemoe_ds.errors import ImageError
 
 # All formats now: two threads that meet their first WebP at once could otherwise miss the plugin.

@@ -15,7 +15,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gemoe_ds.data.dropped import DropList, Dropped
+from gemoe_ds.data.turn import Sample as Sample
+from gemoe_ds.data.turn import Turn as Turn
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import sha256_of, whole_folder
 
@@ -33,24 +35,6 @@ CACHE_BYTES = 256 * 2**20  # of groups that an open folder keeps in memory
 
 _TURN = pa.struct([("human", pa.string()), ("gpt", pa.string()), ("kind", pa.string())])
 _COLUMNS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("turns", pa.list_(_TURN))])
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer; `kind` groups questions in evaluation, if the source has it."""
-
-    human: str
-    gpt: str
-    kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A conversation, about an image (its encoded bytes, as they were found) or about none."""
-
-    id: str
-    image: bytes | None
-    turns: tuple[Turn, ...]
 
 
 def write_samples(

@@ -20,10 +20,10 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 import torch
-from einops import EinopsError, rearrange
 from torch import Tensor
 
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.axes import AxesError, rearrange
 
 Shape = tuple[int, ...]
 _FIELD = re.compile(r"\{(\w+|\*)\}")
@@ -221,7 +221,7 @@ def _fits(rule: Rule, stored: Shape, ours: Shape) -> bool:
     try:
         found = piece.to_ours(torch.empty(stored, device="meta")[piece.stored_rows(stored) or ...])
         return found.shape == piece.ours(torch.empty(ours, device="meta")).shape
-    except (EinopsError, IndexError):
+    except (AxesError, IndexError):
         return False
 
 

@@ -5,39 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextMoe
 
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.key_rules import KeyMap, Rule, Shape, expert_tables, fused_qkv
-from gemoe_ds.models.backbone import Backbone, HFModel
+from gemoe_ds.hf_io.key_rules import Shape
+from gemoe_ds.models.backbone import HFModel
 from gemoe_ds.models.blocks import deepseek_block
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.models.deepseek_vl2.keys import KEYS
 from gemoe_ds.models.deepseek_vl2.model import PATCH, DeepseekVl2Config, DeepseekVl2Model
-from gemoe_ds.models.inputs import ModelInputs, run_text
+from gemoe_ds.models.own_model import OwnModelBackbone
 
-_VIT_BLOCK, _VIT_LAYER = "vision.blocks.{l}.", "vision_tower.encoder.layers.{l}."
-_VISION = (
-    Rule("vision.patch_embed.proj.{*}", "vision_tower.embeddings.patch_embedding.{*}"),
-    Rule(
-        "vision.pos_embed",
-        "vision_tower.embeddings.position_embedding.weight",
-        rearrange="1 n d -> n d",
-    ),
-    Rule("vision.norm.{*}", "vision_tower.post_layernorm.{*}"),
-    *fused_qkv(f"{_VIT_BLOCK}attn.qkv.{{*}}", f"{_VIT_LAYER}self_attn.{{name}}.{{*}}"),
-    *(
-        Rule(f"{_VIT_BLOCK}{stored}.{{*}}", f"{_VIT_LAYER}{ours}.{{*}}")
-        for stored, ours in (
-            ("attn.proj", "self_attn.out_proj"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-            ("norm1", "layer_norm1"),
-            ("norm2", "layer_norm2"),
-        )
-    ),
-)
 # timm's attention pooling, a head that the model ignores
 _UNUSED: dict[str, Shape] = {"vision.attn_pool.latent": (1, 1, 1152)}
 for _name, _high, _wide in (
@@ -55,7 +35,7 @@ for _name, _high, _wide in (
 _GROUNDING = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 
 
-class DeepseekVl2Backbone(Backbone):
+class DeepseekVl2Backbone(OwnModelBackbone):
     """From a folder in the public layout."""
 
     name: ClassVar[str] = "deepseek_vl2"
@@ -63,18 +43,7 @@ class DeepseekVl2Backbone(Backbone):
     published_parameters: ClassVar[int] = 3_370_501_440
     published_tensors: ClassVar[int] = 2582
     published_unused = _UNUSED
-    keys = KeyMap(
-        (
-            *_VISION,
-            Rule("projector.layers.{*}", "projector.{*}"),
-            Rule("language.lm_head.weight", "lm_head.weight"),
-            Rule("language.model.{*}", "language_model.{*}"),
-        ),
-        unused=("vision.attn_pool.*",),
-        experts=expert_tables(
-            "language.model.layers.{l}.mlp.experts", "language_model.layers.{l}.mlp.experts"
-        ),
-    )
+    keys = KEYS
     chat = ChatTemplate(
         question="<|User|>: {text}\n\n<|Assistant|>:",
         question_with_image="<|User|>: {image}\n{text}\n\n<|Assistant|>:",
@@ -106,13 +75,3 @@ class DeepseekVl2Backbone(Backbone):
         config: DeepseekVl2Config = model.config
         patches = config.image_size // PATCH
         return DeepseekVl2Images(tile=config.image_size, side=-(-patches // 2))
-
-    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        return run_text(
-            model.language_model,
-            inputs,
-            lambda images: model.image_features(images["pixels"], images["tiles"]),
-        )
-
-    def head(self, model: HFModel) -> nn.Module:
-        return model.lm_head

@@ -17,6 +17,7 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.deepseek_vl2.images import resolutions
+from gemoe_ds.models.vision_language import VisionLanguageModel
 
 PATCH = 14  # pixels
 
@@ -175,7 +176,7 @@ class DeepseekVl2Config:
         return config
 
 
-class DeepseekVl2Model(nn.Module):
+class DeepseekVl2Model(VisionLanguageModel):
     """The text model whose `<image>` embeddings are replaced by features."""
 
     def __init__(self, config: DeepseekVl2Config) -> None:
@@ -191,13 +192,22 @@ class DeepseekVl2Model(nn.Module):
         self.image_newline = nn.Parameter(torch.zeros(d_model))
         self.view_seperator = nn.Parameter(torch.zeros(d_model))  # spelled as published
 
-    def image_features(self, pixels_NCHW: Tensor, tiles_I: Tensor) -> Tensor:
-        """Rows of all images, in order: those of its tiles, its newline, its separator."""
-        patches_NPV = self.vision_tower(pixels_NCHW).last_hidden_state
+    @property
+    def text(self) -> Any:
+        return self.language_model
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.lm_head
+        return head
+
+    def image_features(self, images: dict[str, Tensor]) -> Tensor:
+        """Rows of all images, in order: those of its `tiles`, its newline, its separator."""
+        patches_NPV = self.vision_tower(images["pixels"]).last_hidden_state
         rows_NQD = self.projector(self._by_four(patches_NPV))
         ends_2D = torch.stack([self.image_newline, self.view_seperator]).to(rows_NQD.dtype)
-        images = rows_NQD.split(tiles_I.tolist())
-        return torch.cat([row for image in images for row in (image.flatten(0, 1), ends_2D)])
+        of_each = rows_NQD.split(images["tiles"].tolist())
+        return torch.cat([row for image in of_each for row in (image.flatten(0, 1), ends_2D)])
 
     @staticmethod
     def _by_four(patches_NPV: Tensor) -> Tensor:
@@ -206,6 +216,3 @@ class DeepseekVl2Model(nn.Module):
         grid_NVHW = patches_NPV.transpose(1, 2).unflatten(2, (side, side))
         grid_NVHW = nn.functional.pad(grid_NVHW, (0, side % 2, 0, side % 2))
         return nn.functional.unfold(grid_NVHW, kernel_size=2, stride=2).transpose(1, 2)
-
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        self.language_model.gradient_checkpointing_enable(options)

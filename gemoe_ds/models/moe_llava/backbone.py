@@ -11,44 +11,29 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPVisionModel
 
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables, fused_qkv
 from gemoe_ds.hf_io.quiet import without_report
 from gemoe_ds.hf_io.safetensors_reader import open_stored
-from gemoe_ds.models.backbone import Backbone, HFModel
+from gemoe_ds.models.backbone import HFModel
 from gemoe_ds.models.chat import ChatTemplate
-from gemoe_ds.models.inputs import ModelInputs, run_text
 from gemoe_ds.models.moe_llava.images import PaddedSquare
+from gemoe_ds.models.moe_llava.keys import QWEN_KEYS, STABLELM_KEYS
 from gemoe_ds.models.moe_llava.model import (
     MoeLlavaConfig,
     MoeLlavaModel,
     MoeLlavaQwenConfig,
     MoeLlavaStableLmConfig,
 )
+from gemoe_ds.models.own_model import OwnModelBackbone
 from gemoe_ds.models.upcycled.backbone import UPCYCLED_BLOCKS
 from gemoe_ds.registry import ConfigModel, Reads
 
-_TOWER = "model.image_tower.image_tower."
-_LAYER = "language_model.model.layers.{l}."
-_QWEN = "transformer.h.{l}."
-_EXPERTS = "mlp.deepspeed_moe.experts.deepspeed_experts"
-_UNUSED = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids")
 
-
-def _seen(prefix: str) -> tuple[Rule, ...]:
-    """Projector and tower, under `model.` or, with Qwen, `transformer.`"""
-    tower = _TOWER.replace("model.", f"{prefix}.", 1)
-    return (
-        Rule(f"{prefix}.mm_projector.image_spatial_proj.{{*}}", "projector.{*}"),
-        Rule(f"{tower}vision_model.{{*}}", "vision_tower.{*}"),
-    )
-
-
-class MoeLlavaBackbone(Backbone):
+class MoeLlavaBackbone(OwnModelBackbone):
     """What the family has in common; `config_class` and `keys` are the language model's."""
 
     config_class: ClassVar[type[MoeLlavaConfig]]
@@ -120,16 +105,6 @@ class MoeLlavaBackbone(Backbone):
     def image_layout(self, model: HFModel) -> PaddedSquare:
         return PaddedSquare(model.config.vision.image_size)
 
-    def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
-        return run_text(
-            model.language_model.model,
-            inputs,
-            lambda images: model.image_features(images["pixels"]),
-        )
-
-    def head(self, model: HFModel) -> nn.Module:
-        return model.language_model.lm_head
-
 
 class MoeLlavaStableLmBackbone(MoeLlavaBackbone):
     """From a folder in the public layout."""
@@ -137,15 +112,7 @@ class MoeLlavaStableLmBackbone(MoeLlavaBackbone):
     name: ClassVar[str] = "moe_llava_stablelm"
     config_class = MoeLlavaStableLmConfig
     published_parameters: ClassVar[int] = 2_890_321_920
-    keys = KeyMap(
-        (
-            Rule("model.layers.{l}.mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
-            *_seen("model"),
-            Rule("{*}", "language_model.{*}"),
-        ),
-        unused=_UNUSED,
-        experts=expert_tables(f"model.layers.{{l}}.{_EXPERTS}", f"{_LAYER}mlp.experts"),
-    )
+    keys = STABLELM_KEYS
 
 
 class MoeLlavaQwenBackbone(MoeLlavaBackbone):
@@ -154,23 +121,4 @@ class MoeLlavaQwenBackbone(MoeLlavaBackbone):
     name: ClassVar[str] = "moe_llava_qwen"
     config_class = MoeLlavaQwenConfig
     published_parameters: ClassVar[int] = 3_054_323_712
-    keys = KeyMap(
-        (
-            Rule("transformer.wte.weight", "language_model.model.embed_tokens.weight"),
-            Rule("transformer.ln_f.weight", "language_model.model.norm.weight"),
-            Rule("lm_head.weight", "language_model.lm_head.weight"),
-            Rule(f"{_QWEN}ln_1.weight", f"{_LAYER}input_layernorm.weight"),
-            Rule(f"{_QWEN}ln_2.weight", f"{_LAYER}post_attention_layernorm.weight"),
-            *fused_qkv(f"{_QWEN}attn.c_attn.{{*}}", f"{_LAYER}self_attn.{{name}}.{{*}}"),
-            Rule(f"{_QWEN}attn.c_proj.weight", f"{_LAYER}self_attn.o_proj.weight"),
-            Rule(f"{_QWEN}mlp.deepspeed_moe.gate.wg.weight", f"{_LAYER}mlp.gate.weight"),
-            Rule(f"{_QWEN}mlp.w2.weight", f"{_LAYER}mlp.gate_proj.weight"),
-            Rule(f"{_QWEN}mlp.w1.weight", f"{_LAYER}mlp.up_proj.weight"),
-            Rule(f"{_QWEN}mlp.c_proj.weight", f"{_LAYER}mlp.down_proj.weight"),
-            *_seen("transformer"),
-        ),
-        unused=_UNUSED,
-        experts=expert_tables(
-            f"{_QWEN}{_EXPERTS}", f"{_LAYER}mlp.experts", matrices=("w2", "w1", "c_proj")
-        ),
-    )
+    keys = QWEN_KEYS

@@ -20,6 +20,7 @@ from transformers import (
 
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.upcycled.model import UpcycledMoEBlock
+from gemoe_ds.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class MoeLlavaQwenConfig(MoeLlavaConfig):
         return cls(text, width, **cls.parts(found))
 
 
-class MoeLlavaModel(nn.Module):
+class MoeLlavaModel(VisionLanguageModel):
     """The language model, some of whose FFNs are MoE blocks, behind CLIP and two linear maps."""
 
     def __init__(self, config: MoeLlavaConfig) -> None:
@@ -173,11 +174,17 @@ class MoeLlavaModel(nn.Module):
             nn.Linear(text.hidden_size, text.hidden_size),
         )
 
-    def image_features(self, pixels_NCHW: Tensor) -> Tensor:
+    @property
+    def text(self) -> Any:
+        return self.language_model.model
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.language_model.lm_head
+        return head
+
+    def image_features(self, images: dict[str, Tensor]) -> Tensor:
         """[N * P, D]: of every patch, the class token left out."""
-        seen = self.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states[-2]
+        seen = self.vision_tower(images["pixels"], output_hidden_states=True).hidden_states[-2]
         features: Tensor = self.projector(seen[:, 1:])
         return features.flatten(0, 1)
-
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        self.language_model.gradient_checkpointing_enable(options)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, OlmoeConfig, OlmoeForCausalLM
 
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.models.images import add_features
 from gemoe_ds.models.molmoe.connector import Pooling, Projector
+from gemoe_ds.models.vision_language import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ _OWN_KEYS = (
 )
 
 
-class MolmoeModel(nn.Module):
+class MolmoeModel(VisionLanguageModel):
     """OLMoE to whose token embeddings image features are ADDED (patch tokens keep their own)."""
 
     def __init__(self, config: MolmoeConfig) -> None:
@@ -172,8 +174,22 @@ class MolmoeModel(nn.Module):
         self.pooling = Pooling(vision_width, config.connector_width, config.vision_heads)
         self.projector = Projector(config.connector_width, config.d_model // 2, config.d_model)
 
-    def image_features(self, pixels_NCHW: Tensor, mask_NP: Tensor) -> Tensor:
-        """Rows [N * Q, D] of all crops, in their order; `mask_NP` as MolmoeImages makes it."""
+    @property
+    def text(self) -> Any:
+        return self.language_model.model
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.language_model.lm_head
+        return head
+
+    @staticmethod
+    def put(embedded_BSD: Tensor, features_FD: Tensor, feature_BS: Tensor) -> Tensor:
+        return add_features(embedded_BSD, features_FD, feature_BS)
+
+    def image_features(self, images: dict[str, Tensor]) -> Tensor:
+        """Rows [N * Q, D] of all crops, in their order; `mask` [N, P] as MolmoeImages makes it."""
+        pixels_NCHW, mask_NP = images["pixels"], images["mask"]
         states = self.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states
         patches_NPV = torch.cat([states[n][:, 1:] for n in self.config.vision_layers], dim=-1)
         is_empty_NP = mask_NP == 0
@@ -181,6 +197,3 @@ class MolmoeModel(nn.Module):
         for row, chosen_NP in zip(self.pad_embed, (is_empty_NP, is_partial_NP), strict=True):
             patches_NPV = patches_NPV + chosen_NP[..., None] * row.to(patches_NPV.dtype)
         return self.projector(self.pooling(patches_NPV)).flatten(0, 1)
-
-    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
-        self.language_model.gradient_checkpointing_enable(options)

@@ -66,7 +66,7 @@ def test_image_features_are_those_of_the_formulas(folder):
     model = make(folder)
     pixels = torch.randn(5, 3, 70, 70, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = model.hf.image_features(pixels, torch.tensor([2, 3]))
+        ours = model.hf.image_features({"pixels": pixels, "tiles": torch.tensor([2, 3])})
     weights = reference.read(folder)
     tiles = [features_by_hand(weights, p) for p in pixels.double()]
     ends = [weights["image_newline"][None], weights["view_seperator"][None]]
@@ -107,7 +107,7 @@ def test_logits_with_features_are_those_of_the_formulas(folder):
     images = {"pixels": pixels, "tiles": tiles, "feature_BS": feature}
     valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
     with torch.no_grad():
-        features = model.hf.image_features(pixels, tiles)
+        features = model.hf.image_features({"pixels": pixels, "tiles": tiles})
         hidden = model.hidden(ModelInputs(ids, valid, feature >= 0, images))
         ours = model.backbone.head(model.hf)(hidden)
     weights = reference.read(folder)

@@ -118,7 +118,7 @@ def test_logits_are_those_of_the_formulas(case):
     feature[1, 1:10] = torch.arange(9, 18)
     features = torch.cat([features_by_hand(weights, prefix, p) for p in pixels.double()])
     with torch.no_grad():
-        ours = model.hf.image_features(pixels)
+        ours = model.hf.image_features({"pixels": pixels})
         scale = features.abs().max()
         reference.assert_same(ours / scale, features / scale)
         valid = torch.arange(14) < torch.tensor([14, 12])[:, None]

@@ -85,7 +85,7 @@ def test_image_features_are_those_of_the_formulas(folder):
     mask[mask > 0.7] = 1
     mask[2] = -1
     with torch.no_grad():
-        ours = model.hf.image_features(pixels, mask)
+        ours = model.hf.image_features({"pixels": pixels, "mask": mask})
     weights = reference.read(folder)
     expected = torch.cat(
         [features_by_hand(weights, p, m) for p, m in zip(pixels.double(), mask, strict=True)]
@@ -126,7 +126,7 @@ def test_logits_with_added_features_are_those_of_the_formulas(folder):
     }
     valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
     with torch.no_grad():
-        features = model.hf.image_features(images["pixels"], images["mask"])
+        features = model.hf.image_features(images)
         hidden = model.hidden(ModelInputs(ids, valid, feature >= 0, images))
         ours = model.backbone.head(model.hf)(hidden)
     weights = reference.read(folder)
