@@ -2,8 +2,8 @@
 
     gemoe export RUN/config.yaml --trained RUN --out FOLDER
 
-Anything that runs the base model runs the folder, with the base model's fixed k. transformers with
-`trust_remote_code=True` routes as in training, without gemoe_ds and DeepSpeed (docs/export.md).
+transformers with `trust_remote_code=True` routes as in training, without gemoe_ds and DeepSpeed.
+Anything that runs the base model runs the folder, with the base model's fixed k (docs/export.md).
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ def main(argv: list[str] | None = None) -> None:
         help="run folder (newest checkpoint) or one step-* folder",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--code",
+        choices=("own", "base"),
+        default="own",
+        help="own: transformers finds the code of the trained routing, with trust_remote_code; "
+        "base: the code that the base names, if any, stays in its place (fixed k)",
+    )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         _export(arguments)
@@ -77,6 +84,7 @@ def _export(arguments: argparse.Namespace) -> None:
             "base sha256": actual,
         },
         out=arguments.out,
+        own_code=arguments.code == "own",
     )
     print(f"wrote {arguments.out}")
 

@@ -100,6 +100,28 @@ class ConversationTokenizer:
         question[-1] = question[-1] + [token for (ids,) in rest for token in ids]
         return question
 
+    def written(self, prompt: str, image_mark: str) -> list[list[int]]:
+        """Token ids of a prompt that is text already, cut where `image_mark` stands.
+
+        The special tokens that the templates name are spelled in it. Whatever else looks like one
+        is text. What is tokenised by template (no `joined` chat) is cut where an answer begins.
+        """
+        chat = self.chat
+        cuts: list[list[int | _Text]] = [[]]
+        special = {token: self._special(token) for token in (*chat.named, *chat.obeyed)}
+        for mark, token in (("{bos}", "bos_token"), ("{eos}", "eos_token")):
+            if chat.names(mark.strip("{}")):
+                special[getattr(self.tokenizer, token)] = self._special(mark)
+        known = "|".join(map(re.escape, sorted({image_mark, *special}, key=len, reverse=True)))
+        for stretch in [prompt] if chat.joined else chat.answer_begins.split(prompt):
+            for piece in re.split(f"({known})", stretch):
+                if piece == image_mark:
+                    cuts.append([])
+                elif piece:
+                    cuts[-1].append(special[piece] if piece in special else _Text(piece))
+        self._tokenize([[part] for cut in cuts for part in cut if isinstance(part, _Text)])
+        return [_joined(cut) for cut in cuts]
+
     @cached_property
     def end_ids(self) -> set[int]:
         """Tokens at which writing an answer ends."""

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds import __version__
+from gemoe_ds.export.code import Code, code_of, processor_map, prompt_section
 from gemoe_ds.export.code_record import KEY, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
-from gemoe_ds.export.sources import can_carry, write_sources
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
@@ -32,11 +32,14 @@ def export(
     router: dict[str, Any],
     provenance: dict[str, Any],
     out: Path,
+    own_code: bool = True,
 ) -> None:
     """`trained` (by name, experts stacked) over `base`, with routers and model code, in `out`.
 
-    `model` has its routers trained (`load_trained_weights`). Raises ConfigError if `out` exists.
+    `model` has its routers trained (`load_trained_weights`). Without `own_code` the folder runs as
+    the base does, by the base's code if it has some. Raises ConfigError if `out` exists.
     """
+    code = code_of(model) if own_code else None
     with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
         trains = model.trainable()  # what does not stays as the base stores it
         weights = model.stock_tensors({n: t for n, t in trained.items() if n in trains})
@@ -49,30 +52,76 @@ def export(
             shutil.copyfile(path, folder / path.name)
         save_file(_router_tensors(model), folder / ROUTERS)
         of_base = checksums(folder)
-        if can_carry(type(model.hf)):
-            router_module = type(model.moe_layers[0].router).__module__
-            write_sources(folder, type(model.hf), router_module)
-        _extend_config(folder / "config.json", router, model)
+        if code is not None:
+            code.write(folder)
+        _extend_configs(folder, router, model, code, tokenizer)
         ours = {n: sum_ for n, sum_ in checksums(folder).items() if of_base.get(n) != sum_}
         _write_json(folder / PROVENANCE, provenance | {"gemoe_ds": __version__, KEY: ours})
-        (folder / "README.md").write_text(_card(router, provenance, model), encoding="utf-8")
+        card = _card(router, provenance, model, code)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _extend_config(path: Path, router: dict[str, Any], model: MoEModel) -> None:
+def _extend_configs(
+    folder: Path, router: dict[str, Any], model: MoEModel, code: Code | None, tokenizer: Path
+) -> None:
     """What is needed to route as in training, and where transformers finds code that does."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["gemoe"] = {"router": router, "blocks": _blocks(model)}
-    if can_carry(type(model.hf)):  # else whatever code the base names
-        config["auto_map"] = {_auto_class(model): "modeling_gemoe.GemoeForConditionalGeneration"}
-    _write_json(path, config)
+    _keep_picture_sizes(folder, model)
+    section = {"router": router, "blocks": _blocks(model), "image_tokens": _image_tokens(model)}
+    if code is None:
+        _extend(folder / "config.json", {"gemoe": section})
+        return
+    if code.has_processor:
+        section |= prompt_section(model, tokenizer)
+        _name_processor(folder, {"layout": code.layout, "auto_map": processor_map()})
+        place = "gemoe_export_own_tokenizer.OwnTokenizer"
+        _extend(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, place]}})
+    _extend(folder / "config.json", {"gemoe": section, "auto_map": code.auto_map})
 
 
-def _auto_class(model: MoEModel) -> str:
-    return "AutoModelForImageTextToText" if model.image_layout else "AutoModelForCausalLM"
+def _name_processor(folder: Path, settings: dict[str, Any]) -> None:
+    """In every file in which transformers looks for a processor, and finds the base's first."""
+    path = folder / "preprocessor_config.json"
+    kind = {} if path.exists() else {"image_processor_type": "OwnImageProcessor"}
+    _extend(path, kind | settings)
+    path = folder / "processor_config.json"
+    if path.exists():
+        inner = json.loads(path.read_text(encoding="utf-8")).get("image_processor")
+        nested = {"image_processor": inner | settings} if isinstance(inner, dict) else {}
+        _extend(path, {"auto_map": settings["auto_map"]} | nested)
+
+
+def _keep_picture_sizes(folder: Path, model: MoEModel) -> None:
+    """What the run has set of the base's own image processor (Qwen3-VL's pixels)."""
+    options = model.backbone.config.model_dump(exclude_none=True)
+    wanted = {k: v for k, v in options.items() if k in ("min_pixels", "max_pixels")}
+    if wanted:
+        path = folder / "preprocessor_config.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        sizes = {edges[name]: value for name, value in wanted.items()}
+        stated = {name: value for name, value in wanted.items() if name in found}
+        _extend(path, {"size": found.get("size", {}) | sizes} | stated)
+
+
+def _extend(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file of the base, or a new one, with these keys changed."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _write_json(path, found | content)
+
+
+def _image_tokens(model: MoEModel) -> list[int]:
+    """The ids that stand for images alone, as a router saw them in training; [] if there are none.
+
+    Code that is told where images stand does not need them.
+    """
+    layout: Any = model.image_layout
+    if layout is None or layout.token is None:
+        return []
+    return sorted({layout.token[1], *getattr(layout, "frame", {}).values()})
 
 
 def _router_tensors(model: MoEModel) -> dict[str, Tensor]:
@@ -86,29 +135,41 @@ def _router_tensors(model: MoEModel) -> dict[str, Tensor]:
 def _blocks(model: MoEModel) -> list[dict[str, Any]]:
     """Where each block is in the stock model, and which of its parameters are the experts."""
     return [
-        {"path": path, "gate_up": gate_up, "down": down, "routing": asdict(routing)}
-        for path, (gate_up, down), routing in zip(
+        {"path": path, "gate_up": gate_up, "down": down}
+        | ({} if shared is None else {"shared": shared})
+        | {"routing": asdict(routing)}
+        for path, (gate_up, down, shared), routing in zip(
             model.block_paths, model.expert_names, model.routing, strict=True
         )
     ]
 
 
-def _card(router: dict[str, Any], provenance: dict[str, Any], model: MoEModel) -> str:
+def _card(
+    router: dict[str, Any], provenance: dict[str, Any], model: MoEModel, code: Code | None
+) -> str:
     options = "\n".join(f"    {key}: {value}" for key, value in router.items())
-    carried = can_carry(type(model.hf))
-    use = _USE_WITH_CODE if carried else _USE_WITHOUT_CODE
     return f"""# {router["name"]} on {provenance["base"]}
 
 Trained with gemoe_ds. Router:
 
 {options}
 
-{use.format(auto_class=_auto_class(model))}
-{_about_images(model.image_layout)}`provenance.json` says what this was made from.
+{_use(model, code)}
+{_about_images(model.image_layout, code)}`provenance.json` says what this was made from.
 """
 
 
-def _about_images(layout: ImageLayout | None) -> str:
+def _use(model: MoEModel, code: Code | None) -> str:
+    if code is None:
+        return _WITHOUT_CODE
+    auto_class = "AutoModelForImageTextToText" if model.image_layout else "AutoModelForCausalLM"
+    uses = _WITH_PROCESSOR if code.has_processor else _WITH_CODE
+    static = _STATIC_OF_OURS if "AutoConfig" in code.auto_map else _STATIC_OF_STOCK
+    needs = "pydantic, pillow and" if code.has_processor else "pydantic and"
+    return uses.format(auto_class=auto_class, needs=needs) + static.format(auto_class=auto_class)
+
+
+def _about_images(layout: ImageLayout | None, code: Code | None) -> str:
     if layout is None:
         return ""
     if isinstance(layout, SquareImages):
@@ -116,21 +177,44 @@ def _about_images(layout: ImageLayout | None) -> str:
             f"An image is {layout.size} x {layout.size} pixels in [-1, 1] and stands for "
             f"{layout.tokens} tokens of id {layout.token_id} after the first token. "
         )
+    if code is not None and code.has_processor:
+        return "Its AutoProcessor prepares images and prompts as in training. "
     return "Images were prepared in training as this model's own processor does. "
 
 
-_USE_WITH_CODE = """\
-With its own routing (needs torch, transformers, pydantic and safetensors):
+_WITH_CODE = """\
+With its own routing (needs torch, transformers, {needs} safetensors):
 
     from transformers import {auto_class}
     model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)
     model.k_per_layer  # after a forward: how many experts every token got
-
+"""
+_WITH_PROCESSOR = (
+    _WITH_CODE.replace("import {auto_class}", "import {auto_class}, AutoProcessor")
+    + """\
+    processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    content = [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]
+    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
+    model.generate(**processor(text=prompt, images=[picture]), max_new_tokens=32)
+"""
+)
+_STATIC_OF_STOCK = """
 As a stock model with the base model's fixed number of experts: the same without
 `trust_remote_code`. Servers such as vLLM do this too, and do not mention the trained routing.
 """
-_USE_WITHOUT_CODE = """\
+_STATIC_OF_OURS = """
+With the base model's fixed number of experts: set `gemoe.enabled` to false in config.json, or
+
+    config = AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)
+    config.gemoe["enabled"] = False
+    model = {auto_class}.from_pretrained(FOLDER, config=config, trust_remote_code=True)
+
+Whatever runs the base model by code of its own (vLLM for DeepSeek-VL2) runs this folder with the
+fixed number too, and does not mention the trained routing.
+"""
+_WITHOUT_CODE = """\
 Anything that runs the base model runs this folder: base layout, trained gates, and the base
 model's fixed number of experts. `routers.safetensors` holds the state of the routers. To route as
-in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`).
+in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`), or export it again
+without `--code base`.
 """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration as Stock
 from transformers.utils.hub import cached_file
 
+from gemoe_ds.export.image_rows import aligned
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Router, RoutingSpec
@@ -39,6 +40,12 @@ class GemoeForConditionalGeneration(Stock):
         folder = pretrained_model_name_or_path
         loaded: Any = Stock.from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        described = model.config.gemoe
+        if "stop_ids" in described:
+            model.generation_config.eos_token_id = described["stop_ids"]
+            model.generation_config.pad_token_id = described["pad_id"]
+        if not described.get("enabled", True):
+            return loaded
         model.__class__ = cls
         where = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
         file = cached_file(folder, ROUTERS, **where)
@@ -54,7 +61,7 @@ class GemoeForConditionalGeneration(Stock):
         self.ctx = TokenContext(len(described["blocks"]))
         self.ctx.trace = True
         for slot, entry in enumerate(described["blocks"]):
-            block = self.get_submodule(entry["path"])
+            block = self.get_submodule(getattr(self, "blocks_below", "") + entry["path"])
             spec = RoutingSpec(**entry["routing"])
             router = router_class(router_class.Config(**options), spec)
             prefix = f"{slot}."
@@ -63,7 +70,7 @@ class GemoeForConditionalGeneration(Stock):
             router.requires_grad_(False).to(next(block.parameters()).device)
             block.gemoe_router = router
             block.gemoe_experts = _BlockExperts(block, entry["gate_up"], entry["down"])
-            block.forward = MethodType(_block_forward(self.ctx), block)
+            block.forward = MethodType(_block_forward(self.ctx, entry.get("shared")), block)
         self.register_forward_pre_hook(_begin, with_kwargs=True)
 
     @property
@@ -86,14 +93,18 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         is_valid_BS = torch.ones(shape, dtype=torch.bool, device=device)
     else:
         is_valid_BS = mask[:, -shape[1] :].to(device=device, dtype=torch.bool)
-    image = getattr(model.config, "image_token_id", None)  # a text model has none
-    no_image = ids is None or image is None
-    is_vision_BS = torch.zeros_like(is_valid_BS) if no_image else ids == image
+    is_vision_BS = torch.zeros_like(is_valid_BS)
+    if (rows := kwargs.get("image_rows")) is not None:
+        is_vision_BS = aligned(rows.to(device), shape[1]) != -1
+    elif ids is not None and (tokens := model.config.gemoe.get("image_tokens")):
+        is_vision_BS = torch.isin(ids, torch.tensor(tokens, device=device))
     model._batch_size = shape[0]
     model.ctx.begin(is_valid_BS, is_vision_BS)
 
 
-def _block_forward(ctx: TokenContext) -> Any:
+def _block_forward(ctx: TokenContext, shared: str | None) -> Any:
+    """`shared`: what the block calls its experts that every token visits."""
+
     def forward(block: Any, hidden_states: Tensor) -> Tensor:
         x_TD = ctx.without_padding(hidden_states.reshape(-1, hidden_states.shape[-1]))
         router = block.gemoe_router
@@ -101,6 +112,8 @@ def _block_forward(ctx: TokenContext) -> Any:
         router.record(decision, logits_TE, ctx)
         y_TD = block.gemoe_experts.forward(x_TD, router.plan(decision))
         free_TD = router.free_output(x_TD, decision)
+        if shared is not None:
+            y_TD = y_TD + block.get_submodule(shared)(x_TD)
         return (y_TD if free_TD is None else y_TD + free_TD).view(hidden_states.shape)
 
     return forward

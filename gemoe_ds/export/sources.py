@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PACKAGE = "gemoe_ds"
 ROOT = Path(__file__).resolve().parents[1]
 MODELING = f"{PACKAGE}.export.modeling"
-STOCK = "from transformers import LlavaForConditionalGeneration as Stock"
+Replaced = Mapping[str, Mapping[str, str]]  # in the source of a module: lines, and what they become
 
 
-def write_sources(out: Path, model_class: type, router_module: str) -> None:
-    """modeling_gemoe.py and what it, the router and the model import, into `out`.
+def write_sources(out: Path, roots: Sequence[str], replaced: Replaced, router: str) -> None:
+    """modeling_gemoe.py and what it and the other `roots` import, into `out`.
 
-    `model_class` is one that `can_carry` says yes to.
+    `router` is the module of the routing method, which registers it.
     """
-    place = "transformers" if is_stock(model_class) else model_class.__module__
-    own = [place] if place != "transformers" else []
-    for module in closure([MODELING, router_module, *own]):
-        text = _path(module).read_text(encoding="utf-8")
+    for module in closure([MODELING, router, *roots], replaced):
+        text = rewritten(source(module, replaced))
         if module == MODELING:
-            assert STOCK in text
-            text = text.replace(STOCK, f"from {place} import {model_class.__name__} as Stock")
-        text = rewritten(text)
-        if module == MODELING:
-            name = flat(router_module)
-            text += f"\n\nfrom .{name} import __name__ as _registered  # noqa: E402\n"
+            text += f"\n\nfrom .{flat(router)} import __name__ as _registered  # noqa: E402\n"
         file = "modeling_gemoe.py" if module == MODELING else f"{flat(module)}.py"
         (out / file).write_text(text, encoding="utf-8")
 
@@ -67,17 +61,15 @@ def renamed(text: str, name: str) -> str:
     return re.sub(rf"^(\s*from ){PACKAGE}\b", rf"\1{name}", text, flags=re.MULTILINE)
 
 
-def is_stock(model_class: type) -> bool:
-    return not model_class.__module__.startswith(PACKAGE)
+def source(module: str, replaced: Replaced) -> str:
+    text = _path(module).read_text(encoding="utf-8")
+    for line, other in replaced.get(module, {}).items():
+        assert text.count(line) == 1, f"{module}: {line!r}"
+        text = text.replace(line, other)
+    return text
 
 
-def can_carry(model_class: type) -> bool:
-    """Whether it loads from its folder without our key rules: transformers' own, and those of a
-    module here that imports nothing else of the package."""
-    return is_stock(model_class) or closure([model_class.__module__]) == [model_class.__module__]
-
-
-def closure(modules: list[str]) -> list[str]:
+def closure(modules: Sequence[str], replaced: Replaced | None = None) -> list[str]:
     """These modules and all of the package that they import, directly or not."""
     found: list[str] = []
     waiting = list(modules)
@@ -85,7 +77,7 @@ def closure(modules: list[str]) -> list[str]:
         module = waiting.pop()
         if module not in found:
             found.append(module)
-            waiting += imported(_path(module).read_text(encoding="utf-8"))
+            waiting += imported(source(module, replaced or {}))
     return sorted(found)
 
 

@@ -54,6 +54,12 @@ class BlockSpec:
         return names[id(self.gate_ED)], names[id(self.gate_up_EGD)], names[id(self.down_EDF)]
 
     @property
+    def shared_name(self) -> str | None:
+        """What the block itself calls its shared experts; None if none of its modules is that."""
+        modules = self.module.named_modules()
+        return next((name for name, m in modules if m is self.shared), None)
+
+    @property
     def stock_names(self) -> dict[str, str]:
         """What our layer calls its tensors -> what the block does; asked before its change."""
         names = dict(zip(OUR_NAMES, self.names, strict=True))

@@ -80,11 +80,25 @@ class ChatTemplate:
 
     def names(self, mark: str) -> bool:
         """Whether a template has the mark {bos} or {eos}."""
-        templates = (self.question, self.question_with_image, self.answer, self.start)
-        return any(f"{{{mark}}}" in template for template in templates)
+        return any(f"{{{mark}}}" in template for template in self._templates)
+
+    @property
+    def named(self) -> list[str]:
+        """The special tokens that stand in a template, not around images alone."""
+        return [t for t in self.specials if any(t in template for template in self._templates)]
+
+    @cached_property
+    def answer_begins(self) -> re.Pattern[str]:
+        """Behind what every question ends with."""
+        tails = {t.rpartition(TEXT)[2] for t in (self.question, self.question_with_image)}
+        return re.compile("|".join(f"(?<={re.escape(tail)})" for tail in sorted(tails) if tail))
 
     def is_mark(self, piece: str) -> bool:
         return self._marks.fullmatch(piece) is not None
+
+    @property
+    def _templates(self) -> tuple[str, ...]:
+        return self.question, self.question_with_image, self.answer, self.start
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:

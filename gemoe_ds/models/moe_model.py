@@ -98,7 +98,7 @@ class MoEModel(nn.Module):
             replace(block.routing, slot=n, num_layers=len(blocks)) for n, block in enumerate(blocks)
         ]
         self.block_paths = [block.path for block in blocks]
-        self.expert_names = [block.names[1:] for block in blocks]
+        self.expert_names = [(*block.names[1:], block.shared_name) for block in blocks]
         self._stock_names = {
             f"{block.path}.{ours}": f"{block.path}.{stock}"
             for block in blocks

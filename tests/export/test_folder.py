@@ -18,9 +18,12 @@ from tests.models.cases import CASES, write_case
 from tests.models.small import make_model
 
 INDEX = "model.safetensors.index.json"
+AUTO = {"olmoe": "AutoModelForCausalLM"}
 
 
-def written(name: str, base: Path, tokenizer: Path, out: Path, router: str = "gemoe") -> Path:
+def written(
+    name: str, base: Path, tokenizer: Path, out: Path, router: str = "gemoe", **more: object
+) -> Path:
     """A run whose gates are all doubled."""
     for path in tokenizer.iterdir():
         shutil.copyfile(path, base / path.name)
@@ -30,7 +33,7 @@ def written(name: str, base: Path, tokenizer: Path, out: Path, router: str = "ge
         if key.endswith("gate.weight"):
             parameter.data *= 2
     options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
-    export(model, dict(trained), router={"name": router}, out=out, **options)
+    export(model, dict(trained), router={"name": router}, out=out, **options, **more)
     return out
 
 
@@ -49,10 +52,10 @@ def test_every_backbone_has_an_index_its_own_code_and_the_router(name, tmp_path)
     out = written(name, base, tokenizer, tmp_path / "out")
     found = json.loads((out / "config.json").read_text())
     assert found["gemoe"]["router"] == {"name": "gemoe"} and found["gemoe"]["blocks"]
-    carries = (out / "modeling_gemoe.py").exists()
-    assert found["auto_map"].popitem()[1] == (
-        "modeling_gemoe.GemoeForConditionalGeneration" if carries else "modeling_own.Own"
-    )
+    ours = "modeling_gemoe.GemoeForConditionalGeneration"
+    assert found["auto_map"][AUTO.get(name, "AutoModelForImageTextToText")] == ours
+    assert "modeling_own.Own" not in found["auto_map"].values()
+    assert all((out / f"{code.split('.')[0]}.py").exists() for code in found["auto_map"].values())
     names = {path.name for path in out.iterdir()}
     assert {"LICENSE", "preprocessor_config.json", "modeling_own.py", "tokenizer.json"} <= names
     assert not names & {"trainer_state.json", "optimizer.pt", "training_args.bin"}
@@ -64,6 +67,20 @@ def test_every_backbone_has_an_index_its_own_code_and_the_router(name, tmp_path)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert before.keys() == after.keys() and len(changed) == len(found["gemoe"]["blocks"])
     assert all(torch.equal(after[key], 2 * before[key]) for key in changed)
+
+
+def test_the_code_of_the_base_may_stay_in_its_place(tmp_path):
+    """`--code base`: whoever trusts the folder's code gets that of the base."""
+    base, tokenizer = write_case("deepseek_vl2", tmp_path)
+    (base / "modeling_own.py").write_text("raise SystemExit('this must not run')\n")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    out = written("deepseek_vl2", base, tokenizer, tmp_path / "out", own_code=False)
+    found = json.loads((out / "config.json").read_text())
+    assert found["auto_map"] == config["auto_map"] and found["gemoe"]["blocks"]
+    assert {path.name for path in out.glob("*.py")} == {"modeling_own.py"}
+    assert not (out / "preprocessor_config.json").exists()
 
 
 def olmoe(tmp_path: Path) -> tuple[Path, Path]:
