@@ -56,11 +56,14 @@ def load_model(job: Job) -> Any:
     """Trained k: the folder's own code. Static k: what transformers has for its model type."""
     config = config_of(job.folder)
     name = next(key for key in config["auto_map"] if key.startswith("AutoModelFor"))
+    options: dict[str, Any] = {"trust_remote_code": job.mode == TRAINED}
+    if "AutoConfig" in config["auto_map"]:  # transformers has no class: the folder's, both times
+        options = {"trust_remote_code": True}
+        found = transformers.AutoConfig.from_pretrained(job.folder, **options)
+        found.gemoe["enabled"] = job.mode == TRAINED
+        options["config"] = found
     return getattr(transformers, name).from_pretrained(
-        job.folder,
-        trust_remote_code=job.mode == TRAINED,
-        dtype=getattr(torch, job.dtype),
-        use_safetensors=True,
+        job.folder, dtype=getattr(torch, job.dtype), use_safetensors=True, **options
     )
 
 

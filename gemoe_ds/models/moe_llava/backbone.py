@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from gemoe_ds.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ class MoeLlavaBackbone(OwnModelBackbone):
     def load(self, checkpoint: Path | None, tokenizer_dir: Path) -> nn.Module:
         model = self.described(MoeLlavaModel, self.config_class, checkpoint)
         assert checkpoint is not None
-        if not any("image_tower." in key for key in open_stored(checkpoint)):
+        if not _has_tower(checkpoint):
             model.vision_tower = self._tower(model, checkpoint)
         return model
 
@@ -102,8 +102,23 @@ class MoeLlavaBackbone(OwnModelBackbone):
             )
         return tower
 
+    def save_trained(
+        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+    ) -> None:
+        """A base without its tower gets it, under the public names: the folder is whole."""
+        assert base is not None
+        if not _has_tower(base):
+            prefix = "vision_tower."
+            tower = {n: p.detach() for n, p in model.named_parameters() if n.startswith(prefix)}
+            state = tower | state
+        super().save_trained(model, state, base, folder)
+
     def image_layout(self, model: HFModel) -> PaddedSquare:
         return PaddedSquare(model.config.vision.image_size)
+
+
+def _has_tower(folder: Path) -> bool:
+    return any("image_tower." in key for key in open_stored(folder))
 
 
 class MoeLlavaStableLmBackbone(MoeLlavaBackbone):
