@@ -79,13 +79,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check(flags: argparse.Namespace) -> None:
     from gemoe_ds.errors import CheckpointError
-    from gemoe_ds.serving.check import Options, serve_check, speed_up, verdict, write_result
+    from gemoe_ds.serving.check import Options, serve_check, verdict, write_result
 
     names = ("prompts", "python", "dtype", "max_new_tokens", "batch", "rounds", "tolerance", "vllm")
     options = Options(**{name: getattr(flags, name) for name in names})
     rows = serve_check(flags.folder, options, lambda text: print(text, flush=True))
-    for text in speed_up(rows):
-        print(text)
     if flags.out:
         write_result(flags.out, flags.folder, rows, options)
     wrong = verdict(rows, options)

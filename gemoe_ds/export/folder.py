@@ -155,6 +155,7 @@ Trained with gemoe_ds. Router:
 {options}
 
 {_use(model, code)}
+{_SERVERS}
 {_about_images(model.image_layout, code)}`provenance.json` says what this was made from.
 """
 
@@ -200,7 +201,7 @@ _WITH_PROCESSOR = (
 )
 _STATIC_OF_STOCK = """
 As a stock model with the base model's fixed number of experts: the same without
-`trust_remote_code`. Servers such as vLLM do this too, and do not mention the trained routing.
+`trust_remote_code`.
 """
 _STATIC_OF_OURS = """
 With the base model's fixed number of experts: set `gemoe.enabled` to false in config.json, or
@@ -208,13 +209,15 @@ With the base model's fixed number of experts: set `gemoe.enabled` to false in c
     config = AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)
     config.gemoe["enabled"] = False
     model = {auto_class}.from_pretrained(FOLDER, config=config, trust_remote_code=True)
-
-Whatever runs the base model by code of its own (vLLM for DeepSeek-VL2) runs this folder with the
-fixed number too, and does not mention the trained routing.
 """
 _WITHOUT_CODE = """\
 Anything that runs the base model runs this folder: base layout, trained gates, and the base
 model's fixed number of experts. `routers.safetensors` holds the state of the routers. To route as
 in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`), or export it again
 without `--code base`.
+"""
+_SERVERS = """\
+A server that has the base model's class of its own, such as vLLM, loads this folder as the base
+model: without a plugin it serves the fixed number of experts, with no warning. With the plugin `gemoe-vllm` vLLM serves the trained
+routing. `gemoe serve-check FOLDER` shows which of the two a server does.
 """

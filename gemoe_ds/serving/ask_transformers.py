@@ -1,4 +1,4 @@
-"""A folder under transformers, in a process of its own: `python -m ... JOB OUT`.
+"""A folder under transformers.
 
 With its own k the folder's code runs; its checksums have been looked at before
 (gemoe_ds.export.code_record).
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
-from gemoe_ds.serving.exchange import TRAINED, Answer, Job, Prompt, Served, answer_job
+from gemoe_ds.serving.exchange import TRAINED, Answer, Job, Prompt, Served
 
 
 def serve(job: Job) -> Served:
@@ -33,7 +33,7 @@ def serve(job: Job) -> Served:
     )
     k = MeanK(model) if job.mode == TRAINED else None
     answers = [answer(model, asked, prompt) for prompt in job.prompts]
-    mean_k = k.end() if k else static_k(job.folder)
+    mean_k = k.end() if k else None
     seconds, tokens = timed(model, asked, job)
     return Served(
         version=transformers.__version__,
@@ -47,14 +47,9 @@ def serve(job: Job) -> Served:
     )
 
 
-def config_of(folder: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
 def load_model(job: Job) -> Any:
     """Trained k: the folder's own code. Static k: what transformers has for its model type."""
-    config = config_of(job.folder)
+    config = json.loads((Path(job.folder) / "config.json").read_text(encoding="utf-8"))
     name = next(key for key in config["auto_map"] if key.startswith("AutoModelFor"))
     options: dict[str, Any] = {"trust_remote_code": job.mode == TRAINED}
     if "AutoConfig" in config["auto_map"]:  # transformers has no class: the folder's, both times
@@ -65,10 +60,6 @@ def load_model(job: Job) -> Any:
     return getattr(transformers, name).from_pretrained(
         job.folder, dtype=getattr(torch, job.dtype), use_safetensors=True, **options
     )
-
-
-def static_k(folder: str) -> list[float]:
-    return [float(block["routing"]["top_k"]) for block in config_of(folder)["gemoe"]["blocks"]]
 
 
 class MeanK:
@@ -194,7 +185,3 @@ def timed(model: Any, asked: Asked, job: Job) -> tuple[list[float], int]:
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - begun)
     return seconds, len(job.prompts) * job.max_new_tokens
-
-
-if __name__ == "__main__":
-    answer_job(serve)

@@ -1,4 +1,4 @@
-"""A folder under vLLM, in a process of its own: `python -m gemoe_ds.serving.ask_vllm JOB OUT`.
+"""A folder under vLLM.
 
 Trained k needs the plugin gemoe-vllm; for static k `VLLM_PLUGINS` leaves it out
 (gemoe_ds.serving.servers).
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import vllm
 from PIL import Image
+from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
-from gemoe_ds.serving.exchange import Answer, Job, Prompt, Served, answer_job
+from gemoe_ds.serving.exchange import TRAINED, Answer, Job, Prompt, Served
+
+ROUTED, USED = "gemoe_routed_tokens_total", "gemoe_used_experts_total"  # of the plugin, by layer
 
 
 def serve(job: Job) -> Served:
@@ -34,6 +37,7 @@ def serve(job: Job) -> Served:
     # each prompt alone, as transformers was asked
     asked = [_asked(prompt, ids) for prompt, ids in zip(job.prompts, job.ids, strict=True)]
     answers = [_answer(llm, one, job.max_new_tokens) for one in asked]
+    mean_k = _mean_k() if job.mode == TRAINED else None
     seconds, tokens = _timed(llm, asked, job)
     return Served(
         version=vllm.__version__,
@@ -42,6 +46,7 @@ def serve(job: Job) -> Served:
         tokens=tokens,
         seconds=seconds,
         load_seconds=loaded,
+        mean_k=mean_k,
     )
 
 
@@ -77,6 +82,19 @@ def _second(ranked: dict[int, Any], chosen: int) -> tuple[int, float]:
     return best, rest[best]
 
 
+def _mean_k() -> list[float] | None:
+    """Of every layer, from what the plugin shows in `/metrics`; None if there is nothing.
+
+    On a GPU the counts are up to a second old.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name in (ROUTED, USED):
+                found.setdefault(int(sample.labels["layer"]), {})[sample.name] = sample.value
+    return [found[layer][USED] / found[layer][ROUTED] for layer in sorted(found)] or None
+
+
 def _timed(llm: Any, asked: list[dict[str, Any]], job: Job) -> tuple[list[float], int]:
     """Seconds of every round over all prompts, `max_num_seqs` at a time, and a round's tokens."""
     greedy = SamplingParams(temperature=0, max_tokens=job.max_new_tokens, ignore_eos=True)
@@ -87,7 +105,3 @@ def _timed(llm: Any, asked: list[dict[str, Any]], job: Job) -> tuple[list[float]
         llm.generate(asked, greedy, use_tqdm=False)
         seconds.append(time.monotonic() - begun)
     return seconds, len(asked) * job.max_new_tokens
-
-
-if __name__ == "__main__":
-    answer_job(serve)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gemoe_ds.files import write_text
 from gemoe_ds.serving.compare import Agreement, compare
 from gemoe_ds.serving.exchange import STATIC, TRAINED, Job, Prompt, Served
 from gemoe_ds.serving.prompts import built_in, read_prompts
-from gemoe_ds.serving.servers import Server, find_servers, run
+from gemoe_ds.serving.servers import Server, ServerError, find_servers, run
 
 REFERENCE = "transformers"  # what the others are compared with
 # Largest difference of log-probabilities that is rounding. In other dtypes rounding moves the k of
@@ -67,16 +68,32 @@ def serve_check(folder: Path, options: Options, say: Callable[[str], None]) -> l
     check_code(folder)
     sees = has_image_processor(folder)
     servers = find_servers(options.python)
+    static = [float(block["routing"]["top_k"]) for block in described["blocks"]]
+    with working_folder() as work:
+        if options.prompts:
+            prompts = read_prompts(options.prompts, sees)
+        else:
+            prompts = built_in(sees, work)
+        say(
+            f"{folder}: router {described['router']['name']}, {len(prompts)} prompts, "
+            f"{options.max_new_tokens} new tokens each, {options.dtype}"
+        )
+        return _rows(folder, prompts, servers, options, static, work, say)
+
+
+@contextmanager
+def working_folder() -> Iterator[Path]:
+    """A temporary one, which stays if a server fails: the error names the log in it."""
     work = Path(tempfile.mkdtemp(prefix="gemoe-serve-check-"))
-    if options.prompts:
-        prompts = read_prompts(options.prompts, sees)
-    else:
-        prompts = built_in(sees, work)
-    name = described["router"]["name"]
-    say(f"{folder}: router {name}, {len(prompts)} prompts of {options.max_new_tokens} new tokens")
-    rows = _rows(folder, prompts, servers, options, work, say)
-    shutil.rmtree(work, ignore_errors=True)  # after an error the logs stay: the error names one
-    return rows
+    keep = False
+    try:
+        yield work
+    except ServerError:
+        keep = True
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def read_described(folder: Path) -> dict[str, Any]:
@@ -109,6 +126,7 @@ def _rows(
     prompts: tuple[Prompt, ...],
     servers: list[Server],
     options: Options,
+    static: list[float],
     work: Path,
     say: Callable[[str], None],
 ) -> list[Row]:
@@ -132,6 +150,8 @@ def _rows(
                 continue
             extra = options.vllm if server.name == "vllm" else {}
             served = run(server, replace(job, mode=mode, options=extra), work)
+            if mode == STATIC:
+                served = replace(served, mean_k=static)
             rows.append(_row(server.name, mode, served, rows, options))
             say(line_of(rows[-1]))
             if job.ids is None and served.ids is not None:
@@ -157,7 +177,7 @@ def line_of(row: Row) -> str:
     k = "not told" if row.mean_k is None else f"{row.mean_k:.2f}"
     words = [
         f"{row.server} {row.served.version}, {row.mode} k: mean k {k}",
-        f"{row.served.tokens_per_second:.4g} tokens/s",
+        _speed(row.served),
     ]
     if row.agreement:
         a = row.agreement
@@ -169,6 +189,13 @@ def line_of(row: Row) -> str:
         if a.other_prompts:
             words.append(f"{a.other_prompts} prompts read as other tokens")
     return "; ".join([*words, *row.served.notes])
+
+
+def _speed(served: Served) -> str:
+    """Of the fastest round, and of the slowest, which says how much else the machine did."""
+    slowest = served.tokens / max(served.seconds)
+    low = f" (slowest round {slowest:.4g})" if len(served.seconds) > 1 else ""
+    return f"{served.tokens_per_second:.4g} tokens/s{low}"
 
 
 def verdict(rows: list[Row], options: Options) -> list[str]:
@@ -193,17 +220,6 @@ def _why(row: Row, rows: list[Row], allowed: float) -> str:
     if compare(row.served.answers, other.served.answers, allowed).holds(allowed):
         return f"; its answers are those of the {other.mode} k"
     return ""
-
-
-def speed_up(rows: list[Row]) -> list[str]:
-    """Tokens a second at the trained k over those at static k, server by server."""
-    found = []
-    for row in rows:
-        for other in rows:
-            if row.mode == TRAINED and other.mode == STATIC and row.server == other.server:
-                ratio = row.served.tokens_per_second / other.served.tokens_per_second
-                found.append(f"{row.server}: {ratio:.2f} times the tokens/s of its static k")
-    return found
 
 
 def write_result(path: Path, folder: Path, rows: list[Row], options: Options) -> None:

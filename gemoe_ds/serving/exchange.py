@@ -6,9 +6,6 @@ Standard library only: the process may be another interpreter's, with its own to
 from __future__ import annotations
 
 import json
-import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,17 +88,3 @@ def read_served(path: Path) -> Served | str:
         return str(content["error"])
     answers = [Answer(**answer) for answer in content.pop("answers")]
     return Served(answers=answers, **content)
-
-
-def answer_job(serve: Callable[[Job], Served]) -> None:
-    """The main program of a server's process: `python -m MODULE JOB OUT`."""
-    job, out = map(Path, sys.argv[1:])
-    try:
-        content = asdict(serve(read_job(job)))
-    except BaseException as error:  # whatever ends it is told by its parent
-        traceback.print_exc()
-        # the reason stands first: what a library says is often an essay
-        said = " ".join(str(error).split())
-        content = {"error": f"{type(error).__name__}: {said}"[:600]}
-    out.write_text(json.dumps(content), encoding="utf-8")
-    sys.exit("error" in content)

@@ -69,20 +69,24 @@ def _probe(interpreter: str) -> dict:
     return content
 
 
+class ServerError(ConfigError):
+    """A server could not load the folder or answer; its log is kept."""
+
+
 def run(server: Server, job: Job, work: Path) -> Served:
     """Serve `job` in a process that ends with this call.
 
     `work` is a folder for what goes there and back; NAME.log in it is all that the process said.
-    Raises ConfigError with the server's own words if it fails.
+    Raises ServerError with the server's own words if it fails.
     """
     name = f"{server.name}_{job.mode}"
     paths = work / f"{name}.job.json", work / f"{name}.json"
     write_job(job, paths[0])
     log = work / f"{name}.log"
-    module = f"gemoe_ds.serving.ask_{server.name}"
+    words = ["-m", "gemoe_ds.serving.ask", server.name, *map(str, paths)]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [server.python, "-m", module, *map(str, paths)],
+            [server.python, *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=_environment(server, job, work),
@@ -96,7 +100,7 @@ def run(server: Server, job: Job, work: Path) -> Served:
             raise
     served = read_served(paths[1]) if paths[1].exists() else f"it ended with exit code {code}"
     if isinstance(served, str):
-        raise ConfigError(f"{server.name}, {job.mode} k: {served} (its log: {log})")
+        raise ServerError(f"{server.name}, {job.mode} k: {served} (its log: {log})")
     return served
 
 

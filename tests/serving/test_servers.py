@@ -7,7 +7,18 @@ import sys
 import pytest
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.serving.exchange import STATIC, TRAINED, Answer, Job, Prompt, Served, read_job
+from gemoe_ds.serving import ask
+from gemoe_ds.serving.exchange import (
+    STATIC,
+    TRAINED,
+    Answer,
+    Job,
+    Prompt,
+    Served,
+    read_job,
+    read_served,
+    write_job,
+)
 from gemoe_ds.serving.servers import Server, _environment, find_servers, run
 
 JOB = Job("folder", TRAINED, (Prompt("a", ("b.png",)), Prompt("c")), "float32", 4, 2, 1)
@@ -59,10 +70,10 @@ def test_a_job_goes_there_and_what_was_served_comes_back(tmp_path):
     text = f"""
 from importlib.util import find_spec
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)[:1]
-assert sys.argv[1:3] == ["-m", "gemoe_ds.serving.ask_transformers"] and find_spec(sys.argv[2])
+assert sys.argv[1:4] == ["-m", "gemoe_ds.serving.ask", "transformers"] and find_spec(sys.argv[2])
 assert os.environ["HF_HUB_OFFLINE"] == "1"
 out = {GOOD.__dict__ | {"answers": [GOOD.answers[0].__dict__]}!r}
-open(sys.argv[4], "w").write(json.dumps(out))
+open(sys.argv[5], "w").write(json.dumps(out))
 """
     assert run(Server("transformers", str(script(tmp_path, text))), JOB, tmp_path) == GOOD
     assert read_job(tmp_path / "transformers_trained.job.json") == JOB
@@ -74,7 +85,7 @@ open(sys.argv[4], "w").write(json.dumps(out))
     [
         ("print('so', 'much'); sys.exit(7)", "trained k: it ended with exit code 7"),
         ("os.kill(os.getpid(), 9)", "trained k: it ended with exit code -9"),
-        ("open(sys.argv[4], 'w').write(json.dumps({'error': 'E: x'}))", "trained k: E: x"),
+        ("open(sys.argv[5], 'w').write(json.dumps({'error': 'E: x'}))", "trained k: E: x"),
     ],
 )
 def test_a_server_that_fails_says_why_and_where_its_log_is(text, words, tmp_path):
@@ -92,3 +103,11 @@ def test_static_k_in_vllm_leaves_our_plugin_out_and_no_other(tmp_path):
     static = _environment(server, replace(JOB, mode=STATIC), tmp_path)
     assert static["VLLM_PLUGINS"] == "ascend"
     assert "VLLM_PLUGINS" not in _environment(server, JOB, tmp_path)
+
+
+def test_a_server_that_cannot_even_be_imported_says_why(tmp_path, capsys):
+    write_job(JOB, tmp_path / "job.json")
+    assert ask.main("nothing", str(tmp_path / "job.json"), str(tmp_path / "out.json")) == 1
+    said = read_served(tmp_path / "out.json")
+    assert said == "ModuleNotFoundError: No module named 'gemoe_ds.serving.ask_nothing'"
+    assert "Traceback" in capsys.readouterr().err
