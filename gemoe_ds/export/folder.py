@@ -218,6 +218,7 @@ without `--code base`.
 """
 _SERVERS = """\
 A server that has the base model's class of its own, such as vLLM, loads this folder as the base
-model: without a plugin it serves the fixed number of experts, with no warning. With the plugin `gemoe-vllm` vLLM serves the trained
-routing. `gemoe serve-check FOLDER` shows which of the two a server does.
+model: without a plugin it serves the fixed number of experts, with no warning. With the plugin
+`gemoe-vllm` vLLM serves the trained routing. `gemoe serve-check FOLDER` shows which of the two a
+server does.
 """
