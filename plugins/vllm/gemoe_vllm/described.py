@@ -61,7 +61,7 @@ def load(routers: Mapping[int, Router], tensors: Mapping[str, Tensor]) -> None:
         if missing or unknown:
             raise ConfigError(
                 f"routers.safetensors does not fit layer {layer}: missing {missing}, unknown "
-                f"{unknown}; export the run again, and serve it with --load-format auto"
+                f"{unknown}; export the run again"
             )
         router.load_state_dict(own)
 

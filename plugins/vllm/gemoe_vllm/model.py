@@ -8,11 +8,12 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils.hub import cached_file
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from gemoe_vllm import described
 from gemoe_vllm._gemoe.errors import ConfigError
@@ -23,7 +24,7 @@ from gemoe_vllm.routing import Routing, ServedContext
 
 logger = init_logger("vllm.gemoe")  # what vLLM shows
 
-FILE, PREFIX = "routers.safetensors", "gemoe_routers."
+FILE = "routers.safetensors"
 
 
 class Gemoe:
@@ -63,26 +64,15 @@ class Gemoe:
             )
         without_gates(self)  # type: ignore[arg-type]
         self.gemoe = routers, counts
-        model = vllm_config.model_config
-        self.secondary_weights = [
-            DefaultModelLoader.Source(
-                model.model,
-                revision=model.revision,
-                prefix=PREFIX,
-                fall_back_to_pt=False,
-                allow_patterns_overrides=[FILE],
-            )
-        ]
+        self.gemoe_file = _routers_file(vllm_config)
         _log(routers, options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         if self.gemoe is None:
             return super().load_weights(weights)  # type: ignore[misc]
         routers, _ = self.gemoe
-        own: dict[str, Tensor] = {}
-        loaded = super().load_weights(_others(weights, own, set(routers)))  # type: ignore[misc]
-        described.load(routers, own)
-        return loaded
+        described.load(routers, load_file(self.gemoe_file))
+        return super().load_weights(_others(weights, set(routers)))  # type: ignore[misc]
 
     def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
         if self.gemoe is not None:
@@ -91,17 +81,23 @@ class Gemoe:
 
 
 def _others(
-    weights: Iterable[tuple[str, Tensor]], own: dict[str, Tensor], layers: set[int]
+    weights: Iterable[tuple[str, Tensor]], layers: set[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What the stock model loads. The routers' own goes to `own`; the stock gates are in it too,
-    in float32."""
+    """Without what our routing has instead: the stock gates, and, of an export without an index,
+    the routers, as vLLM then takes every *.safetensors."""
     for name, tensor in weights:
-        if name.startswith(PREFIX):
-            own[name.removeprefix(PREFIX)] = tensor.clone()
-        elif re.match(r"\d+\.", name):
-            pass  # the same, of an export without an index: the loader takes every *.safetensors
-        elif not (name.endswith(".mlp.gate.weight") and described.layer_of(name) in layers):
+        is_gate = name.endswith(".mlp.gate.weight") and described.layer_of(name) in layers
+        if not is_gate and not re.match(r"\d+\.", name):
             yield name, tensor
+
+
+def _routers_file(vllm_config: VllmConfig) -> str:
+    """In the folder, or fetched as its other files are."""
+    model = vllm_config.model_config
+    options = {"revision": model.revision, "cache_dir": vllm_config.load_config.download_dir}
+    found = cached_file(model.model, FILE, token=model.hf_token, **options)
+    assert found is not None  # or it has raised
+    return found
 
 
 def _log(routers: dict[int, Any], options: Options) -> None:

@@ -11,22 +11,22 @@ from tests.tiny import WORDS
 LAYERS, HEADS, TOP_K, EPS = 2, 4, 3, 1e-5
 
 
-def write_olmoe(folder, vocabulary=WORDS, **options):
+def write_olmoe(folder, vocabulary=WORDS, std=0.3, **options):
     """As `save_pretrained` leaves it: three matrices an expert, several shards, random norms."""
-    config = OlmoeConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        num_experts=8,
-        num_experts_per_tok=TOP_K,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
+    sizes = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "num_experts": 8,
+        "num_experts_per_tok": TOP_K,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = OlmoeConfig(**sizes | options)
     torch.manual_seed(0)
     model = OlmoeForCausalLM(config)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def write_olmoe(folder, vocabulary=WORDS, **options):
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(0, 0.3)
+                parameter.normal_(0, std)
     model.save_pretrained(folder, max_shard_size="40KB")
     return folder
 

@@ -62,9 +62,10 @@ CONFIG = {
 }
 
 
-def write_qwen3_vl(folder, vocabulary=None):
-    """The public layout, written by hand: experts [E, in, out]."""
+def write_qwen3_vl(folder, vocabulary=None, **text):
+    """The public layout, written by hand: experts [E, in, out]. `text` changes its text_config."""
     config = copy.deepcopy(CONFIG)
+    config["text_config"] |= text
     if vocabulary:
         config["text_config"]["vocab_size"] = max(vocabulary.values()) + 1
         config["image_token_id"] = vocabulary["<|image_pad|>"]
