@@ -36,7 +36,7 @@ from gemoe_ds.moe.router import Router
 from gemoe_ds.parser import Parser
 
 WORKER = Path(__file__).parents[1] / "plugins/vllm/env/speed_worker.py"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 2048,
     "intermediate_size": 1024,
@@ -82,7 +82,8 @@ def write_folder(root: Path, layers: int) -> Path:
     """A random OLMoE of this many layers, and a gemoe router that spreads k, exported."""
     torch.manual_seed(0)
     config = OlmoeConfig(**SHAPE, num_hidden_layers=layers, pad_token_id=0)
-    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "base")
+    stock: Any = OlmoeForCausalLM(config)
+    stock.to(torch.bfloat16).save_pretrained(root / "base")
     words = {f"w{i}": i for i in range(SHAPE["vocab_size"])}
     write_word_tokenizer(words, {}, root / "tokenizer")
     router, family = Router.named("gemoe"), Backbone.named("olmoe")
@@ -93,8 +94,8 @@ def write_folder(root: Path, layers: int) -> Path:
         (router, router.Config()),
     )
     for layer in model.moe_layers:
-        assert layer.router.eap is not None
-        layer.router.eap.weight.data *= SPREAD
+        predictor: Any = layer.router.get_submodule("eap")
+        predictor.weight.data *= SPREAD
     export(
         model,
         {},

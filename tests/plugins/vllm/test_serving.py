@@ -129,6 +129,7 @@ def test_a_folder_without_gemoe_is_served_as_before(trained, tmp_path):
         ({}, told(k_low=2), "gemoe.k_low cannot be set for router gemoe; it has slots, k_shift"),
         ({}, told(slots="padding_not_run_on_a_gpu"), "slots=padding_not_run_on_a_gpu is for CUDA"),
         ({"router": {"name": "alloc_moe"}}, (), "router alloc_moe cannot be served"),
+        ({}, ("--enable-expert-parallel",), "leave --enable-expert-parallel out"),
         ({"quantised": True}, (), "a quantised base (compressed-tensors) is not served"),
     ],
 )
