@@ -91,8 +91,8 @@ def _check(given: Mapping[str, Any], routing: Routing, prefix: str) -> None:
     parallel = get_current_vllm_config().parallel_config
     if parallel.enable_expert_parallel and current_platform.is_cpu():
         raise ConfigError(
-            f"{prefix}: vLLM's CPU kernel knows no expert map, so that ranks would read experts that "
-            "they have not; leave --enable-expert-parallel out"
+            f"{prefix}: vLLM's CPU kernel knows no expert map, so that ranks would read experts "
+            "that they have not; leave --enable-expert-parallel out"
         )
     if given.get("quant_config") is not None:
         name = given["quant_config"].get_name()
