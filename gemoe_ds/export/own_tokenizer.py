@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.export.settings import local_folder, settings_of
@@ -28,4 +29,15 @@ class OwnTokenizer(PreTrainedTokenizerFast):
             tokenizer.model_max_length = settings.max_length
         tokenizer.padding_side = kwargs.get("padding_side") or "left"
         tokenizer.chat_template = chat_jinja(settings.chat, settings.image_mark)
+        if settings.chat.bos_before_text:
+            _begin_texts(tokenizer)
         return tokenizer
+
+
+def _begin_texts(tokenizer: Any) -> None:
+    """Plain text gets the first token before it, as it did from the class that the base names."""
+    first, token = tokenizer.bos_token_id, tokenizer.bos_token
+    if tokenizer("a")["input_ids"][:1] != [first]:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{token} $A", special_tokens=[(token, first)]
+        )

@@ -74,8 +74,12 @@ class Exported:
 
     def expected(self) -> Batch:
         """What the project's own data path makes of these."""
+        return self.first(None)
+
+    def first(self, number: int | None) -> Batch:
+        """Of so many of them."""
         encoder, encoded = PromptEncoder(self.collator), []
-        for messages, sizes in self.conversations():
+        for messages, sizes in self.conversations()[:number]:
             pictures = [noise(*size) for size in sizes]
             *system, first = messages[:2] if messages[0]["role"] == "system" else messages[:1]
             if len(messages) > 2:
