@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemoe_ds.export.image_rows import aligned
 from gemoe_ds.export.own_config import OwnConfig
-from gemoe_ds.export.settings import local_folder
+from gemoe_ds.export.settings import NOT_SAVED, local_folder
 from gemoe_ds.export.stored_parameters import stored_parameters, usual_dtype
 from gemoe_ds.models.deepseek_vl2.keys import KEYS
 from gemoe_ds.models.deepseek_vl2.model import DeepseekVl2Model as Model
@@ -69,6 +69,9 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(NOT_SAVED)
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.model.text.get_input_embeddings()
@@ -146,8 +149,8 @@ class OwnModel(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pictures are read once, with the prompt; without a cache in every step."""
-        prepare: Any = super().prepare_inputs_for_generation
-        inputs: dict[str, Any] = prepare(*args, **kwargs)
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(self, *args, **kwargs)
         past = inputs.get("past_key_values")
         is_first = kwargs.get("is_first_iteration", False)
         if past is not None and past.get_seq_length() > 0 and not is_first:

@@ -21,7 +21,7 @@ from gemoe_ds.data.collate import Collator, Encoded
 from gemoe_ds.data.images import as_shown, read_image
 from gemoe_ds.export.image_rows import OF_FRAME
 from gemoe_ds.export.own_tokenizer import FILES, OwnTokenizer
-from gemoe_ds.export.settings import PromptSettings, local_folder, settings_of
+from gemoe_ds.export.settings import NOT_SAVED, PromptSettings, local_folder, settings_of
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images as Layout
 from gemoe_ds.models.images import ProcessedImage
 
@@ -131,6 +131,13 @@ class OwnProcessor(ProcessorMixin):
             raise ValueError("the prompts have several lengths; leave padding=True")
         return self._joined(encoded, padding_side, return_tensors)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What it prints."""
+        return {"processor_class": type(self).__name__} | self.prompts.to_json()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(NOT_SAVED)
+
     def _check(self, number: int, marks: int, pictures: int) -> None:
         mark, chat = self.prompts.image_mark, self.prompts.chat
         if marks != pictures:
@@ -184,7 +191,7 @@ def _shares(images: Any, marks: list[int], is_one: bool) -> list[list[Any]]:
         return [[image] for image in images]
     if sum(marks) != len(images):
         raise ValueError(
-            f"{len(images)} pictures for prompts with {marks} marks; give a list for each prompt"
+            f"{len(images)} pictures for prompts with {sum(marks)} marks; give each prompt a list"
         )
     ahead = iter(images)
     return [[next(ahead) for _ in range(number)] for number in marks]

@@ -12,6 +12,10 @@ from huggingface_hub import snapshot_download
 
 from gemoe_ds.models.chat import ChatTemplate
 
+NOT_SAVED = (
+    "its files are written by `gemoe export` only, under the names of the base; copy the exported "
+    "folder, or train on with it as model.checkpoint"
+)
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
