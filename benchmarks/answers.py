@@ -104,13 +104,12 @@ TASKS = (
 )
 
 
-def write_model(folder: Path, dtype: str) -> None:
-    """A random checkpoint, with a tokenizer whose tokens are the words."""
+def write_model(folder: Path, dtype: str, **options: Any) -> None:
+    """A random checkpoint, with a tokenizer whose tokens are the words; `options` of its config."""
     torch.manual_seed(0)
     specials = ["<pad>", "<s>", "</s>"]
     config = OlmoeConfig(
-        **SHAPE,
-        vocab_size=16384,
+        **SHAPE | {"vocab_size": 16384} | options,
         num_experts_per_tok=TOP_K,
         num_attention_heads=8,
         num_key_value_heads=8,

@@ -52,12 +52,17 @@ def measure(
     rounds: int,
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Run each contender once a round. On several ranks all must call this with the same names."""
+    """Run each contender once a round. On several ranks all must call this with the same names.
+
+    `before` is called with a contender's name, and takes no part in its time.
+    """
     on_gpu = torch.cuda.is_available()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(warm_up + rounds):
         for name, run in contenders.items():
+            before(name)
             if dist.is_initialized():
                 dist.barrier()
             if on_gpu:

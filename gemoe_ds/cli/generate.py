@@ -34,6 +34,11 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
     parser.add_argument(
         "--rounds", type=int, default=1, help="how often each routing is timed (default: 1)"
     )
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="timed rounds launch a step as one CUDA graph, where it can be captured",
+    )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         check_routing(arguments)

@@ -26,6 +26,7 @@ from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.world import ALL_RANKS, any_over_ranks, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
+from gemoe_ds.evaluation.fixed_step import why_no_graph
 from gemoe_ds.evaluation.generate import GenerationStats, Written, alone, generate
 from gemoe_ds.evaluation.routing import RoutingCounter, over_ranks
 from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
@@ -54,6 +55,11 @@ def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
         session.check_budgets(asked)
+        if arguments.cuda_graph:
+            why_not = why_no_graph(session.model, arguments.batch, recorded=False)
+            if why_not:
+                session.say(f"no CUDA graph: {why_not}; answers are written without")
+            arguments.cuda_graph = why_not is None
         found = {mode: ModeResult() for mode in asked}
         routes = session.routes(asked)
         for number in range(arguments.rounds + 1):
@@ -124,6 +130,7 @@ def write(session: EvalSession, batch: Batch, counter: RoutingCounter | None) ->
         any_rank=(lambda here: any_over_ranks(here, world.device)) if shares_experts else alone,
         count=counter is not None,
         after_forward=counter.while_writing(ctx, batch.is_vision_BS, rows) if counter else None,
+        cuda_graph=arguments.cuda_graph and counter is None,
     )
 
 

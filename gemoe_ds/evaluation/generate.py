@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens of the prompts, L MoE layers, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.data.collate import Batch
+from gemoe_ds.evaluation.fixed_step import FixedStep, why_no_graph
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.models.moe_model import MoEModel
@@ -93,6 +95,7 @@ def generate(
     choose: Callable[[Tensor], Tensor] | None = None,
     has_ended: Callable[[int, list[int]], bool] | None = None,
     after_forward: Callable[[], object] | None = None,
+    cuda_graph: bool = False,
 ) -> Written:
     """Continue prompts that are padded on the left, until each has met one of `end_ids`.
 
@@ -103,6 +106,8 @@ def generate(
     them has tokens left to write, and a rank that has finished goes on with an empty batch until
     then. Without `count` only seconds are measured; tokens and experts are not counted.
     `after_forward` finds what was routed in the model's context: `RoutingCounter.while_writing`.
+    With `cuda_graph` the steps are those of `FixedStep`, captured anew for every call; where they
+    cannot be, a line on stderr says why, and answers are written as without.
     """
     was_training, ctx = model.training, model.ctx
     model.eval()
@@ -118,10 +123,19 @@ def generate(
             has_ended or (lambda row, token_ids: False),
             after_forward or (lambda: None),
             count,
+            cuda_graph and may_use_graph(model, len(prompts.ids), recorded=ctx.trace),
         )
     finally:
         ctx.trace = before
         model.train(was_training)
+
+
+def may_use_graph(model: MoEModel, num_sequences: int, *, recorded: bool) -> bool:
+    """Whether nothing is known to stand against it; else one line says what."""
+    why_not = why_no_graph(model, num_sequences, recorded=recorded)
+    if why_not:
+        print(f"no CUDA graph: {why_not}; answers are written without", file=sys.stderr)
+    return not why_not
 
 
 def _limits(max_new_tokens: int | Sequence[int], num_sequences: int) -> list[int]:
@@ -141,15 +155,21 @@ def _generate(
     has_ended: Callable[[int, list[int]], bool],
     after_forward: Callable[[], object],
     count: bool,
+    cuda_graph: bool,
 ) -> Written:
     past = DecodeState()
     written = Written([[] for _ in prompts.ids])
     inputs, work = replace(prompts.model_inputs, past=past), written.prompts
+    step: FixedStep | None = None
+    last: tuple[Tensor, Tensor] | None = None  # of every sequence a token; whether it goes on
     # A row of padding stands for a rank that has run out.
     going = inputs.is_valid_BS.any(1).tolist()
     while True:
         began = time.perf_counter()
-        next_B = choose(model.next_logits(inputs))
+        if last is not None and cuda_graph and step is None:
+            step = FixedStep(model, past, max(limits))
+            step.capture()
+        next_B = choose(step(*last) if step and last else model.next_logits(inputs))
         chosen = next_B.tolist()  # waits for the device
         work.seconds += time.perf_counter() - began
         if count:
@@ -163,9 +183,14 @@ def _generate(
                 going[row] = not (full or token in end_ids or has_ended(row, answer))
         if not any_rank(any(going)):
             return written
-        valid_BS = torch.tensor(going, device=next_B.device)[:, None]
-        inputs = ModelInputs(next_B[:, None], valid_BS, torch.zeros_like(valid_BS), past=past)
-        work = written.steps
+        last = next_B, torch.tensor(going, device=next_B.device)
+        inputs, work = one_token(*last, past), written.steps
+
+
+def one_token(token_B: Tensor, is_valid_B: Tensor, past: DecodeState) -> ModelInputs:
+    """The next of every sequence, text."""
+    valid_B1 = is_valid_B[:, None]
+    return ModelInputs(token_B[:, None], valid_B1, torch.zeros_like(valid_B1), past=past)
 
 
 def _chooser(prompts: Batch, temperature: float, seed: int) -> Callable[[Tensor], Tensor]:

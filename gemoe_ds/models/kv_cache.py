@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
 class DecodeState:
     """What a model remembers of a text that it reads or writes piece by piece."""
 
     def __init__(self) -> None:
-        self.cache = DynamicCache()
+        self.cache: Cache = DynamicCache()
         self.is_valid_BP: Tensor | None = None
         self.next_position_B: Tensor | None = None
+
+    def mask(self, is_valid_BS: Tensor) -> Tensor:
+        """Remember these tokens too; which of all they attend to, as transformers takes it."""
+        return attended(self.extend(is_valid_BS)).long()
+
+    def reach(self, next_position_B: Tensor) -> None:
+        """Where what follows will stand."""
+        self.next_position_B = next_position_B
 
     def extend(self, is_valid_BS: Tensor) -> Tensor:
         """Remember these tokens too; bool [B, P + S] of all."""
@@ -32,6 +41,54 @@ class DecodeState:
         self.cache.batch_select_indices(row_R)
         self.is_valid_BP = self.is_valid_BP[row_R]
         self.next_position_B = self.next_position_B[row_R]
+
+
+class FixedDecodeState(DecodeState):
+    """The same, with room for some tokens more: what is read and written stays where it is, and as
+    large as it is, from token to token. One token of every sequence may come at a time."""
+
+    cache: Cache
+    is_valid_BP: Tensor
+    next_position_B: Tensor
+
+    def __init__(self, past: DecodeState, room: int) -> None:
+        """Raises TypeError for a cache that is not transformers' plain one."""
+        assert past.is_valid_BP is not None and past.next_position_B is not None
+        known_BP = past.is_valid_BP
+        num_sequences, num_known = known_BP.shape
+        self.is_valid_BP = known_BP.new_zeros(num_sequences, num_known + room)
+        self.is_valid_BP[:, :num_known] = known_BP
+        self.next_position_B = past.next_position_B.clone()
+        self._place_1 = self.next_position_B.new_full((1,), num_known)
+        self.cache = Cache(layers=[_fixed(layer, num_known + room) for layer in past.cache.layers])
+
+    def mask(self, is_valid_BS: Tensor) -> Tensor:
+        """Bool [B, 1, 1, P] with the tokens to come left out: transformers takes it as it is."""
+        return attended(self.extend(is_valid_BS))[:, None, None]
+
+    def reach(self, next_position_B: Tensor) -> None:
+        self.next_position_B.copy_(next_position_B)
+
+    def extend(self, is_valid_BS: Tensor) -> Tensor:
+        self.is_valid_BP.index_copy_(1, self._place_1, is_valid_BS)
+        self._place_1.add_(1)
+        return self.is_valid_BP
+
+    def positions(self) -> list[Tensor]:
+        """What says where the next token goes, which a step that is not to count has changed."""
+        layers: Any = self.cache.layers
+        return [self._place_1, self.next_position_B, *(one.cumulative_length for one in layers)]
+
+    def select(self, row_R: Tensor) -> None:
+        raise NotImplementedError("sequences of a fixed state stay as they are")
+
+
+def _fixed(layer: Any, length: int) -> StaticLayer:
+    if type(layer) is not DynamicLayer:
+        raise TypeError(type(layer).__name__)
+    fixed = StaticLayer(max_cache_len=length)
+    fixed.update(layer.keys, layer.values)
+    return fixed
 
 
 def attention_inputs(
@@ -48,7 +105,6 @@ def attention_inputs(
         return {"use_cache": False} | ({} if position_BS is None else {"position_ids": position_BS})
     if position_BS is None:
         position_BS = (is_valid_BS.cumsum(1) - 1).clamp(min=0)
-    known = is_valid_BS
     if past is not None:
         if past.next_position_B is not None:
             position_BS = position_BS + past.next_position_B[:, None]
@@ -56,10 +112,10 @@ def attention_inputs(
         reached_B = furthest_BS.masked_fill(~is_valid_BS, -1).amax(1) + 1
         if past.next_position_B is not None:  # a sequence that has ended stays where it is
             reached_B = torch.maximum(reached_B, past.next_position_B)
-        past.next_position_B = reached_B
-        known = past.extend(is_valid_BS)
+        past.reach(reached_B)
+    mask = attended(is_valid_BS).long() if past is None else past.mask(is_valid_BS)
     return {
-        "attention_mask": attended(known).long(),
+        "attention_mask": mask,
         "position_ids": position_BS,
         "past_key_values": None if past is None else past.cache,
         "use_cache": past is not None,

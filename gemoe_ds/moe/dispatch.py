@@ -65,7 +65,7 @@ class _Counted(NamedTuple):
 
 # On a GPU so many assignments are gone through at once, chosen or not: the host then needs not
 # wait to know how many they are, and a CUDA graph can hold the layer.
-_FEW = 4096
+MOST_AT_ONCE = 4096
 
 
 class LocalDispatcher(Dispatcher):
@@ -75,7 +75,11 @@ class LocalDispatcher(Dispatcher):
         counts_E = mask_TE.sum(0)
         if sizes.exactly is not None:
             return _Counted(mask_TE, counts_E, sizes.exactly)
-        if sizes.at_most is not None and sizes.at_most <= _FEW and available(mask_TE.device):
+        if (
+            sizes.at_most is not None
+            and sizes.at_most <= MOST_AT_ONCE
+            and available(mask_TE.device)
+        ):
             return _Counted(mask_TE, counts_E, sizes.at_most, is_bound=True)
         return _Counted(mask_TE, counts_E, HostCopy(counts_E))
 

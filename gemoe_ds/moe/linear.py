@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from gemoe_ds.moe.experts import onednn
 
 _ROWS_AT_A_TIME = 512  # on a CPU: 4 MB in float32 at D = 2048
+_FEW_ROWS = 32  # up to here oneDNN takes longer to repack the weight than MKL to multiply
 
 
 class RouterLinear(nn.Linear):
@@ -54,7 +55,20 @@ def fused_linear(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
 
 def _products(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x @ weight.T of each."""
+    if not torch.is_grad_enabled():
+        return _forward(x_TD, weights)
     return _WideLinear.apply(x_TD, *weights)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _forward(x_TD: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    weight_MD = _cat(weights)
+    # bfloat16 weights, of a model that was moved to it as a whole, are no reason for less
+    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_MD.dtype), torch.float32)
+    weight_MD = weight_MD.to(dtype)
+    logits_TM = _cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
+    if len(weights) == 1:
+        return (logits_TM,)
+    return torch.split(logits_TM, [len(weight) for weight in weights], dim=1)
 
 
 class _WideLinear(torch.autograd.Function):
@@ -69,12 +83,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TD, *weights)
         ctx.set_materialize_grads(False)
-        weight_MD = _cat(weights)
-        # bfloat16 weights, of a model that was moved to it as a whole, are no reason for less
-        dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_MD.dtype), torch.float32)
-        weight_MD = weight_MD.to(dtype)
-        logits_TM = torch.cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
-        return torch.split(logits_TM, [len(weight) for weight in weights], dim=1)
+        return _forward(x_TD, weights)
 
     @staticmethod
     @once_differentiable
@@ -113,11 +122,12 @@ def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     """rows @ weight.T"""
-    if onednn.usable(rows) and rows.shape[0]:
+    if rows.shape[0] > _FEW_ROWS and onednn.usable(rows):
         return onednn.linear(rows, weight)
     return rows @ weight.t()
 
 
 def _in_parts(rows_TD: Tensor) -> tuple[Tensor, ...]:
-    on_cpu = rows_TD.device.type == "cpu"
-    return torch.split(rows_TD, _ROWS_AT_A_TIME if on_cpu else max(rows_TD.shape[0], 1))
+    if rows_TD.device.type != "cpu" or rows_TD.shape[0] <= _ROWS_AT_A_TIME:
+        return (rows_TD,)
+    return torch.split(rows_TD, _ROWS_AT_A_TIME)

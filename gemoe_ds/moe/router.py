@@ -175,11 +175,12 @@ class Router(Registered, nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.score(x_TD, ctx)
             decision = self.select(logits_TE, x_TD, ctx)
-            mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
-            weights_TE = decision.weights_TE
+            if ctx.may_have_padding:
+                mask_TE = decision.mask_TE & ctx.is_valid_T[:, None]
+                decision = replace(decision, mask_TE=mask_TE)
             if self.spec.routed_scaling_factor != 1:
-                weights_TE = weights_TE * self.spec.routed_scaling_factor
-            decision = replace(decision, mask_TE=mask_TE, weights_TE=weights_TE)
+                weights_TE = decision.weights_TE * self.spec.routed_scaling_factor
+                decision = replace(decision, weights_TE=weights_TE)
             if ctx.intervene:
                 decision = ctx.intervene(self.spec.slot, decision)
             return decision, logits_TE

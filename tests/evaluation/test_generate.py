@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+import gemoe_ds.evaluation.generate as module
+from gemoe_ds.evaluation.fixed_step import FixedStep
 from gemoe_ds.evaluation.generate import GenerationStats, _chooser, generate
 from gemoe_ds.models.inputs import ModelInputs
 from tests.helpers import run_ranks
@@ -51,6 +53,35 @@ def test_greedy_answers_are_those_without_a_cache(loaded):  # noqa: F811
     low, high = model.moe_layers[0].router.k_low, model.moe_layers[0].router.k_high
     for work in (written.prompts, written.steps):
         assert all(low <= k <= high for k in work.mean_k_L) and work.seconds > 0
+
+
+def test_steps_of_fixed_shape_write_the_same(loaded, monkeypatch):  # noqa: F811
+    """What a CUDA graph would hold, run as it is; one sequence ends early and stays there."""
+    model, collator = loaded
+    some = samples(model.image_layout is not None)
+    prompts = [collator.prompt(row, sample) for row, sample in enumerate(some)]
+    batch = collator.batch(prompts, left=True)
+    free = generate(model, batch, max_new_tokens=8, end_ids=set(), count=False).token_ids
+    options = {"max_new_tokens": [8, 6, 8], "end_ids": {free[0][2]}, "count": False}
+    want = generate(model, batch, **options).token_ids
+    monkeypatch.setattr(module, "why_no_graph", lambda *_, **__: None)
+    captured = []
+    monkeypatch.setattr(FixedStep, "capture", lambda step: captured.append(step))
+    assert generate(model, batch, **options, cuda_graph=True).token_ids == want
+    assert (
+        len(captured) == 1
+        and captured[0].past.is_valid_BP.shape[1] == batch.is_valid_BS.shape[1] + 8
+    )
+
+
+def test_without_a_gpu_a_line_says_so_and_answers_are_written(tmp_path, capsys):
+    model = make_model(write_base(tmp_path))
+    prompts = fake_prompts(torch.ones(1, 3, dtype=torch.long), [3])
+    options = {"max_new_tokens": 3, "end_ids": set(), "count": False}
+    want = generate(model, prompts, **options).token_ids
+    assert generate(model, prompts, **options, cuda_graph=True).token_ids == want
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no CUDA graph: there are no CUDA graphs on cpu; answers are")
 
 
 def test_mean_k_is_that_of_the_tokens(tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gemoe_ds.data.collate import Batch, Collator
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.evaluation.fixed_step import FixedStep
+from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.images import ON_HOST
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
@@ -41,6 +44,15 @@ def build(name: str, folder) -> MoEModel:
         (gemoe, gemoe.Config()),
         dtype=torch.bfloat16,
     )
+
+
+def text_prompts() -> Batch:
+    """Two of five and three tokens, padded on the left."""
+    ids = torch.randint(6, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, :2] = False
+    nothing, turns = torch.zeros_like(valid), torch.full(ids.shape, -1, dtype=torch.int16)
+    return Batch(ids, torch.full_like(ids, -100), valid, nothing, turns, {}, ("0", "1"), (0, 1))
 
 
 def batch_of(name: str, model: MoEModel, folder) -> Batch:
@@ -81,6 +93,36 @@ def test_a_training_step(name, tmp_path, monkeypatch):
     for name, grad in found.items():
         difference = (real(grad) - expected[name]).norm() / expected[name].norm()
         assert difference < 0.15, (name, difference)
+
+
+def test_steps_of_an_answer_could_be_one_graph(base, monkeypatch):
+    """What `FixedStep.capture` would record: no wait, nothing from the host, the same launches on
+    the same shapes every time, and the tokens that are written without."""
+    model, prompts = make_model(base, dtype=torch.bfloat16), text_prompts()
+    options = {"max_new_tokens": 6, "end_ids": set(), "count": False}
+    want = generate(model, prompts, **options).token_ids
+    steps = []
+
+    def counted(step):
+        gpu.forget()
+        gpu.made.clear()
+        run(step)
+        shapes = [tuple(one().shape) for one in gpu.made if one() is not None]
+        steps.append((gpu.launches.copy(), shapes, gpu.waits.copy(), gpu.uploads.copy()))
+
+    run = FixedStep.run
+    monkeypatch.setattr(FixedStep, "run", counted)
+    monkeypatch.setattr(FixedStep, "capture", lambda step: None)
+    with pretended_gpu() as gpu:
+        on_gpu(model)
+        inputs = {n: on_gpu(t) for n, t in prompts.inputs.items() if n != "images"}
+        found = generate(model, replace(prompts, **inputs), **options, cuda_graph=True)
+        assert not gpu.mixed, gpu.mixed
+    assert found.token_ids == want
+    assert len(steps) == 5
+    for launches, shapes, waits, uploads in steps:
+        assert not waits and not uploads, (waits, uploads)
+        assert launches == steps[0][0] and shapes == steps[0][1]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemoe_ds.moe.experts import by_expert, grouped
-from gemoe_ds.moe.experts.weights import ExpertWeights
+from gemoe_ds.moe.experts.weights import SMALL_FFN, ExpertWeights
 from gemoe_ds.moe.plan import RoutingPlan
 
 
@@ -32,28 +32,43 @@ def ragged_ffn(x_ND: Tensor, plan: RoutingPlan, expert_weights: ExpertWeights) -
     Products run in their own dtype, sums in float32 at least, and the result has the dtype of
     `x_ND`. Differentiable once, in x, the plan's weights, and the experts if they ask for it.
     """
-    y_ND: Tensor = _RaggedFFN.apply(  # type: ignore[no-untyped-call]
-        x_ND,
-        plan.weights_A,
-        expert_weights.gate_up_EGD,
-        expert_weights.down_EDF,
-        plan,
-        expert_weights,
-    )
-    return y_ND
+    weights = plan.weights_A, expert_weights.gate_up_EGD, expert_weights.down_EDF
+    # Within a function of autograd parameters want a gradient whether or not one is wanted here.
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (x_ND, *weights)):
+        y_ND: Tensor = _RaggedFFN.apply(  # type: ignore[no-untyped-call]
+            x_ND, *weights, plan, expert_weights
+        )
+        return y_ND
+    return _forward(x_ND, plan, expert_weights, keep=False)[0]
+
+
+def _forward(
+    x_ND: Tensor, plan: RoutingPlan, expert_weights: ExpertWeights, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """y_ND in the dtype of x, and what the path's backward pass needs, if asked."""
+    if not plan.weights_A.numel():  # no product has to take a matrix without rows
+        return torch.zeros_like(x_ND), []
+    with torch.autocast(x_ND.device.type, enabled=False):
+        path = _path(x_ND, expert_weights)
+        y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
+    return y_ND.to(x_ND.dtype), kept
+
+
+def _path(x_ND: Tensor, expert_weights: ExpertWeights) -> ModuleType:
+    width = expert_weights.down_EDF.shape[2]
+    return path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], width)
 
 
 # What the grouped path may be used for: torch's grouped product takes these, and is fast where it
 # is one kernel (GPUs), or where a call an expert would take longer than the product (small FFNs).
 _GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-_SMALL_FFN = 1 << 17  # D * F; at 100 rows an expert, products of 0.1 GFLOP
 
 
 def path_for(device: torch.device, dtype: torch.dtype, d_model: int, width: int) -> ModuleType:
     """The module whose `forward` and `backward` are the fastest here; see docs/performance.md."""
     aligned = all(n * dtype.itemsize % 16 == 0 for n in (d_model, width))  # of whole 16 bytes
     takes = aligned and dtype in _GROUPED_DTYPES.get(device.type, ())
-    worth = device.type == "cuda" or d_model * width <= _SMALL_FFN
+    worth = device.type == "cuda" or d_model * width <= SMALL_FFN
     path: ModuleType = grouped if takes and worth else by_expert
     return path
 
@@ -69,21 +84,15 @@ class _RaggedFFN(torch.autograd.Function):
         plan: RoutingPlan,
         expert_weights: ExpertWeights,
     ) -> Tensor:
-        path = path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], down_EDF.shape[2])
         plan = replace(plan, weights_A=weights_A)
-        keep = any(ctx.needs_input_grad)
-        y_ND, kept = torch.zeros_like(x_ND), list[Tensor]()
-        if weights_A.numel():  # no product has to take a matrix without rows
-            with torch.autocast(x_ND.device.type, enabled=False):
-                y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
+        y_ND, kept = _forward(x_ND, plan, expert_weights, keep=True)
         ctx.path, ctx.plan, ctx.expert_weights = (
-            path,
+            _path(x_ND, expert_weights),
             replace(plan, weights_A=weights_A[:0]),
             expert_weights,
         )
         ctx.save_for_backward(x_ND, weights_A, *kept)
-        result: Tensor = y_ND.to(x_ND.dtype)
-        return result
+        return y_ND
 
     @staticmethod
     @once_differentiable

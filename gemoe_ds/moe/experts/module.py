@@ -49,7 +49,8 @@ class Experts(nn.Module):
         """y_ND = sum over a row's assignments of weight * expert(x), in the dtype of `x_ND`.
 
         Sums run in float32 at least; a row without assignments gives 0; A = 0, N = 0 and idle
-        experts are ordinary. Under autocast the products run in its dtype.
+        experts are ordinary. Under autocast the products run in its dtype; those of bfloat16 in
+        float32, where a CPU has no instructions for it.
         """
         device = x_ND.device.type
         if torch.is_autocast_enabled(device):

@@ -65,3 +65,18 @@ def test_a_few_rows_an_expert_are_written_as_many_are(tokens, share, pack):
 )
 def test_path_suits_the_device(device, dtype, d_model, width, path):
     assert ffn.path_for(torch.device(device), dtype, d_model, width) is path
+
+
+def test_parameters_cost_nothing_where_no_gradient_is_wanted():
+    """As an exported model's, which want one whenever grad mode is on: nothing is kept for it."""
+    x, mask, weights, gate_up, down = ragged_problem(3, 6, 8, 0.4, d=16, f=24)
+    experts = Experts(gate_up.detach(), down.detach(), trainable=True)
+    kept = []
+    with patch.object(by_expert, "forward", wraps=by_expert.forward) as path:
+        with patch.object(ffn, "path_for", lambda *_: by_expert):
+            want = dispatch(LocalDispatcher(), x, mask, weights, experts)
+            with torch.no_grad():
+                got = dispatch(LocalDispatcher(), x, mask, weights, experts)
+        kept = [call.kwargs["keep"] for call in path.call_args_list]
+    assert kept == [True, False] and not got.requires_grad
+    torch.testing.assert_close(got, want.detach())
