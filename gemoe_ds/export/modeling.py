@@ -6,6 +6,7 @@ folder; there it needs torch, transformers and pydantic, but neither gemoe_ds no
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from gemoe_ds.export.image_rows import aligned
 from gemoe_ds.moe.context import TokenContext
+from gemoe_ds.moe.dispatch import LocalDispatcher, known_sizes
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Router, RoutingSpec
 
@@ -59,7 +61,6 @@ class GemoeForConditionalGeneration(Stock):
         router_class = Router.named(described["router"]["name"])
         options = {k: v for k, v in described["router"].items() if k != "name"}
         self.ctx = TokenContext(len(described["blocks"]))
-        self.ctx.trace = True
         for slot, entry in enumerate(described["blocks"]):
             block = self.get_submodule(getattr(self, "blocks_below", "") + entry["path"])
             spec = RoutingSpec(**entry["routing"])
@@ -76,8 +77,8 @@ class GemoeForConditionalGeneration(Stock):
     @property
     def k_per_layer(self) -> list[Tensor]:
         """k of every token of the last forward, int64 [B, S] a layer; 0 for padding."""
-        k_LT = (record.k_T for record in self.ctx.layers)
-        return [k_T.view(self._batch_size, -1) for k_T in k_LT if k_T is not None]
+        masks = (record.mask_TE for record in self.ctx.layers)
+        return [mask.sum(1).view(self._batch_size, -1) for mask in masks if mask is not None]
 
 
 def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -104,17 +105,23 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _block_forward(ctx: TokenContext, shared: str | None) -> Any:
     """`shared`: what the block calls its experts that every token visits."""
+    dispatcher = LocalDispatcher()
 
     def forward(block: Any, hidden_states: Tensor) -> Tensor:
         x_TD = ctx.without_padding(hidden_states.reshape(-1, hidden_states.shape[-1]))
         router = block.gemoe_router
         decision, logits_TE = router.decide(x_TD, ctx)
-        router.record(decision, logits_TE, ctx)
-        y_TD = block.gemoe_experts.forward(x_TD, router.plan(decision))
-        free_TD = router.free_output(x_TD, decision)
+        record = router.record_of(ctx)
+        record.logits_TE, record.mask_TE = logits_TE, router.split(decision.mask_TE)[0]
+        writes = not (block.training or torch.is_grad_enabled())
+        sizes = known_sizes(router, ctx, writes=writes)
+        weights_TE, _ = router.split(decision.weights_TE)
+        preprocessed = dispatcher.dispatch_preprocess(router.dispatched(decision), sizes)
+        free = partial(router.free_output, decision=decision)
+        y_TD = dispatcher(x_TD, weights_TE, preprocessed, block.gemoe_experts.forward, free)
         if shared is not None:
             y_TD = y_TD + block.get_submodule(shared)(x_TD)
-        return (y_TD if free_TD is None else y_TD + free_TD).view(hidden_states.shape)
+        return y_TD.view(hidden_states.shape)
 
     return forward
 

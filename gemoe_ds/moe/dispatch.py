@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.moe.all_to_all import AllToAll, AsyncWork, TokenExchange, UnevenAllToAll
+from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.gather_scatter import gather_rows, scatter_add_rows
 from gemoe_ds.moe.host_copy import HostCopy
 from gemoe_ds.moe.plan import RoutingPlan, row_major
+from gemoe_ds.moe.router import Router
 from gemoe_ds.moe.triton_launch import available
 
 ExpertFn = Callable[[Tensor, RoutingPlan], Tensor]  # x_ND, plan -> y_ND, e.g. `Experts`
@@ -35,6 +37,17 @@ class Sizes(NamedTuple):
 
 
 UNKNOWN = Sizes()
+
+
+def known_sizes(router: Router, ctx: TokenContext, *, writes: bool) -> Sizes:
+    """What is known of the number of assignments without asking the device; `writes`: nothing
+    goes backward, as while answers are written."""
+    num_tokens = len(ctx.is_valid_T)
+    if ctx.intervene is not None:
+        return UNKNOWN
+    if router.static_k is not None and not ctx.may_have_padding:
+        return Sizes(exactly=router.static_k * num_tokens)
+    return Sizes(at_most=router.max_k * num_tokens) if writes else UNKNOWN
 
 
 class Dispatcher(ABC):

@@ -11,7 +11,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.after_step import after_step, before_steps
 from gemoe_ds.moe.context import TEACHER, TokenContext
 from gemoe_ds.moe.dense_gradient import with_dense_gradient
-from gemoe_ds.moe.dispatch import UNKNOWN, Dispatcher, LocalDispatcher, Sizes
+from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher, known_sizes
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router, RoutingSpec
@@ -226,7 +226,9 @@ class MoELayer(nn.Module):
         decision, logits_TE = router.decide(x_TD, self.ctx)
         weights_TE, _ = router.split(decision.weights_TE)
         mask_TE = router.dispatched(decision)
-        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, self._sizes(router))
+        writes = not self.training and not torch.is_grad_enabled()
+        sizes = known_sizes(router, self.ctx, writes=writes)
+        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, sizes)
         router.record(decision, logits_TE, self.ctx)  # while the counts travel
         if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
             if router.losses(decision, logits_TE, self.ctx):
@@ -250,16 +252,6 @@ class MoELayer(nn.Module):
             y_TD = with_dense_gradient(y_TD, weights_TE, x_TD, others_TE, parts, self._sum_of)
         self.ctx.watch(router.spec.slot, y_TD, training=self.training)
         return y_TD.view(x_BSD.shape)
-
-    def _sizes(self, router: Router) -> Sizes:
-        """What is known of the number of assignments without asking the device."""
-        ctx, num_tokens = self.ctx, len(self.ctx.is_valid_T)
-        if ctx.intervene is not None:
-            return UNKNOWN
-        if router.static_k is not None and not ctx.may_have_padding:
-            return Sizes(exactly=router.static_k * num_tokens)
-        writes = not self.training and not torch.is_grad_enabled()
-        return Sizes(at_most=router.max_k * num_tokens) if writes else UNKNOWN
 
     def _sum_of(self, x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """The weighted sum of these experts alone."""

@@ -6,6 +6,7 @@ Shapes: T tokens, D model, M outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from gemoe_ds.moe.experts import onednn
 
 _ROWS_AT_A_TIME = 512  # on a CPU: 4 MB in float32 at D = 2048
 _FEW_ROWS = 32  # up to here oneDNN takes longer to repack the weight than MKL to multiply
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """`torch.autocast(device_type, enabled=False)`, which takes its time, where there is need."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class RouterLinear(nn.Linear):

@@ -19,7 +19,7 @@ from gemoe_ds.moe import losses
 from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.experts.zero_computation import ZeroComputationExperts, ZeroComputationKind
-from gemoe_ds.moe.linear import RouterLinear, fused_linear
+from gemoe_ds.moe.linear import RouterLinear, fused_linear, without_autocast
 from gemoe_ds.moe.per_layer import of_layer
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.step_context import Read, StepContext
@@ -172,7 +172,7 @@ class Router(Registered, nn.Module):
 
     def decide(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Decision, Tensor]:
         """Route T tokens: the decision, with k = 0 for padding, and logits_TE."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             logits_TE = self.score(x_TD, ctx)
             decision = self.select(logits_TE, x_TD, ctx)
             if ctx.may_have_padding:
@@ -187,10 +187,13 @@ class Router(Registered, nn.Module):
 
     def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext) -> None:
         """Losses, counts and statistics of a decision into the record of this layer."""
-        with torch.autocast(logits_TE.device.type, enabled=False):
-            record = self.record_of(ctx)
-            record.logits_TE = logits_TE
-            if torch.is_grad_enabled() or ctx.losses_without_gradient:
+        record = self.record_of(ctx)
+        record.logits_TE = logits_TE
+        wants_losses = torch.is_grad_enabled() or ctx.losses_without_gradient
+        if not (wants_losses or self.training or ctx.collect or ctx.trace):
+            return
+        with without_autocast(logits_TE.device.type):
+            if wants_losses:
                 record.losses = self.losses(decision, logits_TE, ctx)
             with torch.no_grad():
                 if self.training:

@@ -237,6 +237,9 @@ def pretended_gpu(interpret: bool = False) -> Iterator[Gpu]:
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         """By its definition: torch chooses among kernels that a CPU build has not."""
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # which it takes as numbers
+            blank = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = blank.masked_fill(~attn_mask, float("-inf"))
         return torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )[0]

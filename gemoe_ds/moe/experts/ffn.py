@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from gemoe_ds.moe.experts import by_expert, grouped
 from gemoe_ds.moe.experts.weights import SMALL_FFN, ExpertWeights
+from gemoe_ds.moe.linear import without_autocast
 from gemoe_ds.moe.plan import RoutingPlan
 
 
@@ -48,7 +49,7 @@ def _forward(
     """y_ND in the dtype of x, and what the path's backward pass needs, if asked."""
     if not plan.weights_A.numel():  # no product has to take a matrix without rows
         return torch.zeros_like(x_ND), []
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device.type):
         path = _path(x_ND, expert_weights)
         y_ND, kept = path.forward(x_ND, plan, expert_weights, keep=keep)
     return y_ND.to(x_ND.dtype), kept
