@@ -106,6 +106,7 @@ def test_steps_of_an_answer_could_be_one_graph(base, monkeypatch):
     def counted(step):
         gpu.forget()
         gpu.made.clear()
+        gpu.uploads.clear()
         run(step)
         shapes = [tuple(one().shape) for one in gpu.made if one() is not None]
         steps.append((gpu.launches.copy(), shapes, gpu.waits.copy(), gpu.uploads.copy()))
