@@ -91,7 +91,7 @@ def _by_each(
 ) -> Tensor:
     """Each expert's rows @ its weight.T, [A, M]; as little else as can be between the products."""
     dtype, done = rows_AK.dtype, []
-    rows_or_none = rows_AK.split(counts)
+    rows_or_none = torch.split(rows_AK, counts)
     for expert, count in enumerate(counts):
         if not count:
             continue
