@@ -9,7 +9,7 @@ answers 20 prompts greedily. Printed are the mean k, tokens a second, and how fa
 log-probabilities equal those of transformers at the same k. In float32 a server that does not agree
 ends the command with exit code 2. In other dtypes rounding moves the k of some tokens, so nothing
 is judged unless --tolerance is given. Code of the folder runs only if its checksums are those that
-`gemoe export` wrote down.
+`gemoe export` wrote down, and if it is what this version writes.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def _parser() -> Parser:
         metavar="JSON",
         help="arguments of vLLM's LLM, such as '{\"tensor_parallel_size\": 2}'",
     )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run code that the export of another version wrote, by its checksums",
+    )
     parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
     return parser
 
@@ -82,6 +87,7 @@ def _check(flags: argparse.Namespace) -> None:
     from gemoe_ds.serving.check import Options, serve_check, verdict, write_result
 
     names = ("prompts", "python", "dtype", "max_new_tokens", "batch", "rounds", "tolerance", "vllm")
+    names += ("trust_code",)
     options = Options(**{name: getattr(flags, name) for name in names})
     rows = serve_check(flags.folder, options, lambda text: print(text, flush=True))
     if flags.out:

@@ -39,6 +39,11 @@ class Code:
         write_sources(folder, self.roots, self.replaced, self.router)
 
     @property
+    def made_from(self) -> dict[str, Any]:
+        """What `write` depends on beside the package's own sources, for a JSON file."""
+        return {"roots": self.roots, "replaced": self.replaced, "router": self.router}
+
+    @property
     def has_processor(self) -> bool:
         return self.layout is not None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemoe_ds import __version__
 from gemoe_ds.export.code import Code, code_of, processor_map, prompt_section
-from gemoe_ds.export.code_record import KEY, PROVENANCE, checksums
+from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
@@ -56,7 +56,8 @@ def export(
             code.write(folder)
         _extend_configs(folder, router, model, code, tokenizer)
         ours = {n: sum_ for n, sum_ in checksums(folder).items() if of_base.get(n) != sum_}
-        _write_json(folder / PROVENANCE, provenance | {"gemoe_ds": __version__, KEY: ours})
+        made = {"gemoe_ds": __version__, KEY: ours, MADE_FROM: code and code.made_from}
+        _write_json(folder / PROVENANCE, provenance | made)
         card = _card(router, provenance, model, code)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -137,9 +137,9 @@ class Asked:
             both = self.tokenizer(texts, **options)
             made = {name: both[name] for name in ("input_ids", "attention_mask")}
         else:
-            images = [[Image.open(p).convert("RGB") for p in one.images] for one in prompts]
-            if any(images):
-                options["images"] = images
+            paths = [path for prompt in prompts for path in prompt.images]
+            if paths:  # one list: the marks in the texts say whose they are
+                options["images"] = [Image.open(path).convert("RGB") for path in paths]
             made = self.processor(text=texts, **options)
         return {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)

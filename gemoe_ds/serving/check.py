@@ -36,6 +36,7 @@ class Options:
     rounds: int = 3
     tolerance: float | None = None
     vllm: dict[str, Any] = field(default_factory=dict)
+    trust_code: bool = False
 
     @property
     def allowed(self) -> float | None:
@@ -65,7 +66,7 @@ def serve_check(folder: Path, options: Options, say: Callable[[str], None]) -> l
     server cannot load.
     """
     described = read_described(folder)
-    check_code(folder)
+    check_code(folder, options.trust_code)
     sees = has_image_processor(folder)
     servers = find_servers(options.python)
     static = [float(block["routing"]["top_k"]) for block in described["blocks"]]
@@ -104,11 +105,16 @@ def read_described(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}/config.json cannot be read ({error}); give a folder of `gemoe export`"
         ) from error
-    described = config.get("gemoe")
+    described = config.get("gemoe") if isinstance(config, dict) else None
     if not isinstance(described, dict) or not {"router", "blocks"} <= described.keys():
         raise CheckpointError(
             f"{folder}/config.json has no `gemoe`, which says how it routes; give a folder of "
             "`gemoe export`"
+        )
+    if not described.get("enabled", True):
+        raise CheckpointError(
+            f"{folder}/config.json has gemoe.enabled: false, so its own code serves the static k; "
+            "set it to true, or leave it out"
         )
     if not any(key.startswith("AutoModelFor") for key in config.get("auto_map") or {}):
         raise CheckpointError(
@@ -140,6 +146,8 @@ def _rows(
         options.rounds,
     )
     rows: list[Row] = []
+    if len(servers) == 1:
+        say("vllm: not in this environment; --python names the interpreter of one that has it")
     for server in servers:
         for mode in (TRAINED, STATIC):
             if mode == TRAINED and not server.routes:

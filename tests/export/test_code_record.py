@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.export.code_record import KEY, PROVENANCE, check_code
+from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, check_code
+from gemoe_ds.files import sha256_of
 from tests.export.test_folder import written
 from tests.models.cases import write_case
 
@@ -47,15 +48,17 @@ def change(folder):
     path.write_text(path.read_text() + "\n")
 
 
+def put_right(folder, **changes):
+    """The list says what is in the folder: as who wrote both would have it."""
+    made = json.loads((folder / PROVENANCE).read_text())
+    made[KEY] = {name: sha256_of(folder / name) for name in made[KEY]}
+    (folder / PROVENANCE).write_text(json.dumps(made | changes))
+
+
 def reach_further(folder):
-    """A listed file that imports another: only if its own checksum was put right, too."""
     path = folder / "modeling_gemoe.py"
     path.write_text(path.read_text() + "from .helper_own import x\n")
-    made = json.loads((folder / PROVENANCE).read_text())
-    from gemoe_ds.files import sha256_of
-
-    made[KEY][path.name] = sha256_of(path)
-    (folder / PROVENANCE).write_text(json.dumps(made))
+    put_right(folder)
 
 
 FAULTS = {
@@ -94,3 +97,38 @@ def test_other_code_is_refused_by_name(fault, folder):
     with pytest.raises(CheckpointError) as refusal:
         check_code(folder)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def by_somebody(folder):
+    change(folder)
+    put_right(folder)
+
+
+def by_replacing(folder):
+    """Lines that no export puts in place of others, said to be of one."""
+    made = json.loads((folder / PROVENANCE).read_text())[MADE_FROM]
+    line = "from torch import Tensor, nn"
+    path = folder / "modeling_gemoe.py"
+    path.write_text(path.read_text().replace(line, f"{line}; evil = 1"))
+    made["replaced"]["gemoe_ds.export.modeling"][line] = f"{line}; evil = 1"
+    put_right(folder, **{MADE_FROM: made})
+
+
+def of_no_module(folder):
+    made = json.loads((folder / PROVENANCE).read_text())[MADE_FROM]
+    change(folder)
+    put_right(folder, **{MADE_FROM: made | {"router": "gemoe_ds.no.such"}})
+
+
+@pytest.mark.parametrize("plant", [by_somebody, by_replacing, of_no_module])
+def test_code_that_this_package_does_not_write_needs_a_word(plant, folder):
+    plant(folder)
+    with pytest.raises(CheckpointError, match="is not what gemoe_ds .* writes; .* --trust-code"):
+        check_code(folder)
+    check_code(folder, trusted=True)
+
+
+def test_trust_is_no_excuse_for_a_changed_file(folder):
+    change(folder)
+    with pytest.raises(CheckpointError, match="gemoe_moe_plan.py is not as the export wrote it"):
+        check_code(folder, trusted=True)

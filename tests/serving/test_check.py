@@ -183,6 +183,11 @@ def test_a_wrong_option_is_one_line(words, said, exported, capsys, monkeypatch, 
         (None, "config.json cannot be read"),
         ("[", "config.json cannot be read"),
         ("{}", "config.json has no `gemoe`"),
+        ("[]", "config.json has no `gemoe`"),
+        (
+            '{"gemoe": {"router": {}, "blocks": [], "enabled": false}}',
+            "config.json has gemoe.enabled: false",
+        ),
         ('{"gemoe": {"router": {}, "blocks": []}}', "config.json names no model code (auto_map)"),
     ],
 )
