@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 VOCABULARY = 4000
-CALIBRATION = {"batch": 16, "prompt": 32, "new": 2}
+CALIBRATION = {"batch": 8, "prompt": 8, "new": 3}
 
 
 def main(folder: str, slots: str) -> None:
@@ -77,8 +77,8 @@ class Worker:
     def set_mean_k(self, k: float) -> None:
         """By bisection of `k_shift` on tokens like those that are timed, once for each k."""
         if k not in self.dials:
-            low, high = -8.0, 8.0
-            for _ in range(8):
+            low, high = -7.0, 9.0
+            for _ in range(6):
                 self.set_dial((low + high) / 2)
                 before = self.counts()
                 self.generate(**CALIBRATION)
