@@ -83,6 +83,21 @@ def test_the_code_of_the_base_may_stay_in_its_place(tmp_path):
     assert not (out / "preprocessor_config.json").exists()
 
 
+def test_qwen3_vl_keeps_the_sizes_of_the_run_and_what_stood_for_an_image(tmp_path):
+    base, tokenizer = write_case("qwen3_vl_moe", tmp_path)
+    model = make_model("qwen3_vl_moe", base, "gemoe", backbone={"max_pixels": 4096})
+    options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
+    before = json.loads((base / "preprocessor_config.json").read_text())
+    export(model, {}, router={"name": "gemoe"}, out=tmp_path / "out", **options)
+    after = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert after["size"] == before["size"] | {"longest_edge": 4096}
+    assert "auto_map" not in after, "the base's own processor"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    # the image's token, and those that begin and end it: so does training count
+    assert config["gemoe"]["image_tokens"] == [32, 33, 34]
+    assert config["auto_map"].keys() == {"AutoModelForImageTextToText", "AutoModel"}
+
+
 def olmoe(tmp_path: Path) -> tuple[Path, Path]:
     return write_case("olmoe", tmp_path)
 
