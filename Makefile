@@ -102,6 +102,7 @@ mutants: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # The MoE layer against its peers on this machine: results/bench_cpu.json or bench_cuda.json.
+# torchtitan and megatron-core take part if they are installed; docs/performance.md says how.
 bench: setup
 	$(BIN)/python -m benchmarks
 

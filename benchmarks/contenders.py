@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import optional_peers, peers
 from benchmarks.oracle import check
 from benchmarks.problem import Ours, Problem
-from benchmarks.rows import PARTS
+from benchmarks.rows import LABELS, PARTS
 from gemoe_ds.engine.world import World
 
 DENSE, ROUTER = PARTS
@@ -106,6 +106,10 @@ def peer_contenders(problem: Problem, names: list[str], mode: str, world: World)
     found = []
     top_k = problem.shape.top_k
     for name in names:
+        reason = optional_peers.why_not(name, problem.x_TD.dtype, problem.x_TD.device)
+        if reason:
+            print(f"   {LABELS[name]}: not run, {reason}", flush=True)
+            continue
         mean_k = PAPER_K if "padded" in name else float(top_k)
         router = Ours(problem, mean_k, local=slice(0, 1))  # routes; its experts are not used
         module = peers.build(name, problem, router, mode == "trainable", world)

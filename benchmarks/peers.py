@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
+from benchmarks import optional_peers
 from benchmarks.problem import Ours, Problem
 from gemoe_ds.engine.world import World
 
@@ -178,6 +179,14 @@ def _classic_moe(problem: Problem, router: Ours, trainable: bool, world: World) 
     return _Batched(moe)
 
 
+def _torchtitan(problem: Problem, router: Ours, trainable: bool, world: World) -> nn.Module:
+    return _Batched(optional_peers.torchtitan_layer(problem, trainable))
+
+
+def _megatron(problem: Problem, router: Ours, trainable: bool, world: World) -> nn.Module:
+    return optional_peers.megatron_layer(problem, trainable)
+
+
 PEERS: dict[str, Callable[..., nn.Module]] = {
     "autoep": _auto_ep(grouped=False),
     "autoep_grouped": _auto_ep(grouped=True),
@@ -185,4 +194,6 @@ PEERS: dict[str, Callable[..., nn.Module]] = {
     "hf_eager": _hf("eager"),
     "hf_grouped": _hf("grouped_mm"),
     "classic_moe": _classic_moe,
+    "torchtitan": _torchtitan,
+    "megatron": _megatron,
 }

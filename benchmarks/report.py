@@ -11,6 +11,8 @@ from gemoe_ds.analysis.tables import markdown
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
 
+_APART = ("stages", "timeline", "links", "monotonic", "compile")  # suites with a table of their own
+
 
 def write_report(results: Path) -> str:
     """Write the page and the plot beside `results`; gives the page."""
@@ -43,7 +45,7 @@ def render(data: Row, figure: str) -> str:
         *_not_run(data),
         f"![time against mean k]({figure})",
     ]
-    timed = [row for row in rows if row["suite"] not in ("stages", "timeline", "links")]
+    timed = [row for row in rows if row["suite"] not in _APART]
     for (suite, shape, tokens, ep), some in grouped(timed).items():
         ranks = f", EP {ep}" if ep > 1 else ""
         parts.append(f"## {suite}: {shape}, {tokens} tokens{' a rank' if ep > 1 else ''}{ranks}")
@@ -51,7 +53,14 @@ def render(data: Row, figure: str) -> str:
             of_mode = [row for row in some if row["mode"] == mode]
             if of_mode:
                 parts += [f"**{title}**", markdown(_table(of_mode)), *_monitoring(of_mode)]
-    parts += _links(rows) + _stages(rows) + _timeline(rows) + _cost(data)
+    parts += (
+        _monotonic(rows)
+        + _compiled(rows)
+        + _links(rows)
+        + _stages(rows)
+        + _timeline(rows)
+        + _cost(data)
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,6 +109,41 @@ def _links(rows: list[Row]) -> list[str]:
     ]
     title = f"## Two hosts, links of several rates and delays ({some[0]['tokens']} tokens a rank)"
     return [title, markdown(plain), markdown(table)]
+
+
+def _monotonic(rows: list[Row]) -> list[str]:
+    some = [row for row in rows if row["suite"] == "monotonic"]
+    if not some:
+        return []
+    table = [["tokens", "", "ms", "the loss's time over it"]]
+    for row in some:
+        name = f"the whole layer, k {row['mean_k']}" if row["layer"] == OURS else row["layer"]
+        low, high = row["quartiles_ms"]
+        share = _number(row.get("loss_share"), "{:.2%}")
+        times = f"{row['ms']:.1f} [{low:.1f}, {high:.1f}]"
+        table.append([str(row["tokens"]), name, times, share])
+    return ["## The monotonic loss, value and gradient", markdown(table)]
+
+
+def _compiled(rows: list[Row]) -> list[str]:
+    some = [row for row in rows if row["suite"] == "compile"]
+    if not some:
+        return []
+    table = [["", "tokens", "mode", "way", "ms", "over eager", "first call, s"]]
+    for row in some:
+        low, high = row["quartiles_ms"]
+        table.append(
+            [
+                row["layer"],
+                str(row["tokens"]),
+                row["mode"],
+                row["way"],
+                f"{row['ms']:.1f} [{low:.1f}, {high:.1f}]",
+                _number(row.get("over_eager"), "{:.3f}"),
+                f"{row['first_call_s']:.1f}",
+            ]
+        )
+    return ["## torch.compile, beside eager mode in turn", markdown(table)]
 
 
 def _stages(rows: list[Row]) -> list[str]:

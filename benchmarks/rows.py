@@ -14,6 +14,8 @@ LABELS = {
     "classic_moe": "DeepSpeed MoE layer",
     "hf_eager": "transformers, eager",
     "hf_grouped": "transformers, grouped_mm",
+    "torchtitan": "torchtitan",
+    "megatron": "megatron-core",
 }
 MODES = {
     "forward": "Forward",
@@ -21,6 +23,8 @@ MODES = {
     "trainable": "Forward and backward, trainable experts",
 }
 EXCHANGE = "plain exchange"  # an all-to-all of nothing else
+HINGE = "monotonic loss"
+OBVIOUS = "the same, written out"  # all pairs as arrays of T x T
 PARTS = ("dense product", "router alone")  # not layers; shown as shares of them
 
 

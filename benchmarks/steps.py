@@ -38,15 +38,15 @@ def steps_suite(
 ) -> list[dict[str, Any]]:
     """Rows of the same form as those of a single layer; FLOPs are those of the experts."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _write_tokenizer(Path(folder))
-        static = _model("top_k", shape, tokenizer, dtype)
-        adaptive = _model("gemoe", shape, tokenizer, dtype, experts_of=static)
-        batch = _batch(max(num_tokens // LENGTH, 1), world.device)
+        tokenizer = write_tokenizer(Path(folder))
+        static = step_model("top_k", shape, tokenizer, dtype)
+        adaptive = step_model("gemoe", shape, tokenizer, dtype, experts_of=static)
+        batch = step_batch(max(num_tokens // LENGTH, 1), world.device)
         runs: dict[str, Callable[[], Any]] = {}
         for name, model, router in (("static", static, "top_k"), ("adaptive", adaptive, "gemoe")):
-            engine = initialize(model, _config(router), world)
+            engine = initialize(model, step_config(router), world)
             model.train()
-            runs[name] = _step(engine, batch)
+            runs[name] = training_step(engine, batch)
         writers: list[MetricWriter] = [JsonLines(Path(folder), 0), TensorBoard(Path(folder), 0)]
         runs["with statistics"] = _collecting(adaptive, runs["adaptive"], writers, world)
         for implementation in ("eager", "grouped_mm"):
@@ -57,7 +57,7 @@ def steps_suite(
         for writer in writers:
             writer.close()
     mean_k = _mean_k(adaptive, batch)
-    every = _config("gemoe").monitor.every
+    every = step_config("gemoe").monitor.every
     own = timings["adaptive"]
     saved = 1 - mean_k / shape.top_k
     extra = {
@@ -100,13 +100,13 @@ def _row(
     }
 
 
-def _write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path) -> Path:
     words = ["<pad>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(VOCABULARY - 4))]
     write_word_tokenizer({word: i for i, word in enumerate(words)}, ["<image>"], folder)
     return folder
 
 
-def _model(
+def step_model(
     router: str,
     shape: Shape,
     tokenizer: Path,
@@ -135,7 +135,7 @@ def _model(
     return model
 
 
-def _config(router: str) -> Any:
+def step_config(router: str, compiles: str = "none") -> Any:
     return config_from_dict(
         {
             "output_dir": "unused",
@@ -144,6 +144,7 @@ def _config(router: str) -> Any:
                 "router": {"name": router},
                 "dtype": "bfloat16",
                 "checkpoint": "unused",
+                "compile": compiles,
             },
             "data": {"train_path": "unused", "tokenizer": "unused"},
             "optim": {"lr": 1e-4},
@@ -153,7 +154,7 @@ def _config(router: str) -> Any:
     )
 
 
-def _batch(sequences: int, device: torch.device) -> dict[str, Any]:
+def step_batch(sequences: int, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(4, VOCABULARY, (sequences, LENGTH), generator=generator)
     batch = {
@@ -169,7 +170,7 @@ def _batch(sequences: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _step(engine: Any, batch: dict[str, Any]) -> Callable[[], None]:
+def training_step(engine: Any, batch: dict[str, Any]) -> Callable[[], None]:
     def run() -> None:
         engine.backward(engine(**batch)["loss"])
         engine.step()

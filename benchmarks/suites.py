@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.compiled import compile_rows
 from benchmarks.contenders import PAPER_K
 from benchmarks.groups import ep_group, layer_group
+from benchmarks.monotonic import monotonic_rows
 from benchmarks.problem import Problem
 from benchmarks.rows import EXCHANGE, OURS
 from benchmarks.shapes import SHAPES, Shape
@@ -30,6 +32,7 @@ from gemoe_ds.engine.world import World
 MODES = ("forward", "frozen", "trainable")
 SWEEP = [1, 2, 3, 4, PAPER_K, 6, 7, 8]
 PEERS = ["autoep", "autoep_grouped", "hf_eager", "hf_grouped", "autoep_padded"]
+PEERS += ["torchtitan", "megatron"]
 RANKED_PEERS = ["autoep", "autoep_padded"]
 
 
@@ -49,7 +52,9 @@ def layer_suite(options: Options, world: World) -> list[dict[str, Any]]:
     shape, rows = SHAPES[options.shape], []
     for mode in MODES:
         sweep = [k for k in SWEEP if k <= shape.top_k] if mode != "trainable" else [PAPER_K, 8]
-        names = PEERS if mode != "trainable" else ["autoep", "hf_eager", "hf_grouped"]
+        names = PEERS
+        if mode == "trainable":
+            names = ["autoep", "hf_eager", "hf_grouped", "torchtitan", "megatron"]
         rows += _layer(options, world, "layer", shape, options.tokens, sweep, mode, names)
     return rows
 
@@ -173,6 +178,23 @@ def whole_steps_suite(options: Options, world: World) -> list[dict[str, Any]]:
     return steps_suite(shape, options.tokens, options.dtype, options.rounds, world)
 
 
+def monotonic_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """GeMoE's loss alone, against the obvious way and the time of the layer that it belongs to."""
+    shape = SHAPES[options.shape]
+    most = options.tokens
+    return [
+        row
+        for num_tokens in sorted({max(most // 4, 1), most, 4 * most})
+        for row in monotonic_rows(shape, num_tokens, options.dtype, world.device, options.rounds)
+    ]
+
+
+def compile_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """torch.compile beside eager mode."""
+    shape = SHAPES[options.shape]
+    return compile_rows(shape, options.tokens, options.dtype, options.rounds, world)
+
+
 Suite = Callable[[Options, World], list[dict[str, Any]]]
 SUITES: dict[str, Suite] = {
     "layer": layer_suite,
@@ -181,6 +203,8 @@ SUITES: dict[str, Suite] = {
     "stages": stages_suite,
     "steps": whole_steps_suite,
     "timeline": timeline_suite,
+    "monotonic": monotonic_suite,
+    "compile": compile_suite,
     "ep": ep_suite,
     "links": links_suite,  # between two hosts, over links of several rates
 }

@@ -59,6 +59,11 @@ class ModelConfig(ConfigModel):
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+    compile: Literal["none", "dense"] = Field(
+        "none",
+        description="dense: torch.compile of attention, norms and vision blocks in training; the "
+        "first step takes a minute more",
+    )
     pack_experts: bool = Field(
         False, description="CPU only: faster frozen bfloat16 experts, for two more copies of them"
     )
@@ -67,7 +72,12 @@ class ModelConfig(ConfigModel):
     @classmethod
     def _no_float16(cls, value: object) -> object:
         if value in ("float16", "fp16", "half"):
-            raise ConfigError("float16 is refused: its loss scaling is not proven; use bfloat16")
+            raise ConfigError(
+                "float16 is refused: its loss must be scaled, which beside float32 routers only "
+                "DeepSpeed's torch_autocast could do, and on GPUs without bfloat16 (before 8.0) "
+                "the grouped product of the experts runs out of registers; use bfloat16, or "
+                "float32 there"
+            )
         return value
 
     @model_validator(mode="after")

@@ -19,6 +19,11 @@ def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = 
     if inputs_are_here:
         config.check_paths()
     check_deepspeed(config, world_size)
+    if config.model.compile == "dense" and config.zero_stage == 3:
+        raise ConfigError(
+            "model.compile=dense: ZeRO 3 gathers the weights of every module in a hook, and a "
+            "graph would end at each; set model.compile=none, or take ZeRO 2"
+        )
     router = config.model.router.router_class
     if router.trains_experts and config.model.trainable == "routers":
         raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gemoe_ds.config import OptimConfig, RunConfig, deepspeed_config
+from gemoe_ds.engine.compile import compile_dense
 from gemoe_ds.engine.gemm import choose_grouped_gemm
 from gemoe_ds.engine.groups import (
     expert_group_name,
@@ -36,6 +37,8 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
     """
     mark_trainable_experts(model)
     choose_grouped_gemm(model, world.device)
+    if config.model.compile == "dense":
+        compile_dense(model)
     groups = parameter_groups(model, config.optim)
     options: dict[str, Any] = {key: getattr(config.optim, key) for key in ("lr", "betas", "eps")}
     optimizer: torch.optim.Optimizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,27 +166,26 @@ class TokenContext:
         if failed:
             self._ran = set()
 
-    @contextmanager
-    def alone(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> Iterator[None]:
-        """While the one layer runs that has this context for itself.
+    def begin_alone(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> TokenContext:
+        """Of the one layer that has this context for itself: where it runs, until `end_alone`.
 
-        Recomputed, it is given its tokens and masks once more, and needs to find nothing.
+        Recomputed, it is given its tokens and masks once more, and needs to find nothing: it runs
+        in a copy, so that nothing is to be put back.
         """
         if not in_backward():
             self.begin(is_valid_BS, is_vision_BS)
-            try:
-                yield
-                self._ran.add(0)
-            finally:
-                self.end()
-            return
-        now = {name: getattr(self, name) for name in _OF_A_PASS}
-        self._fill(is_valid_BS, is_vision_BS)
-        try:
-            yield
-        finally:
-            self._forget_recomputed(0)
-            self.__dict__.update(now)
+            return self
+        again = copy(self)
+        again.memory, again.has_gradient = self.memory, self.has_gradient
+        again._fill(is_valid_BS, is_vision_BS)
+        return again
+
+    def end_alone(self, ran_in: TokenContext) -> None:
+        if ran_in is self:
+            self._ran.add(0)
+            self.end()
+        else:
+            self._forget_recomputed(0, ran_in.layers[0])
 
     @contextmanager
     def writing(self, slot: int, num_tokens: int) -> Iterator[None]:
@@ -205,7 +205,7 @@ class TokenContext:
         try:
             yield
         finally:  # recomputation stops early, by an exception
-            self._forget_recomputed(slot)
+            self._forget_recomputed(slot, self.layers[slot])
             self.layers[slot] = first
             self.__dict__.update(now)
 
@@ -233,13 +233,13 @@ class TokenContext:
             "forward, or compute it without recomputation"
         )
 
-    def _forget_recomputed(self, slot: int) -> None:
+    def _forget_recomputed(self, slot: int, record: LayerRecord) -> None:
         """All but the values of the losses, for who asks within what is recomputed."""
         self._recomputed[slot] = {
             name: LossTerm(
                 term.value.detach().requires_grad_(term.value.requires_grad), term.weight
             )
-            for name, term in self.layers[slot].losses.items()
+            for name, term in record.losses.items()
         }
 
     def _check(self, slot: int, num_tokens: int) -> None:

@@ -14,7 +14,7 @@ from gemoe_ds.moe.dense_gradient import with_dense_gradient
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher, known_sizes
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.passes import in_backward
-from gemoe_ds.moe.router import Router, RoutingSpec
+from gemoe_ds.moe.router import Decision, Router, RoutingSpec
 from gemoe_ds.moe.step_context import Assign, Read
 from gemoe_ds.moe.step_counts import StepCounts
 
@@ -105,7 +105,6 @@ class MoELayer(nn.Module):
         before_steps([(layer.router, layer.experts)])
         return layer
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every expert gets another shape
     def forward(
         self, x: Tensor, is_valid: Tensor | None = None, is_vision: Tensor | None = None
     ) -> Tensor:
@@ -125,15 +124,66 @@ class MoELayer(nn.Module):
             ValueError: a shape or dtype that does not fit.
             RuntimeError: the layer shares its context with others, and no forward was begun.
         """
-        self._shape = x.shape[:-1]
+        if not torch.compiler.is_compiling() or not self.stands_alone:
+            y: Tensor = self._eager(x, is_valid, is_vision)
+            return y
+        # Routing is a graph. What stands before it is bookkeeping in Python, and what stands after
+        # it has other shapes in every step, in products that are kernels already: two breaks. Not
+        # in a function of its own, whose call would be one more.
+        x_TD, ctx = self._begin_compiled(x, is_valid, is_vision)
+        router = self._router_in(ctx)
+        decision, logits_TE = router.decide(x_TD, ctx)
+        router.record(decision, logits_TE, ctx)
+        y = self._finish_compiled(x_TD, decision, logits_TE, ctx, x.shape)
+        return y
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the slot differs from layer to layer
+    def _eager(self, x: Tensor, is_valid: Tensor | None, is_vision: Tensor | None) -> Tensor:
         if not self.stands_alone:
             if is_valid is not None or is_vision is not None:
                 raise RuntimeError(
                     "this MoE layer shares its context with others: the masks are given to their "
                     "model, or to ctx.begin(is_valid_BS, is_vision_BS)"
                 )
+            self._shape = x.shape[:-1]
             with self.ctx.writing(self.router.spec.slot, x.shape[:-1].numel()):
-                return self._forward(x)
+                return self._forward(x, self.ctx)
+        ctx = self._begin(x, is_valid, is_vision)
+        try:
+            y = self._forward(x, ctx)
+        except BaseException:  # recomputation stops early, by an exception
+            self.ctx.end(failed=ctx is self.ctx)
+            raise
+        self._end(ctx)
+        return y
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_compiled(
+        self, x: Tensor, is_valid: Tensor | None, is_vision: Tensor | None
+    ) -> tuple[Tensor, TokenContext]:
+        ctx = self._begin(x, is_valid, is_vision)
+        # Masks of their own: a graph for a view of what was given would not do for no mask at all.
+        ctx.is_valid_T, ctx.is_vision_T = ctx.is_valid_T.clone(), ctx.is_vision_T.clone()
+        return ctx.without_padding(x.reshape(-1, x.shape[-1])), ctx
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish_compiled(
+        self,
+        x_TD: Tensor,
+        decision: Decision,
+        logits_TE: Tensor,
+        ctx: TokenContext,
+        shape: torch.Size,
+    ) -> Tensor:
+        self._router_in(ctx).record_counts(decision, ctx)
+        preprocessed = self._dispatch_preprocess(decision, ctx)
+        y_TD = self._combine(x_TD, decision, logits_TE, preprocessed, ctx)
+        self._end(ctx)
+        return y_TD.view(shape)
+
+    def _begin(self, x: Tensor, is_valid: Tensor | None, is_vision: Tensor | None) -> TokenContext:
+        """Of a layer that stands alone: start a forward; the context that it runs in."""
+        self._shape = x.shape[:-1]
         d_model = self.router.spec.d_model
         if x.dim() == 0 or x.shape[-1] != d_model or not x.is_floating_point():
             raise ValueError(
@@ -143,11 +193,13 @@ class MoELayer(nn.Module):
         valid_BS = None if is_valid is None else _mask("is_valid", is_valid, x)
         none_BS = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         vision_BS = _mask("is_vision", none_BS if is_vision is None else is_vision, x)
-        with self.ctx.alone(valid_BS, vision_BS):
-            y = self._forward(x)
+        return self.ctx.begin_alone(valid_BS, vision_BS)
+
+    def _end(self, ctx: TokenContext) -> None:
+        """The forward that ran in this context, which `_begin` gave, is over."""
+        self.ctx.end_alone(ctx)
         if self.training and torch.is_grad_enabled() and not in_backward():
             self._counts.add(self.ctx)
-        return y
 
     def aux_loss(self) -> Tensor:
         """The auxiliary losses of the last forward: sum of weight * value, to be added to the loss.
@@ -215,23 +267,46 @@ class MoELayer(nn.Module):
             raise RuntimeError("k: the layer has not run yet, or ctx.trace is off")
         return k_T.view(self._shape)
 
-    def _forward(self, x_BSD: Tensor) -> Tensor:
+    def _forward(self, x_BSD: Tensor, ctx: TokenContext) -> Tensor:
         # One copy for all that follows: nothing here keeps the rows as they came.
-        x_TD = self.ctx.without_padding(x_BSD.reshape(-1, x_BSD.shape[-1]))
+        x_TD = ctx.without_padding(x_BSD.reshape(-1, x_BSD.shape[-1]))
         # Not as module calls: the hooks of ZeRO 3 know tensors only, and there is no need of them.
-        router = self.base if self.ctx.rollout == TEACHER else self.router
-        if self.ctx.routers is not None:
-            router = self.ctx.routers[self.router.spec.slot]
+        router = self._router_in(ctx)
+        decision, logits_TE = router.decide(x_TD, ctx)
+        preprocessed = self._dispatch_preprocess(decision, ctx)
+        router.record(decision, logits_TE, ctx)  # while the counts travel
+        router.record_counts(decision, ctx)
+        return self._combine(x_TD, decision, logits_TE, preprocessed, ctx).view(x_BSD.shape)
+
+    def _router_in(self, ctx: TokenContext) -> Router:
+        """Which of its routers decides in this context."""
+        router = self.base if ctx.rollout == TEACHER else self.router
+        if ctx.routers is not None:
+            router = ctx.routers[self.router.spec.slot]
         assert router is not None, "a model that has a teacher has kept its gates"
-        decision, logits_TE = router.decide(x_TD, self.ctx)
+        return router
+
+    def _dispatch_preprocess(self, decision: Decision, ctx: TokenContext) -> Any:
+        """Start what only needs to know who goes where; the result goes into `_combine`."""
+        router = self._router_in(ctx)
+        writes = not self.training and not torch.is_grad_enabled()
+        sizes = known_sizes(router, ctx, writes=writes)
+        return self.dispatcher.dispatch_preprocess(router.dispatched(decision), sizes)
+
+    def _combine(
+        self,
+        x_TD: Tensor,
+        decision: Decision,
+        logits_TE: Tensor,
+        preprocessed: Any,
+        ctx: TokenContext,
+    ) -> Tensor:
+        """What the chosen experts make of the tokens, y_TD: the part after routing."""
+        router = self._router_in(ctx)
         weights_TE, _ = router.split(decision.weights_TE)
         mask_TE = router.dispatched(decision)
-        writes = not self.training and not torch.is_grad_enabled()
-        sizes = known_sizes(router, self.ctx, writes=writes)
-        preprocessed = self.dispatcher.dispatch_preprocess(mask_TE, sizes)
-        router.record(decision, logits_TE, self.ctx)  # while the counts travel
-        if self.training and self.ctx.has_gradient and not torch.is_grad_enabled():
-            if router.losses(decision, logits_TE, self.ctx):
+        if self.training and ctx.has_gradient and not torch.is_grad_enabled():
+            if router.losses(decision, logits_TE, ctx):
                 raise RuntimeError(
                     "the forward was begun with gradients, but a MoE layer runs without: its "
                     "auxiliary losses would be lost; recompute with use_reentrant=False, or begin "
@@ -247,11 +322,11 @@ class MoELayer(nn.Module):
 
         y_TD = self.dispatcher(x_TD, weights_TE, preprocessed, self.experts, beside)
         if self.dense_gradient and weights_TE.requires_grad:
-            others_TE = ~mask_TE & self.ctx.is_valid_T[:, None]
+            others_TE = ~mask_TE & ctx.is_valid_T[:, None]
             parts = -(-router.spec.num_experts // router.spec.top_k)
             y_TD = with_dense_gradient(y_TD, weights_TE, x_TD, others_TE, parts, self._sum_of)
-        self.ctx.watch(router.spec.slot, y_TD, training=self.training)
-        return y_TD.view(x_BSD.shape)
+        ctx.watch(router.spec.slot, y_TD, training=self.training)
+        return y_TD
 
     def _sum_of(self, x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """The weighted sum of these experts alone."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemoe_ds.moe.experts import onednn
+from gemoe_ds.moe.opaque import opaque
 
 _ROWS_AT_A_TIME = 512  # on a CPU: 4 MB in float32 at D = 2048
 _FEW_ROWS = 32  # up to here oneDNN takes longer to repack the weight than MKL to multiply
@@ -63,17 +64,16 @@ def fused_linear(x_TD: Tensor, *linears: RouterLinear) -> tuple[Tensor, ...]:
 
 def _products(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x @ weight.T of each."""
+    if torch.compiler.is_compiling():  # one operation of the graph, not what it is made of
+        logits_TM = wide_linear(x_TD, torch.cat(weights))
+        return _split(logits_TM, weights)
     if not torch.is_grad_enabled():
-        return _forward(x_TD, weights)
+        return _split(_forward(x_TD, _cat(weights)), weights)
     return _WideLinear.apply(x_TD, *weights)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _forward(x_TD: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    weight_MD = _cat(weights)
-    # bfloat16 weights, of a model that was moved to it as a whole, are no reason for less
-    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_MD.dtype), torch.float32)
-    weight_MD = weight_MD.to(dtype)
-    logits_TM = _cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
+def _split(logits_TM: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of each weight."""
     if len(weights) == 1:
         return (logits_TM,)
     return torch.split(logits_TM, [len(weight) for weight in weights], dim=1)
@@ -91,7 +91,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TD, *weights)
         ctx.set_materialize_grads(False)
-        return _forward(x_TD, weights)
+        return _split(_forward(x_TD, _cat(weights)), weights)
 
     @staticmethod
     @once_differentiable
@@ -106,21 +106,70 @@ class _WideLinear(torch.autograd.Function):
         grad_x_TD: Tensor | None = None
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if needs_x:
-            weight_DM = _cat([weights[n] for n in used]).to(grad_TM.dtype).t().contiguous()
-            grad_x_TD = torch.empty_like(x_TD)
-            parts = zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True)
-            for grad_part, grad_x_part in parts:
-                grad_x_part.copy_(_linear(grad_part, weight_DM))
+            grad_x_TD = _grad_x(grad_TM, x_TD, _cat([weights[n] for n in used]))
         if trained:
             if trained != used:
                 grad_TM = _cat([grads[n] for n in trained], dim=1)
-            grad_MD = grad_TM.new_zeros(grad_TM.shape[1], x_TD.shape[1])
-            for grad_part, x_part in zip(_in_parts(grad_TM), _in_parts(x_TD), strict=True):
-                grad_MD.addmm_(grad_part.t(), x_part.to(grad_TM.dtype))
+            grad_MD = _grad_weight(grad_TM, x_TD)
             found = torch.split(grad_MD, [len(weights[n]) for n in trained])
             for n, grad in zip(trained, found, strict=True):
                 grad_weights[n] = grad.to(weights[n].dtype)
         return grad_x_TD, *grad_weights
+
+
+def _forward(x_TD: Tensor, weight_MD: Tensor) -> Tensor:
+    dtype = _wide(x_TD, weight_MD)
+    weight_MD = weight_MD.to(dtype)
+    return _cat([_linear(rows.to(dtype), weight_MD) for rows in _in_parts(x_TD)])
+
+
+def _grad_x(grad_TM: Tensor, x_TD: Tensor, weight_MD: Tensor) -> Tensor:
+    """In the dtype of x."""
+    weight_DM = weight_MD.to(grad_TM.dtype).t().contiguous()
+    grad_x_TD = torch.empty_like(x_TD)
+    for grad_part, grad_x_part in zip(_in_parts(grad_TM), _in_parts(grad_x_TD), strict=True):
+        grad_x_part.copy_(_linear(grad_part, weight_DM))
+    return grad_x_TD
+
+
+def _grad_weight(grad_TM: Tensor, x_TD: Tensor) -> Tensor:
+    """In the dtype of the logits."""
+    grad_MD = grad_TM.new_zeros(grad_TM.shape[1], x_TD.shape[1])
+    for grad_part, x_part in zip(_in_parts(grad_TM), _in_parts(x_TD), strict=True):
+        grad_MD.addmm_(grad_part.t(), x_part.to(grad_TM.dtype))
+    return grad_MD
+
+
+def _wide(x_TD: Tensor, weight_MD: Tensor) -> torch.dtype:
+    """bfloat16 weights, of a model that was moved to it as a whole, are no reason for less."""
+    return torch.promote_types(torch.promote_types(x_TD.dtype, weight_MD.dtype), torch.float32)
+
+
+def _of_logits(x_TD: Tensor, weight_MD: Tensor) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight_MD.shape[0], dtype=_wide(x_TD, weight_MD))
+
+
+wide_linear = opaque(_forward, _of_logits)
+_opaque_grad_x = opaque(_grad_x, lambda grad_TM, x_TD, weight_MD: torch.empty_like(x_TD))
+_opaque_grad_weight = opaque(
+    _grad_weight, lambda grad_TM, x_TD: grad_TM.new_empty(grad_TM.shape[1], x_TD.shape[1])
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x_TD, weight_MD = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad
+    return (
+        _opaque_grad_x(grad_TM, x_TD, weight_MD) if needs_x else None,
+        _opaque_grad_weight(grad_TM, x_TD).to(weight_MD.dtype) if needs_weight else None,
+    )
+
+
+wide_linear.register_autograd(_backward, setup_context=_keep)
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

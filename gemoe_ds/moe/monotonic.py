@@ -17,11 +17,14 @@ of two; G groups of W.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from gemoe_ds.moe.monotonic_kernel import all_pairs as all_pairs_cuda
+from gemoe_ds.moe.opaque import opaque
 from gemoe_ds.moe.triton_launch import available
 
 
@@ -42,6 +45,9 @@ def monotonic_loss(
     """
     if valid_T is None:
         valid_T = torch.ones_like(entropy_T, dtype=torch.bool)
+    if torch.compiler.is_compiling():  # one operation of the graph, not what it is made of
+        in_graph: Tensor = hinge(entropy_T, k_soft_T, valid_T, slope, constant)[0]
+        return in_graph
     loss: Tensor = _AllPairsHinge.apply(entropy_T, k_soft_T, valid_T, slope, constant)  # type: ignore[no-untyped-call]
     return loss
 
@@ -61,24 +67,56 @@ class _AllPairsHinge(torch.autograd.Function):
         slope: float,
         constant: float,
     ) -> Tensor:
-        find = all_pairs_cuda if available(entropy_T.device) else all_pairs
-        total, num_pairs, moved_T = find(entropy_T, k_soft_T, valid_T, slope, constant)
-        num_pairs = num_pairs.clamp_min(1)
-        ctx.save_for_backward(moved_T, num_pairs)
-        ctx.slope, ctx.dtypes = slope, (entropy_T.dtype, k_soft_T.dtype)  # type: ignore[attr-defined]
-        return (total / num_pairs).to(k_soft_T.dtype)
+        given = entropy_T, k_soft_T, valid_T, slope, constant
+        loss, moved_T, num_pairs = _hinge(*given)
+        _keep(ctx, given, (loss, moved_T, num_pairs))
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        moved_T, num_pairs = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_v_T = moved_T * (grad / num_pairs)
-        of_entropy, of_k = ctx.dtypes  # type: ignore[attr-defined]
-        wanted_entropy, wanted_k = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        grad_entropy_T = (ctx.slope * grad_v_T).to(of_entropy) if wanted_entropy else None  # type: ignore[attr-defined]
-        return grad_entropy_T, (-grad_v_T).to(of_k) if wanted_k else None, None, None, None
+        return _backward(ctx, grad)
+
+
+def _hinge(
+    entropy_T: Tensor, k_soft_T: Tensor, valid_T: Tensor, slope: float, constant: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; what its gradient needs, `moved_T` of `all_pairs` and the number of pairs."""
+    find = all_pairs_cuda if available(entropy_T.device) else all_pairs
+    total, num_pairs, moved_T = find(entropy_T, k_soft_T, valid_T, slope, constant)
+    num_pairs = num_pairs.clamp_min(1)
+    return (total / num_pairs).to(k_soft_T.dtype), moved_T, num_pairs
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    entropy_T, k_soft_T, _, slope, _ = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.slope, ctx.dtypes = slope, (entropy_T.dtype, k_soft_T.dtype)
+
+
+def _backward(
+    ctx: Any, grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    moved_T, num_pairs = ctx.saved_tensors
+    grad_v_T = moved_T * (grad / num_pairs)
+    of_entropy, of_k = ctx.dtypes
+    wanted_entropy, wanted_k = ctx.needs_input_grad[:2]
+    grad_entropy_T = (ctx.slope * grad_v_T).to(of_entropy) if wanted_entropy else None
+    return grad_entropy_T, (-grad_v_T).to(of_k) if wanted_k else None, None, None, None
+
+
+def _shapes(
+    entropy_T: Tensor, k_soft_T: Tensor, valid_T: Tensor, slope: float, constant: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = torch.int32 if available(entropy_T.device) else torch.int64
+    moved_T = torch.empty_like(entropy_T, dtype=counts)
+    return k_soft_T.new_empty(()), moved_T, k_soft_T.new_empty((), dtype=torch.float64)
+
+
+hinge = opaque(_hinge, _shapes)
+hinge.register_autograd(_backward, setup_context=_keep)
 
 
 def all_pairs(

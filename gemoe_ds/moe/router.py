@@ -52,7 +52,7 @@ class Decision:
 
 
 class Router(Registered, nn.Module):
-    """Base of the routing methods: subclasses override the steps, nobody `decide` or `record`.
+    """Base of the routing methods: subclasses override the steps, nobody what calls them.
 
     A subclass sets `name`, nests its options as `Config` (pydantic), and overrides what differs:
     `score` -> logits, `select` -> a `Decision`, `losses`, `after_step`. CONTRIBUTING.md has one in
@@ -186,18 +186,16 @@ class Router(Registered, nn.Module):
             return decision, logits_TE
 
     def record(self, decision: Decision, logits_TE: Tensor, ctx: TokenContext) -> None:
-        """Losses, counts and statistics of a decision into the record of this layer."""
+        """Losses and statistics of a decision into the record of this layer."""
         record = self.record_of(ctx)
         record.logits_TE = logits_TE
         wants_losses = torch.is_grad_enabled() or ctx.losses_without_gradient
-        if not (wants_losses or self.training or ctx.collect or ctx.trace):
+        if not (wants_losses or ctx.collect or ctx.trace):
             return
         with without_autocast(logits_TE.device.type):
             if wants_losses:
                 record.losses = self.losses(decision, logits_TE, ctx)
             with torch.no_grad():
-                if self.training:
-                    record.step_counts = self.step_counts(decision, ctx)
                 if not (ctx.collect or ctx.trace):
                     return
                 entropy_T = losses.entropy_bits(decision.scores_TE)
@@ -213,11 +211,21 @@ class Router(Registered, nn.Module):
                             free_TM.sum().float(), count=ctx.is_valid_T.sum()
                         )
 
+    def record_counts(self, decision: Decision, ctx: TokenContext) -> None:
+        """What `after_step` wants to know of a training step into the record of this layer.
+
+        Apart from `record`, because it may ask for a number on the host: no graph holds it.
+        """
+        if self.training:
+            with torch.no_grad(), without_autocast(decision.mask_TE.device.type):
+                self.record_of(ctx).step_counts = self.step_counts(decision, ctx)
+
     def forward(self, x_TD: Tensor, ctx: TokenContext) -> RoutingPlan:
-        """Both, and the plan of the routed experts: a router on its own."""
+        """All of it, and the plan of the routed experts: a router on its own."""
         x_TD = ctx.without_padding(x_TD)
         decision, logits_TE = self.decide(x_TD, ctx)
         self.record(decision, logits_TE, ctx)
+        self.record_counts(decision, ctx)
         return self.plan(decision)
 
     def plan(self, decision: Decision) -> RoutingPlan:

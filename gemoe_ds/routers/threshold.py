@@ -197,7 +197,8 @@ class ThresholdRouter(ScoreRule):
         """
         cache, (low, high) = ctx.layers[0].cache, self.train_mean_k
         if "mean_k_T" not in cache:
-            place_T = (torch.rand(()).item() + ctx.sequence_T.double() * GOLDEN) % 1
+            # The number stays in a tensor of the host, which a graph can hold.
+            place_T = (torch.rand(()) + ctx.sequence_T.double() * GOLDEN) % 1
             cache["mean_k_T"] = low + (high - low) * place_T
         return cache["mean_k_T"]
 

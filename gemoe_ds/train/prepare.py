@@ -14,6 +14,7 @@ from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.order import Selection
 from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.engine.compile import check_compiler
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.host_memory import host_memory
@@ -71,6 +72,8 @@ def prepare(
         if not isinstance(hook, Hook):
             raise ConfigError(f"hooks: {hook!r} is no instance of a class that extends Hook")
     check_dtype(config.model.dtype, world.device)
+    if config.model.compile == "dense":
+        check_compiler(world.device)
     hooks = [*load_hooks(config.train.hooks), *hooks]
     broadcast_from_first(lambda: check_writers(config), world)
     collator = meta_collator(config)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from benchmarks import optional_peers
 from benchmarks.oracle import check
 from benchmarks.problem import Ours, Problem
 from benchmarks.shapes import Shape
@@ -60,3 +63,23 @@ def test_mean_k_is_the_one_asked_for(mean_k):
     problem = Problem.make(SHAPE, 1000, torch.float32, torch.device("cpu"))
     mask_TE, _ = Ours(problem, mean_k).routing(problem.x_TD)
     assert mask_TE.sum() / 1000 == pytest.approx(mean_k, abs=0.01)
+
+
+def test_a_peer_that_takes_no_part_says_why_and_how_it_would(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert optional_peers.why_not("autoep", torch.float32, cpu) is None
+    assert "CUDA device" in optional_peers.why_not("megatron", torch.bfloat16, cpu)
+    assert "bfloat16 whatever" in optional_peers.why_not("torchtitan", torch.float32, cpu)
+    monkeypatch.setitem(sys.modules, "torchtitan", None)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    for name, device in (("torchtitan", cpu), ("megatron", cuda)):
+        said = optional_peers.why_not(name, torch.bfloat16, device)
+        assert said.startswith("not installed") and "pip install --no-deps --target" in said
+        assert "\n" not in said
+
+
+def test_torchtitan_agrees_with_the_plain_computation():
+    pytest.importorskip("torchtitan", reason=optional_peers.INSTALL["torchtitan"])
+    problem = Problem.make(SHAPE, 40, torch.bfloat16, torch.device("cpu"))
+    layer = optional_peers.torchtitan_layer(problem, trainable=True)
+    check("torchtitan", layer, problem, Ours(problem, SHAPE.top_k))

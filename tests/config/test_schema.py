@@ -97,7 +97,9 @@ def test_global_batch_gives_the_accumulation(recipe: Path) -> None:
 
 
 def test_float16_is_refused_with_the_reason(recipe: Path) -> None:
-    with pytest.raises(ConfigError, match="model.dtype.*loss scaling is not proven; use bfloat16"):
+    with pytest.raises(
+        ConfigError, match="model.dtype.*loss must be scaled.*registers; use bfloat16"
+    ):
         load(recipe, "model.dtype=float16")
 
 

@@ -55,6 +55,7 @@ class Case:
     clip: float | None = CLIP
     distill: str | None = None  # which tokens
     gate_gradient: str = "chosen"
+    compile: str = "none"
 
     @property
     def deepspeed(self) -> Path:
@@ -118,6 +119,7 @@ def run_config(base, case: Case):
                 "dtype": case.dtype,
                 "activation_checkpointing": case.recompute,
                 "gate_gradient": case.gate_gradient,
+                "compile": case.compile,
             },
             "data": {"train_path": "unused", "tokenizer": str(base[1])},
             "optim": {"lr": LR, "eps": EPS, "schedule": "constant", "max_grad_norm": case.clip},
