@@ -6,6 +6,7 @@ would be traced anew for every length. Eager code does not come this way: a call
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ def opaque(function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:  # 
     `shapes` gives results of the same shapes and dtypes, whose numbers nobody reads. The name is
     that of the module: an exported folder has a copy of it, with operations of its own.
     """
-    name = f"{function.__module__.replace('.', '_')}::{function.__name__.strip('_')}"
+    place = re.sub(r"\W", "_", function.__module__)
+    name = f"{place}::{function.__name__.strip('_')}"
     operation = torch.library.custom_op(name, function, mutates_args=())
     operation.register_fake(shapes)
     return operation
