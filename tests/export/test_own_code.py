@@ -23,7 +23,8 @@ def all_answers(request, tmp_path_factory) -> dict[str, tuple[Exported, dict[str
     """The folder of every family that is asked for, in ONE process that has no gemoe_ds."""
     root = tmp_path_factory.mktemp("own_code")
     made = {}
-    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if item.module is request.module]
+    specs = [getattr(item, "callspec", None) for item in items]
     asked_for = {spec.params.get("case") for spec in specs if spec is not None}
     for name in asked_for & {*FAMILIES}:
         made[name] = one = write_exported(name, root / name)
