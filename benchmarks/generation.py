@@ -166,7 +166,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     ids_BS = setting.ids_BS(device)
     skipped = {name: why for name in ways if (why := _too_large(name, setting))}
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         name: partial(way.contender.written, ids_BS, setting.new)
         for name, way in ways.items()
         if name not in skipped

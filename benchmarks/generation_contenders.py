@@ -97,7 +97,8 @@ class Ours(Contender):
         }
         torch.manual_seed(1)
         for router in self.routers_of["gemoe"]:
-            weight_KD = router.eap.weight  # type: ignore[union-attr]
+            predictor: Any = router.eap
+            weight_KD: Tensor = predictor.weight
             torch.nn.init.normal_(weight_KD, std=_K_SPREAD * weight_KD.shape[1] ** -0.5)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.collator = build_collator(config, self.model)

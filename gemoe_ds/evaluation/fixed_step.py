@@ -8,6 +8,8 @@ Shapes: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,8 @@ def why_no_graph(model: MoEModel, num_sequences: int, *, recorded: bool) -> str 
     shapes = {layer.experts.down_EDF.shape[1:] for layer in layers}
     if any(path_for(device, model.dtype, *shape) is not grouped for shape in shapes):
         return f"experts in {model.dtype} are multiplied one by one, by numbers that the host knows"
-    attention = {
-        module.config._attn_implementation
-        for module in model.hf.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "config")
-    }
+    modules: list[Any] = [one for one in model.hf.modules() if hasattr(one, "layer_idx")]
+    attention = {one.config._attn_implementation for one in modules if hasattr(one, "config")}
     if others := attention - {"sdpa"}:
         return f"attention is {', '.join(map(str, others))}: sdpa takes a mask of fixed shape"
     return None

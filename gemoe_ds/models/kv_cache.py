@@ -86,8 +86,10 @@ class FixedDecodeState(DecodeState):
 def _fixed(layer: Any, length: int) -> StaticLayer:
     if type(layer) is not DynamicLayer:
         raise TypeError(type(layer).__name__)
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None, "a past that was read has both"
     fixed = StaticLayer(max_cache_len=length)
-    fixed.update(layer.keys, layer.values)
+    fixed.update(keys, values)
     return fixed
 
 
