@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_or_exit(argv)
     if not arguments.python.exists():
         parser.error(f"{arguments.python} is not there: make serve-env, or give --python")
-    found = {
+    found: dict[str, Any] = {
         "made_by": provenance(),
         "vllm": version(arguments.python),
         "model": SHAPE | {"layers": arguments.layers, "dtype": "bfloat16"},

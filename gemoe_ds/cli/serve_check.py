@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,7 @@ def _check(flags: argparse.Namespace) -> None:
     from gemoe_ds.errors import CheckpointError
     from gemoe_ds.serving.check import Options, serve_check, verdict, write_result
 
-    names = ("prompts", "python", "dtype", "max_new_tokens", "batch", "rounds", "tolerance", "vllm")
-    names += ("trust_code",)
-    options = Options(**{name: getattr(flags, name) for name in names})
+    options = Options(**{f.name: getattr(flags, f.name) for f in fields(Options)})
     rows = serve_check(flags.folder, options, lambda text: print(text, flush=True))
     if flags.out:
         write_result(flags.out, flags.folder, rows, options)
