@@ -45,7 +45,7 @@ def all_answers(request, tmp_path_factory) -> dict[str, tuple[Exported, dict[str
     }
 
 
-SLOW = {"moe_llava_stablelm"}  # as moe_llava_qwen, with other names
+SLOW = {"molmoe", "moe_llava_qwen", "moe_llava_stablelm"}  # for the time of CI alone
 
 
 @pytest.fixture(
