@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.helpers import repository
+from tests.wheels import build_wheel, unpacked
 
 # One process, since torch takes seconds to import; each command's exit code and what it says.
 COMMANDS = """
@@ -61,20 +62,12 @@ def wheel(tmp_path_factory) -> Path:
     )
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(repository() / name, source)
-    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(source, folder)
 
 
 @pytest.fixture(scope="module")
 def installed(wheel) -> Path:
-    folder = wheel.parent / "installed"
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
+    return unpacked(wheel)
 
 
 def test_it_holds_the_package_and_its_files_alone(wheel, installed):

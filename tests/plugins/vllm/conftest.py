@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import repository
+from tests.wheels import build_wheel, unpacked
 
 
 @pytest.fixture(scope="session")
@@ -20,24 +18,12 @@ def wheel(tmp_path_factory) -> Path:
     without = shutil.ignore_patterns("__pycache__", "_gemoe", "build", "*.egg-info")
     for name in ("gemoe_ds", "plugins/vllm"):
         shutil.copytree(repository() / name, folder / "source" / name, ignore=without)
-    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", build],
-        cwd=folder / "source/plugins/vllm",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(folder / "source/plugins/vllm", folder)
 
 
 @pytest.fixture(scope="session")
 def installed(wheel) -> Path:
-    folder = wheel.parent / "installed"
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
+    return unpacked(wheel)
 
 
 @pytest.fixture(autouse=True)
