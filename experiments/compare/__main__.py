@@ -87,7 +87,9 @@ def compete(arguments: argparse.Namespace, command: str) -> int:
             before, [job.step for job in left_to_run(jobs, progress, kept)], progress, arguments
         )
     if arguments.trials:
-        write_trials(record_of(arguments.grid), tried | choose(grid, jobs, progress))
+        path = record_of(arguments.grid)
+        write_trials(path, tried | choose(grid, jobs, progress))
+        print(f"saved {path}")
         return code
     answers = collect(grid, whole, tried, progress, kept, is_quick=arguments.quick, command=command)
     write_answers(out, answers)

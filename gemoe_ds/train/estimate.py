@@ -21,7 +21,7 @@ from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_onc
 from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
-from gemoe_ds.train.checks.samples import check_samples
+from gemoe_ds.train.checks.samples import check_samples, cut_of
 from gemoe_ds.train.profiling import resident_memory
 from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 
@@ -157,8 +157,7 @@ def _largest_step(
     on_gpu: bool,
 ) -> tuple[StepShape, Batch]:
     """A step of the longest samples, without images; and the micro-batch with most of those."""
-    cut = lengths.cut(config.data.max_length, drop=config.data.too_long == "drop")
-    size = config.train.micro_batch_size
+    cut, size = cut_of(lengths, config), config.train.micro_batch_size
     longest = _largest(samples, collator, size, cut.length_N)
     seen = _largest(
         samples, collator, size, np.where(cut.is_bad_N | cut.is_dropped_N, 0, lengths.image_N)

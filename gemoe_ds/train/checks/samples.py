@@ -109,7 +109,7 @@ def leave_out_known(
 def report(lengths: Lengths, config: RunConfig, num_ranks: int = 1) -> Iterator[str]:
     """Lengths, images, cuts and padding, a line each."""
     data, batch = config.data, config.train.micro_batch_size
-    whole_N, cut = lengths.whole_N, _cut(lengths, config)
+    whole_N, cut = lengths.whole_N, cut_of(lengths, config)
     is_used_N = ~(cut.is_bad_N | cut.is_dropped_N)
     line = f"  {whole_N.mean():,.0f} tokens on average, {whole_N.max():,} at most"
     if images := int((lengths.image_N > 0).sum()):
@@ -159,14 +159,15 @@ def selection_of(lengths: Lengths | None, samples: SampleFolder, config: RunConf
             f"{samples[longest].id} has {whole_N[longest]:,}), and data.too_long is stop: set "
             "data.too_long=cut or drop, or raise data.max_length"
         )
-    cut = _cut(lengths, config)
+    cut = cut_of(lengths, config)
     row_M = np.flatnonzero(~cut.is_dropped_N)
     check_number(samples, len(row_M), config.train.micro_batch_size)
     length_M = cut.length_N[~cut.is_dropped_N].astype(np.int32) if data.group_by_length else None
     return Selection(row_M if cut.is_dropped_N.any() else None, length_M)
 
 
-def _cut(lengths: Lengths, config: RunConfig) -> Cut:
+def cut_of(lengths: Lengths, config: RunConfig) -> Cut:
+    """What is left of every sample under `data.max_length` and `data.too_long`."""
     return lengths.cut(config.data.max_length, drop=config.data.too_long == "drop")
 
 
