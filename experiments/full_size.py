@@ -39,7 +39,7 @@ def write_data(folder: Path, *, images: bool, num_turns: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from gemoe_ds.data.sample import Sample, Turn, write_samples
+    from gemoe_ds.data.sample import Turn, of_turns, write_samples
 
     def picture(number: int) -> bytes:
         rng = np.random.default_rng(number)
@@ -50,7 +50,7 @@ def write_data(folder: Path, *, images: bool, num_turns: int) -> None:
 
     every = [Turn(*turn) for turn in turns()] * 2
     samples = (
-        Sample(f"n{i}", picture(i) if images else None, tuple(every[i : i + num_turns]))
+        of_turns(f"n{i}", picture(i) if images else None, tuple(every[i : i + num_turns]))
         for i in range(SAMPLES)
     )
     write_samples(samples, folder, source="experiments/full_size.py")

@@ -30,8 +30,8 @@ def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Te
     pixels, captions = [], []
     for index in Progress(range(len(samples)), desc="decoding", unit="image"):
         sample = samples[index]
-        texts = [turn.gpt for turn in sample.turns if turn.kind == kind]
-        if sample.image is not None and texts:
+        texts = [answer.content for answer in sample.answers if answer.kind == kind]
+        if sample.images and texts:
             pixels.append(torch.from_numpy(stretched(decode_image(sample), size).copy()))
             captions.append(set(re.findall(r"\w+", " ".join(texts).lower())))
     if not captions:

@@ -6,8 +6,10 @@ it; the loss counts on answers and their end. Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.conversation import ConversationTokenizer, Tokenizer, TurnTokens
-from gemoe_ds.data.images import decode_image
+from gemoe_ds.data.images import decode_image, shown_size
 from gemoe_ds.data.turn import Sample
 from gemoe_ds.errors import SampleError
 from gemoe_ds.models.chat import ChatTemplate
@@ -159,31 +161,32 @@ class Collator:
         self.conversations = ConversationTokenizer(tokenizer, chat)
         self.max_length = max_length
         self._dummy = layout.dummy() if layout else None
+        self._num_tokens = lru_cache(4096)(layout.num_tokens if layout else lambda *size: 0)
 
     def encode(self, row: int, sample: Sample) -> Encoded:
-        encoded = Encoded(row, sample.id, cut_answers=len(sample.turns))
-        image = self._lay(sample)
+        """SampleError for a sample that this model cannot read, or that has no target left."""
+        tokens, places = self.image_tokens(sample), itertools.count()
         (turns,) = self.tokenized([sample])
-        for index, turn in enumerate(turns):
-            length, *rest = turn.lengths
-            length += len(image.input_ids) if image and index == 0 else 0
+        encoded = Encoded(row, sample.id, cut_answers=len(turns))
+        lengths = turn_lengths(turns, tokens)
+        is_text = sample.messages[0].role == "text"
+        for index, (turn, (length, *rest, _)) in enumerate(zip(turns, lengths, strict=True)):
             room = self.max_length - len(encoded.input_ids) - length
             fits = rest[0] + rest[1] <= room
             if not fits and (index > 0 or room <= 0):
                 break
-            encoded.add_question(turn.question, [image] if image and index == 0 else [])
+            images = [self._lay(sample, next(places)) for _ in turn.question[1:]]
+            encoded.add_question(turn.question, images)
             if not fits:
                 encoded.add(turn.answer[:room], labels=turn.answer[:room])
                 break
-            encoded.add(turn.answer, labels=turn.answer, turn=index)
+            encoded.add(turn.answer, labels=turn.answer, turn=-1 if is_text else index)
             encoded.add(turn.end, labels=turn.end)
             encoded.cut_answers -= 1
         if all(label == IGNORE for label in encoded.labels):
-            before = len(image.input_ids) if image else 0
-            whole = before + sum(sum(turn.lengths) for turn in turns)
-            targets = sum(len(turn.answer) + len(turn.end) for turn in turns)
-            before += sum(turn.lengths[0] for turn in turns[:1])
-            raise without_target(sample.id, before, whole, targets, self.max_length)
+            whole = sum(sum(length[:3]) for length in lengths)
+            targets = sum(answer + end for _, answer, end, _ in lengths)
+            raise without_target(sample.id, lengths[0][0], whole, targets, self.max_length)
         return encoded
 
     def encode_or_leave_out(self, row: int, sample: Sample, *, prompt: bool = False) -> Encoded:
@@ -198,11 +201,16 @@ class Collator:
 
     def prompt(self, row: int, sample: Sample) -> Encoded:
         """The conversation up to where its last answer would begin; for `batch(..., left=True)`."""
-        encoded = Encoded(row, sample.id)
-        image = self._lay(sample)
+        self.image_tokens(sample)
+        if sample.messages[0].role == "text":
+            raise SampleError(
+                f"sample {sample.id} is a plain text, in which no answer is asked for"
+            )
+        encoded, places = Encoded(row, sample.id), itertools.count()
         (turns,) = self.conversations([sample], to_answer=True)
-        for index, turn in enumerate(turns):
-            encoded.add_question(turn.question, [image] if image and index == 0 else [])
+        for turn in turns:
+            images = [self._lay(sample, next(places)) for _ in turn.question[1:]]
+            encoded.add_question(turn.question, images)
             encoded.add(turn.answer)
             encoded.add(turn.end)
         length = len(encoded.input_ids)
@@ -215,7 +223,8 @@ class Collator:
         return encoded
 
     def tokenized(self, samples: Sequence[Sample]) -> Iterator[list[TurnTokens]]:
-        """The turns of each sample; all of their texts go through the tokenizer at once."""
+        """What is learned of each sample; all of their texts go through the tokenizer at once. None
+        of a sample whose messages `image_tokens` refuses."""
         return self.conversations(samples)
 
     @property
@@ -228,17 +237,22 @@ class Collator:
         """Tokens that end an answer."""
         return self.conversations.end_ids
 
-    def _lay(self, sample: Sample) -> ProcessedImage | None:
-        return None if sample.image is None else self.layout_for(sample)(decode_image(sample))
-
-    def layout_for(self, sample: Sample) -> ImageLayout:
-        """How the image of a sample is laid; SampleError if the model does not see."""
-        if self.layout is None:
+    def image_tokens(self, sample: Sample) -> list[int]:
+        """How many stand for each picture, by its size alone; SampleError, naming the sample, for
+        messages and pictures that this model cannot read."""
+        if reason := self.conversations.refusal(sample):
+            raise SampleError(f"sample {sample.id}: {reason}")
+        number = len(sample.images)
+        if number and self.layout is None:
             raise SampleError(
                 f"sample {sample.id} has an image, and this backbone reads text only; "
                 "choose other data or another model.backbone"
             )
-        return self.layout
+        return [self._num_tokens(*shown_size(sample, n), number) for n in range(number)]
+
+    def _lay(self, sample: Sample, place: int) -> ProcessedImage:
+        assert self.layout is not None
+        return self.layout(decode_image(sample, place), len(sample.images))
 
     def batch(self, encoded: Sequence[Encoded], *, left: bool = False) -> Batch:
         """Padded on the right, for training and scoring, or on the `left`, to be continued."""
@@ -277,6 +291,18 @@ class Collator:
         }
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
         return {"pixels": pixels, "feature_BS": feature_BS, **joined}
+
+
+def turn_lengths(
+    turns: Sequence[TurnTokens], image_tokens: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Tokens of each question with its pictures, answer, what ends that, and of the pictures."""
+    tokens, lengths = iter(image_tokens), []
+    for turn in turns:
+        question, answer, end = turn.lengths
+        of_images = sum(itertools.islice(tokens, len(turn.question) - 1))
+        lengths.append((question + of_images, answer, end, of_images))
+    return lengths
 
 
 def without_target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+from gemoe_ds.data.filling import Filled, Part, parts_of, refusal
 from gemoe_ds.data.turn import Sample
 from gemoe_ds.models.chat import END, IMAGE, TEXT, ChatTemplate
 
@@ -36,14 +38,11 @@ class Tokenizer(Protocol):
         """Every token and its id."""
 
 
-# A template and its text, or the parts of a text that has images between them.
-Filled = tuple[str, str | tuple[str, ...]]
-
-
 class TurnTokens(NamedTuple):
-    """Token ids of a turn; the question of the first one has all that stands before it."""
+    """Token ids of an answer that is learned, and of all that stands between it and the one before:
+    its question, what begins the sequence, answers that are not learned and their questions."""
 
-    question: list[list[int]]  # cut where its images stand
+    question: list[list[int]]  # cut where images stand
     answer: list[int]
     end: list[int]  # what ends the answer
 
@@ -75,21 +74,28 @@ class ConversationTokenizer:
     def __call__(
         self, samples: Sequence[Sample], *, to_answer: bool = False
     ) -> Iterator[list[TurnTokens]]:
-        """The turns of each sample, tokenised at once; `to_answer`: its last answer is left out."""
-        chat, conversations = self.chat, []
-        for sample in samples:
-            filled: list[Filled] = [(chat.start, "")]
-            for index, turn in enumerate(sample.turns):
-                asked = chat.asked(turn.human, int(sample.image is not None and index == 0))
-                filled += [asked, chat.answered(turn.gpt)]
-            conversations.append(filled[:-1] if to_answer and sample.turns else filled)
-        for (start,), *parts in self._ids(conversations):
-            if len(parts) % 2:
-                parts.append([[], []])
-            if parts:
-                parts[0][0] = start + parts[0][0]
-            answered = zip(parts[::2], parts[1::2], strict=True)
-            yield [TurnTokens(question, *answer) for question, answer in answered]
+        """The answers of each sample that are learned, tokenised at once; nothing of one that
+        `refusal` speaks of. `to_answer`: its last answer is left out."""
+        conversations = [[] if self.refusal(s) else parts_of(s, self.chat) for s in samples]
+        if to_answer:
+            conversations = [parts[:-1] for parts in conversations]
+        filled = [[part.filled for part in parts] for parts in conversations]
+        for parts, ids in zip(conversations, self._ids(filled), strict=True):
+            yield _turns(parts, ids)
+
+    def refusal(self, sample: Sample) -> str | None:
+        """Why this chat, or its tokenizer, has no words for a sample; None if it has."""
+        if sample.messages and sample.messages[0].role == "text" and self._lacking:
+            return f"it is a plain text, which ends with {self._lacking}; the tokenizer has none"
+        return refusal(sample, self.chat)
+
+    @cached_property
+    def _lacking(self) -> str:
+        """A special token that plain texts need and that is not there."""
+        pieces = (piece for piece in self.chat.pieces(self.chat.document) if piece != TEXT)
+        marks = [piece for piece in pieces if self.chat.is_mark(piece) and piece != END]
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        return next((m for m in marks if self._special(m) in (None, unknown)), "")
 
     def prompt(self, asked: Filled, *, system: str | None, answer: str) -> list[list[int]]:
         """A question to be answered, cut where its images stand; `answer`: what has been said."""
@@ -217,6 +223,27 @@ class ConversationTokenizer:
                 last = max(first, len(head))
                 piece.ids = whole[first:last]
                 first = last
+
+
+def _turns(parts: Sequence[Part], ids: Sequence[list[list[int]]]) -> list[TurnTokens]:
+    """Answers that are learned, with what stands before each; the last one may not be there."""
+    turns: list[TurnTokens] = []
+    before: list[list[int]] = [[]]
+    for part, pieces in zip(parts, ids, strict=True):
+        if part.is_learned:
+            answer, end = pieces
+            if before == [[]]:  # nothing predicts the first token of a sequence
+                before, answer = [answer[:1]], answer[1:]
+            turns.append(TurnTokens(before, answer, end))
+            before = [[]]
+        elif part.is_answer:
+            before[-1] = [*before[-1], *itertools.chain(*pieces)]
+        else:
+            before[-1] = before[-1] + pieces[0]
+            before += pieces[1:]
+    if before != [[]]:
+        turns.append(TurnTokens(before, [], []))
+    return turns
 
 
 def _joined(pieces: list[int | _Text]) -> list[int]:

@@ -44,21 +44,37 @@ _UPRIGHT = {
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def decode_image(sample: Sample) -> Image.Image:
-    """The image of a sample in RGB; ImageError naming the sample if it is broken."""
-    assert sample.image is not None
-    with named_after(sample):
-        return read_image(sample.image)
+def decode_image(sample: Sample, place: int = 0) -> Image.Image:
+    """A picture of a sample in RGB; ImageError naming the sample if it is broken, or of another
+    size than is known of it."""
+    picture = sample.images[place]
+    with _named_after(sample, place):
+        image = read_image(picture.data)
+        known = picture.width, picture.height
+        if known not in ((0, 0), image.size):
+            had, has = (f"{width} x {height}" for width, height in (known, image.size))
+            raise ImageError(f"it has {has} pixels, and {had} are listed")
+        return image
+
+
+def shown_size(sample: Sample, place: int) -> tuple[int, int]:
+    """Width and height of `decode_image`, from what is known or from the header; ImageError."""
+    picture = sample.images[place]
+    if picture.width:
+        return picture.width, picture.height
+    with _named_after(sample, place):
+        return display_size(picture.data)
 
 
 @contextmanager
-def named_after(sample: Sample) -> Iterator[None]:
+def _named_after(sample: Sample, place: int) -> Iterator[None]:
     """An ImageError of the block names the sample."""
     try:
         yield
     except ImageError as error:
+        which = "image" if len(sample.images) == 1 else f"picture {place + 1}"
         raise ImageError(
-            f"sample {sample.id}: its image cannot be decoded: {error}; convert the data again"
+            f"sample {sample.id}: its {which} cannot be decoded: {error}; convert the data again"
         ) from error
 
 

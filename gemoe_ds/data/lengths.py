@@ -16,19 +16,17 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, Gather, alone
-from gemoe_ds.data.collate import Collator, without_target
-from gemoe_ds.data.images import display_size, named_after
-from gemoe_ds.data.sample import Sample, SampleFolder
+from gemoe_ds.data.collate import Collator, turn_lengths, without_target
+from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import GemoeError, SampleError
 
-SCHEMA = 1  # to be raised when `Collator` lays other sequences of the same template
+SCHEMA = 2  # to be raised when `Collator` lays other sequences of the same template
 _AT_ONCE = 512  # samples that are tokenised together
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, MemoryError)
 _LOOKED_AT = 16  # samples by which kept lengths are checked
@@ -41,6 +39,7 @@ class Cut:
 
     length_N: np.ndarray
     targets_N: np.ndarray
+    image_N: np.ndarray  # tokens of images
     cut_answers_N: np.ndarray  # answers that are not there in whole, of bad samples too
     is_bad_N: np.ndarray
     is_dropped_N: np.ndarray  # too long, where these are dropped
@@ -51,8 +50,7 @@ class Lengths:
     """Of a folder of samples, or of the rows that one rank has looked at."""
 
     first_N: np.ndarray  # int64: where the turns of a sample begin
-    turns_T3: np.ndarray  # int32: question, with its image, answer, and what ends that
-    image_N: np.ndarray  # int32: tokens of the image
+    turns_T4: np.ndarray  # int32: see `turn_lengths`
     broken: dict[int, str]  # row -> why it cannot be used whatever its length
 
     def __len__(self) -> int:
@@ -61,11 +59,16 @@ class Lengths:
     @property
     def whole_N(self) -> np.ndarray:
         """Tokens of the uncut samples."""
-        return self._summed(self.turns_T3.sum(1, dtype=np.int64))
+        return self._summed(self.turns_T4[:, :3].sum(1, dtype=np.int64))
+
+    @property
+    def image_N(self) -> np.ndarray:
+        """Tokens of all images of the uncut samples."""
+        return self._summed(self.turns_T4[:, 3].astype(np.int64))
 
     def cut(self, max_length: int, *, drop: bool = False) -> Cut:
         """`drop`: samples that would lose a token are left out instead."""
-        question_T, answer_T, end_T = self.turns_T3.T.astype(np.int64)
+        question_T, answer_T, end_T, image_T = self.turns_T4.T.astype(np.int64)
         sizes_N = np.diff(self.first_N, append=len(question_T))
         sample_T = np.repeat(np.arange(len(self)), sizes_N)
         whole_T = question_T + answer_T + end_T
@@ -80,12 +83,14 @@ class Lengths:
         is_kept_T = turn_T < kept_N[sample_T]
         length_N = self._summed(np.where(is_kept_T, whole_T, 0))
         targets_N = self._summed(np.where(is_kept_T, answer_T + end_T, 0))
+        image_N = self._summed(np.where(is_kept_T, image_T, 0))
         # No whole turn: a part of the first answer.
         in_part_N = (kept_N == 0) & (sizes_N > 0)
         first_N = self.first_N[in_part_N]
         part_N = np.minimum(room_T[first_N], answer_T[first_N]).clip(min=0)
         length_N[in_part_N] += question_T[first_N] + part_N
         targets_N[in_part_N] = part_N
+        image_N[in_part_N] += image_T[first_N]
         is_bad_N = targets_N == 0
         is_bad_N[[*self.broken]] = True
         is_dropped_N = (self.whole_N > max_length) & drop
@@ -93,8 +98,9 @@ class Lengths:
         is_bad_N &= ~is_dropped_N
         length_N = np.where(is_bad_N, 1, np.where(is_dropped_N, 0, length_N))
         targets_N = np.where(is_bad_N | is_dropped_N, 0, targets_N)
+        image_N = np.where(is_bad_N | is_dropped_N, 0, image_N)
         cut_answers_N = np.where(is_dropped_N, 0, sizes_N - kept_N)
-        return Cut(length_N, targets_N, cut_answers_N, is_bad_N, is_dropped_N)
+        return Cut(length_N, targets_N, image_N, cut_answers_N, is_bad_N, is_dropped_N)
 
     def bad_samples(
         self, samples: SampleFolder, max_length: int, rows: Iterable[int]
@@ -102,9 +108,9 @@ class Lengths:
         """Why each of these rows cannot be used."""
         found = []
         for row in map(int, rows):
-            name, turns_T3 = samples[row].id, self._turns_of(row)
-            before, whole = int(turns_T3[:1, 0].sum()), int(turns_T3.sum())
-            targets = int(turns_T3[:, 1:].sum())
+            name, turns_T4 = samples.outline(row).id, self._turns_of(row)
+            before, whole = int(turns_T4[:1, 0].sum()), int(turns_T4[:, :3].sum())
+            targets = int(turns_T4[:, 1:3].sum())
             error = without_target(name, before, whole, targets, max_length)
             reason, needs = self.broken.get(row, str(error)), error.needs
             found.append(BadSample(row, name, reason, None if row in self.broken else needs))
@@ -117,8 +123,8 @@ class Lengths:
         return np.asarray(sums[ends_N] - sums[self.first_N])
 
     def _turns_of(self, row: int) -> np.ndarray:
-        end = self.first_N[row + 1] if row + 1 < len(self) else len(self.turns_T3)
-        return self.turns_T3[self.first_N[row] : end]
+        end = self.first_N[row + 1] if row + 1 < len(self) else len(self.turns_T4)
+        return self.turns_T4[self.first_N[row] : end]
 
     @classmethod
     def joined(cls, parts: Sequence[Lengths]) -> Lengths:
@@ -129,13 +135,9 @@ class Lengths:
         for part in parts:
             firsts.append(part.first_N + first)
             broken |= {row + at: reason for at, reason in part.broken.items()}
-            first, row = first + len(part.turns_T3), row + len(part)
-        return cls(
-            np.concatenate(firsts),
-            np.concatenate([part.turns_T3 for part in parts]),
-            np.concatenate([part.image_N for part in parts]),
-            broken,
-        )
+            first, row = first + len(part.turns_T4), row + len(part)
+        turns_T4 = np.concatenate([part.turns_T4 for part in parts])
+        return cls(np.concatenate(firsts), turns_T4, broken)
 
 
 def measured(
@@ -147,47 +149,33 @@ def measured(
     stops: Callable[[], bool] = lambda: False,
 ) -> Lengths | None:
     """Of these rows; None if it was asked to stop."""
-    firsts, images, turns = array("q"), array("i"), array("i")  # not a Python object a number
+    firsts, turns = array("q"), array("i")  # not a Python object a number
     broken: dict[int, str] = {}
-    layout = collator.layout
-    tokens_of = cache(lambda size: layout.num_tokens(*size) if layout else 0)
     bar = Progress(
         total=len(rows), desc="lengths", unit="sample", disable=not show_progress, delay=1.0
     )
     for begin in range(0, len(rows), _AT_ONCE):
         if stops():
             return None
-        some = [samples[row] for row in rows[begin : begin + _AT_ONCE]]
+        some = [samples.outline(row) for row in rows[begin : begin + _AT_ONCE]]
         for at, (sample, of_sample) in enumerate(
             zip(some, collator.tokenized(some), strict=True), begin
         ):
-            tokens = 0
+            tokens = []
             try:
-                if sample.image is not None:
-                    tokens = tokens_of(image_size(collator, sample))
+                tokens = collator.image_tokens(sample)
             except SampleError as error:
                 broken[at] = str(error)
-            firsts.append(len(turns) // 3)
-            images.append(tokens)
-            for index, turn in enumerate(of_sample):
-                question, answer, end = turn.lengths
-                turns.extend((question + (tokens if index == 0 else 0), answer, end))
+            firsts.append(len(turns) // 4)
+            for of_turn in turn_lengths(of_sample, tokens):
+                turns.extend(of_turn)
         bar.update(len(some))
     bar.close()
     return Lengths(
         np.array(firsts, dtype=np.int64),
-        np.array(turns, dtype=np.int32).reshape(-1, 3),
-        np.array(images, dtype=np.int32),
+        np.array(turns, dtype=np.int32).reshape(-1, 4),
         broken,
     )
-
-
-def image_size(collator: Collator, sample: Sample) -> tuple[int, int]:
-    """Width and height of a sample's image, as it is laid; SampleError if there can be none."""
-    assert sample.image is not None
-    collator.layout_for(sample)
-    with named_after(sample):
-        return display_size(sample.image)
 
 
 def known_lengths(
@@ -251,7 +239,7 @@ def _read(file: Path, samples: SampleFolder, collator: Collator) -> Lengths | No
     try:
         with np.load(file, allow_pickle=False) as arrays:
             broken = {int(row): str(why) for row, why in json.loads(str(arrays["broken"])).items()}
-            found = Lengths(arrays["first_N"], arrays["turns_T3"], arrays["image_N"], broken)
+            found = Lengths(arrays["first_N"], arrays["turns_T4"], broken)
         rows = np.linspace(0, len(samples) - 1, _LOOKED_AT, dtype=int).tolist()
         now = measured(samples, collator, rows)
         if len(found) != len(samples) or now is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.console import Progress
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.turn import MARK, Message, leading_marks
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import whole_folder
 
@@ -22,8 +23,19 @@ def texts(folders: list[Path]) -> Iterator[str]:
     for folder in folders:
         samples = open_samples(folder)
         for index in Progress(range(len(samples)), desc=f"reading {folder}", unit="sample"):
-            for turn in samples[index].turns:
-                yield f" USER: {turn.human} ASSISTANT: {turn.gpt}"
+            yield from _written(samples.outline(index).messages)
+
+
+def _written(messages: Sequence[Message]) -> Iterator[str]:
+    """A question and its answer at once, other messages alone; where pictures stand is no text."""
+    question = ""
+    for message in messages:
+        if message.role == "user":
+            question = leading_marks(message.content)[1].replace(MARK, "")
+        elif message.role == "assistant":
+            yield f" USER: {question} ASSISTANT: {message.content}"
+        else:
+            yield message.content
 
 
 def train_tokenizer(folders: list[Path], vocab_size: int, out: Path) -> None:

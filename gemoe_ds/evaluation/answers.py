@@ -144,12 +144,12 @@ def answered(
     for row, ids in zip(batch.rows, written.token_ids, strict=True):
         if row in left_out:
             continue
-        sample = samples[row]
+        sample = samples.outline(row)
         ended = ids and ids[-1] in session.collator.end_ids
         text = tokenizer.decode(ids[:-1] if ended else ids).strip()  # <|ref|> is text as well
-        turn = sample.turns[-1]
+        question, expected = sample.questions[-1], sample.answers[-1].content
         found.append(
-            {"id": sample.id, "question": turn.human, "answer": text, "expected": turn.gpt}
+            {"id": sample.id, "question": question, "answer": text, "expected": expected}
             | {"tokens": len(ids)}
         )
     return found

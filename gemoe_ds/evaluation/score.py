@@ -259,9 +259,9 @@ class _Counting:
         for row, turns_S, right_S, label_S in zip(
             batch.rows, batch.turn_BS, correct_BS, is_label_BS, strict=True
         ):
-            for index, turn in enumerate(self.samples[row].turns):
+            for index, answer in enumerate(self.samples.outline(row).answers):
                 answer_S = (turns_S == index) & label_S
-                kind = turn.kind or UNNAMED
+                kind = answer.kind or UNNAMED
                 if not answer_S.any():
                     scores.not_asked[kind] += 1
                     scores.cut_answers += row not in scores.bad

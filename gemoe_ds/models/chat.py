@@ -19,13 +19,15 @@ class ChatTemplate:
     says stands in the place of `start`, as `system` has it. {text} is the question or the answer,
     tokenised as ordinary text even where it contains special tokens; {image}, {bos} and {eos} are
     those tokens. The loss counts answers; {end} separates the words that evaluation
-    compares from the tokens that only end the answer.
+    compares from the tokens that only end the answer. A text that is no conversation is `document`,
+    as the model was pretrained on.
     """
 
     question: str = " USER: {text} ASSISTANT:"
     question_with_image: str = "{image} USER: {text} ASSISTANT:"
     answer: str = " {text}{end}{eos}"
     start: str = "{bos}"
+    document: str = "{bos}{text}{end}{eos}"
     no_question: str | None = None  # for a question without a text, if it is another template
     only_image: str | None = None  # and for one with an image
     specials: tuple[str, ...] = ()  # special tokens that the templates name
@@ -37,11 +39,11 @@ class ChatTemplate:
     joined: bool = False  # text between special tokens is tokenised at once, not by template
     eos_as_bos: bool = False  # of a tokenizer that has no bos
     pad: str | None = None  # of a tokenizer that has none
+    system: str | None = None  # None: it knows no system message
+    between_images: str = ""  # where several stand before a question
+    one_image: bool = False  # one at a time, before everything
     # Of prompts alone. Not in the repr, by which token lengths on disk know a template.
-    system: str | None = field(default=None, repr=False)  # None: it knows no system message
-    between_images: str = field(default="", repr=False)  # where several stand before a question
     bos_before_text: bool = field(default=False, repr=False)  # its class added it to text
-    one_image: bool = field(default=False, repr=False)  # one at a time, before everything
     # what the model's own code adds to a tokenizer without it, in this order, and the ids it gets
     added: Mapping[str, int] = field(default_factory=dict)
 
@@ -60,15 +62,23 @@ class ChatTemplate:
             usual, empty = self.question_with_image, self.only_image
         else:
             usual, empty = self.question, self.no_question
-        images = self.between_images.join([IMAGE] * num_images)
-        return (usual if text or empty is None else empty).replace(IMAGE, images), text
+        template = usual if text or empty is None else empty
+        return template.replace(IMAGE, self._images(num_images)), text
 
-    def asked_around(self, parts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-        """The same of a question that has its images inside: between its parts."""
+    def asked_around(
+        self, parts: Sequence[str], num_images: int = 0
+    ) -> tuple[str, tuple[str, ...]]:
+        """The same of a question that has images inside: between its parts."""
         first, *middle, last = parts
+        template = self.question
+        if num_images:
+            template = self.question_with_image.replace(IMAGE, self._images(num_images))
         if self.stripped:
-            first, last = first.lstrip(), last.rstrip()
-        return self.question, (first, *middle, last)
+            first, last = first if num_images else first.lstrip(), last.rstrip()
+        return template, (first, *middle, last)
+
+    def _images(self, number: int) -> str:
+        return self.between_images.join([IMAGE] * number)
 
     def answered(self, text: str) -> tuple[str, str]:
         """The template of an answer, and its text."""
@@ -102,4 +112,5 @@ class ChatTemplate:
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        return re.compile(_MARKS % "".join(f"|{re.escape(token)}" for token in self.specials))
+        tokens = (*self.specials, *self.stops)
+        return re.compile(_MARKS % "".join(f"|{re.escape(token)}" for token in tokens))

@@ -117,7 +117,7 @@ def estimate(
         parts = {"Python and its packages": process + _ENGINE} | parts
         if seen.images:
             parts["images read ahead"] = read_ahead(
-                config, samples, collator, seen, lengths.image_N, num_ranks
+                config, samples, collator, seen, cut_of(lengths, config).image_N, num_ranks
             )
         if config.model.pack_experts and config.model.trainable == "routers" and shape.is_cast:
             # for the forward pass, and for the backward pass of all above the first router
@@ -159,13 +159,11 @@ def _largest_step(
     """A step of the longest samples, without images; and the micro-batch with most of those."""
     cut, size = cut_of(lengths, config), config.train.micro_batch_size
     longest = _largest(samples, collator, size, cut.length_N)
-    seen = _largest(
-        samples, collator, size, np.where(cut.is_bad_N | cut.is_dropped_N, 0, lengths.image_N)
-    )
+    seen = _largest(samples, collator, size, cut.image_N)
     shape = StepShape(
         tokens=longest.input_ids_BS.numel(),
         targets=_most(cut.targets_N, size),
-        distilled=_distilled(config, cut, lengths),
+        distilled=_distilled(config, cut),
         itemsize=getattr(torch, config.model.dtype).itemsize,
         k=max(router.peak_mean_k for router in routers),
         ep_size=config.parallel.ep_size,
@@ -181,13 +179,13 @@ def _most(count_N: np.ndarray, size: int) -> int:
     return int(np.sort(count_N)[-size:].sum())
 
 
-def _distilled(config: RunConfig, cut: Cut, lengths: Lengths) -> int:
+def _distilled(config: RunConfig, cut: Cut) -> int:
     """The most positions of a micro-batch at which a teacher is listened to."""
     if config.train.distill is None:
         return 0
     count_N = {
         "answers": cut.targets_N,
-        "text": (cut.length_N - lengths.image_N).clip(min=0),
+        "text": cut.length_N - cut.image_N,
         "all": cut.length_N,
     }[config.train.distill.tokens]
     return _most(count_N, config.train.micro_batch_size)

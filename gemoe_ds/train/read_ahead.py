@@ -8,7 +8,7 @@ import numpy as np
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch, Collator
-from gemoe_ds.data.images import display_size
+from gemoe_ds.data.images import shown_size
 from gemoe_ds.data.sample import Sample, SampleFolder
 from gemoe_ds.data.stream import num_read_ahead
 
@@ -30,7 +30,7 @@ def read_ahead(
     """The step's own micro-batches, those that wait behind it, of images as large as they are on
     average, and what the reader threads need to make one each.
 
-    `largest`: the micro-batch of the largest images; `tokens_N`: of every sample's image.
+    `largest`: the micro-batch of the largest images; `tokens_N`: of every sample's images.
     """
     num_workers, size = config.data.num_workers, image_bytes(largest)
     largest_N = tokens_N[list(largest.rows)]
@@ -45,7 +45,7 @@ def read_ahead(
 
 def _making_of(sample: Sample, row: int, collator: Collator) -> int:
     """Bytes that the arrays of one sample take at most while it is encoded."""
-    if sample.image is None:
+    if not sample.images:
         return 0
     tracemalloc.start()
     try:
@@ -53,5 +53,5 @@ def _making_of(sample: Sample, row: int, collator: Collator) -> int:
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    width, height = display_size(sample.image)
-    return most + _DECODED * width * height
+    sizes = (shown_size(sample, place) for place in range(len(sample.images)))
+    return most + _DECODED * max(width * height for width, height in sizes)

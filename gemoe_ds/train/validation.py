@@ -63,7 +63,7 @@ class Validation(Hook):
 
     def _refuse_no_question(self, lengths: Lengths | None) -> None:
         limit = self.config.data.max_length
-        if lengths and len(lengths.turns_T3) == lengths.cut(limit).cut_answers_N.sum():
+        if lengths and len(lengths.turns_T4) == lengths.cut(limit).cut_answers_N.sum():
             raise ConfigError(
                 f"checkpoint.keep_best=validation/accuracy: data.max_length={limit} cuts all "
                 f"answers of {self.samples.path}; raise it, or take validation/loss"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
+from tests.data.turns import cut_image, turns_of, with_turns
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, write_setting
 
@@ -22,9 +22,9 @@ def test_they_say_what_was_left_out(tmp_path):
     setting = write_setting(tmp_path)
     good = open_samples(setting["data"])
     samples = [good[row] for row in range(len(good))]
-    samples[1] = replace(samples[1], image=samples[1].image[:60])
-    samples[4] = replace(samples[4], turns=(Turn("a " * 70, "b", "x"), Turn("c", "d", "y")))
-    samples[6] = replace(samples[6], turns=(samples[6].turns[0], Turn("c", "d " * 70, "y")))
+    samples[1] = cut_image(samples[1], 60)
+    samples[4] = with_turns(samples[4], Turn("a " * 70, "b", "x"), Turn("c", "d", "y"))
+    samples[6] = with_turns(samples[6], turns_of(samples[6])[0], Turn("c", "d " * 70, "y"))
     write_samples(iter(samples), tmp_path / "harmed", source="test")
     config = make_config(setting, tmp_path / "run", data__max_length=64, parallel__ep_size=1)
     recipe = tmp_path / "recipe.yaml"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, write_samples
 from gemoe_ds.data.train_tokenizer import train_tokenizer
 from gemoe_ds.errors import ConfigError, DataError, SampleError
 from gemoe_ds.models.chat import ChatTemplate
@@ -43,7 +43,7 @@ TWO = (Turn("a b", "c"), Turn("d", "e f"))
 
 def test_a_sequence_by_hand(tokenizer):
     collator = make(tokenizer)
-    batch = collator.batch([collator.encode(5, Sample("x", image(), TWO))])
+    batch = collator.batch([collator.encode(5, of_turns("x", image(), TWO))])
     assert words(batch.input_ids_BS[0]) == (
         "<s> <image> <image> USER: a b ASSISTANT: c </s> USER: d ASSISTANT: e f </s>"
     )
@@ -58,7 +58,7 @@ def test_a_sequence_by_hand(tokenizer):
 
 def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer):
     collator = make(tokenizer)
-    samples = [Sample("t", None, TWO[:1]), Sample("i", image(size=(9, 7)), TWO)]
+    samples = [of_turns("t", None, TWO[:1]), of_turns("i", image(size=(9, 7)), TWO)]
     batch = collator.batch([collator.encode(i, s) for i, s in enumerate(samples)])
     assert batch.is_valid_BS.sum(1).tolist() == [7, 15]
     assert not batch.is_valid_BS[0, 7:].any() and (batch.labels_BS[0, 7:] == -100).all()
@@ -74,13 +74,13 @@ def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer)
 
 @pytest.mark.parametrize("max_length", [10, 12, 14])
 def test_long_conversations_end_at_a_turn(tokenizer, max_length):
-    encoded = make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
+    encoded = make(tokenizer, max_length=max_length).encode(0, of_turns("x", image(), TWO))
     assert words(encoded.input_ids) == "<s> <image> <image> USER: a b ASSISTANT: c </s>"
 
 
 def test_cut_answers_and_targets_of_a_batch_are_those_of_all_samples(tokenizer):
     collator = make(tokenizer, 10)
-    batch = collator.batch([collator.encode(i, Sample(str(i), None, TWO)) for i in range(2)])
+    batch = collator.batch([collator.encode(i, of_turns(str(i), None, TWO)) for i in range(2)])
     assert batch.cut_answers == 2 and batch.num_targets == 4
     first = torch.full_like(batch.labels_BS, -100)
     first[:, 0] = 7
@@ -91,7 +91,7 @@ def test_cut_answers_and_targets_of_a_batch_are_those_of_all_samples(tokenizer):
 def test_a_first_answer_that_does_not_fit_is_learned_in_part_but_not_graded(
     tokenizer, max_length, answer
 ):
-    sample = Sample("x", None, (Turn("a b", "c d"), Turn("e", "f")))
+    sample = of_turns("x", None, (Turn("a b", "c d"), Turn("e", "f")))
     collator = make(tokenizer, max_length=max_length)
     batch = collator.batch([collator.encode(0, sample)])
     assert words(batch.input_ids_BS[0]) == f"<s> USER: a b ASSISTANT: {answer}"
@@ -104,13 +104,13 @@ def test_a_sample_without_a_target_is_named(tokenizer, max_length):
     """Seven tokens stand before the first answer."""
     said = f"sample x: no answer fits into data.max_length={max_length}: 7 tokens stand before"
     with pytest.raises(SampleError, match=said):
-        make(tokenizer, max_length=max_length).encode(0, Sample("x", image(), TWO))
+        make(tokenizer, max_length=max_length).encode(0, of_turns("x", image(), TWO))
 
 
 def test_special_tokens_in_a_text_are_spelled_not_obeyed(tmp_path):
-    """An <image> in a text would ask for pixels that are not there, a </s> would end an answer."""
-    said = "the tags <image> <s> </s> <pad>"
-    sample = Sample("x", image(), (Turn(said, f"{said}."),))
+    """A </s> in a text would end an answer."""
+    said = "the tags <s> </s> <pad>"
+    sample = of_turns("x", image(), (Turn(said, f"{said}."),))
     write_samples([sample], tmp_path / "data", source="test")
     train_tokenizer([tmp_path / "data"], 300, tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
@@ -124,7 +124,7 @@ def test_special_tokens_in_a_text_are_spelled_not_obeyed(tmp_path):
 
 def test_a_broken_image_names_its_sample(tokenizer):
     with pytest.raises(DataError, match="sample bad: its image cannot be decoded"):
-        make(tokenizer).encode(0, Sample("bad", image()[:40], TWO))
+        make(tokenizer).encode(0, of_turns("bad", image()[:40], TWO))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gemoe_ds.data.images import as_shown, decode_image, display_size, has_more_frames, read_image
-from gemoe_ds.data.sample import Sample
+from gemoe_ds.data.sample import of_turns
 from gemoe_ds.errors import ImageError
 
 WHITE = [255, 255, 255]
@@ -255,7 +255,7 @@ def test_what_cannot_be_decoded_has_one_reason_the_same_in_every_run(encoded, re
     said = set()
     for _ in range(2):
         with pytest.raises(ImageError) as error:
-            decode_image(Sample("x", encoded, ()))
+            decode_image(of_turns("x", encoded, ()))
         said.add(str(error.value))
     (text,) = said
     assert text.startswith("sample x: its image cannot be decoded: ")

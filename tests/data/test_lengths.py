@@ -11,7 +11,7 @@ from PIL import Image
 import gemoe_ds.data.lengths as module
 from gemoe_ds.data.collate import IGNORE, Collator
 from gemoe_ds.data.lengths import Lengths, fingerprint, known_lengths, measured
-from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, open_samples, write_samples
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
@@ -54,7 +54,7 @@ def write(folder, *, number=30, seed=0, sizes=SIZES):
 
     def sample(i):
         turns = [Turn(words(0), words(int(i % 7 > 0))) for _ in range(rng.integers(1, 5))]
-        return Sample(f"s{i}", pictures[i % len(pictures)], tuple(turns))
+        return of_turns(f"s{i}", pictures[i % len(pictures)], tuple(turns))
 
     write_samples(map(sample, range(number)), folder, source="test")
     return open_samples(folder)
@@ -86,7 +86,7 @@ def test_they_are_what_encode_gives(name, samples, tokenizer):
         if encoded.bad:
             assert lengths.bad_samples(samples, collator.max_length, [row]) == [encoded.bad]
         else:
-            assert lengths.whole_N[row] == len(encoded.input_ids), samples[row].turns
+            assert lengths.whole_N[row] == len(encoded.input_ids), samples[row].messages
             assert lengths.image_N[row] == sum(encoded.is_vision)
     assert lengths.cut(collator.max_length).is_bad_N.sum() == (28 if name == "olmoe" else 2)
 
@@ -120,16 +120,16 @@ def test_cuts_are_those_of_encode(tmp_path, tokenizer):
 
 def test_answers_of_bad_samples_are_cut_too():
     """The second turn of the first sample does not fit, nor the only one of the second."""
-    turns_T3 = np.array([[5, 1, 1], [3, 2, 1], [50, 1, 1]], dtype=np.int32)
-    cut = Lengths(np.array([0, 2]), turns_T3, np.zeros(2, np.int32), {}).cut(10)
+    turns_T4 = np.array([[5, 1, 1, 2], [3, 2, 1, 0], [50, 1, 1, 9]], dtype=np.int32)
+    cut = Lengths(np.array([0, 2]), turns_T4, {}).cut(10)
+    assert cut.image_N.tolist() == [2, 0]
     assert cut.length_N.tolist() == [7, 1] and cut.targets_N.tolist() == [2, 0]
     assert cut.cut_answers_N.tolist() == [1, 1] and cut.is_bad_N.tolist() == [False, True]
 
 
 def same(one, other):
     return one.broken == other.broken and all(
-        np.array_equal(getattr(one, name), getattr(other, name))
-        for name in ("first_N", "turns_T3", "image_N")
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("first_N", "turns_T4")
     )
 
 

@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +14,13 @@ import torch
 
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.order import Selection
-from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream, TrainStream
 from gemoe_ds.errors import DataError
 from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.images import SquareImages
 from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.data.turns import turns_of, with_turns
 from tests.tiny import write_tokenizer
 
 NUM = 23
@@ -30,7 +30,7 @@ NUM = 23
 def setting(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
     samples = (
-        Sample(f"s{i}", None, (Turn("a b", "c d e"[: 1 + 2 * (i % 3)]),)) for i in range(NUM)
+        of_turns(f"s{i}", None, (Turn("a b", "c d e"[: 1 + 2 * (i % 3)]),)) for i in range(NUM)
     )
     write_samples(samples, root / "data", source="test", shard_size=5)
     tokenizer = load_tokenizer(write_tokenizer(root / "tokenizer"))
@@ -182,8 +182,11 @@ def test_rows_find_their_samples(setting):
 def test_bad_samples_are_left_out_and_the_others_keep_their_places(setting, tmp_path):
     """Damage that came after the conversion, and a question without room for its answer."""
     good, collator = setting
-    spoiled = {3: {"image": b"no image"}, 11: {"turns": (Turn("a " * 80, "b"),)}}
-    harmed = (replace(good[row], **spoiled.get(row, {})) for row in range(len(good)))
+    spoiled = {
+        3: of_turns("s3", b"no image", turns_of(good[3])),
+        11: with_turns(good[11], Turn("a " * 80, "b")),
+    }
+    harmed = (spoiled.get(row, good[row]) for row in range(len(good)))
     write_samples(harmed, tmp_path / "data", source="test")
     samples, met = open_samples(tmp_path / "data"), {}
     common = dict(seed=0, micro_batch_size=2, accumulation=1, rank=0, world=1, num_workers=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gemoe_ds.cli.data.train_tokenizer import main
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, write_samples
 from gemoe_ds.data.train_tokenizer import ROLES, SPECIAL
 from gemoe_ds.models.tokenizer import load_tokenizer
 
@@ -15,7 +15,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "samples"
     colours = ("red", "green", "blue")
     rows = (
-        Sample(str(i), None, (Turn(f"What is left of the {c} square?", f"a {c} circle"),))
+        of_turns(str(i), None, (Turn(f"What is left of the {c} square?", f"a {c} circle"),))
         for i in range(50)
         for c in colours
     )

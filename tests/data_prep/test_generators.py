@@ -184,7 +184,7 @@ def test_digits_are_real_pixels_with_true_answers(tmp_path):
         ]
     )
     samples = open_samples(tmp_path / "out")
-    assert len(samples) == 179 and {t.kind for t in samples[0].turns} == {
+    assert len(samples) == 179 and {answer.kind for answer in samples[0].answers} == {
         "digit",
         "parity",
         "compare",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gemoe_ds.analysis.routing_sums import PROMPT, WRITTEN
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, write_samples
 from gemoe_ds.evaluation.routing import RoutingCounter
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.tiny.backbone import TinyBackbone
@@ -39,7 +39,7 @@ def test_a_hundred_times_the_documents_take_little_more_memory(tmp_path):
     peaks = {}
     for number in (1_000, 100_000):
         data, out = tmp_path / f"data_{number}", tmp_path / f"out_{number}"
-        samples = (Sample(f"s{i}", None, (Turn("c", "a b", "x"),)) for i in range(number))
+        samples = (of_turns(f"s{i}", None, (Turn("c", "a b", "x"),)) for i in range(number))
         write_samples(samples, data, source="test")
         options = [recipe, "--data", data, "--out", out, "--batch", "100", "--k", "2"]
         done = subprocess.run(

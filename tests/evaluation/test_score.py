@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ from torch import nn
 from gemoe_ds.analysis.record import spearman
 from gemoe_ds.analysis.routing_sums import IMAGE
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn, open_samples, write_samples
+from gemoe_ds.data.sample import Sample, Turn, of_turns, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import ALONE
 from gemoe_ds.errors import DataError
 from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.data.turns import cut_image, turns_of, with_turns
 from tests.tiny import WORDS, make_model, write_base
 from tests.train.resuming import write_data
 
@@ -126,19 +126,19 @@ def test_right_answers_equal_greedy_generation(setting, tmp_path):
 
 def by_greed(model, collator, sample: Sample, spoil: int) -> Sample:
     """Two words of the model's as the answer of each turn; the first answer's last is changed."""
-    turns = list(sample.turns)
+    turns = turns_of(sample)
     for index, turn in enumerate(turns):
         words: list[str] = []
         for _ in range(2):
-            turns[index] = replace(turn, gpt=" ".join([*words, "a"]))
-            encoded = collator.encode(0, replace(sample, turns=tuple(turns)))
+            turns[index] = turn._replace(gpt=" ".join([*words, "a"]))
+            encoded = collator.encode(0, with_turns(sample, *turns))
             place = encoded.turn.index(index) + len(words)
             images = collator.batch([encoded]).images
             words.append(WORDS[_next_token(model, encoded.input_ids[:place], images)])
         if spoil and index == 0:
             words[-1] = "a" if words[-1] != "a" else "b"
-        turns[index] = replace(turn, gpt=" ".join(words))
-    return replace(sample, turns=tuple(turns))
+        turns[index] = turn._replace(gpt=" ".join(words))
+    return with_turns(sample, *turns)
 
 
 def biased(weight_VD: torch.Tensor, bias_V: torch.Tensor) -> nn.Linear:
@@ -166,9 +166,9 @@ def test_an_answer_is_right_if_all_its_tokens_are(setting, tmp_path):
     model, _, collator = setting
     only_a = torch.arange(len(WORDS)) == WORDS.index("a")
     samples = [
-        Sample("0", None, (Turn("c", "a a", "x"), Turn("d", "a b", "y"))),
-        Sample("1", None, (Turn("c", "b", "x"), Turn("d", "a a a", "y"))),
-        Sample("2", None, (Turn("e", "b a", "x"), Turn("f", "a"))),
+        of_turns("0", None, (Turn("c", "a a", "x"), Turn("d", "a b", "y"))),
+        of_turns("1", None, (Turn("c", "b", "x"), Turn("d", "a a a", "y"))),
+        of_turns("2", None, (Turn("e", "b a", "x"), Turn("f", "a"))),
     ]
     own = open_samples(write_samples_to(tmp_path / "own", samples))
     head = biased(torch.zeros_like(model.hf.lm_head.weight), only_a)
@@ -254,9 +254,9 @@ def harmed(setting, tmp_path):
     """Rows 1 (broken image) and 4 (no room for an answer) of 11; of 6 an answer is cut."""
     model, good, collator = setting
     samples = [good[row] for row in range(len(good))]
-    samples[1] = replace(samples[1], image=samples[1].image[:60])
-    samples[4] = replace(samples[4], turns=(Turn("a " * 90, "b", "x"), Turn("c", "d", "y")))
-    samples[6] = replace(samples[6], turns=(samples[6].turns[0], Turn("c", "d " * 90, "y")))
+    samples[1] = cut_image(samples[1], 60)
+    samples[4] = with_turns(samples[4], Turn("a " * 90, "b", "x"), Turn("c", "d", "y"))
+    samples[6] = with_turns(samples[6], turns_of(samples[6])[0], Turn("c", "d " * 90, "y"))
     write_samples(iter(samples), tmp_path / "data", source="test")
     return model, open_samples(tmp_path / "data"), collator
 

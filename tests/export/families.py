@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from gemoe_ds.data.collate import Batch, Collator
 from gemoe_ds.data.prompts import PromptEncoder, Question
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Sample, Turn, of_turns
 from gemoe_ds.export.folder import export
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
@@ -116,7 +116,7 @@ def _sample(messages: list[dict[str, Any]], pictures: list[Image.Image]) -> Samp
     buffer = io.BytesIO()
     if pictures:
         pictures[0].save(buffer, "PNG")
-    return Sample("s", buffer.getvalue() if pictures else None, tuple(turns))
+    return of_turns("s", buffer.getvalue() if pictures else None, tuple(turns))
 
 
 def write_exported(name: str, root: Path, router: str = "gemoe", **options: Any) -> Exported:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, write_samples
 from gemoe_ds.models.backbone import Backbone
 from tests.models.deepseek_vl2.small import write_deepseek_vl2
 from tests.models.moe_llava.small import write_moe_llava
@@ -72,6 +72,6 @@ def write_case(name: str, folder: Path) -> tuple[Path, Path]:
 
 def write_text(folder):
     turns = [Turn("a b", "c d"), Turn("e", "f"), Turn("g h", "a")]
-    samples = (Sample(f"s{i}", None, (turns[i % 3],)) for i in range(20))
+    samples = (of_turns(f"s{i}", None, (turns[i % 3],)) for i in range(20))
     write_samples(samples, folder, source="test")
     return folder

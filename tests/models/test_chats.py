@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Sample, Turn, of_turns
+from gemoe_ds.data.turn import MARK
 from tests.models.collators import LAYOUTS, make_collator, picture
 from tests.models.published import GOLDEN
 
@@ -16,7 +17,7 @@ def collator(request, tmp_path_factory):
 
 def sample(case) -> Sample:
     image = picture(*case["size"]) if "size" in case else None
-    return Sample("x", image, tuple(Turn(*turn) for turn in case["turns"]))
+    return of_turns("x", image, tuple(Turn(*turn) for turn in case["turns"]))
 
 
 def ids_of(packed, targets=()):
@@ -47,12 +48,12 @@ def test_as_the_models_own_code_has_them(collator):
 
 
 def test_tokens_that_build_a_conversation_are_spelled_in_a_text(collator):
-    """There is no way for a page about chats to end an answer, or to ask for an image."""
+    """There is no way for a page about chats to end an answer. MARK alone is refused."""
     name, collator = collator
     chat, special = collator.conversations.chat, GOLDEN[name]["tokenizer"]["special"]
-    said = "x".join(token for token in special if token not in chat.obeyed)
+    said = "x".join(token for token in special if token not in (*chat.obeyed, MARK))
     plain, spelled = (
-        collator.encode(0, Sample("x", None, (Turn(text, text), Turn("b", "c")))).input_ids
+        collator.encode(0, of_turns("x", None, (Turn(text, text), Turn("b", "c")))).input_ids
         for text in ("a", f"a{said}z")
     )
     ids = set(special.values())

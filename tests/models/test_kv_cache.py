@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.prompts import PromptEncoder, Question
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
@@ -56,7 +56,7 @@ def samples(sees: bool):
     pixels.save(buffer, "PNG")
     image = buffer.getvalue() if sees else None
     turns = [(Turn("a b c", "d"), Turn("e f", "g h i")), (Turn("j", "k"),), (Turn("l m", "n"),)]
-    return [Sample(f"s{i}", image if i != 1 else None, turns_) for i, turns_ in enumerate(turns)]
+    return [of_turns(f"s{i}", image if i != 1 else None, turns_) for i, turns_ in enumerate(turns)]
 
 
 def hidden(model, batch, past=None):

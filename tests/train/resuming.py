@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.config.load import config_from_dict
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Sample, Turn, of_turns, write_samples
 from gemoe_ds.errors import GemoeError
 from tests.helpers import repository, run_ranks
 from tests.tiny import write_base
@@ -60,7 +60,7 @@ def write_data(folder: Path, number: int = 20, seed: int = 0) -> Path:
         pixels.save(buffer, "PNG")
         words = [" ".join(rng.choice(list("abcdefgh"), rng.integers(1, 5))) for _ in range(4)]
         turns = (Turn(words[0], words[1], "x"), Turn(words[2], words[3], "y"))
-        return Sample(f"s{index}", buffer.getvalue() if index % 5 else None, turns)
+        return of_turns(f"s{index}", buffer.getvalue() if index % 5 else None, turns)
 
     write_samples(map(sample, range(number)), folder, source="test")
     return folder

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from gemoe_ds.data.bad_samples import FILE
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
 from gemoe_ds.train.sample_log import read_sample_log
+from tests.data.turns import cut_image, with_turns
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
@@ -26,9 +26,9 @@ def setting(tmp_path_factory):
     good, data = open_samples(setting["data"]), setting["root"] / "harmed"
     samples = [good[row] for row in range(len(good))]
     for row in BROKEN:
-        samples[row] = replace(samples[row], image=samples[row].image[:200])
+        samples[row] = cut_image(samples[row], 200)
     for row in LONG:
-        samples[row] = replace(samples[row], turns=(Turn("a " * LONGEST, "b"),))
+        samples[row] = with_turns(samples[row], Turn("a " * LONGEST, "b"))
     write_samples(iter(samples), data, source="test")
     return setting | {"data": data}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.train.first_sample import first_sample
 from tests.models.collators import make_collator, picture
 
@@ -56,7 +56,7 @@ SYSTEM = (
 )
 def test_the_first_sample(name, lines, tmp_path):
     shown = "\n".join(
-        first_sample(make_collator(name, tmp_path), [Sample("s", picture(640, 480), TURNS)])
+        first_sample(make_collator(name, tmp_path), [of_turns("s", picture(640, 480), TURNS)])
     )
     assert shown.startswith("sample s, the first one, as the model sees it: ")
     place = 0
@@ -67,7 +67,11 @@ def test_the_first_sample(name, lines, tmp_path):
 def test_one_that_can_be_shown(tmp_path):
     """A broken one is named, the next is shown; of a long text the middle is left out."""
     long = Turn("a" * 3000, "b")
-    samples = [Sample("bad", b"...", TURNS), Sample("t", None, (long,)), Sample("u", None, TURNS)]
+    samples = [
+        of_turns("bad", b"...", TURNS),
+        of_turns("t", None, (long,)),
+        of_turns("u", None, TURNS),
+    ]
     left_out, head, asked, answer = first_sample(make_collator("molmoe", tmp_path), samples)
     assert left_out.startswith("left out: sample bad: its image cannot be")
     assert head.startswith("sample t") and answer == "  target |  b<|endoftext|>"
@@ -76,6 +80,6 @@ def test_one_that_can_be_shown(tmp_path):
 
 def test_no_sample_that_can_be_shown(tmp_path):
     lines = list(
-        first_sample(make_collator("molmoe", tmp_path), [Sample("bad", b"...", TURNS)] * 200)
+        first_sample(make_collator("molmoe", tmp_path), [of_turns("bad", b"...", TURNS)] * 200)
     )
     assert len(lines) == 10 and all(line.startswith("left out") for line in lines)

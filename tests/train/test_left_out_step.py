@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Turn, open_samples
 from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.data.turns import cut_image, with_turns
 from tests.helpers import run_ranks
 from tests.tiny import make_model
 from tests.train.resuming import make_config, write_setting
@@ -28,8 +27,8 @@ def batches_of(setting, model, *rows_of):
     """A micro-batch of each; "broken" and "long" are bad samples."""
     good = open_samples(setting["data"])
     bad = {
-        "broken": replace(good[1], image=good[1].image[:200]),
-        "long": replace(good[2], turns=(Turn("a " * LONGEST, "b"),)),
+        "broken": cut_image(good[1], 200),
+        "long": with_turns(good[2], Turn("a " * LONGEST, "b")),
     }
     collator = Collator(
         load_tokenizer(setting["tokenizer"]),

@@ -20,6 +20,7 @@ from gemoe_ds.evaluation.score import evaluate
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.hooks import Hook
+from tests.data.turns import turns_of
 from tests.helpers import repository, run_ranks
 from tests.train.resuming import make_config, one_group, train_all, write_data, write_setting
 
@@ -134,7 +135,7 @@ def test_the_values_are_those_of_the_samples_one_by_one(runs, name):
                 correct_BS = model(**batch.inputs, score=True)["correct_BS"]
             targets += batch.num_targets
             k.append(torch.stack([record.k_T for record in model.ctx.layers]))
-            for index, turn in enumerate(samples[row].turns):
+            for index, turn in enumerate(turns_of(samples[row])):
                 is_answer_BS = batch.turn_BS == index
                 right[turn.kind] = right.get(turn.kind, 0) + bool(correct_BS[is_answer_BS].all())
                 asked[turn.kind] = asked.get(turn.kind, 0) + 1

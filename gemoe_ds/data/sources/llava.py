@@ -1,4 +1,4 @@
-"""LLaVA-format JSON + image folder -> checked parquet shards (gemoe_ds/data/sample.py).
+"""LLaVA-format JSON + image folder -> checked shards (gemoe_ds/data/sample.py).
 
 Reads what LLaVA-Pretrain (558k) and mix665k hold: `<image>` first or last in the first question,
 text-only rows without `image`, string or integer ids, other keys, many turns. Every image is
@@ -22,7 +22,7 @@ from typing import Any
 
 from gemoe_ds.console import Progress
 from gemoe_ds.data.dropped import DropList, Dropped
-from gemoe_ds.data.sample import Sample, write_samples
+from gemoe_ds.data.sample import Sample, of_turns, write_samples
 from gemoe_ds.data.sources.json_file import read_json
 from gemoe_ds.data.sources.llava_rows import Unusable, notes, printable, read_picture, read_turns
 from gemoe_ds.errors import DataError
@@ -58,7 +58,7 @@ def convert_row(job: Job, images: Path, min_size: int) -> Sample | Dropped:
         image = read_picture(row, images, min_size)
     except Unusable as why:
         return Dropped(row_id, printable(str(why)), why.group)
-    return Sample(row_id, image, turns)
+    return of_turns(row_id, image, turns)
 
 
 def check_texts(rows: list[Any], kinds: dict[str, Any], source: str, max_bad: float) -> None:

@@ -122,11 +122,11 @@ def notes(row: dict[str, Any], sample: Sample) -> Iterator[str]:
     messages = row["conversations"]
     for key in dict.fromkeys(key for m in messages for key in _unread(m, _READ_IN_MESSAGES)):
         yield f"the key {key!r} of a message is ignored"
-    if sample.image is not None:
+    if sample.images:
         asked = messages[0]["value"].strip()
         if not (asked.startswith(MARKER) or asked.endswith(MARKER)):
             yield f"{MARKER} stood inside the question; the picture stands before it"
-        if has_more_frames(sample.image):
+        if has_more_frames(sample.images[0].data):
             yield "an animation or several pages, of which the first is read"
 
 

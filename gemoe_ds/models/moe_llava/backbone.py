@@ -44,6 +44,7 @@ class MoeLlavaBackbone(OwnModelBackbone):
         start="A chat between a curious user and an artificial intelligence assistant. The "
         "assistant gives helpful, detailed, and polite answers to the user's questions. ",
         system="{text} ",
+        document="{text}{end}<|endoftext|>",  # neither StableLM 2 nor Qwen has a bos
         question="USER: {text} ASSISTANT:",
         question_with_image="USER: {image}\n{text} ASSISTANT:",
         answer=" {text}{end}<|endoftext|>",

@@ -49,6 +49,7 @@ class MolmoeBackbone(OwnModelBackbone):
         # the published code would put the features of every image at the places of the first
         one_image=True,
         start="<|endoftext|>",
+        document="<|endoftext|>{text}{end}<|endoftext|>",  # as OLMoE's
         specials=("<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>"),
         added={
             "<im_start>": 50280,

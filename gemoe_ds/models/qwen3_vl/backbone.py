@@ -56,6 +56,7 @@ class Qwen3VLBackbone(Backbone):
         question_with_image="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
         answer="{text}{end}<|im_end|>\n",
         start="",
+        document="{text}{end}<|endoftext|>",  # Qwen's own documents have no bos
         system="<|im_start|>system\n{text}<|im_end|>\n",
         specials=("<|im_start|>", "<|im_end|>"),
         stops=("<|endoftext|>",),

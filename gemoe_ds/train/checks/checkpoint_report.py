@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored, read_json
 from gemoe_ds.models.backbone import Backbone
@@ -145,7 +145,7 @@ def _chat(collator: Collator, checkpoint: Path | None) -> Iterator[str]:
     for turn in _TURNS:
         messages.append({"role": "user", "content": turn.human})
         messages.append({"role": "assistant", "content": turn.gpt})
-    ours = collator.encode(0, Sample("first contact", None, _TURNS)).input_ids
+    ours = collator.encode(0, of_turns("first contact", None, _TURNS)).input_ids
     for place, template in _templates(tokenizer, checkpoint):
         if template is None:
             yield f"{place} holds no template that can be read"

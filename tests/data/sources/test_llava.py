@@ -11,6 +11,7 @@ from PIL import Image
 from gemoe_ds.cli.data.convert import main
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import DataError
+from tests.data.turns import turns_of
 
 
 def png(size=(8, 8), mode="RGB", form="PNG") -> bytes:
@@ -74,11 +75,11 @@ def test_ordinary_rows(convert):
     )
     assert len(samples) == 7 and samples.manifest["num_dropped"] == 0
     assert [s.id for s in samples] == ["004539375", "7", "3", "4", "5", "6", "8"]
-    assert samples[1].turns[0].human == "Describe it."
-    assert samples[5].image is None and samples[5].turns[0].human == "Only text?"
-    assert [(t.human, t.gpt) for t in samples[6].turns] == [("A?", "B"), ("C?", "D")]
+    assert samples[1].questions == ("Describe it.",)
+    assert not samples[5].images and samples[5].questions == ("Only text?",)
+    assert [t[:2] for t in turns_of(samples[6])] == [("A?", "B"), ("C?", "D")]
     original = (convert.folder / "images/a/x.png").read_bytes()
-    assert samples[0].image == original, "image bytes stay as they are"
+    assert samples[0].images[0].data == original, "image bytes stay as they are"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_kinds_name_the_questions(convert):
     kinds.write_text(json.dumps({"1": ["count"], "2": ["count", "too many"], "3": "count"}))
     rows = [row(1), row("2"), *(row(str(i)) for i in range(3, 19))]
     samples = convert(rows, "--kinds", kinds)
-    assert samples[0].turns[0].kind == "count" and samples[1].turns[0].kind is None
+    assert [samples[row].answers[0].kind for row in (0, 1)] == ["count", None]
     assert [d["reason"] for d in samples.manifest["dropped"]] == [
         "2 kinds for 1 questions",
         "its kinds are not a list of names",

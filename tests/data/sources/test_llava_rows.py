@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.data.sources.llava_rows import Unusable, notes, read_picture, read_turns
 
 NAN = float("nan")
@@ -181,10 +181,10 @@ def test_notes_say_what_is_not_read_and_what_was_changed():
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     asked = ("human", "See <image> here", {"id": 3, "weight": 1})
     row = talk(asked, ("gpt", "x", {"id": 4}), image="a.gif", source="coco", model="", weight=1)
-    assert list(notes(row, Sample("1", buffer.getvalue(), ()))) == [
+    assert list(notes(row, of_turns("1", buffer.getvalue(), ()))) == [
         "the key 'source' is ignored",
         "the key 'id' of a message is ignored",
         "<image> stood inside the question; the picture stands before it",
         "an animation or several pages, of which the first is read",
     ]
-    assert not list(notes(talk(*HI), Sample("1", None, ())))
+    assert not list(notes(talk(*HI), of_turns("1", None, ())))

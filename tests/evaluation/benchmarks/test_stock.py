@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, OlmoeForCausalLM
 
 from gemoe_ds.analysis.routing_sums import RoutingSums
 from gemoe_ds.cli import export
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Turn, of_turns, write_samples
 from gemoe_ds.evaluation.benchmarks.load_tasks import load_tasks
 from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.requests import Answer
@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Path:
     text.model.load_state_dict(whole.model.language_model.state_dict())
     text.lm_head.load_state_dict(whole.lm_head.state_dict())
     text.save_pretrained(root / "hf")
-    samples = (Sample(f"s{n}", None, (Turn(f"How many {n}", f"{n} of them"),)) for n in range(20))
+    samples = (of_turns(f"s{n}", None, (Turn(f"How many {n}", f"{n} of them"),)) for n in range(20))
     write_samples(samples, root / "data", source="test")
     setting = {"hf": root / "hf", "tokenizer": backbones / "tokenizer", "data": root / "data"}
     config = make_config(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import OlmoeForCausalLM
 
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn
+from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.errors import CheckpointError, ConfigError, DataError
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
@@ -118,7 +118,7 @@ def test_full_shape_has_the_published_number_of_parameters():
 def test_a_conversation_in_its_words(folder, tmp_path):
     tokenizer = _tokenizer(tmp_path)
     collator = Collator(tokenizer, None, OlmoeBackbone.chat, max_length=99)
-    encoded = collator.encode(0, Sample("x", None, (Turn("a b", "c"), Turn("d", "e"))))
+    encoded = collator.encode(0, of_turns("x", None, (Turn("a b", "c"), Turn("d", "e"))))
     text = "<s> <|user|> a b <|assistant|> c </s> <|user|> d <|assistant|> e </s>"
     assert [tokenizer.decode([i]) for i in encoded.input_ids] == text.split()
     targets = [tokenizer.decode([i]) for i in encoded.labels if i != -100]
@@ -129,7 +129,7 @@ def test_a_conversation_in_its_words(folder, tmp_path):
 def test_images_are_refused(folder, tmp_path):
     collator = Collator(_tokenizer(tmp_path), None, OlmoeBackbone.chat, max_length=99)
     with pytest.raises(DataError, match="sample x has an image, and this backbone reads text only"):
-        collator.encode(0, Sample("x", b"...", (Turn("a", "b"),)))
+        collator.encode(0, of_turns("x", b"...", (Turn("a", "b"),)))
 
 
 def _tokenizer(folder):

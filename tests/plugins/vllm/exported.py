@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from gemoe_ds.cli import export as export_command
 from gemoe_ds.config.load import config_from_dict
-from gemoe_ds.data.sample import Sample, Turn, write_samples
+from gemoe_ds.data.sample import Sample, Turn, of_turns, write_samples
 from gemoe_ds.export.folder import export
 from gemoe_ds.moe.router import Router
 from tests.helpers import repository, run_ranks
@@ -57,7 +57,7 @@ def train_olmoe(root: Path, router: dict, steps: int = 30) -> Path:
 
     def sample(index: int) -> Sample:
         said = [" ".join(rng.choice(list("abcdefgh"), rng.integers(2, 9))) for _ in range(2)]
-        return Sample(f"s{index}", None, (Turn(*said, "x"),))
+        return of_turns(f"s{index}", None, (Turn(*said, "x"),))
 
     write_samples(map(sample, range(40)), root / "data", source="test")
     tree = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from gemoe_ds.data.sample import Turn, open_samples, write_samples
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.train.assemble import meta_collator
 from gemoe_ds.train.checks.samples import check_samples, selection_of
+from tests.data.turns import with_turns
 from tests.train.resuming import make_config, write_setting
 
 
@@ -23,7 +23,7 @@ def setting(tmp_path_factory):
     good, data = open_samples(setting["data"]), setting["root"] / "harmed"
     samples = [good[row] for row in range(len(good))]
     for row in range(12):
-        samples[row] = replace(samples[row], turns=(Turn("a " * (60 + row), "b"),))
+        samples[row] = with_turns(samples[row], Turn("a " * (60 + row), "b"))
     write_samples(iter(samples), data, source="test")
     return setting | {"data": data}
 
