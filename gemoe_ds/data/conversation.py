@@ -86,7 +86,9 @@ class ConversationTokenizer:
     def refusal(self, sample: Sample) -> str | None:
         """Why this chat, or its tokenizer, has no words for a sample; None if it has."""
         if sample.messages and sample.messages[0].role == "text" and self._lacking:
-            return f"it is a plain text, which ends with {self._lacking}; the tokenizer has none"
+            return (
+                f"it is a plain text and needs {self._lacking}, which the tokenizer does not have"
+            )
         return refusal(sample, self.chat)
 
     @cached_property

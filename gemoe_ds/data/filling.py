@@ -53,11 +53,10 @@ def parts_of(sample: Sample, chat: ChatTemplate) -> list[Part]:
 
 
 def asked(content: str, chat: ChatTemplate) -> Filled:
-    """A question with pictures before it, as the chat's template has them, or where they stand."""
-    if chat.one_image and MARK in content:
-        number, rest = leading_marks(content)
-        return chat.asked(rest if number else content.replace(MARK, "").strip(), 1)
+    """A question whose pictures stand before it, as the chat's template has them; or inside."""
     number, rest = leading_marks(content)
-    if MARK in rest:
-        return chat.asked_around(rest.split(MARK), number)
-    return chat.asked(rest, number)
+    if MARK not in rest:
+        return chat.asked(rest, number)
+    if chat.one_image:
+        return chat.asked(content.replace(MARK, "").strip(), 1)
+    return chat.asked_around(content.split(MARK))

@@ -68,8 +68,8 @@ class Sample:
 def leading_marks(content: str) -> tuple[int, str]:
     """How many pictures stand before a text, and the text.
 
-    A line end behind a mark there is no text: what parts pictures from a question is for a model's
-    own template to say.
+    Of pictures that all stand before it a model's own template says what parts them from the text,
+    so that a line end behind their marks is none of it.
     """
     found = _LEADING.match(content)
     assert found is not None

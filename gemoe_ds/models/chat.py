@@ -62,23 +62,15 @@ class ChatTemplate:
             usual, empty = self.question_with_image, self.only_image
         else:
             usual, empty = self.question, self.no_question
-        template = usual if text or empty is None else empty
-        return template.replace(IMAGE, self._images(num_images)), text
+        images = self.between_images.join([IMAGE] * num_images)
+        return (usual if text or empty is None else empty).replace(IMAGE, images), text
 
-    def asked_around(
-        self, parts: Sequence[str], num_images: int = 0
-    ) -> tuple[str, tuple[str, ...]]:
-        """The same of a question that has images inside: between its parts."""
+    def asked_around(self, parts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+        """The same of a question that has its images inside: between its parts."""
         first, *middle, last = parts
-        template = self.question
-        if num_images:
-            template = self.question_with_image.replace(IMAGE, self._images(num_images))
         if self.stripped:
-            first, last = first if num_images else first.lstrip(), last.rstrip()
-        return template, (first, *middle, last)
-
-    def _images(self, number: int) -> str:
-        return self.between_images.join([IMAGE] * number)
+            first, last = first.lstrip(), last.rstrip()
+        return self.question, (first, *middle, last)
 
     def answered(self, text: str) -> tuple[str, str]:
         """The template of an answer, and its text."""

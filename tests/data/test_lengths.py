@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from gemoe_ds.models.images import SquareImages
 from gemoe_ds.models.moe_llava.images import PaddedSquare
 from gemoe_ds.models.molmoe.images import MolmoeImages
 from gemoe_ds.models.tokenizer import load_tokenizer
+from tests.data.ragged import ragged
 from tests.models.qwen3_vl.small import layout as qwen3_vl_images
 from tests.tiny import write_tokenizer
 
@@ -69,6 +71,7 @@ def samples(tmp_path_factory):
 def tokenizer(tmp_path_factory):
     names = {token for _, chat in LAYOUTS.values() for token in chat.specials}
     folder = tmp_path_factory.mktemp("tokenizer")
+    names.add("<|endoftext|>")
     ids = {token: 40 + i for i, token in enumerate(sorted(names))}
     return load_tokenizer(write_tokenizer(folder, specials=ids))
 
@@ -116,6 +119,30 @@ def test_cuts_are_those_of_encode(tmp_path, tokenizer):
         for name in ("length_N", "targets_N", "is_bad_N"):
             kept, all_N = getattr(dropped, name), getattr(cut, name)
             assert np.array_equal(kept[~is_long_N], all_N[~is_long_N])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_of_samples_of_every_shape(name, tmp_path, tokenizer):
+    """Pictures anywhere, system messages, answers that are not learned, texts; and cuts of them.
+    What a model cannot read is bad for both."""
+    rng = random.Random(1)
+    rows = [ragged(rng, f"s{i}", sizes_known=i % 3 > 0)[0] for i in range(24)]
+    write_samples(rows, tmp_path / "data", source="test")
+    samples, collator = open_samples(tmp_path / "data"), collator_of(tokenizer, name)
+    lengths, refused = measured(samples, collator, range(len(samples))), 0
+    for max_length in (10, 60, 2500, 10**6):
+        collator.max_length, cut = max_length, lengths.cut(max_length)
+        for row in range(len(samples)):
+            encoded = collator.encode_or_leave_out(row, samples[row])
+            targets = sum(label != IGNORE for label in encoded.labels)
+            found = cut.length_N[row], cut.targets_N[row], cut.image_N[row], cut.is_bad_N[row]
+            is_bad = encoded.bad is not None
+            assert found == (len(encoded.input_ids), targets, sum(encoded.is_vision), is_bad)
+            assert encoded.bad or cut.cut_answers_N[row] == encoded.cut_answers
+            if is_bad:
+                assert lengths.bad_samples(samples, max_length, [row]) == [encoded.bad]
+        refused = int(cut.is_bad_N.sum())
+    assert (refused > 0) == (name in ("tiny", "molmoe", "olmoe")), "at no length"
 
 
 def test_answers_of_bad_samples_are_cut_too():
