@@ -36,7 +36,7 @@ def whole_folder(
     check_new(out)
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
-        with _termination_raises():
+        with termination_raises():
             temporary.mkdir(parents=True)
             yield temporary
             commit_folder(temporary, out)
@@ -80,7 +80,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
     if (
         threading.current_thread() is not threading.main_thread()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemoe_ds.errors import DataError
 
 LISTED_DROPS = 1000
+DUPLICATE = "duplicate"  # a group that was asked for: no fault of the rows
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,35 @@ class DropList:
         self.counts[dropped.group] += 1
         self.examples.setdefault(dropped.group, dropped)
 
+    def add(self, later: DropList) -> None:
+        """Those of the rows that follow."""
+        self.first += later.first[: LISTED_DROPS - len(self.first)]
+        self.counts.update(later.counts)
+        self.examples = later.examples | self.examples
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, which `of_state` reads."""
+        return {
+            "counts": self.counts,
+            "examples": {group: asdict(row) for group, row in self.examples.items()},
+            "first": [asdict(row) for row in self.first],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> DropList:
+        found = cls()
+        found.counts = Counter(state["counts"])
+        found.examples = {group: Dropped(**row) for group, row in state["examples"].items()}
+        found.first = [Dropped(**row) for row in state["first"]]
+        return found
+
     def check(self, source: str, total: int, max_bad_fraction: float) -> None:
-        """DataError, one line, if none of `total` rows is left or too many are not."""
-        if len(self) < total and len(self) <= max_bad_fraction * total:
+        """DataError, one line, if none of `total` rows is left or too many are not.
+
+        Duplicates are neither.
+        """
+        bad, total_but = (number - self.counts[DUPLICATE] for number in (len(self), total))
+        if bad < total_but and bad <= max_bad_fraction * total_but:
             return
         why = ""
         if self.counts:
@@ -53,7 +81,7 @@ class DropList:
         if len(self) == total:
             raise DataError(f"{source}: none of {total} rows can be used{why}")
         raise DataError(
-            f"{source}: {len(self)} of {total} rows cannot be used, more than "
+            f"{source}: {bad} of {total_but} rows cannot be used, more than "
             f"{max_bad_fraction:.0%} (--max-bad-fraction){why}"
         )
 

@@ -29,19 +29,18 @@ def read_json(path: Path, kind: type) -> Any:
     """A JSON file whose top level is a list or a dict; DataError otherwise."""
     text = _text(path)
     try:
-        decoder = json.JSONDecoder(object_pairs_hook=_once)
+        decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
         content, end = decoder.raw_decode(text, _after_space(text, 0))
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        hint = "; the file ends too early: was it downloaded whole?" if cut else ""
-        if found := text[error.pos : error.pos + 40]:
-            hint = f", where {found!r} stands{hint}"
-        raise DataError(f"{path}: not valid JSON: {error}{hint}") from None
+        found = text[error.pos : error.pos + 40]
+        raise not_json(path, str(error), found, is_cut=cut) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise DataError(f"{path}: not valid JSON: {error}") from None
     start = _after_space(text, end)
     if start < len(text):
-        raise DataError(f"{path}: {_several(path, content, text, start)}")
+        line = text.count("\n", 0, start) + 1
+        raise DataError(f"{path}: {behind_the_end(path, content, text[start:], line)}")
     if not isinstance(content, kind):
         got = _JSON_NAMES[type(content)]
         where = _list_in(path, content) if kind is list and isinstance(content, dict) else ""
@@ -49,7 +48,19 @@ def read_json(path: Path, kind: type) -> Any:
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def not_json(path: Path, said: str, found: str, *, is_cut: bool) -> DataError:
+    """`said`: what is wrong, and where; `found`: what stands there."""
+    hint = "; the file ends too early: was it downloaded whole?" if is_cut else ""
+    if found:
+        hint = f", where {found!r} stands{hint}"
+    return DataError(f"{path}: not valid JSON: {said}{hint}")
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot read it: {error.strerror}")
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of two values under one key Python would take the last without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -63,7 +74,19 @@ def _text(path: Path) -> str:
     try:
         stored = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+        raise cannot_read(path, error) from None
+    refuse_binary(path, stored)
+    try:
+        text = stored.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid JSON: it is not UTF-8: {error}") from None
+    if _after_space(text, 0) == len(text):
+        raise DataError(f"{path}: not valid JSON: it is empty")
+    return text
+
+
+def refuse_binary(path: Path, stored: bytes) -> None:
+    """DataError that names what it is, by how it begins, if that is no text of UTF-8."""
     for begin, name in _BINARY.items():
         if stored.startswith(begin):
             raise DataError(f"{path}: not valid JSON: it is {name}; give the JSON that it holds")
@@ -78,13 +101,6 @@ def _text(path: Path) -> str:
             f"{path}: not valid JSON: it is {name}; "
             f"iconv -f {name} -t UTF-8 {path} > utf8.json writes it as UTF-8"
         )
-    try:
-        text = stored.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: it is not UTF-8: {error}") from None
-    if _after_space(text, 0) == len(text):
-        raise DataError(f"{path}: not valid JSON: it is empty")
-    return text
 
 
 def _after_space(text: str, start: int) -> int:
@@ -93,14 +109,12 @@ def _after_space(text: str, start: int) -> int:
     return match.end()
 
 
-def _several(path: Path, first: Any, text: str, start: int) -> str:
-    """What a file is whose first value ends before `start`."""
+def behind_the_end(path: Path, first: Any, rest: str, line: int) -> str:
+    """What a file is whose first value is followed by `rest`, or its beginning, in `line`."""
     try:
-        second, _ = json.JSONDecoder().raw_decode(text, start)
+        second, _ = json.JSONDecoder().raw_decode(rest)
     except (ValueError, RecursionError):
-        line = text.count("\n", 0, start) + 1
-        more = text[start : start + 40]
-        return f"not valid JSON: behind its end, in line {line}, stands {more!r}"
+        return f"not valid JSON: behind its end, in line {line}, stands {rest[:40]!r}"
     if isinstance(first, list) and isinstance(second, list):
         return (
             "it is several JSON lists, one behind the other; "

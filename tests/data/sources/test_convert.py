@@ -10,8 +10,9 @@ from PIL import Image
 
 from gemoe_ds.cli.data.convert import main
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.sources.pictures import PictureReader
+from gemoe_ds.data.turn import Picture
 from gemoe_ds.errors import DataError
-from tests.data.turns import turns_of
 
 
 def png(size=(8, 8), mode="RGB", form="PNG") -> bytes:
@@ -75,11 +76,11 @@ def test_ordinary_rows(convert):
     )
     assert len(samples) == 7 and samples.manifest["num_dropped"] == 0
     assert [s.id for s in samples] == ["004539375", "7", "3", "4", "5", "6", "8"]
-    assert samples[1].questions == ("Describe it.",)
-    assert not samples[5].images and samples[5].questions == ("Only text?",)
-    assert [t[:2] for t in turns_of(samples[6])] == [("A?", "B"), ("C?", "D")]
+    assert samples[1].messages[0].content == "<image>\nDescribe it."
+    assert not samples[5].images and samples[5].messages[0].content == "Only text?"
+    assert [m.content for m in samples[6].messages] == ["<image>\nA?", "B", "C?", "D"]
     original = (convert.folder / "images/a/x.png").read_bytes()
-    assert samples[0].images[0].data == original, "image bytes stay as they are"
+    assert samples[0].images == (Picture(original, 8, 8),), "image bytes stay as they are"
 
 
 @pytest.mark.parametrize(
@@ -89,17 +90,17 @@ def test_ordinary_rows(convert):
         (row("b", image="a/truncated.png"), "cannot be decoded"),
         (row("b", image="a/text.jpg"), "cannot be decoded"),
         (row("b", image="a/dot.png"), "1x1, smaller than 4"),
-        (row("b", image=["a/x.png"]), "not one file name"),
-        (row("b", first="no marker"), "expected 1 <image>"),
-        (row("b", image=None), "expected 0 <image>"),
-        (row("b", first="<image><image>"), "expected 1 <image>"),
+        (row("b", image=["a/x.png", "a/x.png"]), "2 pictures, and 1 times <image>: in messages 0"),
+        (row("b", first="no marker"), "1 pictures, and 0 times <image>: nowhere"),
+        (row("b", image=None), "0 pictures, and 1 times <image>"),
+        (row("b", first="<image><image>"), "1 pictures, and 2 times <image>: in messages 0, 0"),
         (row("b", answer="  "), "answer is empty"),
         (row("b") | {"conversations": [{"from": "gpt", "value": "x"}]}, "pairs"),
-        (row("b") | {"conversations": row()["conversations"][::-1]}, "not from 'human'"),
+        (row("b") | {"conversations": row()["conversations"][::-1]}, "before any question"),
         ({"id": "b"}, "conversations"),
         (row("b", image="a"), "Is a directory"),
         (row("b", image="a/\0.png"), "null byte"),
-        (row("b", image=""), "image is '', not one file name"),
+        (row("b", image=""), "0 pictures, and 1 times <image>"),
         (row("b", answer="half a pair \ud83d"), "not valid Unicode"),
         (
             row("b")
@@ -124,7 +125,7 @@ def test_kinds_name_the_questions(convert):
     kinds.write_text(json.dumps({"1": ["count"], "2": ["count", "too many"], "3": "count"}))
     rows = [row(1), row("2"), *(row(str(i)) for i in range(3, 19))]
     samples = convert(rows, "--kinds", kinds)
-    assert [samples[row].answers[0].kind for row in (0, 1)] == ["count", None]
+    assert samples[0].messages[1].kind == "count" and samples[1].messages[1].kind is None
     assert [d["reason"] for d in samples.manifest["dropped"]] == [
         "2 kinds for 1 questions",
         "its kinds are not a list of names",
@@ -215,6 +216,7 @@ def test_the_summary_groups_what_was_dropped_and_says_what_was_not_read(convert,
         "the key 'source' is ignored": 17,
     }
     told = capsys.readouterr().out.splitlines()
+    assert told.pop(0).endswith("reads as: a JSON list of conversations (LLaVA, ShareGPT)")
     assert told[0].endswith("19 samples in 1 shards, 4 rows dropped")
     assert told[1].startswith("  dropped 2 (picture missing); first: b: image a/missing.png: No")
     assert [line.split(";")[0] for line in told[2:4]] == [
@@ -231,14 +233,13 @@ def test_another_format_is_refused_before_a_picture_is_read(convert, monkeypatch
     def read_picture(*_):
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("gemoe_ds.data.sources.llava.read_picture", read_picture)
-    system = {"from": "system", "value": "Be brief."}
-    rows = [row(str(i), conversations=[system, *row()["conversations"]]) for i in range(3)]
+    monkeypatch.setattr(PictureReader, "__call__", read_picture)
+    tool = {"from": "tool", "value": "{}"}
+    rows = [row(str(i), conversations=[tool, *row()["conversations"]]) for i in range(3)]
     code, message = convert([*rows, row("3"), row("4", video="a.mp4")])
     assert code == 2 and message.strip().splitlines()[-1].endswith(
         "rows.json: 4 of 5 rows cannot be used, more than 20% (--max-bad-fraction) "
-        "(3 a system prompt, 1 video); first: 0: message 0 is from 'system', a system prompt, "
-        "which is not supported; remove it, or write it into the question"
+        "(3 tools, 1 video); first: 0: message 0 is from 'tool'; calls of tools are not supported"
     )
 
 

@@ -1,0 +1,83 @@
+"""Rows as they lie on disk, in order, as dicts; read anew each time that they are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gemoe_ds.errors import DataError
+from gemoe_ds.registry import Registered
+
+_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+class Store(Registered):
+    """One way to keep rows. A subclass sets `name` and `title`, sees its files and reads them."""
+
+    title: ClassVar[str]  # what `reads as:` says
+    rank: ClassVar[int] = 0  # of two that see a path, the higher one reads it
+    is_cheap: ClassVar[bool] = True  # to read all rows once more, without their pictures
+
+    def __init__(self, path: Path, *, split: str | None = None, documents: str = "file") -> None:
+        """`split`: of a set that has several; `documents`: what of a text file is one."""
+        self.path, self.split, self.documents = path, split, documents
+
+    @classmethod
+    def sees(cls, path: Path) -> bool:
+        """Whether this class reads the path, which exists."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """All that the rows are read from: size and time of each say if it is still the same."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[Any]:
+        """All of them; an Unusable in the place of a row that is none, DataError for a file."""
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie that rows name, if nothing else is said."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_store(path: Path, **options: Any) -> Store:
+    """What the path is. DataError, one line with the way out, if nothing here reads it."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder{_hub_hint(path)}")
+    for store in sorted(Store.known(), key=lambda known: -known.rank):
+        if store.sees(path):
+            return store(path, **options)
+    titles = ", ".join(store.title for store in Store.known())
+    what = "a folder with" if path.is_dir() else "a file of"
+    raise DataError(f"{path}: it is {what} none of these: {titles}")
+
+
+def with_suffix(path: Path, *suffixes: str) -> list[Path]:
+    """The file, or the files of a folder and below in the order of their names, that end so."""
+    if path.is_file():
+        return [path] if path.name.lower().endswith(suffixes) else []
+    found = (below for below in path.rglob("*") if below.name.lower().endswith(suffixes))
+    return sorted(below for below in found if below.is_file())
+
+
+def begins_with(path: Path, *begins: bytes) -> bool:
+    """Whether a file does, whatever its name."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith(begins)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+
+
+def _hub_hint(path: Path) -> str:
+    if not _HUB_NAME.fullmatch(str(path)):
+        return ""
+    return (
+        f"; nothing is downloaded here: hf download --repo-type dataset {path} --local-dir "
+        f"{path.name}, then give {path.name}"
+    )

@@ -1,0 +1,183 @@
+"""The same rows in every layout convert to equal samples; what they are is said in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from gemoe_ds.cli.data.convert import main
+from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.turn import Message
+from tests.data.sources.layouts import CHATS, RED, png, write, write_pictures
+
+READS_AS = {
+    "llava": "a JSON list of conversations (LLaVA, ShareGPT)",
+    "jsonl": "JSON lines of messages (OpenAI's roles and contents)",
+    "jsonl_folder": "JSON lines of conversations (LLaVA, ShareGPT)",
+    "parquet": "a table (parquet, arrow, save_to_disk, a copy from the hub) of messages",
+    "saved": "a table (parquet, arrow, save_to_disk, a copy from the hub) of messages",
+    "arrow": "a table (parquet, arrow, save_to_disk, a copy from the hub) of messages",
+    "hub": "a table (parquet, arrow, save_to_disk, a copy from the hub) of messages",
+    "webdataset": "WebDataset tars of messages",
+}
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    def run(source, *options):
+        try:
+            main([str(word) for word in (source, "--out", tmp_path / "out", *options)])
+        except SystemExit as stop:
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert stop.code == 2 and not (tmp_path / "out").exists()
+            return line
+        return open_samples(tmp_path / "out", verify=True)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", READS_AS)
+def test_all_layouts_give_the_same_samples(tmp_path, capsys, convert, layout):
+    options = ["--split", "train"] if layout in ("saved", "hub") else []
+    samples = convert(write(tmp_path, layout), *options)
+    assert READS_AS[layout] in capsys.readouterr().out.splitlines()[0]
+    assert samples.manifest["num_dropped"] == 0
+    for sample, (row_id, pictures, chat) in zip(samples, CHATS, strict=True):
+        name = f"train/{row_id}" if layout == "webdataset" else row_id
+        assert (sample.id, sample.source) == (name, "")
+        assert [image.data for image in sample.images] == pictures
+        assert sample.messages == tuple(Message(*message) for message in chat)
+
+
+def test_sets_of_several_splits_name_them(tmp_path, convert):
+    path = write(tmp_path, "hub")
+    assert convert(path).endswith(f"{path}: give --split; it has train, test")
+    assert "--split dev: no such split; it has train, test" in convert(path, "--split", "dev")
+
+
+def test_alpaca_and_text_from_tables_and_files(tmp_path, convert, capsys):
+    rows = [{"instruction": f"Add {n}", "input": "", "output": str(n)} for n in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    samples = convert(tmp_path / "rows.json", "--source", "sums")
+    assert [sample.source for sample in samples] == ["sums"] * 3
+    assert samples[2].messages == (Message("user", "Add 2"), Message("assistant", "2"))
+    (tmp_path / "out").rename(tmp_path / "first")
+    (tmp_path / "books" / "a").mkdir(parents=True)
+    for name in ("b.txt", "a/c.txt"):
+        (tmp_path / "books" / name).write_text("One.\n\nTwo.\nThree.\n")
+    capsys.readouterr()
+    samples = convert(tmp_path / "books")
+    assert "reads as: text files (.txt) of plain text" in capsys.readouterr().out
+    assert [s.id for s in samples] == ["a/c.txt", "b.txt"]
+    assert samples[0].messages == (Message("text", "One.\n\nTwo.\nThree.\n"),)
+    (tmp_path / "out").rename(tmp_path / "second")
+    for what, number in (("paragraph", 2), ("line", 3)):
+        samples = convert(tmp_path / "books" / "b.txt", "--documents", what)
+        assert len(samples) == number and samples[1].messages[0].content.startswith("Two.")
+        (tmp_path / "out").rename(tmp_path / what)
+
+
+def test_sources_by_column_and_duplicates(tmp_path, convert):
+    rows = [
+        {"id": n, "src": "ab"[n % 2], "messages": [{"role": "user", "content": str(n // 2)},
+         {"role": "assistant", "content": "x"}]} for n in range(6)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = convert(tmp_path / "rows.jsonl", "--source-column", "src", "--dedup", "exact")
+    assert [(s.id, s.source) for s in samples] == [("0", "a"), ("2", "a"), ("4", "a")]
+    assert samples.manifest["dropped_groups"] == [
+        {
+            "group": "duplicate",
+            "rows": 3,
+            "first": "1: an earlier row has the same messages and pictures",
+        }
+    ]
+
+
+def test_pictures_of_all_rows_are_stored_once(tmp_path, convert):
+    write_pictures(tmp_path)
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    rows = [{"id": n, "image": "a/red.png", "conversations": talk} for n in range(50)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    samples = convert(tmp_path / "rows.json", "--shard-size", "20")
+    assert [s.images[0].data for s in samples] == [RED] * 50
+    stored = b"".join(path.read_bytes() for path in sorted((tmp_path / "out").glob("*.arrow")))
+    assert stored.count(RED) == 1
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_tars_of_captions_and_what_they_hold_beside(tmp_path, convert):
+    """img2dataset's layout, and rows of which something would be lost."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n in range(9):
+            add(tar, f"{n:05d}.jpg", RED)
+            add(tar, f"{n:05d}.txt", f"A cat {n}.".encode())
+            add(tar, f"{n:05d}.json", json.dumps({"url": "http://x", "status": "ok"}).encode())
+        add(tar, "clip.mp4", b"x")
+        add(tar, "clip.txt", b"A film.")
+        add(tar, "bad.json", b"{")
+    assert "give the question that the caption answers" in convert(tmp_path / "0.tar")
+    samples = convert(tmp_path / "0.tar", "--question", "Describe it.", "--format", "captions")
+    assert len(samples) == 9 and samples[8].messages[1].content == "A cat 8."
+    assert samples.manifest["notes"]["the key 'url' is ignored"] == 9
+    groups = {g["group"]: g["first"] for g in samples.manifest["dropped_groups"]}
+    assert groups["not valid"].startswith("row 10: bad.json: not valid json: Expecting")
+    assert groups["not a caption"].startswith("clip: it has 0 pictures")
+
+
+def test_a_tar_whose_json_names_its_pictures(tmp_path, convert):
+    """In the order of the JSON; a picture more or less than it names is a drop."""
+    other, third = png("blue"), png("green")
+    talk = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "Yes"}]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("x", "y", "z"):
+            images = ["x.b.png", "x.a.png"] if name == "x" else ["1.png", "2.png"]
+            row = {"image": images, "conversations": talk}
+            add(tar, f"{name}.json", json.dumps(row).encode())
+            add(tar, f"{name}.a.png", RED)
+            add(tar, f"{name}.b.png", other)
+        add(tar, "z.c.png", third)
+    samples = convert(tmp_path, "--max-bad-fraction", "0.5")
+    assert [image.data for image in samples[0].images] == [other, RED]
+    assert [image.data for image in samples[1].images] == [RED, other], "by the files' names"
+    assert samples.manifest["dropped_groups"][0]["first"].startswith(
+        "z: it has other pictures under image and images"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.json", json.dumps([{"question": "a"}]), "no format fits: the first row has the keys q"),
+        ("a.json", json.dumps({"data": [{"id": 1}]}), "jq '.[\"data\"]'"),
+        ("a.jsonl", '{"messages": 1}\n{"mess', "line 2 column 2 (char 17)"),
+        ("a.csv", "a,b\n1,2\n", "not valid JSON: Expecting value: line 1 column 1"),
+        ("a.parquet", "PAR1 but not really", "`datasets` cannot read it: "),
+        ("a.tar", "no tar", "it is no whole tar file"),
+        ("a.txt", b"\xff\xfe", "it is no text of UTF-8"),
+        ("a.bin", "", "it is empty"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, convert, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = convert(path)
+    assert line.startswith(f"error: {path}: ") and words in line
+
+
+def test_what_is_not_there_is_one_line(tmp_path, convert, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "hf download --repo-type dataset allenai/tulu --local-dir tulu" in convert(
+        "allenai/tulu"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "it is a folder with none of these: a table (" in convert("empty")
+    assert "give one SOURCE" in convert("empty", "--json", "x")
