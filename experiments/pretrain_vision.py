@@ -17,7 +17,7 @@ import torch
 from gemoe_ds.config import load_config
 from gemoe_ds.console import Progress
 from gemoe_ds.data.images import decode_image
-from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.data.mixture import SampleList, open_training
 from gemoe_ds.errors import ConfigError, DataError, exit_on_error
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.quiet import without_bars
@@ -25,7 +25,7 @@ from gemoe_ds.models.images import stretched
 from gemoe_ds.parser import Parser
 
 
-def caption_words(samples: SampleFolder, kind: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def caption_words(samples: SampleList, kind: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 pixels [N, 3, size, size] of the captioned samples, and bool words [N, V]."""
     pixels, captions = [], []
     for index in Progress(range(len(samples)), desc="decoding", unit="image"):
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 
         made: Any = backbone.backbone_class(backbone.config)
         vision = made.vision_config()
-        samples = open_samples(config.data.train_path)
+        samples = open_training(config.data.train_path)
         pixels, words = caption_words(samples, arguments.kind, vision.image_size)
         print(f"{len(pixels)} captions, {words.shape[1]} words")
         tower = train_tower(

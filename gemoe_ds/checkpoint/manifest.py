@@ -40,7 +40,9 @@ BEST = "best"
 WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
 GROUPED, TOO_LONG = "data.group_by_length", "data.too_long"  # of the identity
-DEFAULTS = {GROUPED: False, TOO_LONG: "cut"}  # which older checkpoints do not name
+MIXTURE, HOLDOUT = "data.train_path's parts", "data.holdout"  # too
+# What older checkpoints do not name.
+DEFAULTS = {GROUPED: False, TOO_LONG: "cut", MIXTURE: "one folder", HOLDOUT: 0}
 _CONTENTS = {
     "data": "data.train_path",
     "base checkpoint": "model.checkpoint",

@@ -18,6 +18,8 @@ from gemoe_ds.checkpoint.manifest import (
     ADAM,
     DEFAULTS,
     GROUPED,
+    HOLDOUT,
+    MIXTURE,
     SAMPLES_PER_STEP,
     TOO_LONG,
     WEIGHTS,
@@ -53,8 +55,15 @@ def run_identity(
     )
     # max_length decides on what is dropped, and on the length, and so the place, of what is cut.
     at, data = f" with data.max_length={config.data.max_length}", config.data
-    identity[GROUPED] = f"true{at}" if data.group_by_length else DEFAULTS[GROUPED]
+    identity[GROUPED] = f"true in epochs{at}" if data.group_by_length else DEFAULTS[GROUPED]
     identity[TOO_LONG] = f"drop{at}" if data.too_long == "drop" else DEFAULTS[TOO_LONG]
+    identity[HOLDOUT] = data.holdout
+    identity[MIXTURE] = DEFAULTS[MIXTURE]
+    if not isinstance(data.train_path, str):  # names and places do not decide on the order
+        identity[MIXTURE] = [
+            {key: getattr(part, key) for key in ("repeat", "weight", "limit")}
+            for part in data.train_path
+        ]
     return identity
 
 

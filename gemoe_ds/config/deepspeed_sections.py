@@ -69,15 +69,17 @@ def check_scheduler(config: RunConfig, file: DeepSpeedFile) -> list[str]:
         "warmup_min_lr": ("the warm-up's start", 0),
         "warmup_min_ratio": ("the warm-up's start", 0),
         "warmup_type": ("the warm-up", "linear"),
-        "total_num_steps": ("train.steps", config.train.steps),
+        "total_num_steps": ("train.steps", config.known_steps),
         "cos_min_ratio": ("optim.min_lr_ratio", optim.min_lr_ratio),
         "last_batch_iteration": ("the first step", -1),
     }
+    later = set() if config.known_steps else {"total_num_steps"}  # once train.epochs is counted
+    known = {name: of for name, of in known.items() if name not in later}
     differs = kind != AUTO and _SCHEDULES.get(str(kind).lower()) != optim.schedule
     # a section with "auto" is there to be filled in: of its type the Trainer's users say nothing
     if differs and AUTO not in params.values():
         must_agree(file.name, "scheduler.type", kind, "optim.schedule", optim.schedule)
-    _check_params(file, "scheduler", params, known, set())
+    _check_params(file, "scheduler", params, known, later)
     return [
         f"{file.name}: scheduler: the recipe's is taken: optim.schedule={optim.schedule}, "
         f"optim.warmup_steps={optim.warmup_steps}"

@@ -98,6 +98,10 @@ def inputs(model: ConfigModel, prefix: str = "") -> Iterator[tuple[str, str, Rea
             # a choice (model.router) and its options are one mapping of a recipe
             inner = prefix if name == "config" else f"{prefix}{name}."
             yield from inputs(value, inner)
+        elif isinstance(value, tuple):
+            for number, one in enumerate(value):
+                if isinstance(one, ConfigModel):
+                    yield from inputs(one, f"{prefix}{name}[{number}].")
         elif marks and isinstance(value, str) and value not in marks[0].words:
             yield f"{prefix}{name}", value, marks[0]
 
@@ -111,6 +115,8 @@ def located(model: M, places: Places) -> M:
         if isinstance(value, ConfigModel):
             if (inner := located(value, places)) is not value:
                 update[name] = inner
+        elif isinstance(value, tuple) and any(isinstance(one, ConfigModel) for one in value):
+            update[name] = tuple(located(one, places) for one in value)
         elif marks and isinstance(value, str) and value not in marks[0].words:
             with suppress(ConfigError):  # which `check_paths` raises
                 update[name] = str(places.locate(name, value, marks[0]))

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     Field,
-    FiniteFloat,
     PrivateAttr,
     field_serializer,
     field_validator,
@@ -22,16 +21,13 @@ from pydantic import (
 )
 
 from gemoe_ds.config.choices import BackboneChoice, RouterChoice
+from gemoe_ds.config.data_options import DataConfig
 from gemoe_ds.config.deepspeed_file import DeepSpeedFile, in_base64, read_deepspeed_file
+from gemoe_ds.config.numbers import Fraction, Momentum, NonNegative, Positive
 from gemoe_ds.config.paths import Places, inputs, located
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.distill import Distill
 from gemoe_ds.registry import ConfigModel, Reads
-
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-NonNegative = Annotated[FiniteFloat, Field(ge=0)]
-Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
-Momentum = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 
 
 class ModelConfig(ConfigModel):
@@ -95,47 +91,6 @@ class ModelConfig(ConfigModel):
         return backbone.flat(only_set=self.checkpoint is not None)
 
 
-class DataConfig(ConfigModel):
-    train_path: Annotated[str, Reads()] = Field(
-        description="training data: a folder written by `gemoe data convert`"
-    )
-    validation_path: Annotated[str | None, Reads()] = Field(
-        None, description="such a folder, held out, for train.eval_every and budgets; null: none"
-    )
-    tokenizer: Annotated[str, Reads(of_hub="tokenizer")] = Field(
-        description="Hugging Face tokenizer: a folder, or owner/name[@revision] in the Hub cache"
-    )
-    max_length: int = Field(2048, ge=2, description="tokens per sequence")
-    too_long: Literal["cut", "drop", "stop"] = Field(
-        "cut",
-        description="training samples of more tokens. cut: at the last answer that fits; drop: not "
-        "trained on; stop: refuse the run",
-    )
-    group_by_length: bool = Field(
-        False, description="samples of like length in a step: little padding, ranks equally busy"
-    )
-    num_workers: int = Field(2, ge=1, description="reader threads per rank")
-    max_bad_samples: NonNegative = Field(
-        10,
-        description="bad samples that are left out before the run stops: a number over all ranks, "
-        "or below 1 a share of the data. Bad: broken image, or no target within max_length",
-    )
-
-    @field_validator("max_bad_samples", mode="before")
-    @classmethod
-    def _no_truth(cls, value: object) -> object:
-        if isinstance(value, bool) or (isinstance(value, str) and value.endswith("%")):
-            raise ConfigError(f"{value} is neither a number nor a share such as 0.01")
-        return value
-
-    @field_validator("max_bad_samples")
-    @classmethod
-    def _number_or_share(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
-            raise ConfigError(f"{value:g} is neither a whole number nor a share below 1")
-        return int(value) if value == int(value) else value
-
-
 class OptimConfig(ConfigModel):
     lr: Positive = Field(description="peak learning rate of AdamW")
     predictor_lr: Positive | None = Field(
@@ -159,7 +114,14 @@ class ParallelConfig(ConfigModel):
 
 
 class TrainConfig(ConfigModel):
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps; null: train.epochs says how many"
+    )
+    epochs: Positive | None = Field(
+        None,
+        description="passes over the training data, in the place of steps; the last step is filled "
+        "up from the next pass",
+    )
     micro_batch_size: int = Field(ge=1, description="samples per rank in one forward pass")
     gradient_accumulation_steps: int | None = Field(
         None,
@@ -175,7 +137,9 @@ class TrainConfig(ConfigModel):
         10, ge=0, description="steps skipped for a NaN or Inf before the run saves and stops"
     )
     eval_every: int = Field(
-        0, ge=0, description="steps between evaluations on data.validation_path; 0: none"
+        0,
+        ge=0,
+        description="steps between evaluations on data.validation_path or data.holdout; 0: none",
     )
     compare_untouched: bool = Field(
         True, description="evaluate the untouched backbone at the same mean k, too (routers only)"
@@ -242,6 +206,7 @@ class RunConfig(ConfigModel):
         "none", description="none: a new run; auto: newest checkpoint in output_dir; or a folder"
     )
     _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
+    _num_steps: int | None = PrivateAttr(None)  # what train.epochs comes to
 
     @field_validator("output_dir")
     @classmethod
@@ -265,10 +230,11 @@ class RunConfig(ConfigModel):
     @model_validator(mode="after")
     def _has_what_it_evaluates(self) -> Self:
         train, keep_best = self.train, self.checkpoint.keep_best
-        if train.eval_every and self.data.validation_path is None:
+        if train.eval_every and not self.data.is_validated:
             raise ConfigError(
                 f"train.eval_every={train.eval_every}: needs data.validation_path, a folder of "
-                "held-out samples; set it, or train.eval_every=0"
+                "held-out samples, or data.holdout, a share of the training data; set one, or "
+                "train.eval_every=0"
             )
         if self.checkpoint.keep_best_mode and keep_best is None:
             raise ConfigError(
@@ -294,13 +260,48 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.optim.warmup_steps > self.train.steps:
+    def _steps_or_epochs(self) -> Self:
+        steps, epochs = self.train.steps, self.train.epochs
+        if steps is None and epochs is None:
             raise ConfigError(
-                f"optim.warmup_steps={self.optim.warmup_steps} exceeds "
-                f"train.steps={self.train.steps}; shorten the warm-up or train longer"
+                "train.steps: missing; set it in the recipe or as train.steps=VALUE, or set "
+                "train.epochs"
             )
+        if steps is not None and epochs is not None:
+            raise ConfigError(
+                f"train.steps={steps} and train.epochs={epochs:g}: set only one of them (the other "
+                "one null)"
+            )
+        if steps is not None:
+            self._check_warmup(steps, f"train.steps={steps}")
         return self
+
+    def _check_warmup(self, steps: int, said: str) -> None:
+        if self.optim.warmup_steps > steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} exceeds {said}; shorten the warm-up "
+                "or train longer"
+            )
+
+    def with_num_steps(self, steps: int) -> Self:
+        """The same run of so many steps, where `train.epochs` says how many."""
+        if self.train.epochs is None:
+            return self
+        self._check_warmup(steps, f"the {steps} steps of train.epochs={self.train.epochs:g}")
+        counted = self.model_copy()
+        counted._num_steps = steps
+        return counted
+
+    @property
+    def known_steps(self) -> int | None:
+        """Of the whole run; None where `train.epochs` is not counted yet."""
+        return self.train.steps or self._num_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run; of `train.epochs` once the samples are counted."""
+        assert self.known_steps is not None, "train.epochs is counted before anything asks for it"
+        return self.known_steps
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of a rank and step; ConfigError if the global batch does not fit."""

@@ -23,6 +23,7 @@ import numpy as np
 from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, Gather, alone
 from gemoe_ds.data.collate import Collator, turn_lengths, without_target
+from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.sample import SampleFolder
 from gemoe_ds.errors import GemoeError, SampleError
 
@@ -103,7 +104,7 @@ class Lengths:
         return Cut(length_N, targets_N, image_N, cut_answers_N, is_bad_N, is_dropped_N)
 
     def bad_samples(
-        self, samples: SampleFolder, max_length: int, rows: Iterable[int]
+        self, samples: SampleList, max_length: int, rows: Iterable[int]
     ) -> list[BadSample]:
         """Why each of these rows cannot be used."""
         found = []
@@ -125,6 +126,16 @@ class Lengths:
     def _turns_of(self, row: int) -> np.ndarray:
         end = self.first_N[row + 1] if row + 1 < len(self) else len(self.turns_T4)
         return self.turns_T4[self.first_N[row] : end]
+
+    def of_rows(self, row_M: np.ndarray) -> Lengths:
+        """Of some of the rows, in this order."""
+        first_M = self.first_N[row_M]
+        sizes_M = np.append(self.first_N[1:], len(self.turns_T4))[row_M] - first_M
+        starts_M = np.cumsum(sizes_M) - sizes_M
+        turn_U = np.repeat(first_M - starts_M, sizes_M) + np.arange(sizes_M.sum())
+        places = {row: place for place, row in enumerate(row_M.tolist()) if row in self.broken}
+        broken = {place: self.broken[row] for row, place in places.items()}
+        return Lengths(starts_M, self.turns_T4[turn_U], broken)
 
     @classmethod
     def joined(cls, parts: Sequence[Lengths]) -> Lengths:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
-from gemoe_ds.data.collate import Batch, Collator, Encoded
-from gemoe_ds.data.order import LengthGroupedOrder, Selection
-from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.collate import Batch, Collator
+from gemoe_ds.data.mixture import SampleList
+from gemoe_ds.data.order import LengthGroupedOrder, MixedPasses, Selection
+from gemoe_ds.data.prefetch import PREFETCH_BYTES, Prefetch
 from gemoe_ds.errors import DataError
 
 ENDLESS = 2**40  # samples
+
+
+class Order(Protocol):
+    """Of samples without end."""
+
+    def __getitem__(self, position: int) -> int:
+        """The one at this position."""
 
 
 def _import_grain() -> ModuleType:
@@ -28,11 +37,11 @@ def _import_grain() -> ModuleType:
 
 
 def num_read_ahead(num_workers: int) -> int:
-    """Micro-batches that are made before their step, or being made."""
+    """Micro-batches that are made before their step, or being made, at most."""
     return 2 * num_workers
 
 
-def check_number(samples: SampleFolder, taken: int, micro_batch_size: int) -> None:
+def check_number(samples: SampleList, taken: int, micro_batch_size: int) -> None:
     """DataError if the samples that are taken are less than a micro-batch."""
     if taken < micro_batch_size:
         of = "" if taken == len(samples) else f" of {len(samples)}"
@@ -42,27 +51,19 @@ def check_number(samples: SampleFolder, taken: int, micro_batch_size: int) -> No
         )
 
 
-class _Source:
-    """What grain reads: the encoded sample, or padding; one of those taken, or in their `order`."""
-
-    def __init__(
-        self,
-        samples: SampleFolder,
-        collator: Collator,
-        row_M: Sequence[int] | np.ndarray,
-        order: LengthGroupedOrder | None,
-    ) -> None:
-        self.samples = samples
-        self.collator = collator
-        self.row_M = row_M
-        self.order = order
-
-    def __len__(self) -> int:
-        return ENDLESS if self.order else len(self.row_M)
-
-    def __getitem__(self, index: int) -> Encoded:
-        row = int(self.row_M[self.order[int(index)] if self.order else int(index)])
-        return self.collator.encode_or_leave_out(row, self.samples[row])
+def order_of(selection: Selection, number: int, *, seed: int, global_batch_size: int) -> Order:
+    """Of `number` samples that are taken."""
+    mixed = MixedPasses(selection.draws, seed=seed) if selection.draws else None
+    if selection.length_M is not None:
+        return LengthGroupedOrder(
+            selection.length_M, seed=seed, global_batch_size=global_batch_size, endless=mixed
+        )
+    if mixed:
+        return mixed
+    # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
+    shuffled = _import_grain().MapDataset.range(number).seed(seed).shuffle()
+    endless: Order = shuffled.repeat(ENDLESS // number)
+    return endless
 
 
 class TrainStream:
@@ -73,13 +74,14 @@ class TrainStream:
     depend on how it is split, and two ranks see what one rank with twice the accumulation sees. A
     sample that cannot be used is padding in its place.
 
-    `selection` may leave samples out, and give a global batch samples of like length
-    (`LengthGroupedOrder`).
+    `selection` may leave samples out, mix the parts of a mixture (`MixedPasses`), and give a global
+    batch samples of like length (`LengthGroupedOrder`). Threads make micro-batches ahead of their
+    step, `prefetch_bytes` of them at most (`Prefetch`).
     """
 
     def __init__(
         self,
-        samples: SampleFolder,
+        samples: SampleList,
         collator: Collator,
         *,
         seed: int,
@@ -91,36 +93,50 @@ class TrainStream:
         start_step: int = 0,
         pinned: bool = False,
         selection: Selection | None = None,
+        prefetch_bytes: int = PREFETCH_BYTES,
+        expected_bytes: int | None = None,
     ) -> None:
-        """`pinned`: see `Batch.pinned`, for a GPU."""
+        """`pinned`: see `Batch.pinned`, for a GPU. `expected_bytes`: of the largest micro-batch."""
         selection = selection or Selection()
+        row_M: Sequence[int] | np.ndarray
         row_M = range(len(samples)) if selection.row_M is None else selection.row_M
         check_number(samples, len(row_M), micro_batch_size)
-        grain = _import_grain()
-        order = None
-        if selection.length_M is not None:
-            size = micro_batch_size * accumulation * world
-            order = LengthGroupedOrder(selection.length_M, seed=seed, global_batch_size=size)
-        endless = grain.MapDataset.source(_Source(samples, collator, row_M, order))
+        size = micro_batch_size * accumulation * world
+        order = order_of(selection, len(row_M), seed=seed, global_batch_size=size)
 
-        def batch_of(encoded: Sequence[Encoded]) -> Batch:
-            batch = collator.batch(encoded)
+        def batch_of(number: int) -> Batch:
+            first = (number * world + rank) * micro_batch_size
+            rows = [int(row_M[order[first + place]]) for place in range(micro_batch_size)]
+            batch = collator.batch([collator.encode_or_leave_out(r, samples[r]) for r in rows])
             return batch.pinned() if pinned else batch
 
-        if order is None:
-            # Shuffled anew in every pass. Not repeat(None): a slice of that overflows.
-            endless = endless.seed(seed).shuffle().repeat(ENDLESS // len(row_M))
-        blocks = endless.batch(micro_batch_size, batch_fn=batch_of)[rank::world]
-        options = grain.ReadOptions(num_workers, num_read_ahead(num_workers))
-        self._blocks = iter(blocks.to_iter_dataset(options))
-        self._blocks.set_state({"next_index": start_step * accumulation})
         self.accumulation = accumulation
+        self._batches = Prefetch(
+            batch_of,
+            batch_bytes,
+            num_workers=num_workers,
+            max_items=num_read_ahead(num_workers),
+            max_bytes=prefetch_bytes,
+            start=start_step * accumulation,
+            expected_bytes=expected_bytes,
+        )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
-        return [next(self._blocks) for _ in range(self.accumulation)]
+        return [next(self._batches) for _ in range(self.accumulation)]
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self._batches.close()
+
+
+def batch_bytes(batch: Batch) -> int:
+    """What its tensors hold."""
+    of_tokens = (batch.input_ids_BS, batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS)
+    tensors = (*batch.images.values(), *of_tokens, batch.turn_BS)
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 class EvalStream:
@@ -129,7 +145,7 @@ class EvalStream:
 
     def __init__(
         self,
-        samples: SampleFolder,
+        samples: SampleList,
         collator: Collator,
         *,
         batch: int,

@@ -56,7 +56,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         model=model,
         optimizer=optimizer,
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
-            opt, schedule(config.optim, config.train.steps, model.updates_per_batch)
+            opt, schedule(config.optim, config.num_steps, model.updates_per_batch)
         ),
         config=deepspeed_config(config, world.size, model.routing[0].d_model),
     )

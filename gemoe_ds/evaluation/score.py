@@ -22,7 +22,7 @@ from gemoe_ds.analysis.routing_sums import IMAGE, MAX_TOKENS, PROMPT, WRITTEN, R
 from gemoe_ds.analysis.samples import Samples
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import IGNORE, Batch
-from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.token_kinds import TOKEN_KINDS, answer_positions, kinds_of
 from gemoe_ds.engine.world import Ranks
 from gemoe_ds.errors import ConfigError, DataError
@@ -150,7 +150,7 @@ class Scores:
 
 def evaluate(
     model: MoEModel,
-    samples: SampleFolder,
+    samples: SampleList,
     batches: Iterable[Batch | None],
     device: torch.device,
     ranks: Ranks,
@@ -212,7 +212,7 @@ class _Counting:
     def __init__(
         self,
         model: MoEModel,
-        samples: SampleFolder,
+        samples: SampleList,
         in_detail: bool,
         special_ids: Set[int],
         max_tokens: int,

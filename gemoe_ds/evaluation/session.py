@@ -20,10 +20,12 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig, validate_evaluation
 from gemoe_ds.config.load import as_config
 from gemoe_ds.console import Progress
+from gemoe_ds.data.all_lengths import lengths_of
 from gemoe_ds.data.bad_samples import BadSampleLog
 from gemoe_ds.data.collate import Batch
-from gemoe_ds.data.lengths import known_lengths
-from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.data.holdout import open_held_out
+from gemoe_ds.data.mixture import SampleList
+from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
@@ -79,7 +81,7 @@ class EvalSession:
             self.say(f"trained parts from {self.checkpoint}")
         self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)
-        self._logs: dict[Path, BadSampleLog] = {}
+        self._logs: dict[Path | str, BadSampleLog] = {}
         self.calibration: Calibration | None = None  # in the place of samples
         self._losses: dict[str, np.ndarray] = {}  # of `measure_losses`, by router
 
@@ -88,7 +90,7 @@ class EvalSession:
             print(text, flush=True)
 
     def stream(
-        self, samples: SampleFolder, *, limit: int | None = None, prompts: bool = False
+        self, samples: SampleList, *, limit: int | None = None, prompts: bool = False
     ) -> EvalStream:
         number, batch = min(len(samples), limit or len(samples)), self.arguments.batch
         if number <= batch * (self.world.size - 1):
@@ -107,7 +109,7 @@ class EvalSession:
         )
 
     def scored(
-        self, samples: SampleFolder, limit: int | None = None, max_tokens: int = MAX_TOKENS
+        self, samples: SampleList, limit: int | None = None, max_tokens: int = MAX_TOKENS
     ) -> Scores:
         log = self._left_out(samples)
         stream = self.stream(samples, limit=limit)
@@ -124,14 +126,14 @@ class EvalSession:
         log.check()
         return scores
 
-    def bad_sample_log(self, samples: SampleFolder) -> BadSampleLog:
+    def bad_sample_log(self, samples: SampleList) -> BadSampleLog:
         return BadSampleLog(self.config.data.max_bad_samples, len(samples), gather_objects)
 
-    def _left_out(self, samples: SampleFolder) -> BadSampleLog:
+    def _left_out(self, samples: SampleList) -> BadSampleLog:
         """What is known, before the first batch, to be too long; the same every time."""
         if samples.path not in self._logs:
             world = self.world
-            lengths, _ = known_lengths(
+            lengths, _ = lengths_of(
                 samples, self.collator, rank=world.rank, world=world.size, gather=gather_objects
             )
             log = self.bad_sample_log(samples)
@@ -205,14 +207,17 @@ class EvalSession:
 
     def _calibration_samples(self) -> Calibration:
         data = self.config.data
-        place = self.arguments.calibrate or data.validation_path or data.train_path
-        samples = open_samples(place)
+        samples: SampleList
+        if place := self.arguments.calibrate:
+            samples = open_samples(place)
+        else:
+            samples = open_held_out(data.validation_path, data.holdout, data.train_path)
 
         def scored() -> Scores:
             return self.scored(samples, self.arguments.calibration_samples)
 
         return Calibration(
-            str(place),
+            str(samples.path),
             lambda: scored().routing.mean_k_L.tolist(),
             lambda: scored().loss,
         )

@@ -15,6 +15,7 @@ from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec, BlockWeights, convert_blocks
+from gemoe_ds.models.by_source import ce_by_target, sums_by_source
 from gemoe_ds.models.distill import Distill, divergence, following
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.moe.context import TEACHER, Rollout, TokenContext
@@ -48,9 +49,6 @@ class ExpertShard:
 
 def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
-
-
-_AT_ONCE = 1024  # targets whose logits are float32 at a time, where nothing is trained
 
 
 class _Source(BlockWeights):
@@ -315,7 +313,10 @@ class MoEModel(nn.Module):
         for name, term in self.ctx.mean_losses().items():
             loss = loss + auxiliary_weight * term.weight * term.value
             parts[name] = term.value
-        return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+        found = {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+        if self.ctx.collect and self.ctx.source_T is not None:
+            found["by_source_S2"] = sums_by_source(self.ctx, logits, targets, next_BS != -100)
+        return found
 
     @torch.no_grad()
     def _roll_out(self, inputs: ModelInputs, labels_BS: Tensor) -> dict[str, Rollout]:
@@ -394,7 +395,5 @@ class MoEModel(nn.Module):
         correct_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         correct_BS[:, 1:][labels_BS[:, 1:] != -100] = logits.argmax(-1) == targets
         ce_BS = torch.zeros(labels_BS.shape, device=logits.device)
-        parts = zip(logits.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True)
-        ce = [nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in parts]
-        ce_BS[:, 1:][labels_BS[:, 1:] != -100] = torch.cat(ce)
+        ce_BS[:, 1:][labels_BS[:, 1:] != -100] = ce_by_target(logits, targets)
         return {"correct_BS": correct_BS, "ce_B": ce_BS.double().sum(1)}

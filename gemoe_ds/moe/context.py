@@ -53,6 +53,7 @@ class LayerRecord:
     losses: dict[str, LossTerm] = field(default_factory=dict)
     stats: dict[str, Stat] = field(default_factory=dict)
     step_counts: dict[str, Tensor] = field(default_factory=dict)
+    k_S: Tensor | None = None  # int64: experts of all tokens of each source, with `stats`
     cache: dict[str, Tensor] = field(default_factory=dict)
     logits_TE: Tensor | None = None
     entropy_T: Tensor | None = None
@@ -76,6 +77,7 @@ _OF_A_PASS = (
     "may_have_padding",
     "is_vision_T",
     "sequence_T",
+    "source_T",
     "layers",
     "rollout",
     "rolled_out",
@@ -104,6 +106,11 @@ class TokenContext:
         self._passes: list[Pass] = []  # those whose backward pass may come, and the last
         self._recomputed: dict[int, dict[str, LossTerm]] = {}  # by slot, without graph
         self.collect = False  # fill `LayerRecord.stats`
+        # Where each sequence comes from, int64 [B], a number below `num_sources`, for statistics
+        # of each source; None: they are not told apart.
+        self.source_B: Tensor | None = None
+        self.num_sources = 0
+        self.source_T: Tensor | None = None
         self.trace = False  # keep `entropy_T`, `k_T`, `mask_TE` and `weights_TE`
         self.losses_without_gradient = False  # work out the losses under torch.no_grad() too
         self.rollout: str | None = None  # the pass that is under way, if it does not train
@@ -151,7 +158,12 @@ class TokenContext:
             self.may_have_padding = device.type != "cpu" or not bool(is_valid_BS.all())
         self.is_vision_T = is_vision_BS.reshape(-1)
         self.sequence_T = torch.arange(num_sequences, device=device).repeat_interleave(length)
+        self.source_T = None if self.source_B is None else self.source_B.repeat_interleave(length)
         self.layers = [LayerRecord() for _ in self.layers]
+
+    def by_source(self, value_P: Tensor, source_P: Tensor) -> Tensor:
+        """Sums of numbers, each of a source, [S]."""
+        return value_P.new_zeros(self.num_sources).index_add_(0, source_P, value_P)
 
     def without_padding(self, x_TD: Tensor) -> Tensor:
         """The rows with 0 where they are padding, which may hold NaN or Inf: a factor of 0 would

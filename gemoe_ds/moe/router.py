@@ -206,6 +206,8 @@ class Router(Registered, nn.Module):
                     record.weights_TE = self.split(decision.weights_TE)[0].detach()
                 if ctx.collect:
                     record.stats = routing_stats(mask_TE, entropy_T, k_T, self.max_k, ctx)
+                    if ctx.source_T is not None:
+                        record.k_S = ctx.by_source(k_T, ctx.source_T)
                     if self.free is not None:
                         record.stats["free_per_token"] = Stat(
                             free_TM.sum().float(), count=ctx.is_valid_T.sum()

@@ -12,7 +12,8 @@ from torch import nn
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Cut, Lengths
-from gemoe_ds.data.sample import SampleFolder, open_samples
+from gemoe_ds.data.mixture import SampleList, Subset, open_training
+from gemoe_ds.data.stream import batch_bytes
 from gemoe_ds.engine.malloc import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
 from gemoe_ds.models.backbone import Backbone
@@ -21,7 +22,8 @@ from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_onc
 from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
-from gemoe_ds.train.checks.samples import check_samples, cut_of
+from gemoe_ds.train.checks.samples import Checked, check_samples
+from gemoe_ds.train.checks.selection import cut_of
 from gemoe_ds.train.profiling import resident_memory
 from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 
@@ -58,6 +60,8 @@ class Estimate:
     common: int = 0  # the part of the total that all ranks of a host share
     hidden_size: int = 0  # of the language model
     beside: dict[str, int] = field(default_factory=dict)  # on a GPU, and not torch's
+    largest_batch: int = 0  # bytes of a micro-batch as it is read
+    read_ahead: int = 0  # bytes of those that are made before their step, in host memory
 
     @property
     def total(self) -> int:
@@ -71,6 +75,11 @@ class Estimate:
         if self.beside:
             held = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in self.beside.items() if n)
             lines.append(f"and beside it on the GPU, roughly: {held}")
+        if self.on_gpu:
+            lines.append(
+                f"and in host memory, for micro-batches read ahead: {self.read_ahead / 2**30:.2f} "
+                "GiB (data.prefetch_bytes)"
+            )
         return "\n".join(lines)
 
     def against(self, measured: int) -> str:
@@ -82,16 +91,16 @@ class Estimate:
 
 def print_estimate(config: RunConfig, num_ranks: int) -> None:
     """For so many GPUs, on a machine that may have none."""
-    samples = open_samples(config.data.train_path)
+    samples = open_training(config.data.train_path)
     print(estimate(config, samples, num_ranks, torch.device("cuda")))
 
 
 def estimate(
     config: RunConfig,
-    samples: SampleFolder,
+    samples: SampleList,
     num_ranks: int,
     device: torch.device,
-    lengths: Lengths | None = None,
+    checked: Checked | None = None,
 ) -> Estimate:
     """For a run on so many ranks. Reads headers, a tokenizer, and the longest samples."""
     backbone = named_backbone(config)
@@ -102,23 +111,23 @@ def estimate(
     routers = [chosen(config.model.router.config, block.routing) for block in blocks]
     process = resident_memory()  # before images are looked at
     collator = collator_of(config, backbone, hf)
-    if lengths is None:
-        lengths, _ = check_samples(config, samples, collator)
-        assert lengths is not None
+    checked = checked or check_samples(config, samples, collator, num_ranks=num_ranks)
+    assert checked is not None and checked.lengths is not None, "this is the first rank"
+    samples, lengths = _trained_on(samples, checked)
     on_gpu = device.type == "cuda"
-    shape, seen = _largest_step(config, samples, collator, lengths, routers, on_gpu)
+    shape, seen, largest = _largest_step(config, samples, collator, lengths, routers, on_gpu)
     dtype = getattr(torch, config.model.dtype)
     if seen.images:
         shape = _with_images(shape, backbone, hf, blocks, seen, dtype)
     weights = _weights(config, hf, blocks, routers, dtype, num_ranks, shape.on_gpu)
     step = activation_bytes(backbone, hf, blocks, shape)
     parts = weights | step
+    image_N = cut_of(lengths, config).image_N
+    ahead = read_ahead(config, samples, collator, seen, image_N, num_ranks)
     if not shape.on_gpu:
         parts = {"Python and its packages": process + _ENGINE} | parts
         if seen.images:
-            parts["images read ahead"] = read_ahead(
-                config, samples, collator, seen, cut_of(lengths, config).image_N, num_ranks
-            )
+            parts["images read ahead"] = ahead
         if config.model.pack_experts and config.model.trainable == "routers" and shape.is_cast:
             # for the forward pass, and for the backward pass of all above the first router
             experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
@@ -137,7 +146,18 @@ def estimate(
         0 if shape.on_gpu else _common(config, hf, blocks, dtype),
         blocks[0].routing.d_model,
         _beside(config, num_ranks) if shape.on_gpu else {},
+        largest,
+        ahead,
     )
+
+
+def _trained_on(samples: SampleList, checked: Checked) -> tuple[SampleList, Lengths]:
+    """What is taken of the samples, and its lengths."""
+    assert checked.lengths is not None
+    row_M = checked.selection.row_M
+    if row_M is None:
+        return samples, checked.lengths
+    return Subset(samples, row_M, str(samples.path)), checked.lengths.of_rows(row_M)
 
 
 def _beside(config: RunConfig, num_ranks: int) -> dict[str, int]:
@@ -150,13 +170,14 @@ def _beside(config: RunConfig, num_ranks: int) -> dict[str, int]:
 
 def _largest_step(
     config: RunConfig,
-    samples: SampleFolder,
+    samples: SampleList,
     collator: Collator,
     lengths: Lengths,
     routers: list[Router],
     on_gpu: bool,
-) -> tuple[StepShape, Batch]:
-    """A step of the longest samples, without images; and the micro-batch with most of those."""
+) -> tuple[StepShape, Batch, int]:
+    """A step of the longest samples, without images; the micro-batch with most of those; bytes of
+    the larger one of the two as they are read."""
     cut, size = cut_of(lengths, config), config.train.micro_batch_size
     longest = _largest(samples, collator, size, cut.length_N)
     seen = _largest(samples, collator, size, cut.image_N)
@@ -171,7 +192,7 @@ def _largest_step(
         recompute=config.model.activation_checkpointing,
         on_gpu=on_gpu,
     )
-    return shape, seen
+    return shape, seen, max(batch_bytes(longest), batch_bytes(seen))
 
 
 def _most(count_N: np.ndarray, size: int) -> int:
@@ -299,7 +320,7 @@ def _buckets(
     return size * GRADIENT * copies
 
 
-def _largest(samples: SampleFolder, collator: Collator, size: int, most_N: np.ndarray) -> Batch:
+def _largest(samples: SampleList, collator: Collator, size: int, most_N: np.ndarray) -> Batch:
     """A micro-batch of the samples that have most."""
     largest: list[Encoded] = []
     reason = ""

@@ -8,14 +8,15 @@ from itertools import groupby
 from typing import Any
 
 from gemoe_ds.data.collate import IGNORE, Collator, Encoded
-from gemoe_ds.data.sample import Sample, SampleFolder
+from gemoe_ds.data.mixture import SampleList
+from gemoe_ds.data.sample import Sample
 from gemoe_ds.errors import SampleError
 
 _TRIED = 10  # samples, for one that can be shown
 _WIDTH = 400  # characters of a stretch, of which more are left out in the middle
 
 
-def first_sample(collator: Collator, samples: SampleFolder | Sequence[Sample]) -> Iterator[str]:
+def first_sample(collator: Collator, samples: SampleList | Sequence[Sample]) -> Iterator[str]:
     """The lines that show the first sample that is not left out."""
     for row in range(min(len(samples), _TRIED)):
         try:

@@ -12,8 +12,11 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed import check_deepspeed, summary
 from gemoe_ds.data.bad_samples import BadSampleLog
+from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.holdout import held_out
+from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.order import Selection
-from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.row_names import Sources
 from gemoe_ds.engine.compile import check_compiler
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
@@ -23,7 +26,8 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import WeightAllocator
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train.assemble import meta_collator
-from gemoe_ds.train.checks.samples import check_samples, selection_of
+from gemoe_ds.train.checks.samples import Checked, check_samples
+from gemoe_ds.train.checks.selection import with_epochs_counted
 from gemoe_ds.train.early_stop import best_of
 from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
 from gemoe_ds.train.hooks import Hook, load_hooks
@@ -41,9 +45,10 @@ class Prepared:
     config: RunConfig
     world: World
     stop: StopRequest
-    samples: SampleFolder
+    samples: SampleList
     bad_samples: BadSampleLog
     selection: Selection
+    sources: Sources | None
     shard: ExpertShard
     memory: WeightAllocator  # where this rank's weights are kept, but for its experts
     expected: Estimate
@@ -57,7 +62,7 @@ class Prepared:
 
 def prepare(
     config: RunConfig,
-    samples: SampleFolder,
+    samples: SampleList,
     world: World,
     stop: StopRequest,
     hooks: Sequence[Hook] = (),
@@ -77,23 +82,22 @@ def prepare(
     hooks = [*load_hooks(config.train.hooks), *hooks]
     broadcast_from_first(lambda: check_writers(config), world)
     collator = meta_collator(config)
-    lengths, bad_samples = check_samples(
-        config, samples, collator, world, stop, may_write=may_write
-    )
+    checked = check_samples(config, samples, collator, world, stop, may_write=may_write)
     stop_together(stop, world, BEFORE)
-    selection = broadcast_from_first(lambda: selection_of(lengths, samples, config), world)
+    assert checked is not None, "nobody asked to stop"
+    config = with_epochs_counted(config, checked.selection, samples, world.size)
     if config.train.eval_every:
-        hooks = [Validation(config, collator, world, stop), *hooks]
+        hooks = [_validation(config, samples, checked, collator, world, stop), *hooks]
     best_of(config, hooks)
-    trainable = config.model.trainable != "routers"
-    shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+    trains = config.model.trainable != "routers"
+    shard = expert_shard(config.parallel.ep_size, world, trainable=trains)
     memory = host_memory(world)
     expected = broadcast_from_first(
-        lambda: estimate(config, samples, world.size, world.device, lengths), world
+        lambda: estimate(config, samples, world.size, world.device, checked), world
     )
-    has = resident_memory() if world.device.type == "cpu" else 0  # this process, already
-    needed = expected.total - has - expected.common * (memory.num_ranks - 1) // memory.num_ranks
+    needed = expected.total - expected.common * (memory.num_ranks - 1) // memory.num_ranks
     needed += expected.beside.get(CONNECTIONS, 0)
+    needed -= resident_memory() if world.device.type == "cpu" else 0  # this process, already
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
     for line in check_deepspeed(config, world.size):
@@ -107,14 +111,32 @@ def prepare(
         world,
         stop,
         samples,
-        bad_samples,
-        selection,
+        checked.bad_samples,
+        checked.selection,
+        checked.sources,
         shard,
         memory,
         expected,
         tuple(hooks),
         PhaseTimer(world),
     )
+
+
+def _validation(
+    config: RunConfig,
+    samples: SampleList,
+    checked: Checked,
+    collator: Collator,
+    world: World,
+    stop: StopRequest,
+) -> Validation:
+    """On `data.validation_path`, or on what is held out. Collective."""
+    row_H = checked.selection.held_out_H
+    if row_H is None:
+        return Validation(config, collator, world, stop)
+    of_rows = checked.lengths and checked.lengths.of_rows(row_H)
+    some = held_out(samples, row_H, config.data.holdout)
+    return Validation(config, collator, world, stop, held_out=(some, of_rows))
 
 
 def say(world: World, text: str) -> None:

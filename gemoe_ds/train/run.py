@@ -15,7 +15,7 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.paths import inputs
-from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.mixture import open_training
 from gemoe_ds.data.stream import TrainStream
 from gemoe_ds.engine.build import group_summary, initialize
 from gemoe_ds.engine.malloc import give_back_freed_memory
@@ -55,15 +55,17 @@ def train(
     the recipe. Raises Stopped on all ranks, with the step saved, once `stop` was set on any.
     """
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        samples = open_samples(config.data.train_path)
+        samples = open_training(config.data.train_path)
         # Another run's folder is refused before anything is measured, loaded or written.
         unread = dict.fromkeys(_model_folders(config))
         identity = state.run_identity(config, world.size, samples.fingerprint, unread)
         checkpoint = _checkpoint_to_resume(config, Path(config.output_dir), identity, world)
-        if checkpoint and checkpoint.step >= config.train.steps:
-            say(world, f"already finished: {checkpoint.folder}")
+        if checkpoint and _is_finished(config, checkpoint, world):
             return checkpoint.folder
         run = prepare(config, samples, world, stop or StopRequest(), hooks, may_write=not dry_run)
+        config = run.config  # which knows what train.epochs comes to
+        if checkpoint and _is_finished(config, checkpoint, world):
+            return checkpoint.folder
         identity |= _checksums(config, world)
         if checkpoint:
             manifest.check_identity(checkpoint, identity)
@@ -89,7 +91,14 @@ def train(
 def check(config: RunConfig) -> None:
     """What a run checks before it loads anything, and nothing else."""
     with distributed() as world, watched(world, config.monitor.stall_seconds):
-        prepare(config, open_samples(config.data.train_path), world, StopRequest())
+        prepare(config, open_training(config.data.train_path), world, StopRequest())
+
+
+def _is_finished(config: RunConfig, checkpoint: Checkpoint, world: World) -> bool:
+    if config.known_steps is None or checkpoint.step < config.known_steps:
+        return False
+    say(world, f"already finished: {checkpoint.folder}")
+    return True
 
 
 def build(run: Prepared) -> MoEModel:
@@ -170,7 +179,7 @@ def fit(
         _close(*writers, *logs)
         if world.is_first:
             run.timer.write(output)
-    if trainer.end_reason and trainer.step < config.train.steps:
+    if trainer.end_reason and trainer.step < config.num_steps:
         say(world, f"ended early, after step {trainer.step}: {trainer.end_reason}")
     if line := not_compared(config):
         say(world, line)
@@ -183,7 +192,12 @@ def fit(
 
 
 def _common(run: Prepared, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    return {"resumed": checkpoint, "stop": run.stop, "bad_samples": run.bad_samples}
+    return {
+        "resumed": checkpoint,
+        "stop": run.stop,
+        "bad_samples": run.bad_samples,
+        "sources": run.sources,
+    }
 
 
 def _saver(run: Prepared, model: MoEModel, engine: Engine, identity: dict[str, Any]) -> Saver:
@@ -274,6 +288,8 @@ def _stream(run: Prepared, model: MoEModel, start_step: int) -> TrainStream:
         start_step=start_step,
         pinned=world.device.type == "cuda",
         selection=run.selection,
+        prefetch_bytes=config.data.prefetch_bytes,
+        expected_bytes=run.expected.largest_batch,
     )
 
 

@@ -18,6 +18,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.console import Progress
 from gemoe_ds.data.bad_samples import BadSample, BadSampleLog, listed
 from gemoe_ds.data.collate import Batch
+from gemoe_ds.data.row_names import Sources
 from gemoe_ds.engine.build import Engine, MovedCheck, title_of
 from gemoe_ds.engine.feed import on_device
 from gemoe_ds.engine.world import World, gather_objects, sum_over_ranks
@@ -31,10 +32,11 @@ from gemoe_ds.moe.step_counts import StepCounts
 from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
 from gemoe_ds.train.hooks import Hook, StepResult, by_name
 from gemoe_ds.train.monitor import StatSum
+from gemoe_ds.train.source_metrics import SourceMetrics
 
 
 class Trainer:
-    """Runs the steps after `step` to `config.train.steps`; what goes on around them is for hooks.
+    """Runs the steps after `step` to `config.num_steps`; what goes on around them is for hooks.
 
     A step is one global batch, and one update of the optimizer unless the router wants more of the
     same samples (`Router.updates_per_batch`). An update whose gradient holds a NaN or Inf anywhere
@@ -55,7 +57,9 @@ class Trainer:
         resumed: Checkpoint | None = None,
         stop: StopRequest | None = None,
         bad_samples: BadSampleLog | None = None,
+        sources: Sources | None = None,
     ) -> None:
+        """`sources`: of the samples, to be told apart in the metrics."""
         self.config = config
         self.model = model
         self.engine = engine
@@ -78,13 +82,14 @@ class Trainer:
         self.is_warm = False  # the first step after a start warms everything up
         self.rates: dict[str, float] = {}  # of every group, as the last update found them
         self.stats = StatSum()
+        self.by_source = SourceMetrics(sources, len(model.moe_layers))
         self.step_counts = StepCounts(len(model.moe_layers))
         for layer in model.moe_layers:
             layer.router.before_steps(layer.experts, full_value, model.shard.broadcast_from_first)
 
     def run(self) -> None:
         """All steps that are left, if no hook ends them early; `finish` is to follow."""
-        config, total = self.config, self.config.train.steps
+        config, total = self.config, self.config.num_steps
         moved = None if self.updates else MovedCheck(self.model, config.optim)
         states = self.resumed.manifest.get("hooks", {}) if self.resumed else {}
         for name, hook in self.hooks.items():
@@ -159,7 +164,7 @@ class Trainer:
             layer.router.after_step(
                 StepContext(
                     step=step,
-                    total_steps=self.config.train.steps,
+                    total_steps=self.config.num_steps,
                     layer=sums,
                     model=model,
                     assign_=assign_,
@@ -200,6 +205,7 @@ class Trainer:
                 if update == 0:
                     before[index] = self._forwards_before(inputs)
                 self.model.ctx.collect = collect
+                self.by_source.begin(self.model.ctx, batch, self.world.device, collect)
                 parts = self.engine(
                     **inputs,
                     **before[index],
@@ -212,12 +218,12 @@ class Trainer:
                 self.engine.backward(parts["loss"])
                 self.step_counts.add(self.model.ctx)
                 if collect:
-                    self._collect(parts, batch.has_tokens)
+                    self._collect(parts, batch, update)
                 PROGRESS.enter(UPDATE)
                 groups = self.engine.optimizer.param_groups
                 self.rates = {title_of(group): group["lr"] for group in groups}
                 self.engine.step()  # which sets the next update's rates
-                self.model.ctx.collect = False
+                self.model.ctx.collect, self.model.ctx.source_B = False, None
                 PROGRESS.enter(COMPUTE)
             self._after_update(step)
         return sum(int(batch.is_valid_BS.sum()) for batch in batches)
@@ -308,7 +314,10 @@ class Trainer:
             )
         return losses["loss/total"]
 
-    def _collect(self, parts: dict[str, Tensor], has_tokens: bool) -> None:
+    def _collect(self, parts: dict[str, Tensor], batch: Batch, update: int) -> None:
+        if (found_S2 := parts.pop("by_source_S2", None)) is not None:
+            self.by_source.add(self.stats, batch, found_S2, is_first=update == 0)
+        has_tokens = batch.has_tokens
         for name, value in parts.items():
             # all ranks add all names; these three are 0 where there is nothing
             counts = has_tokens or name in ("loss", "lm", "distill")

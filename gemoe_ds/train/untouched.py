@@ -183,12 +183,12 @@ def _routers(kind: type[Router], model: MoEModel) -> list[Router]:
 
 def not_compared(config: RunConfig) -> str | None:
     """How to see, after a run that evaluated nothing, what it has not shown."""
-    can = config.model.trainable == "routers" and config.data.validation_path
+    can = config.model.trainable == "routers" and config.data.is_validated
     if not can or config.train.eval_every or not config.train.compare_untouched:
         return None
     run = config.output_dir
     return (
-        f"not compared with the untouched backbone: train.eval_every={config.train.steps} does it "
+        f"not compared with the untouched backbone: train.eval_every={config.num_steps} does it "
         f"at the end of a run; now, `gemoe evaluate {run}/config.yaml --trained {run}` gives the "
         "mean k, and `--router score --mean-k` without --trained the backbone's accuracy there"
     )

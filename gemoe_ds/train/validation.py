@@ -12,9 +12,11 @@ from gemoe_ds.cluster.signals import until_stopped
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.config import RunConfig
 from gemoe_ds.console import Progress
+from gemoe_ds.data.all_lengths import lengths_of
 from gemoe_ds.data.bad_samples import BadSampleLog, listed
 from gemoe_ds.data.collate import Batch, Collator
-from gemoe_ds.data.lengths import Lengths, known_lengths
+from gemoe_ds.data.lengths import Lengths
+from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import ALL_RANKS, World, broadcast_from_first, gather_objects
@@ -39,22 +41,36 @@ class Validation(Hook):
     metrics = {"validation/loss": "min", "validation/accuracy": "max", "validation/mean_k": "min"}
 
     def __init__(
-        self, config: RunConfig, collator: Collator, world: World, stop: StopRequest
+        self,
+        config: RunConfig,
+        collator: Collator,
+        world: World,
+        stop: StopRequest,
+        *,
+        held_out: tuple[SampleList, Lengths | None] | None = None,
     ) -> None:
-        """Look for samples that cannot be used; DataError if they are too many. Collective."""
-        assert config.data.validation_path is not None, "checked with the recipe"
+        """Look for samples that cannot be used; DataError if they are too many. Collective.
+
+        `held_out`: what is evaluated where there is no `data.validation_path`, and its lengths on
+        the first rank.
+        """
         self.config, self.world, self.stop = config, world, stop
-        self.samples = open_samples(config.data.validation_path)
+        self.samples: SampleList
+        if held_out:
+            self.samples, lengths = held_out
+        else:
+            assert config.data.validation_path is not None, "checked with the recipe"
+            self.samples = open_samples(config.data.validation_path)
+            lengths, _ = lengths_of(
+                self.samples,
+                collator,
+                rank=world.rank,
+                world=world.size,
+                gather=gather_objects,
+                output=Path(config.output_dir),
+                stops=lambda: bool(stop.by),
+            )
         self.bad = BadSampleLog(config.data.max_bad_samples, len(self.samples), gather_objects)
-        lengths, _ = known_lengths(
-            self.samples,
-            collator,
-            rank=world.rank,
-            world=world.size,
-            gather=gather_objects,
-            others=[Path(config.output_dir)],
-            stops=lambda: bool(stop.by),
-        )
         leave_out_known(lengths, self.samples, collator, self.bad)
         if config.checkpoint.keep_best == "validation/accuracy":
             broadcast_from_first(lambda: self._refuse_no_question(lengths), world)
@@ -93,7 +109,7 @@ class Validation(Hook):
     def after_step(self, trainer: Training, result: StepResult) -> None:
         step, every = result.step, self.config.train.eval_every
         assert self.evaluated is not None
-        if step // every == self.evaluated // every and step < self.config.train.steps:
+        if step // every == self.evaluated // every and step < trainer.config.num_steps:
             return
         began = time.perf_counter()
         try:

@@ -111,7 +111,7 @@ def test_metrics_have_every_loss_and_every_layer(runs):
         ),
         (
             {"data__group_by_length": True},
-            "its data.group_by_length is false, this run's is true with data.max_length=2048",
+            "group_by_length is false, this run's is true in epochs with data.max_length=2048",
         ),
     ],
 )

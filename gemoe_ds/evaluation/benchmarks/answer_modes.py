@@ -19,6 +19,7 @@ from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.chat_template import FolderTemplate
+from gemoe_ds.data.mixture import paths_of
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
@@ -158,13 +159,14 @@ def check_calibration(
                 "--calibrate SAMPLES in the place of --calibrate-tasks, or --per-layer"
             )
         return
-    place = arguments.calibrate or config.data.validation_path or config.data.train_path
-    if not place or not Path(place).exists():
-        raise ConfigError(
-            f"--mean-k is met on samples, and {place or 'data.train_path'} is not there: give "
-            "--calibrate SAMPLES, or --calibrate-tasks TASK ... for prompts of benchmarks"
-        )
-    open_samples(place)
+    place = arguments.calibrate or config.data.validation_path
+    for path in [place] if place else paths_of(config.data.train_path):
+        if not path or not Path(path).exists():
+            raise ConfigError(
+                f"--mean-k is met on samples, and {path or 'data.train_path'} is not there: give "
+                "--calibrate SAMPLES, or --calibrate-tasks TASK ... for prompts of benchmarks"
+            )
+        open_samples(path)
 
 
 def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, world: World) -> Asked:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
-from gemoe_ds.data.sample import SampleFolder
+from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.engine.world import World, sum_over_ranks
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.inputs import ModelInputs
@@ -33,7 +33,7 @@ _CLEARLY = 0.8  # of the other loss: both guess alike where there is nothing to 
 
 
 def base_loss_check(
-    model: MoEModel, config: RunConfig, samples: SampleFolder, world: World
+    model: MoEModel, config: RunConfig, samples: SampleList, world: World
 ) -> Iterator[str]:
     """One line for each point, before the model is in an engine or resumed. Collective.
 
@@ -122,7 +122,7 @@ def _exchange(gate_up_EGD: Tensor) -> None:
 
 
 def _first(
-    model: MoEModel, config: RunConfig, samples: SampleFolder, world: World
+    model: MoEModel, config: RunConfig, samples: SampleList, world: World
 ) -> Iterator[Batch]:
     """This rank's of the first samples, one by one; as many on every rank, broken ones empty."""
     collator = build_collator(config, model)

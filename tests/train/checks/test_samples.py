@@ -11,7 +11,7 @@ from gemoe_ds.data.bad_samples import REFUSED
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.train.assemble import meta_collator
-from gemoe_ds.train.checks.samples import check_samples, selection_of
+from gemoe_ds.train.checks.samples import check_samples
 from tests.data.turns import with_turns
 from tests.train.resuming import make_config, write_setting
 
@@ -43,7 +43,7 @@ def test_a_refused_run_leaves_the_whole_list(setting, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"data.max_length=60: 12 (the longest has {longest}); that cannot be read: 0;" in said
     assert said.count("left out: sample s") == 10 and "left out: 2 more" in said
-    _, log = look(setting, tmp_path, data__max_bad_samples=12)
+    log = look(setting, tmp_path, data__max_bad_samples=12).bad_samples
     assert len(log) == 12
 
 
@@ -62,30 +62,23 @@ def test_a_budget_is_a_whole_number_or_a_share(budget, setting, tmp_path):
 
 
 def test_what_is_too_long_is_dropped_or_stops_the_run(setting, tmp_path, capsys):
-    def selected(**changes):
-        config = make_config(setting, tmp_path, data__max_length=60, **changes)
-        samples = open_samples(config.data.train_path)
-        lengths, log = check_samples(config, samples, meta_collator(config), may_write=True)
-        return lengths, log, lambda: selection_of(lengths, samples, config)
-
-    lengths, log, select = selected(data__too_long="drop", data__max_bad_samples=0)
+    lengths, log, chosen, _ = look(
+        setting, tmp_path, data__too_long="drop", data__max_bad_samples=0
+    )
     said = capsys.readouterr().out
     dropped = int((lengths.whole_N > 60).sum())
     assert dropped >= 12 and len(log) == 0, "dropped by choice, so not bad"
     assert f"dropped: {dropped} samples of more than data.max_length=60 tokens" in said
-    assert select().row_M.tolist() == np.flatnonzero(lengths.whole_N <= 60).tolist()
-    assert select().length_M is None
-    _, _, select = selected(data__too_long="drop", data__group_by_length=True)
-    assert select().length_M.tolist() == lengths.whole_N[select().row_M].tolist()
-    _, _, select = selected(data__max_bad_samples=12)
-    assert select().row_M is None
-    _, _, select = selected(data__too_long="stop", data__max_bad_samples=12)
+    assert chosen.row_M.tolist() == np.flatnonzero(lengths.whole_N <= 60).tolist()
+    assert chosen.length_M is None
+    chosen = look(setting, tmp_path, data__too_long="drop", data__group_by_length=True).selection
+    assert chosen.length_M.tolist() == lengths.whole_N[chosen.row_M].tolist()
+    assert look(setting, tmp_path, data__max_bad_samples=12).selection.row_M is None
     words = rf"^{dropped} samples have more than data.max_length=60 tokens \(sample s\d+ has .*stop"
     with pytest.raises(DataError, match=words):
-        select()
-    _, _, select = selected(data__too_long="drop", train__micro_batch_size=9)
+        look(setting, tmp_path, data__too_long="stop", data__max_bad_samples=12)
     with pytest.raises(DataError, match="of 20 samples do not fill train.micro_batch_size=9"):
-        select()
+        look(setting, tmp_path, data__too_long="drop", train__micro_batch_size=9)
 
 
 def test_padding_is_told_and_what_would_leave_little_of_it(setting, tmp_path, capsys):
