@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 from gemoe_ds.data.dropped import Dropped as Dropped
 from gemoe_ds.data.sample_writer import GROUP as GROUP
 from gemoe_ds.data.sample_writer import write_samples as write_samples
-from gemoe_ds.data.schema import MANIFEST, READ, first_schema, picture_in, sample_of
+from gemoe_ds.data.schema import MANIFEST, READ, first_schema, picture_in, sample_of, stored_in
 from gemoe_ds.data.shards import ArrowShard, ParquetShard, Shard
 from gemoe_ds.data.turn import Message as Message
 from gemoe_ds.data.turn import Picture as Picture
@@ -74,6 +75,15 @@ class SampleFolder:
             if all(picture.width for picture in sample.images):
                 return sample
         return self[index]
+
+    def stored_at(self, index: int) -> list[tuple[int, int] | str]:
+        """What tells the pictures of a sample from all others: row and place where each is stored,
+        or in schema 1 a digest of it. For one thread at a time."""
+        number, row = self._place(index)
+        shard, group = self._groups[number]
+        if isinstance(shard, ArrowShard):
+            return [*stored_in(shard.outline(group), row, index)]
+        return [hashlib.blake2b(p.data, digest_size=16).hexdigest() for p in self[index].images]
 
     def _place(self, index: int) -> tuple[int, int]:
         """The group of a row, and its place there."""

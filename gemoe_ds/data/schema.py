@@ -103,6 +103,16 @@ def sample_of(batch: pa.RecordBatch, row: int, stored: ReadPicture | None) -> Sa
     )
 
 
+def stored_in(batch: pa.RecordBatch, row: int, index: int) -> list[tuple[int, int]]:
+    """Row and place where each picture of a sample is stored, of the sample `index` in this row."""
+    pictures = batch["images"][row].values
+    places = (pictures.field(name).to_pylist() for name in ("row", "place"))
+    return [
+        (index, number) if at is None else (at, place)
+        for number, (at, place) in enumerate(zip(*places, strict=True))
+    ]
+
+
 def picture_in(batch: pa.RecordBatch, row: int, place: int) -> bytes:
     """The bytes that are stored there."""
     data: bytes = batch["images"][row].values.field("bytes")[place].as_py()

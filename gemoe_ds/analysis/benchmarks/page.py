@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from gemoe_ds.analysis import html
 from gemoe_ds.analysis.benchmarks import report
 from gemoe_ds.analysis.benchmarks.collect import ModeRun
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.files import ShownAnswer
 from gemoe_ds.analysis.benchmarks.groups import Group
 from gemoe_ds.analysis.benchmarks.results import BenchmarkResults, Block, Cell, Row, Table
+from gemoe_ds.analysis.html import Td
 
-_HERE = Path(__file__).parent
 _LIGHT, _DARK = (255, 247, 236), (213, 94, 0)  # of few experts, of many
-
-
-@dataclass(frozen=True)
-class Td:
-    """A cell: its text, what it is sorted by, and what a pointer over it shows."""
-
-    text: str
-    sorts_as: float | None = None
-    title: str = ""
-
-    def __str__(self) -> str:
-        number = "" if self.sorts_as is None else f' data-v="{self.sorts_as:.6g}"'
-        title = f' title="{escape(self.title)}"' if self.title else ""
-        text = ' class="text"' if self.sorts_as is None and self.text != report.NONE else ""
-        return f"<td{text}{number}{title}>{_inline(self.text)}</td>"
 
 
 def render_html(
@@ -46,33 +29,27 @@ def render_html(
     links += [("answers", "Answers")] if shown else []
     links.append(("sources", "How it was run"))
     body.append("<nav>" + "".join(f'<a href="#{i}">{name}</a>' for i, name in links) + "</nav>")
-    body += [f"<p>{_inline(line)}</p>" for line in report.headlines(results)]
-    body += ["<p>A click on a heading sorts a table.</p>", _list(report.LEGEND)]
+    body += [f"<p>{html.inline(line)}</p>" for line in report.headlines(results)]
+    body += ["<p>A click on a heading sorts a table.</p>", html.notes(report.LEGEND)]
     for table in results.tables:
         body += _table_section(table)
     if results.kinds_of_tokens:
-        body += ["<h2>Experts a token, by benchmark</h2>", _of_text(report.kinds_table(results))]
+        body += [
+            "<h2>Experts a token, by benchmark</h2>",
+            html.text_table(report.kinds_table(results), _TEXTS),
+        ]
     if results.figures:
         body.append('<h2 id="figures">Figures</h2>')
         for entry in results.figures:
-            data = base64.b64encode((figures / entry.file).read_bytes()).decode()
-            image = f'<img alt="{escape(entry.file)}" src="data:image/png;base64,{data}">'
-            caption = f"<figcaption>{_inline(entry.caption)}</figcaption>"
-            body.append(f"<figure>{image}{caption}</figure>")
+            body.append(html.figure(figures / entry.file, entry.caption))
     if shown:
         body += ['<h2 id="answers">Answers, word by word</h2>', *shown]
     body += [
         '<h2 id="sources">How it was run</h2>',
         f"<p><code>{escape(results.command)}</code></p>",
     ]
-    body.append(_of_text(report.sources_table(results)))
-    style, script = ((_HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>\n'
-        f"<style>\n{style}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + f"\n<script>\n{script}</script>\n</body></html>\n"
-    )
+    body.append(html.text_table(report.sources_table(results), _TEXTS))
+    return html.page("Benchmarks", body)
 
 
 def _table_section(table: Table) -> Iterable[str]:
@@ -84,11 +61,12 @@ def _table_section(table: Table) -> Iterable[str]:
         for row in block.rows
     ]
     yield f'<h2 id="table-{table.number}">Table {table.number}: {escape(table.title)}</h2>'
-    yield _table(heads, rows)
+    yield html.table(heads, rows, _TEXTS)
     for title, cells in report.difference_tables(table):
-        yield f"<p>{_inline(title)}</p>{_of_text(cells)}"
-    yield _list(table.notes)
-    yield f'<p class="notes">Chosen here, because the paper does not say:</p>{_list(table.choices)}'
+        yield f"<p>{html.inline(title)}</p>{html.text_table(cells, _TEXTS)}"
+    yield html.notes(table.notes)
+    yield '<p class="notes">Chosen here, because the paper does not say:</p>'
+    yield html.notes(table.choices)
 
 
 def _cells(block: Block, row: Row, table: Table) -> list[Td]:
@@ -113,43 +91,7 @@ def _pointed_at(cell: Cell | None) -> str:
     return says
 
 
-def _of_text(cells: list[list[str]]) -> str:
-    """A table of plain cells; what begins with a number is sorted by it."""
-    lines = [("", [Td(text, _leading_number(text)) for text in line]) for line in cells[1:]]
-    return _table(cells[0], lines)
-
-
-def _leading_number(text: str) -> float | None:
-    found = re.match(r"[+-]?\d+(\.\d+)?(?=$| )", text)
-    return float(found[0]) if found else None
-
-
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Td]]]) -> str:
-    """`rows`: the class of each and its cells."""
-    head = "".join(
-        f"<th{' class=text' if name in _TEXTS else ''}>{escape(name)}</th>" for name in heads
-    )
-    lines = [f'<tr class="{kind.strip()}">{"".join(map(str, cells))}</tr>' for kind, cells in rows]
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>'
-        + "\n".join(lines)
-        + "</tbody></table></div>"
-    )
-
-
 _TEXTS = "Model Method Tokens Row Folder Trained Commit Machine Date Command".split()
-
-
-def _list(lines: Iterable[str]) -> str:
-    return '<ul class="notes">' + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>"
-
-
-def _inline(text: str) -> str:
-    """The little Markdown that the report has."""
-    text = escape(text, quote=False)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
-    return re.sub(r"(?<![\w*])\*([^*]+)\*(?![\w*])", r"<em>\1</em>", text)
 
 
 def _answers(answers: Sequence[tuple[Group, ModeRun]]) -> Iterable[str]:
