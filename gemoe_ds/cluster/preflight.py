@@ -24,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from gemoe_ds.engine.groups import SHARING_EXPERTS
 from gemoe_ds.engine.world import World, gather_objects, waiting
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.progress import PROGRESS
@@ -80,7 +81,8 @@ def preflight(
     """Check all ranks; the lines to print. Collective; raises ConfigError on all ranks.
 
     `needed`: bytes of memory that a rank will need beside what it has, if they were estimated.
-    `groups`: process groups beside that of all ranks, by name, to be warmed up too. `on_disk`:
+    `groups`: process groups beside that of all ranks, by name, to be warmed up too, each with what
+    it does in training. `on_disk`:
     bytes of the checkpoints that will be kept.
     """
     PROGRESS.enter("preflight")
@@ -92,7 +94,10 @@ def preflight(
     lines = list(warnings(reports, ep_size))
     if world.size > 1:
         every: dict[str, Any] = {"of this run": None} | dict(groups or {})
-        lines += [_bandwidth(world, name, group) for name, group in every.items()]
+        for name, group in every.items():
+            lines.append(_all_reduce_rate(world, name, group))
+            if name == SHARING_EXPERTS:
+                lines[-1] += f", {_all_to_all_rate(world, group)}"
     return lines
 
 
@@ -231,35 +236,43 @@ def _exchange_files(world: World, folder: Path) -> tuple[str, bool]:
     return reason, seen
 
 
-def _bandwidth(world: World, name: str, group: Any) -> str:
-    """Warms a group up; GB/s that a rank sends in an all-reduce and an uneven all-to-all."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+def _all_reduce_rate(world: World, name: str, group: Any) -> str:
+    """Warms a group up; GB/s that a rank sends in an all-reduce."""
     tensor = torch.ones(_PROBE // 4, device=world.device)
-    # rank r sends r + 1 parts to everyone; what it gets is uneven
-    part = _PROBE // 4 // size**2
-    sent = torch.ones(size * part * (rank + 1), device=world.device)
-    splits_out = [part * (other + 1) for other in range(size)]
-    got = torch.empty(sum(splits_out), device=world.device)
-    splits_in = [part * (rank + 1)] * size
-    share = 2 * (size - 1) / size
-    away = sent.numel() * 4 * (size - 1) / size
+    size = dist.get_world_size(group)
 
     def all_reduce() -> None:
         with waiting(f"all_reduce of the ranks {name}"):
             dist.all_reduce(tensor, group=group)
 
+    rate = _slowest(2 * (size - 1) / size * _PROBE / _fastest(all_reduce, world))
+    return f"preflight: ranks {name} ({size}): the slowest sends {rate:.2f} GB/s in an all-reduce"
+
+
+def _all_to_all_rate(world: World, group: Any) -> str:
+    """GB/s of the busiest rank in an uneven all-to-all, of the ranks that share experts.
+
+    Only they ever exchange so: among all ranks NCCL would connect every pair.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    # rank r sends r + 1 parts to everyone; what it gets is uneven
+    part = max(_PROBE // 4 // size**2, 1)
+    sent = torch.ones(size * part * (rank + 1), device=world.device)
+    splits_out = [part * (other + 1) for other in range(size)]
+    got = torch.empty(sum(splits_out), device=world.device)
+    splits_in = [part * (rank + 1)] * size
+    most = 4 * part * size * (size - 1)  # bytes that the last rank sends away: it ends last
+
     def all_to_all() -> None:
-        with waiting(f"all_to_all of the ranks {name}"):
+        with waiting("all_to_all of the ranks sharing experts"):
             dist.all_to_all_single(got, sent, splits_out, splits_in, group=group)
 
-    rates = gather_objects(
-        (share * _PROBE / _fastest(all_reduce, world), away / _fastest(all_to_all, world))
-    )
-    slowest = [min(column) / 1e9 for column in zip(*rates, strict=True)]
-    return (
-        f"preflight: ranks {name} ({size}): the slowest sends {slowest[0]:.2f} GB/s in an "
-        f"all-reduce, {slowest[1]:.2f} in an all-to-all"
-    )
+    return f"{_slowest(most / _fastest(all_to_all, world)):.2f} in an all-to-all"
+
+
+def _slowest(rate: float) -> float:
+    """The smallest of all ranks' rates, in units of a billion. Collective."""
+    return min(gather_objects(rate)) / 1e9
 
 
 def _fastest(collective: Callable[[], None], world: World) -> float:

@@ -22,6 +22,8 @@ from gemoe_ds.moe.all_to_all import AsyncWork
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 from gemoe_ds.progress import PROGRESS
 
+SHARING_EXPERTS = "sharing experts"  # the name of the one group that exchanges rows
+
 
 def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> ExpertShard:
     """The shard of this rank: consecutive ranks form groups of `ep_size`, inside a node if it fits.
@@ -36,7 +38,7 @@ def expert_shard(ep_size: int, world: World, *, trainable: bool = False) -> Expe
         return ExpertShard()
     rank = world.rank % ep_size
     group = expert_parallel_group(ep_size) if trainable else _new_group(ep_size, world)
-    groups = {"sharing experts": group}
+    groups = {SHARING_EXPERTS: group}
     if trainable and world.size > ep_size:
         groups["with equal experts"] = equal_experts_group(ep_size)
 

@@ -32,17 +32,7 @@ _FILES_AT_ONCE = 64  # open in a process, of 1024 as a rule
 
 def host_memory(world: World) -> WeightAllocator:
     """That of this rank's host, or its own where ranks cannot reach each other's. Collective."""
-    if world.size == 1:
-        return LOCAL
-    hosts = gather_objects(_this_host())
-    memory = HostMemory([r for r, host in enumerate(hosts) if host == hosts[world.rank]], world)
-    try:
-        memory.allocate([(1,)], torch.uint8)
-        works = True
-    except OSError:
-        works = False
-    answers = gather_objects(works)
-    return memory if all(answers[r] for r in memory.ranks) else HostMemory([world.rank], world)
+    return LOCAL if world.size == 1 else HostMemory.of(world)
 
 
 class HostMemory(WeightAllocator):
@@ -51,6 +41,19 @@ class HostMemory(WeightAllocator):
     def __init__(self, ranks: list[int], world: World) -> None:
         self.ranks = ranks
         self.rank, self.num_ranks = ranks.index(world.rank), len(ranks)
+
+    @classmethod
+    def of(cls, world: World) -> HostMemory:
+        """Common to as many as can have it: all ranks of a host, or each rank alone. Collective."""
+        hosts = gather_objects(_this_host())
+        memory = cls([r for r, host in enumerate(hosts) if host == hosts[world.rank]], world)
+        try:
+            memory.allocate([(1,)], torch.uint8)
+            works = True
+        except OSError:
+            works = False
+        answers = gather_objects(works)
+        return memory if all(answers[r] for r in memory.ranks) else cls([world.rank], world)
 
     def allocate(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
         """Raises OSError, on the ranks that it happens to, after all have done their part."""

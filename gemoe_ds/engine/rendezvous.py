@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -18,6 +19,12 @@ from gemoe_ds.errors import ConfigError
 
 PATIENCE = 300.0  # seconds that ranks wait for each other; GEMOE_RENDEZVOUS_SECONDS overrides it
 _COLLECTIVE = timedelta(minutes=30)  # that none of them takes
+# Of a rank: connections to every other one, in several of gloo's groups, and on the first one to the
+# store too; and what else a process has open.
+_FILES_A_RANK, _FILES = 5, 512
+# For every connection torch asks whose address it is. Name servers drop questions that come all at
+# once, and each is asked again after 5 s. So the ranks of a host come in turn.
+_IN_TURN = 0.01  # seconds between two ranks of a host
 _ASK_AGAIN = (0.0, 1.0, 4.0)  # seconds before a name is looked up, or an agent called
 
 
@@ -28,8 +35,9 @@ def init_process_group(start: Start) -> None:
     is up before the first word of NCCL, whose connections are made when they are first used.
 
     Raises ConfigError if the address is unknown, the port is taken, a rank does not come in time,
-    or the network interface that the environment names is not there.
+    the network interface that the environment names is not there, or too few files may be open.
     """
+    _allow_files(start.world_size)
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     if "MASTER_ADDR" not in os.environ:
@@ -57,6 +65,22 @@ def init_process_group(start: Start) -> None:
             f"{interface}={os.environ[interface]}: {' '.join(str(error).split())[:200]}; "
             f"interfaces of host {socket.gethostname()}: {known}"
         ) from error
+
+
+def _allow_files(num_ranks: int) -> None:
+    """Raise this process's limit of open files as far as so many ranks need it; or ConfigError."""
+    needed = _FILES_A_RANK * num_ranks + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise ConfigError(
+            f"host {socket.gethostname()}: a process may open {hard} files here, and one of "
+            f"{num_ranks} ranks needs {needed}, most of them connections; raise the hard limit on "
+            f"every node (ulimit -Hn, limits.conf, or LimitNOFILE of what starts the job)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def backends_of(device: str, backend: str) -> str:
@@ -129,6 +153,7 @@ def _store(start: Start, address: str, port: int) -> dist.Store:
     host = socket.gethostname()
     try:
         if rank:
+            time.sleep(_IN_TURN * (start.local_rank or 0))
             _reach(address, port, patience)
         # The first one's own store answers whichever of its addresses the others use.
         called = address if rank else "localhost"

@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from gemoe_ds.cluster import preflight as module
 from gemoe_ds.cluster.preflight import (
     FREE_DISK,
     RankReport,
@@ -16,7 +19,7 @@ from gemoe_ds.cluster.preflight import (
     preflight,
     warnings,
 )
-from gemoe_ds.engine.world import distributed
+from gemoe_ds.engine.world import World, distributed
 from gemoe_ds.errors import ConfigError
 from tests.helpers import run_ranks
 
@@ -112,7 +115,6 @@ def test_memory_is_what_the_job_was_given(tmp_path, line, folder, limit, used, p
 
 
 def in_a_world(rank: int, output: str, case: str) -> list[str] | str:
-    from gemoe_ds.cluster import preflight as module
     from gemoe_ds.engine.groups import expert_shard
 
     if case == "skewed" and rank == 1:
@@ -132,15 +134,45 @@ def test_a_version_that_differs_on_one_rank(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def exchanges_of_a_preflight(rank: int, output: str) -> tuple[list[str], list[list[int]]]:
+    """The lines, and the ranks of every all-to-all."""
+    exchanged = []
+    exchange = dist.all_to_all_single
+
+    def recorded(*of, group=None, **how):
+        exchanged.append(dist.get_process_group_ranks(group))
+        return exchange(*of, group=group, **how)
+
+    dist.all_to_all_single = recorded
+    return in_a_world(rank, output, "frozen"), exchanged
+
+
+def test_only_ranks_that_share_experts_exchange(tmp_path):
+    """Among all ranks NCCL would connect every pair, which takes minutes."""
+    found = run_ranks(exchanges_of_a_preflight, 4, str(tmp_path))
+    for rank, (lines, exchanged) in enumerate(found):
+        assert exchanged and all(ranks == [rank // 2 * 2, rank // 2 * 2 + 1] for ranks in exchanged)
+        assert [("all-to-all" in line) for line in lines] == [False, False, True]
+
+
+def test_the_rate_of_an_uneven_exchange_is_that_of_its_busiest_rank(monkeypatch):
+    """Of four ranks the last sends four parts to each of three others; it takes a second."""
+    monkeypatch.setattr(module.dist, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(module.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(module, "_fastest", lambda collective, world: 1.0)
+    monkeypatch.setattr(module, "gather_objects", lambda rate: [rate, 2 * rate])
+    part = module._PROBE // 4 // 16
+    line = module._all_to_all_rate(World(0, 4, torch.device("cpu")), None)
+    assert line == f"{4 * part * 4 * 3 / 1e9:.2f} in an all-to-all"
+
+
 @pytest.mark.parametrize("case, groups", [("frozen", [4, 2]), ("trainable", [4, 2, 2])])
 def test_every_process_group_is_warmed_up(tmp_path, case, groups):
     (tmp_path / "runs/x").mkdir(parents=True)
     first, *others = run_ranks(in_a_world, 4, str(tmp_path / "runs/x"), case)
     assert all(other == first for other in others)
     assert "4 ranks on 1 hosts are fit" in first[0]
-    rate = (
-        r"preflight: ranks .* \((\d)\): the slowest sends [\d.]+ GB/s in an all-reduce, [\d.]+ in"
-    )
+    rate = r"preflight: ranks .* \((\d)\): the slowest sends [\d.]+ GB/s in an all-reduce"
     assert [int(re.match(rate, line)[1]) for line in first[1:]] == groups, first
     assert not list((tmp_path / "runs/x").iterdir()), "nothing stays of the check"
 
