@@ -19,7 +19,7 @@ from gemoe_ds.errors import ConfigError
 
 PATIENCE = 300.0  # seconds that ranks wait for each other; GEMOE_RENDEZVOUS_SECONDS overrides it
 _COLLECTIVE = timedelta(minutes=30)  # that none of them takes
-# Of a rank: connections to every other one, in several of gloo's groups, and on the first one to the
+# Of a rank: connections to every other one, in several groups of gloo, and on the first rank to the
 # store too; and what else a process has open.
 _FILES_A_RANK, _FILES = 5, 512
 # For every connection torch asks whose address it is. Name servers drop questions that come all at
