@@ -25,7 +25,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume mutants bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume mutants bench data-bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -105,6 +105,11 @@ mutants: setup
 # torchtitan and megatron-core take part if they are installed; docs/performance.md says how.
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# From a user's files to a training step: rows and samples a second, memory, bytes read, beside plain
+# PyTorch with `datasets`: results/data_cpu.json (about 20 minutes on 2 quiet cores).
+data-bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data
 
 # OLMoE-1B-7B at its true size on two ranks (14 GB of disk, 17 of memory): results/full_size.json.
 full-size: setup

@@ -95,6 +95,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(uncut, number, monkeypat
     assert not (uncut / f"{out}.partial").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_a_shard_is_finished_leaves_nothing(tmp_path):
     write_rows(tmp_path, 40, 1000)
     process = start(tmp_path, "out", "--shard-size", "4000")

@@ -180,4 +180,7 @@ def test_what_is_not_there_is_one_line(tmp_path, convert, monkeypatch):
     )
     (tmp_path / "empty").mkdir()
     assert "it is a folder with none of these: a table (" in convert("empty")
+    for name in "ab":
+        (tmp_path / f"empty/{name}.json").write_text("[]")
+    assert "it has 2 JSON files; give one, such as empty/a.json" in convert("empty")
     assert "give one SOURCE" in convert("empty", "--json", "x")

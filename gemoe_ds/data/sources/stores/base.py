@@ -50,6 +50,8 @@ def open_store(path: Path, **options: Any) -> Store:
     for store in sorted(Store.known(), key=lambda known: -known.rank):
         if store.sees(path):
             return store(path, **options)
+    if files := with_suffix(path, ".json"):
+        raise DataError(f"{path}: it has {len(files)} JSON files; give one, such as {files[0]}")
     titles = ", ".join(store.title for store in Store.known())
     what = "a folder with" if path.is_dir() else "a file of"
     raise DataError(f"{path}: it is {what} none of these: {titles}")
