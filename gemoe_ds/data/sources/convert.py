@@ -130,10 +130,11 @@ def _write(
 ) -> tuple[list[WrittenShard], Tally]:
     """All shards, behind those that are finished, and what was met in all rows."""
     whole, stored = Tally(), StoredPictures()
-    for number, shard in enumerate(partial.shards):
-        whole.add(shard.tally)
-        first = sum(s.num_samples for s in partial.shards[:number])
-        _remember(ArrowShard(shard.path, shard.group_sizes), first, stored)
+    row = 0
+    for finished in partial.shards:
+        whole.add(finished.tally)
+        _remember(ArrowShard(finished.path, finished.group_sizes), row, stored)
+        row += finished.num_samples
     known = {digest for shard in partial.shards for digest in shard.contents}
     shards: list[WrittenShard] = [*partial.shards]
     with closing(rows_from(partial.num_rows)) as rows:

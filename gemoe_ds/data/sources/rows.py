@@ -19,8 +19,8 @@ from gemoe_ds.data.sources.stores import Store
 from gemoe_ds.data.sources.unusable import Unusable, printable, short
 from gemoe_ds.data.turn import Sample, fault
 
-_CHUNK = 32  # rows that a thread takes at once
-_AHEAD = 4  # chunks a thread that may wait to be written
+_CHUNK = 16  # rows that a thread takes at once
+_AHEAD = 2  # chunks a thread that may wait to be written
 _SNIFFED = 100  # rows by which the format is chosen
 _LOOKED_AT = 1000  # rows that are read first where a pass over all costs too much
 

@@ -124,12 +124,16 @@ def test_tars_of_captions_and_what_they_hold_beside(tmp_path, convert):
         add(tar, "clip.mp4", b"x")
         add(tar, "clip.txt", b"A film.")
         add(tar, "bad.json", b"{")
+        add(tar, "README", b"x")
+        add(tar, "._bad.json", b"x")
     assert "give the question that the caption answers" in convert(tmp_path / "0.tar")
-    samples = convert(tmp_path / "0.tar", "--question", "Describe it.", "--format", "captions")
+    options = ["--question", "Describe it.", "--format", "captions", "--max-bad-fraction", "0.5"]
+    samples = convert(tmp_path / "0.tar", *options)
     assert len(samples) == 9 and samples[8].messages[1].content == "A cat 8."
     assert samples.manifest["notes"]["the key 'url' is ignored"] == 9
     groups = {g["group"]: g["first"] for g in samples.manifest["dropped_groups"]}
-    assert groups["not valid"].startswith("row 10: bad.json: not valid json: Expecting")
+    assert groups["not valid"].startswith("row 12: bad.json: not valid json: Expecting")
+    assert groups["not a row"].startswith("row 10: README has no name before its first dot")
     assert groups["not a caption"].startswith("clip: it has 0 pictures")
 
 
@@ -150,6 +154,16 @@ def test_a_tar_whose_json_names_its_pictures(tmp_path, convert):
     assert [image.data for image in samples[1].images] == [RED, other], "by the files' names"
     assert samples.manifest["dropped_groups"][0]["first"].startswith(
         "z: it has other pictures under image and images"
+    )
+
+
+def test_json_lines_under_another_name_and_one_row(tmp_path, convert, capsys):
+    path, row = tmp_path / "rows.json", json.dumps({"id": 1, "text": "x"}, indent=1)
+    path.write_text(row)
+    assert "expected a JSON list, got object: its keys are id, text" in convert(path)
+    path.write_text(f"{row}\n{row}")
+    assert (
+        len(convert(path)) == 2 and "reads as: JSON lines of plain text" in capsys.readouterr().out
     )
 
 

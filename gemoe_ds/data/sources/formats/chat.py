@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from gemoe_ds.data.sources.formats import checks
 from gemoe_ds.data.sources.formats.base import Columns, Draft, RowFormat, pictures_of
-from gemoe_ds.data.sources.formats.parts import Listed, as_text
+from gemoe_ds.data.sources.formats.parts import READ, Listed, as_text
 from gemoe_ds.data.sources.lost_keys import loss_of, refuse_lost, unread
 from gemoe_ds.data.sources.unusable import Unusable, cut, is_empty, short
 from gemoe_ds.data.turn import MARK, Message, Role
@@ -213,7 +213,11 @@ def _notes(
 ) -> Iterator[str]:
     for key in unread(row, read):
         yield f"the key {key!r} is ignored"
-    pairs = zip(messages, keys, strict=True)
+    pairs = list(zip(messages, keys, strict=True))
     of_messages = (key for m, own in pairs if len(m) > 2 for key in unread(m, own))
     for key in dict.fromkeys(of_messages):
         yield f"the key {key!r} of a message is ignored"
+    contents = (m[own[1]] for m, own in pairs if isinstance(m[own[1]], list))
+    of_parts = (key for c in contents for p in c if isinstance(p, dict) for key in unread(p, READ))
+    for key in dict.fromkeys(of_parts):
+        yield f"the key {key!r} of a part is ignored"

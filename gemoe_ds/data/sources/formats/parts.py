@@ -13,7 +13,7 @@ from gemoe_ds.data.turn import MARK
 TEXTS = {"text", "input_text", "output_text"}
 PICTURES = {"image", "image_url", "input_image"}
 _PLACES = ("image_url", "image", "url", "path", "bytes", "data", "base64", "source")
-_READ = {"type", "text", "index", *_PLACES}
+READ = {"type", "text", "index", *_PLACES}
 
 _OTHER = re.compile("(video|audio)")
 
@@ -65,7 +65,7 @@ def as_text(where: str, parts: Sequence[Any], listed: Listed) -> tuple[str, list
                 other[0] if other else "parts",
                 f"{where} has a part of type {short(kind)}; text and image can be used",
             )
-        loss_of(where, part, _READ, is_answer=False)
+        loss_of(where, part, READ, is_answer=False)
     joined = "".join(texts)
     if pictures and joined.count(MARK) > len(pictures):
         raise Unusable("parts", f"{where} has pictures as parts, and {MARK} in its text as well")

@@ -63,7 +63,12 @@ def _rows(file: Path, tar: tarfile.TarFile) -> Iterator[dict[str, Any] | Unusabl
     key, fields = None, dict[str, bytes]()
     for member in tar:
         name = _NAME.fullmatch(member.name)
-        if not member.isfile() or name is None:
+        if not member.isfile():
+            continue
+        if name is None:
+            yield Unusable(
+                "not a row", f"{member.name} has no name before its first dot, or no dot"
+            )
             continue
         if name["key"] != key:
             if key is not None:

@@ -267,3 +267,5 @@ def test_notes_say_what_is_not_read():
         "the key 'id' of a message is ignored",
     ]
     assert not read(talk(*HI)).notes
+    cached = asked_in(part("text", text="x", cache_control={"type": "ephemeral"}))
+    assert list(cached.notes) == ["the key 'cache_control' of a part is ignored"]
