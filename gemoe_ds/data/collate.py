@@ -38,10 +38,12 @@ class Batch:
     is_vision_BS: Tensor  # bool, image placeholders
     turn_BS: Tensor  # int16, the turn whose answer a token belongs to, -1 elsewhere
     images: dict[str, Tensor]  # `pixels`, `feature_BS`, extras; see Backbone.hidden
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]  # of the samples: one a sequence, or several behind each other
     rows: tuple[int, ...]  # their row numbers in the SampleFolder
     bad: tuple[BadSample, ...] = ()  # those that are left out; they keep their places
     cut_answers: int = 0  # answers that `max_length` has cut, or left no room for
+    document_BS: Tensor | None = None  # int64: the number of each token's sample, where rows are
+    # packed: see `ModelInputs`
 
     @property
     def num_targets(self) -> int:
@@ -56,13 +58,15 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What a model's forward takes, by name."""
-        names = ("input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images")
+        names = ["input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images"]
+        names += [] if self.document_BS is None else ["document_BS"]
         return {name: getattr(self, name) for name in names}
 
     @property
     def model_inputs(self) -> ModelInputs:
         """The same without labels."""
-        return ModelInputs(self.input_ids_BS, self.is_valid_BS, self.is_vision_BS, self.images)
+        tensors = self.input_ids_BS, self.is_valid_BS, self.is_vision_BS, self.images
+        return ModelInputs(*tensors, document_BS=self.document_BS)
 
     def silenced(self) -> Batch:
         """The same with nothing in it that counts, for a rank that has run out of samples."""
@@ -109,6 +113,7 @@ class Encoded:
     cut_answers: int = 0  # that are not there in whole
     cut_tokens: int = 0  # of a prompt's text, on its left
     bad: BadSample | None = None  # why it is left out: it is padding from end to end
+    parts: tuple[Encoded, ...] = ()  # several samples, whose row this is: see data/pack.py
 
     def add(self, ids: list[int], *, labels: list[int] | None = None, turn: int = -1) -> None:
         self.input_ids += ids
@@ -257,6 +262,7 @@ class Collator:
     def batch(self, encoded: Sequence[Encoded], *, left: bool = False) -> Batch:
         """Padded on the right, for training and scoring, or on the `left`, to be continued."""
         length = max(len(e.input_ids) for e in encoded)
+        samples = [sample for e in encoded for sample in e.parts or (e,)]
 
         def padded(name: str, value: int) -> Tensor:
             return _padded([getattr(e, name) for e in encoded], length, value, left)
@@ -264,16 +270,15 @@ class Collator:
         return Batch(
             input_ids_BS=padded("input_ids", self.tokenizer.pad_token_id),
             labels_BS=padded("labels", IGNORE),
-            is_valid_BS=_padded(
-                [[int(e.bad is None)] * len(e.input_ids) for e in encoded], length, 0, left
-            ).bool(),
+            is_valid_BS=_padded(list(map(_is_valid, encoded)), length, 0, left).bool(),
             is_vision_BS=padded("is_vision", False).bool(),
             turn_BS=padded("turn", -1).to(torch.int16),
             images=self._images(encoded, padded("feature", -1)),
-            ids=tuple(e.id for e in encoded),
-            rows=tuple(e.row for e in encoded),
-            bad=tuple(e.bad for e in encoded if e.bad),
-            cut_answers=sum(e.cut_answers for e in encoded),
+            ids=tuple(sample.id for sample in samples),
+            rows=tuple(sample.row for sample in samples),
+            bad=tuple(sample.bad for sample in samples if sample.bad),
+            cut_answers=sum(sample.cut_answers for sample in samples),
+            document_BS=_documents(encoded, length) if any(e.parts for e in encoded) else None,
         )
 
     def _images(self, encoded: Sequence[Encoded], feature_BS: Tensor) -> dict[str, Tensor]:
@@ -316,6 +321,21 @@ def without_target(
         f"stand before the first one, and the sample has {whole:,}",
         needs=whole,
     )
+
+
+def _is_valid(row: Encoded) -> list[int]:
+    return [int(e.bad is None) for e in row.parts or (row,) for _ in e.input_ids]
+
+
+def _documents(encoded: Sequence[Encoded], length: int) -> Tensor:
+    """The number in the batch of each token's sample; padding has that of the last in its row."""
+    numbers, document_BS = itertools.count(), np.empty((len(encoded), length), np.int64)
+    for document_S, row in zip(document_BS, encoded, strict=True):
+        start = 0
+        for sample in row.parts or (row,):
+            document_S[start:] = next(numbers)
+            start += len(sample.input_ids)
+    return torch.from_numpy(document_BS)
 
 
 def _padded(rows: list[list[int]], length: int, value: int, left: bool) -> Tensor:

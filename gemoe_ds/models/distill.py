@@ -13,6 +13,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.registry import ConfigModel
 
 _AT_ONCE = 256  # rows of logits that are float32 at a time
@@ -33,14 +34,17 @@ class Distill(ConfigModel):
         1.0, description="both models' logits are divided by it"
     )
 
-    def positions(self, labels_BS: Tensor, is_valid_BS: Tensor, is_vision_BS: Tensor) -> Tensor:
+    def positions(self, labels_BS: Tensor, inputs: ModelInputs) -> Tensor:
         """Where the teacher is listened to, bool [B, S]; before every target, at least."""
         at_BS = following(labels_BS) != -100
         if self.tokens == "all":
-            return at_BS | is_valid_BS
+            return at_BS | inputs.is_valid_BS
         if self.tokens == "text":
-            is_text_BS = is_valid_BS & ~is_vision_BS
-            at_BS[:, :-1] |= is_text_BS[:, 1:] & is_valid_BS[:, :-1]
+            is_text_BS = inputs.is_valid_BS & ~inputs.is_vision_BS
+            is_next_BS = is_text_BS[:, 1:] & inputs.is_valid_BS[:, :-1]
+            if inputs.document_BS is not None:
+                is_next_BS &= inputs.document_BS[:, 1:] == inputs.document_BS[:, :-1]
+            at_BS[:, :-1] |= is_next_BS
         return at_BS
 
     def mixed(self, lm: Tensor, kl: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class ModelInputs:
     `images` holds `pixels` and the extras of the batch's images, concatenated, and `feature_BS`:
     which row of all their features a position takes, -1: none. It is empty for text-only models,
     and where the images are in the `past`: the tokens before these, remembered and extended.
+    `document_BS` is given where a row has several sequences behind each other: the number of each
+    token's, which rises from row to row and within a row. A token attends to its own alone.
     """
 
     input_ids_BS: Tensor  # int64
@@ -26,6 +28,7 @@ class ModelInputs:
     is_vision_BS: Tensor  # bool: of an image
     images: dict[str, Tensor] = field(default_factory=dict)
     past: DecodeState | None = None
+    document_BS: Tensor | None = None  # int64
 
 
 def run_text(
@@ -46,6 +49,7 @@ def run_text(
         images = inputs.images | {"pixels": inputs.images["pixels"].to(embedded_BSD.dtype)}
         embedded_BSD = put(embedded_BSD, image_features(images), images["feature_BS"])
     hidden_BSD: Tensor = text(
-        inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
+        inputs_embeds=embedded_BSD,
+        **attention_inputs(inputs.is_valid_BS, inputs.past, document_BS=inputs.document_BS),
     ).last_hidden_state
     return hidden_BSD

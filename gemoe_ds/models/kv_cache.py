@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+# Attention of transformers whose masks tell documents of a row apart by their positions.
+PACKS = ("sdpa", "eager")
+
 
 class DecodeState:
     """What a model remembers of a text that it reads or writes piece by piece."""
@@ -94,7 +97,11 @@ def _fixed(layer: Any, length: int) -> StaticLayer:
 
 
 def attention_inputs(
-    is_valid_BS: Tensor, past: DecodeState | None, position_BS: Tensor | None = None
+    is_valid_BS: Tensor,
+    past: DecodeState | None,
+    position_BS: Tensor | None = None,
+    *,
+    document_BS: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a text model of transformers needs to know beside the embeddings.
 
@@ -102,7 +109,14 @@ def attention_inputs(
     attention is causal, no valid token sees what follows it, and attention takes its fast path.
     `position_BS` ([B, S] or with leading dimensions) are rotary positions other than 0, 1, ... of
     the valid tokens; they count from where the past ended.
+
+    `document_BS`: see `ModelInputs`. Positions begin at 0 in each document, and where they do not
+    go on by one, transformers' masks of `PACKS` begin a sequence: no token sees another document.
+    Pictures are not in such a row, so that rotary positions are those of text.
     """
+    if document_BS is not None:
+        assert past is None, "rows of several documents are read at once"
+        return {"use_cache": False, "position_ids": positions_within(document_BS)}
     if past is None and not _has_padding_left(is_valid_BS):
         return {"use_cache": False} | ({} if position_BS is None else {"position_ids": position_BS})
     if position_BS is None:
@@ -122,6 +136,14 @@ def attention_inputs(
         "past_key_values": None if past is None else past.cache,
         "use_cache": past is not None,
     }
+
+
+def positions_within(document_BS: Tensor) -> Tensor:
+    """0, 1, ... in each document of a row, int64 [B, S]."""
+    place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    is_first_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    is_first_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    return place_S - torch.where(is_first_BS, place_S, 0).cummax(1).values
 
 
 def attended(is_valid_BS: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class MoEModel(nn.Module):
 
     def hidden(self, inputs: ModelInputs) -> Tensor:
         """The last hidden states [B, S, D]; the context then holds what was routed."""
-        self.ctx.begin(inputs.is_valid_BS, inputs.is_vision_BS)
+        self.ctx.begin(inputs.is_valid_BS, inputs.is_vision_BS, inputs.document_BS)
         hidden_BSD = self.backbone.hidden(self.hf, inputs)
         self.ctx.end()
         return hidden_BSD
@@ -266,6 +266,7 @@ class MoEModel(nn.Module):
         is_valid_BS: Tensor,
         is_vision_BS: Tensor,
         images: dict[str, Tensor],
+        document_BS: Tensor | None = None,
         targets_per_micro_batch: float | None = None,
         auxiliary_weight: float = 1.0,
         rolled_out: dict[str, Rollout] | None = None,
@@ -288,7 +289,7 @@ class MoEModel(nn.Module):
         in as `taught_PD`; with `score` that of `_score`. All come this way since ZeRO 3 gathers the
         weights of a model that is called as a whole.
         """
-        inputs = ModelInputs(input_ids_BS, is_valid_BS, is_vision_BS, images)
+        inputs = ModelInputs(input_ids_BS, is_valid_BS, is_vision_BS, images, None, document_BS)
         if score:
             return dict(self._score(inputs, labels_BS))
         if roll_out:
@@ -357,7 +358,7 @@ class MoEModel(nn.Module):
 
     def _distilled(self, inputs: ModelInputs, labels_BS: Tensor) -> Tensor:
         assert self.distill is not None, "only a model with a teacher is taught"
-        return self.distill.positions(labels_BS, inputs.is_valid_BS, inputs.is_vision_BS)
+        return self.distill.positions(labels_BS, inputs)
 
     def _divergence(
         self, logits_PV: Tensor, taught_PD: Tensor, per_micro_batch: float | None

@@ -106,7 +106,7 @@ class TokenContext:
         self._passes: list[Pass] = []  # those whose backward pass may come, and the last
         self._recomputed: dict[int, dict[str, LossTerm]] = {}  # by slot, without graph
         self.collect = False  # fill `LayerRecord.stats`
-        # Where each sequence comes from, int64 [B], a number below `num_sources`, for statistics
+        # Where each sequence comes from, int64, a number below `num_sources`, for statistics
         # of each source; None: they are not told apart.
         self.source_B: Tensor | None = None
         self.num_sources = 0
@@ -129,12 +129,18 @@ class TokenContext:
             setattr(empty, switch, getattr(self, switch))
         return empty.__dict__
 
-    def begin(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> None:
-        """Start a forward on a batch of B sequences of S tokens (both masks bool [B, S]).
+    def begin(
+        self,
+        is_valid_BS: Tensor | None,
+        is_vision_BS: Tensor,
+        document_BS: Tensor | None = None,
+    ) -> None:
+        """Start a forward on a batch of B rows of S tokens (both masks bool [B, S]).
 
-        None: no token is padding.
+        None: no token is padding. `document_BS`: the number of each token's sequence, int64, where
+        a row has several.
         """
-        self._fill(is_valid_BS, is_vision_BS)
+        self._fill(is_valid_BS, is_vision_BS, document_BS)
         self.in_forward, self.has_gradient = True, torch.is_grad_enabled()
         self._ran, self._trains = set(), False
         if self._pass:
@@ -146,7 +152,12 @@ class TokenContext:
             self._pass = Pass(next_node(), state)
             self._passes.append(self._pass)
 
-    def _fill(self, is_valid_BS: Tensor | None, is_vision_BS: Tensor) -> None:
+    def _fill(
+        self,
+        is_valid_BS: Tensor | None,
+        is_vision_BS: Tensor,
+        document_BS: Tensor | None = None,
+    ) -> None:
         num_sequences, length = is_vision_BS.shape
         device = is_vision_BS.device
         if is_valid_BS is None:
@@ -157,8 +168,11 @@ class TokenContext:
             # Asking a GPU would mean to wait for it, longer than it takes to copy the rows.
             self.may_have_padding = device.type != "cpu" or not bool(is_valid_BS.all())
         self.is_vision_T = is_vision_BS.reshape(-1)
-        self.sequence_T = torch.arange(num_sequences, device=device).repeat_interleave(length)
-        self.source_T = None if self.source_B is None else self.source_B.repeat_interleave(length)
+        if document_BS is None:
+            self.sequence_T = torch.arange(num_sequences, device=device).repeat_interleave(length)
+        else:
+            self.sequence_T = document_BS.reshape(-1)
+        self.source_T = None if self.source_B is None else self.source_B[self.sequence_T]
         self.layers = [LayerRecord() for _ in self.layers]
 
     def by_source(self, value_P: Tensor, source_P: Tensor) -> Tensor:

@@ -260,8 +260,7 @@ class Trainer:
         distill = self.model.distill
         if distill is None:
             return 0
-        masks = batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS
-        return int(distill.positions(*masks).sum())
+        return int(distill.positions(batch.labels_BS, batch.model_inputs).sum())
 
     def block(self, step: int, index: int, num_micro_batches: int) -> int:
         """The number in the run of a micro-batch of this rank and step."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gemoe_ds.analysis.provenance import provenance
 from tests.helpers import repository, run_ranks
-from tests.tiny import make_model, num_targets, random_batch, write_base
+from tests.tiny import make_model, model_inputs, num_targets, random_batch, write_base
 
 # Weights that would show a wrong scale; an eps that keeps Adam from turning the rounding of a
 # gradient near zero into a step of full size.
@@ -165,8 +165,8 @@ def scales(model, batches: list[dict]) -> dict[str, float]:
     """What the sums of a micro-batch are divided by: all tokens of a step weigh the same."""
     found = {"targets_per_micro_batch": sum(map(num_targets, batches)) / len(batches)}
     if model.distill:
-        masks = [[b[f"{n}_BS"] for n in ("labels", "is_valid", "is_vision")] for b in batches]
-        number = sum(int(model.distill.positions(*some).sum()) for some in masks)
+        positions = model.distill.positions
+        number = sum(int(positions(b["labels_BS"], model_inputs(b)).sum()) for b in batches)
         found["distilled_per_micro_batch"] = number / len(batches)
     return found
 

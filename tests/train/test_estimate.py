@@ -130,8 +130,8 @@ def test_a_teacher_is_listened_to_at_so_many_positions(setting, tmp_path, tokens
     collator, most = build_collator(config, model), []
     for row in range(len(samples)):
         batch = collator.batch([collator.encode(row, samples[row])])
-        masks = batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS
-        most.append((int(model.distill.positions(*masks).sum()), batch.num_targets))
+        number = int(model.distill.positions(batch.labels_BS, batch.model_inputs).sum())
+        most.append((number, batch.num_targets))
     size = config.train.micro_batch_size
     positions, targets = (sum(sorted(n)[-size:]) for n in zip(*most, strict=True))
     positions += size * (tokens == "text")  # the first token is text, but follows none

@@ -58,7 +58,8 @@ class OlmoeBackbone(Backbone):
 
     def hidden(self, model: HFModel, inputs: ModelInputs) -> Tensor:
         hidden_BSD: Tensor = model.model(
-            inputs.input_ids_BS, **attention_inputs(inputs.is_valid_BS, inputs.past)
+            inputs.input_ids_BS,
+            **attention_inputs(inputs.is_valid_BS, inputs.past, document_BS=inputs.document_BS),
         ).last_hidden_state
         return hidden_BSD
 

@@ -136,7 +136,8 @@ class Qwen3VLBackbone(Backbone):
         embedded_BSD = inner.get_input_embeddings()(inputs.input_ids_BS)
         if not inputs.images:
             hidden_BSD: Tensor = inner.language_model(
-                inputs_embeds=embedded_BSD, **attention_inputs(inputs.is_valid_BS, inputs.past)
+                inputs_embeds=embedded_BSD,
+                **attention_inputs(inputs.is_valid_BS, inputs.past, document_BS=inputs.document_BS),
             ).last_hidden_state
             return hidden_BSD
         images = inputs.images
@@ -160,7 +161,9 @@ class Qwen3VLBackbone(Backbone):
             deepstack_visual_embeds=[
                 rows.index_select(0, rows_P) for rows in seen.deepstack_features
             ],
-            **attention_inputs(inputs.is_valid_BS, inputs.past, position_3BS),
+            **attention_inputs(
+                inputs.is_valid_BS, inputs.past, position_3BS, document_BS=inputs.document_BS
+            ),
         ).last_hidden_state
         return hidden_BSD
 
