@@ -41,8 +41,9 @@ WEIGHTS, ADAM = "weights", "adam"
 SAMPLES_PER_STEP = "samples per step"  # of the identity
 GROUPED, TOO_LONG = "data.group_by_length", "data.too_long"  # of the identity
 MIXTURE, HOLDOUT = "data.train_path's parts", "data.holdout"  # too
+PACKED = "data.pack"
 # What older checkpoints do not name.
-DEFAULTS = {GROUPED: False, TOO_LONG: "cut", MIXTURE: "one folder", HOLDOUT: 0}
+DEFAULTS = {GROUPED: False, TOO_LONG: "cut", MIXTURE: "one folder", HOLDOUT: 0, PACKED: False}
 _CONTENTS = {
     "data": "data.train_path",
     "base checkpoint": "model.checkpoint",

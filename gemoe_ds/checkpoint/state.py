@@ -20,6 +20,7 @@ from gemoe_ds.checkpoint.manifest import (
     GROUPED,
     HOLDOUT,
     MIXTURE,
+    PACKED,
     SAMPLES_PER_STEP,
     TOO_LONG,
     WEIGHTS,
@@ -56,6 +57,7 @@ def run_identity(
     # max_length decides on what is dropped, and on the length, and so the place, of what is cut.
     at, data = f" with data.max_length={config.data.max_length}", config.data
     identity[GROUPED] = f"true in epochs{at}" if data.group_by_length else DEFAULTS[GROUPED]
+    identity[PACKED] = f"true{at}" if data.pack else DEFAULTS[PACKED]
     identity[TOO_LONG] = f"drop{at}" if data.too_long == "drop" else DEFAULTS[TOO_LONG]
     identity[HOLDOUT] = data.holdout
     identity[MIXTURE] = DEFAULTS[MIXTURE]

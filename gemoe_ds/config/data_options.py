@@ -39,6 +39,11 @@ class DataConfig(ConfigModel):
     group_by_length: bool = Field(
         False, description="samples of like length in a step: little padding, ranks equally busy"
     )
+    pack: bool = Field(
+        False,
+        description="rows of max_length tokens, filled with several samples that do not see each "
+        "other; for data without pictures. A row counts as one of the global batch",
+    )
     num_workers: int = Field(2, ge=1, description="reader threads per rank")
     prefetch_bytes: int = Field(
         PREFETCH_BYTES,
@@ -75,6 +80,15 @@ class DataConfig(ConfigModel):
     def is_validated(self) -> bool:
         """Whether there are samples to validate on."""
         return self.validation_path is not None or self.holdout > 0
+
+    @model_validator(mode="after")
+    def _full_or_alike(self) -> Self:
+        if self.pack and self.group_by_length:
+            raise ConfigError(
+                "data.pack=true and data.group_by_length=true: packed rows are all full, and there "
+                "is nothing to group; set one of them to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_set(self) -> Self:

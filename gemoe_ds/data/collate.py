@@ -68,6 +68,13 @@ class Batch:
         tensors = self.input_ids_BS, self.is_valid_BS, self.is_vision_BS, self.images
         return ModelInputs(*tensors, document_BS=self.document_BS)
 
+    def per_sample(self, is_one_BS: Tensor) -> Tensor:
+        """How many tokens of each sample are marked, int64, one for each of `rows`."""
+        if self.document_BS is None:
+            return is_one_BS.sum(1)
+        counts = torch.zeros(len(self.rows), dtype=torch.int64)
+        return counts.index_add(0, self.document_BS.flatten(), is_one_BS.flatten().long())
+
     def silenced(self) -> Batch:
         """The same with nothing in it that counts, for a rank that has run out of samples."""
         nothing_BS = torch.zeros_like(self.is_valid_BS)

@@ -35,9 +35,11 @@ class Selection:
     """Of the samples of a run; the same on all ranks."""
 
     row_M: np.ndarray | None = None  # the rows that are taken; None: all
-    length_M: np.ndarray | None = None  # tokens of each, to group by; None: shuffled only
+    length_M: np.ndarray | None = None  # tokens of each, to group or pack by; None: shuffled only
     draws: Draws | None = None  # of a mixture; None: all, once
     held_out_H: np.ndarray | None = None  # rows that are never trained on, if there are any
+    row_tokens: int | None = None  # samples fill rows of so many tokens: see pack.py; None: one
+    # sample a row
 
 
 class Endless(Protocol):

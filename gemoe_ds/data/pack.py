@@ -11,23 +11,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
 from gemoe_ds.data.collate import IGNORE, Encoded
+from gemoe_ds.data.order import CHUNK, Endless, Selection, endless_of
 
-CHUNK = 50  # global batches whose rows are filled together, about
 _PACK = 2**20  # what random numbers are for: those of order.py are others
-
-
-class Endless(Protocol):
-    """A list of samples that never ends; it is shuffled anew in every epoch."""
-
-    epoch_size: int
-
-    def at(self, position_P: np.ndarray) -> np.ndarray:
-        """The samples at these positions, int64 [P]."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Plan:
 class PackedOrder:
     """The samples of the row at every position of one endless list of rows.
 
-    An epoch of the samples is divided into chunks of about CHUNK global batches of tokens. The
+    An epoch of the samples is divided into chunks that fill about CHUNK global batches. The
     samples of a chunk fill rows of at most `max_length` tokens, the longest first and each where it
     leaves the least room (best-fit decreasing), and the rows are shuffled. The plan of an epoch is
     made when it is first asked for, in a second for 500,000 samples; those before it are, too, for
@@ -82,6 +72,13 @@ class PackedOrder:
         with self._lock:
             return self._plan(epoch)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row of the first epoch, [R]."""
+        plan = self.plan(0)
+        start_R = np.concatenate([[0], plan.end_R[:-1]])
+        return np.add.reduceat(self.length_M[plan.sample_P].astype(np.int64), start_R)
+
     def rows_of(self, epochs: float) -> int:
         """Rows of so many epochs; of a part of one as large a part of its rows."""
         whole, part = divmod(epochs, 1)
@@ -100,6 +97,19 @@ class PackedOrder:
             rows += [some[filled[row]].tolist() for row in random.permutation(len(filled))]
         sample_P = np.fromiter((sample for row in rows for sample in row), np.int64, number)
         return Plan(sample_P, np.cumsum([len(row) for row in rows]))
+
+
+def packed_order(selection: Selection, *, seed: int, global_batch_size: int) -> PackedOrder:
+    """Of a selection that is to be packed."""
+    assert selection.length_M is not None and selection.row_tokens is not None
+    length_M = selection.length_M
+    return PackedOrder(
+        length_M,
+        endless_of(selection, len(length_M), seed),
+        max_length=selection.row_tokens,
+        seed=seed,
+        global_batch_size=global_batch_size,
+    )
 
 
 def fill(lengths: Sequence[int], room: int) -> list[list[int]]:

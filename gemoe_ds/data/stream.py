@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from gemoe_ds.data.collate import Batch, Collator
+from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.order import LengthGroupedOrder, MixedPasses, Selection
+from gemoe_ds.data.pack import joined, packed_order
 from gemoe_ds.data.prefetch import PREFETCH_BYTES, Prefetch
 from gemoe_ds.errors import DataError
 
@@ -74,8 +75,9 @@ class TrainStream:
     depend on how it is split, and two ranks see what one rank with twice the accumulation sees. A
     sample that cannot be used is padding in its place.
 
-    `selection` may leave samples out, mix the parts of a mixture (`MixedPasses`), and give a global
-    batch samples of like length (`LengthGroupedOrder`). Threads make micro-batches ahead of their
+    `selection` may leave samples out, mix the parts of a mixture (`MixedPasses`), give a global
+    batch samples of like length (`LengthGroupedOrder`), or fill rows with several samples, which
+    then are what stands in the list (`PackedOrder`). Threads make micro-batches ahead of their
     step, `prefetch_bytes` of them at most (`Prefetch`).
     """
 
@@ -102,12 +104,11 @@ class TrainStream:
         row_M = range(len(samples)) if selection.row_M is None else selection.row_M
         check_number(samples, len(row_M), micro_batch_size)
         size = micro_batch_size * accumulation * world
-        order = order_of(selection, len(row_M), seed=seed, global_batch_size=size)
+        encoded_at = _encoded_at(selection, row_M, samples, collator, seed, size)
 
         def batch_of(number: int) -> Batch:
             first = (number * world + rank) * micro_batch_size
-            rows = [int(row_M[order[first + place]]) for place in range(micro_batch_size)]
-            batch = collator.batch([collator.encode_or_leave_out(r, samples[r]) for r in rows])
+            batch = collator.batch([encoded_at(first + place) for place in range(micro_batch_size)])
             return batch.pinned() if pinned else batch
 
         self.accumulation = accumulation
@@ -132,10 +133,32 @@ class TrainStream:
         self._batches.close()
 
 
+def _encoded_at(
+    selection: Selection,
+    row_M: Sequence[int] | np.ndarray,
+    samples: SampleList,
+    collator: Collator,
+    seed: int,
+    global_batch_size: int,
+) -> Callable[[int], Encoded]:
+    """The sequence, or the row of several, at a position of the endless list."""
+
+    def encoded(index: int) -> Encoded:
+        row = int(row_M[index])
+        return collator.encode_or_leave_out(row, samples[row])
+
+    if selection.row_tokens is None:
+        order = order_of(selection, len(row_M), seed=seed, global_batch_size=global_batch_size)
+        return lambda position: encoded(order[position])
+    packed = packed_order(selection, seed=seed, global_batch_size=global_batch_size)
+    return lambda position: joined([encoded(index) for index in packed[position].tolist()])
+
+
 def batch_bytes(batch: Batch) -> int:
     """What its tensors hold."""
     of_tokens = (batch.input_ids_BS, batch.labels_BS, batch.is_valid_BS, batch.is_vision_BS)
-    tensors = (*batch.images.values(), *of_tokens, batch.turn_BS)
+    packed = () if batch.document_BS is None else (batch.document_BS,)
+    tensors = (*batch.images.values(), *of_tokens, batch.turn_BS, *packed)
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 

@@ -23,7 +23,8 @@ from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.checks.samples import Checked, check_samples
-from gemoe_ds.train.checks.selection import cut_of
+from gemoe_ds.train.checks.selection import cut_of, order_of_rows
+from gemoe_ds.train.packed_step import fullest_step, mask_bytes
 from gemoe_ds.train.profiling import resident_memory
 from gemoe_ds.train.read_ahead import image_bytes, read_ahead
 
@@ -117,11 +118,16 @@ def estimate(
     on_gpu = device.type == "cuda"
     shape, seen, largest = _largest_step(config, samples, collator, lengths, routers, on_gpu)
     dtype = getattr(torch, config.model.dtype)
+    masks = 0
+    if config.data.pack:
+        order = order_of_rows(config, checked.selection, num_ranks)
+        shape, seen, largest = fullest_step(config, samples, collator, lengths, order, shape)
+        masks = mask_bytes(config)
     if seen.images:
         shape = _with_images(shape, backbone, hf, blocks, seen, dtype)
     weights = _weights(config, hf, blocks, routers, dtype, num_ranks, shape.on_gpu)
     step = activation_bytes(backbone, hf, blocks, shape)
-    parts = weights | step
+    parts = weights | step | {"masks of packed rows": masks}
     image_N = cut_of(lengths, config).image_N
     ahead = read_ahead(config, samples, collator, seen, image_N, num_ranks)
     if not shape.on_gpu:

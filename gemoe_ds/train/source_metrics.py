@@ -38,11 +38,14 @@ class SourceMetrics:
         assert self.sources is not None
         names, source_B = self.sources.names, self._source_B(batch)
 
-        def of_source(count_B: Tensor) -> Tensor:
+        def of_source(is_one_BS: Tensor) -> Tensor:
+            count_B = batch.per_sample(is_one_BS)
             return count_B.new_zeros(len(names)).index_add_(0, source_B, count_B)
 
-        tokens_S = of_source(batch.is_valid_BS.sum(1))
-        targets_S = of_source((batch.labels_BS[:, 1:] != IGNORE).sum(1))
+        tokens_S = of_source(batch.is_valid_BS)
+        is_target_BS = batch.labels_BS != IGNORE
+        is_target_BS[:, 0] = False  # nothing predicts it
+        targets_S = of_source(is_target_BS)
         for place, (ce, k) in enumerate(found_S2.cpu()):
             name, tokens = names[place], tokens_S[place]
             stats.add(f"train/loss/{name}", Stat(ce, count=targets_S[place]))

@@ -84,7 +84,16 @@ def alike(one, other, tolerance=1e-5):
         torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "upcycled", *CASES])
+ALIKE = {"upcycled", "molmoe", "moe_llava_stablelm", "moe_llava_qwen"}  # in how they are called
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name
+        for name in ("tiny", "upcycled", *CASES)
+    ],
+)
 def test_loss_and_gradients_are_those_of_the_documents_one_by_one(folders, name):
     model, collator = build(folders, name)
     encoded, lm = documents(collator), {"auxiliary_weight": 0.0}  # others are means over a batch

@@ -28,7 +28,13 @@ from gemoe_ds.data.order import LengthGroupedOrder, Selection, endless_of
 from gemoe_ds.data.row_names import Sources, sources_of
 from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
 from gemoe_ds.progress import PROGRESS
-from gemoe_ds.train.checks.selection import cut_of, described, samples_per_step, selection_of
+from gemoe_ds.train.checks.selection import (
+    cut_of,
+    described,
+    order_of_rows,
+    samples_per_step,
+    selection_of,
+)
 
 _MUCH_PADDING = 0.15
 
@@ -174,7 +180,7 @@ def report(
         length_RB = length_E[: number * batch].reshape(number, batch)
         padding = 1 - length_RB.sum() / (length_RB.max(1).sum() * batch)
         line = f"  padding: {padding:.0%} of the tokens of micro-batches of {batch}"
-        if padding > _MUCH_PADDING and not data.group_by_length:
+        if padding > _MUCH_PADDING and not (data.group_by_length or data.pack):
             line += "; data.group_by_length=true leaves little of it"
         yield line
 
@@ -182,7 +188,9 @@ def report(
 def _in_order(
     length_M: np.ndarray, config: RunConfig, selection: Selection, num_ranks: int
 ) -> np.ndarray:
-    """The lengths of samples as an epoch sees them."""
+    """The lengths of samples, or of packed rows, as an epoch sees them."""
+    if selection.row_tokens:
+        return order_of_rows(config, selection, num_ranks).lengths
     endless = endless_of(selection, len(length_M), config.seed)
     if not config.data.group_by_length:
         return length_M[endless.at(np.arange(endless.epoch_size))]

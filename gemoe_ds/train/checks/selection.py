@@ -15,6 +15,7 @@ from gemoe_ds.data.holdout import held_out_rows
 from gemoe_ds.data.lengths import Cut, Lengths
 from gemoe_ds.data.mixture import Mixture, MixturePart, SampleList
 from gemoe_ds.data.order import Draws, Selection, draws_of
+from gemoe_ds.data.pack import PackedOrder, packed_order
 from gemoe_ds.data.stream import check_number
 from gemoe_ds.errors import DataError
 
@@ -39,8 +40,13 @@ def selection_of(lengths: Lengths, samples: SampleList, config: RunConfig) -> Se
         draws = _draws(is_taken_N, samples, parts)
     row_M = np.flatnonzero(is_taken_N)
     check_number(samples, len(row_M), config.train.micro_batch_size)
-    length_M = cut.length_N[row_M].astype(np.int32) if data.group_by_length else None
-    return Selection(None if is_taken_N.all() else row_M, length_M, draws, held_out_H)
+    by_length = data.group_by_length or data.pack
+    length_M = cut.length_N[row_M].astype(np.int32) if by_length else None
+    taken_M, row_tokens = None if is_taken_N.all() else row_M, None
+    if data.pack:
+        _refuse_pictures(lengths, samples, row_M)
+        row_tokens = data.max_length
+    return Selection(taken_M, length_M, draws, held_out_H, row_tokens)
 
 
 def cut_of(lengths: Lengths, config: RunConfig) -> Cut:
@@ -58,8 +64,16 @@ def epoch_size(selection: Selection, samples: SampleList) -> int:
 def steps_of(config: RunConfig, selection: Selection, samples: SampleList, num_ranks: int) -> int:
     """What `train.epochs` comes to: the last step is filled up from the next pass."""
     assert config.train.epochs is not None
-    number = max(1, round(config.train.epochs * epoch_size(selection, samples)))
-    return -(-number // samples_per_step(config, num_ranks))
+    number = round(config.train.epochs * epoch_size(selection, samples))
+    if selection.row_tokens:
+        number = order_of_rows(config, selection, num_ranks).rows_of(config.train.epochs)
+    return -(-max(1, number) // samples_per_step(config, num_ranks))
+
+
+def order_of_rows(config: RunConfig, selection: Selection, num_ranks: int) -> PackedOrder:
+    """Of a run whose samples are packed."""
+    size = samples_per_step(config, num_ranks)
+    return packed_order(selection, seed=config.seed, global_batch_size=size)
 
 
 def with_epochs_counted(
@@ -99,16 +113,25 @@ def described(
                 f"{drawn:,}: {drawn / draws.epoch_size:.1%} of the samples, "
                 f"{drawn * mean / max(tokens, 1):.1%} of the tokens"
             )
-    if config.train.epochs is not None:
-        steps, size = (
-            steps_of(config, selection, samples, num_ranks),
-            samples_per_step(config, num_ranks),
-        )
-        number = epoch_size(selection, samples)
-        over = steps * size - round(config.train.epochs * number)
+    number, what = epoch_size(selection, samples), "samples"
+    epochs = config.train.epochs
+    over = round((epochs or 0) * number)
+    if selection.row_tokens:
+        order = order_of_rows(config, selection, num_ranks)
+        length_R = order.lengths
         yield (
-            f"  train.epochs={config.train.epochs:g} of {number:,} samples, {size:,} a step: "
-            f"{steps:,} steps" + (f"; the last one has {over:,} of the next epoch" if over else "")
+            f"  packed: {number:,} samples fill {len(length_R):,} rows of {selection.row_tokens:,} "
+            f"tokens, {length_R.sum() / (len(length_R) * selection.row_tokens):.1%} of them valid"
+        )
+        number, what = len(length_R), "rows"
+        over = order.rows_of(epochs or 0)
+    if epochs is not None:
+        size = samples_per_step(config, num_ranks)
+        steps = steps_of(config, selection, samples, num_ranks)
+        over = steps * size - over
+        yield (
+            f"  train.epochs={epochs:g} of {number:,} {what}, {size:,} a step: {steps:,} steps"
+            + (f"; the last one has {over:,} of the next epoch" if over else "")
         )
 
 
@@ -131,6 +154,16 @@ def _refuse_too_long(
             f"{too_long:,} samples have more than data.max_length={max_length} tokens (sample "
             f"{samples[longest].id} has {whole_N[longest]:,}), and data.too_long is stop: set "
             "data.too_long=cut or drop, or raise data.max_length"
+        )
+
+
+def _refuse_pictures(lengths: Lengths, samples: SampleList, row_M: np.ndarray) -> None:
+    seen = row_M[lengths.image_N[row_M] > 0]
+    if len(seen):
+        raise DataError(
+            f"data.pack=true: {len(seen):,} samples have pictures (sample "
+            f"{samples.outline(int(seen[0])).id} is one), and rows with pictures are not packed; "
+            "set data.pack=false and data.group_by_length=true, or train on data without pictures"
         )
 
 
