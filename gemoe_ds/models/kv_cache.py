@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 # Attention of transformers whose masks tell documents of a row apart by their positions.
@@ -144,6 +144,12 @@ def positions_within(document_BS: Tensor) -> Tensor:
     is_first_BS = torch.ones_like(document_BS, dtype=torch.bool)
     is_first_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
     return place_S - torch.where(is_first_BS, place_S, 0).cummax(1).values
+
+
+def attention_of(hf: nn.Module) -> set[str]:
+    """The kinds of attention that a model's parts have."""
+    parts = (part for part in hf.modules() if isinstance(part, PreTrainedModel))
+    return {part.config._attn_implementation or "eager" for part in parts}
 
 
 def attended(is_valid_BS: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Collator
@@ -14,7 +13,7 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.images import ImageLayout
-from gemoe_ds.models.kv_cache import PACKS
+from gemoe_ds.models.kv_cache import PACKS, attention_of
 from gemoe_ds.models.moe_model import ExpertShard, MoEModel
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
@@ -83,13 +82,11 @@ def check_attention(config: RunConfig, hf: nn.Module) -> None:
     """ConfigError if `data.pack` cannot be: attention that would see other documents of a row."""
     if not config.data.pack:
         return
-    for part in hf.modules():
-        how = part.config._attn_implementation if isinstance(part, PreTrainedModel) else PACKS[0]
-        if how not in PACKS:
-            raise ConfigError(
-                f"data.pack=true: the model's attention is {how!r}, and packed rows are made for "
-                f"{' and '.join(PACKS)}; set data.pack=false"
-            )
+    if other := attention_of(hf) - {*PACKS}:
+        raise ConfigError(
+            f"data.pack=true: the model's attention is {min(other)!r}, and packed rows are made "
+            f"for {' and '.join(PACKS)}; set data.pack=false"
+        )
 
 
 def _collator(
