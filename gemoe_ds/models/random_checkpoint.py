@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from gemoe_ds.console import Progress
 from gemoe_ds.hf_io.safetensors_reader import INDEX
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.images import ImageLayout
 
 _NOISE = 2**27  # numbers that all weights are cut from: drawing billions takes minutes
 
@@ -55,12 +56,18 @@ def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: i
         config.save_pretrained(folder)
 
 
-def write_stand_in_tokenizer(backbone: type[Backbone], words: Iterable[str], folder: Path) -> None:
+def write_stand_in_tokenizer(
+    backbone: type[Backbone],
+    words: Iterable[str],
+    folder: Path,
+    layout: ImageLayout | None = None,
+) -> None:
     """A tokenizer of whole words that has what the backbone's chat names, where the model has it.
 
     The public tokenizers cannot be had either; sequences are built as they would be with them.
+    `layout`: of its images, by default that of the published model.
     """
-    layout = backbone(backbone.Config()).image_layout(backbone.published())
+    layout = layout or backbone(backbone.Config()).image_layout(backbone.published())
     chat = backbone.chat
     specials = [*chat.specials, *([layout.token[0]] if layout and layout.token else [])]
     spelled = [*chat.pieces(chat.question), *chat.pieces(chat.question_with_image)]

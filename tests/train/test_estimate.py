@@ -13,10 +13,13 @@ import torch
 
 import gemoe_ds.train.estimate as module
 from gemoe_ds.data.collate import Collator
+from gemoe_ds.data.mixture import Subset, open_training
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.stream import batch_bytes
 from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.train import assemble
-from gemoe_ds.train.assemble import build_collator, build_model
+from gemoe_ds.train.assemble import build_collator, build_model, meta_collator
+from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.estimate import estimate
 from tests.helpers import repository
 from tests.train.resuming import make_config, write_setting
@@ -178,6 +181,61 @@ def test_images_are_decoded_of_the_longest_and_the_largest_only(setting, tmp_pat
     again = 1  # to see what making it takes
     assert len(held) == 2 * size + again < len(samples) and most <= size + again
     assert taken == [0] and parts["Python and its packages"] == 7 + module._ENGINE
+
+
+def test_reading_ahead_is_bounded_by_bytes(setting, tmp_path):
+    """Host memory: a part of the estimate on CPUs, a line of its own for a GPU."""
+
+    def found(device: str, **changes):
+        config = make_config(
+            setting,
+            tmp_path,
+            parallel__ep_size=1,
+            train__gradient_accumulation_steps=2,
+            data__num_workers=8,
+            **changes,
+        )
+        samples = open_samples(config.data.train_path)
+        return estimate(config, samples, 1, torch.device(device))
+
+    wide, narrow = found("cpu"), found("cpu", data__prefetch_bytes=1)
+    size = wide.largest_batch
+    assert 0 < narrow.read_ahead < wide.read_ahead
+    assert wide.parts["images read ahead"] == wide.read_ahead
+    collator = meta_collator(make_config(setting, tmp_path))
+    folder = open_samples(setting["data"])
+    samples = [collator.encode(row, folder[row]) for row in range(len(folder))]
+    pairs = [collator.batch([one, one]) for one in samples]
+    assert size == max(batch_bytes(pair) for pair in pairs)
+    gpu = found("cuda", data__prefetch_bytes=3 * 2**30)
+    assert "in host memory, for micro-batches read ahead: 0.00 GiB (data.prefetch_bytes)" in str(
+        gpu
+    )
+
+
+def test_of_a_mixture_it_is_that_of_the_samples_that_are_trained_on(setting, tmp_path):
+    """The longest ones may be over a limit, or held out."""
+    parts = [{"path": str(setting["data"]), "limit": 4}]
+    config = make_config(
+        setting, tmp_path, parallel__ep_size=1, data__train_path=parts, data__holdout=3
+    )
+    samples = open_training(config.data.train_path)
+    checked = check_samples(config, samples, meta_collator(config))
+    assert len(checked.selection.row_M) == 4 and len(checked.selection.held_out_H) == 3
+    some = Subset(samples, checked.selection.row_M, "some")
+    collator = meta_collator(config)
+    longest = sorted(len(collator.encode(0, some[row]).input_ids) for row in range(4))[-2:]
+    found = []
+    original = module.activation_bytes
+
+    def seen(backbone, hf, blocks, shape):
+        found.append(shape.tokens)
+        return original(backbone, hf, blocks, shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "activation_bytes", seen)
+        estimate(config, samples, 1, torch.device("cuda"), checked)
+    assert found[0] == 2 * longest[1]
 
 
 def test_packed_experts_are_further_copies(setting, tmp_path):
