@@ -76,7 +76,8 @@ def add_routing(parser: Parser) -> None:
     parser.add_argument(
         "--calibrate",
         type=Path,
-        help="samples on which --mean-k is met (default: data.validation_path or data.train_path)",
+        help="samples on which --mean-k is met (default: data.validation_path, what data.holdout "
+        "keeps, or data.train_path)",
     )
     parser.add_argument(
         "--calibration-samples",

@@ -175,6 +175,8 @@ def fit(
         with suppress(OSError):  # of which a full disk has been said already
             _close(*writers, *logs)
         raise
+    finally:
+        stream.close()
     with writing_to(output):
         _close(*writers, *logs)
         if world.is_first:

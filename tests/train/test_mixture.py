@@ -213,6 +213,10 @@ def test_training_on_a_mixture_cut_twice_equals_the_uncut_run(setting, run, grou
     assert read_sample_log(output) == read_sample_log(whole)
     first, second = (load_trained(r / f"checkpoints/step-{last:06d}") for r in (whole, output))
     assert all((first[name] == second[name]).all() for name in first)
+    before = sorted(path.stat().st_mtime_ns for path in output.rglob("*.safetensors"))
+    config = config_of(setting, output.name, data__group_by_length=grouped, resume="auto")
+    assert run_ranks(train_all, 2, [config]) == [None, None], "already finished"
+    assert before == sorted(path.stat().st_mtime_ns for path in output.rglob("*.safetensors"))
     for folder in (output / "checkpoints").glob("step-*"):
         if int(folder.name[-6:]) > 3:
             shutil.rmtree(folder)
