@@ -2,9 +2,11 @@
 
     encoding   samples a second of one core for every backbone's collator: pictures decoded, laid
                and cut, texts tokenised, micro-batches padded
-    valid      the share of the tokens of micro-batches that are no padding: by length, and shuffled
-    loaders    seconds of one core for an epoch's samples, ours against PyTorch's DataLoader over
-               `datasets` on the same files, with the same collator
+    valid      the share of the tokens of micro-batches that are no padding, and how busy the busiest
+               of 8 ranks is: by length, and shuffled; of 60,000 samples, whose lengths are drawn
+               from those of the generated ones
+    loaders    seconds that the same samples take, in the same order and with the same collator, from
+               our loader and from PyTorch's DataLoader over `datasets` on the same files
     reading    samples a second of 8 reader threads and of 1, of a disk that takes 10 ms a read
 
 Backbones have their published settings and a tokenizer of whole words. Contenders take turns.
@@ -53,7 +55,8 @@ SIZES = ((640, 480), (480, 640), (500, 375), (336, 336), (1024, 683))  # of pict
 TEXT_ONLY = 0.06  # of the samples, as in mix665k
 BATCH, GLOBAL, MAX_LENGTH = 8, 64, 2048
 ENCODED = 48  # samples of a timed round at most
-SECONDS_A_READ, THREADS, READ = 0.01, 8, 160
+DRAWN = 60_000  # lengths
+SECONDS_A_READ, THREADS, READ = 0.01, 8, 240
 _WORDS = [f"word{number}" for number in range(2000)]
 
 
@@ -72,21 +75,25 @@ def measured(*, rows: int, rounds: int, place: Path) -> dict[str, Any]:
         row |= _loaders(samples, collator, rounds, place / f"cache_{name}")
         found["backbones"].append(row)
         if name == backbones[0]:
-            found["reading"] = _reading(texts.path, collator, rounds)
+            short = _written(place / "short", READ, pictures=False, most_turns=1, words=0.5)
+            found["reading"] = _reading(short.path, collator, rounds)
     return found
 
 
-def _written(folder: Path, rows: int, *, pictures: bool) -> SampleFolder:
+def _written(
+    folder: Path, rows: int, *, pictures: bool, most_turns: int = 5, words: float = 3.5
+) -> SampleFolder:
     """Conversations of one to five turns, log-normal in length; a picture in most, or in none."""
     draw, rng = random.Random(0), np.random.default_rng(0)
     shown = [_picture(rng, *SIZES[number % len(SIZES)]) for number in range(min(rows, 50))]
 
-    def words(mean: float) -> str:
+    def said(mean: float) -> str:
         return " ".join(draw.choices(_WORDS, k=max(1, round(draw.lognormvariate(mean, 0.9)))))
 
     def samples() -> Iterator[Any]:
         for index in range(rows):
-            turns = [Turn(words(2.5), words(3.5)) for _ in range(draw.choice((1, 1, 2, 3, 5)))]
+            number = min(draw.choice((1, 1, 2, 3, 5)), most_turns)
+            turns = [Turn(said(words - 1), said(words)) for _ in range(number)]
             has_picture = pictures and draw.random() >= TEXT_ONLY
             picture = shown[index % len(shown)] + str(index).encode() if has_picture else None
             yield of_turns(f"{index:09d}", picture, turns)
@@ -130,16 +137,18 @@ def _encoding(samples: SampleFolder, collator: Collator, rounds: int) -> dict[st
 
 
 def _valid(samples: SampleFolder, collator: Collator) -> dict[str, Any]:
-    """Of an epoch's micro-batches, from lengths alone; 8 ranks."""
+    """Of an epoch's micro-batches, from lengths alone."""
     lengths = measured_lengths(samples, collator, range(len(samples)))
     assert lengths is not None
-    length_N = lengths.cut(MAX_LENGTH).length_N.astype(np.int32)
+    measured_N = lengths.cut(MAX_LENGTH).length_N.astype(np.int32)
+    length_N = np.random.default_rng(0).choice(measured_N, DRAWN)
     found: dict[str, Any] = {"mean_tokens": round(float(length_N.mean()), 1)}
     for title, selection in (
         ("grouped", Selection(length_M=length_N)),
         ("shuffled", Selection()),
     ):
-        length_SRB = length_N[_rows_seen(samples, selection)].reshape(-1, GLOBAL // BATCH, BATCH)
+        seen = _in_order(selection, DRAWN, DRAWN // GLOBAL * GLOBAL)
+        length_SRB = length_N[seen].reshape(-1, GLOBAL // BATCH, BATCH)
         computed_SR = length_SRB.max(2) * BATCH
         found[f"valid_{title}"] = round(float(length_SRB.sum() / computed_SR.sum()), 4)
         busiest = computed_SR.max(1).sum() / computed_SR.mean(1).sum()
@@ -147,17 +156,17 @@ def _valid(samples: SampleFolder, collator: Collator) -> dict[str, Any]:
     return found
 
 
-def _rows_seen(samples: SampleFolder, selection: Selection) -> np.ndarray:
-    """In the whole steps of an epoch."""
-    steps = len(samples) // GLOBAL
-    order = order_of(selection, len(samples), seed=0, global_batch_size=GLOBAL)
-    return np.array([order[place] for place in range(steps * GLOBAL)])
+def _in_order(selection: Selection, number: int, positions: int) -> list[int]:
+    """The first samples of a run over so many."""
+    order = order_of(selection, number, seed=0, global_batch_size=GLOBAL)
+    return [order[place] for place in range(positions)]
 
 
 def _loaders(samples: SampleFolder, collator: Collator, rounds: int, cache: Path) -> dict[str, Any]:
     """The median of the paired ratios; above 1: the plain loader takes longer."""
     number = min(ENCODED, len(samples)) // BATCH
-    plain = _plain_loader(samples, collator, cache)
+    rows = _in_order(Selection(), len(samples), number * BATCH)
+    plain = _plain_loader(samples, collator, cache, rows)
 
     def ours() -> None:
         stream = TrainStream(
@@ -175,7 +184,7 @@ def _loaders(samples: SampleFolder, collator: Collator, rounds: int, cache: Path
         stream.close()
 
     def theirs() -> None:
-        for _ in islice(plain(), number):
+        for _ in plain():
             pass
 
     timings = measure({"ours": ours, "plain": theirs}, rounds, clock=time.process_time)
@@ -188,9 +197,9 @@ def _loaders(samples: SampleFolder, collator: Collator, rounds: int, cache: Path
 
 
 def _plain_loader(
-    samples: SampleFolder, collator: Collator, cache: Path
+    samples: SampleFolder, collator: Collator, cache: Path, rows: list[int]
 ) -> Callable[[], Iterator[Batch]]:
-    """What one would write without this project: map-style rows, shuffled, a collate function."""
+    """What one would write without this project: map-style rows, a sampler, a collate function."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -198,9 +207,9 @@ def _plain_loader(
     table = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(cache))
     raw = table.with_format("arrow")
 
-    def encoded(rows: list[int]) -> Batch:
+    def encoded(some: list[int]) -> Batch:
         parts = []
-        for row in rows:
+        for row in some:
             batch = raw[row].to_batches()[0]
             try:
                 parts.append(collator.encode(row, sample_of(batch, 0, _stored)))
@@ -213,8 +222,7 @@ def _plain_loader(
             torch.utils.data.DataLoader(
                 range(len(raw)),  # type: ignore[arg-type]
                 batch_size=BATCH,
-                shuffle=True,
-                generator=torch.Generator().manual_seed(0),
+                sampler=rows,
                 collate_fn=encoded,
                 num_workers=0,
             )
