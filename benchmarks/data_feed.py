@@ -2,11 +2,11 @@
 
     encoding   samples a second of one core for every backbone's collator: pictures decoded, laid
                and cut, texts tokenised, micro-batches padded
-    valid      the share of the tokens of micro-batches that are no padding, and how busy the busiest
-               of 8 ranks is: by length, and shuffled; of 60,000 samples, whose lengths are drawn
-               from those of the generated ones
-    loaders    seconds that the same samples take, in the same order and with the same collator, from
-               our loader and from PyTorch's DataLoader over `datasets` on the same files
+    valid      the share of the tokens of micro-batches that are no padding, and how busy the
+               busiest of 8 ranks is: by length, and shuffled; of 60,000 samples, whose lengths are
+               drawn from those of the generated ones
+    loaders    seconds that the same samples take, in the same order and with the same collator,
+               from our loader and from PyTorch's DataLoader over `datasets` on the same files
     reading    samples a second of 8 reader threads and of 1, of a disk that takes 10 ms a read
 
 Backbones have their published settings and a tokenizer of whole words. Contenders take turns.
