@@ -51,7 +51,7 @@ ONLY_IN = {
     "deepspeed": {"engine", "benchmarks"},  # whose layers run beside ours
     "transformers": {"hf_io", "models", "data", "data_prep", "export", "serving", "benchmarks"},
     "vllm": {"serving"},
-    "datasets": {"data", "evaluation"},
+    "datasets": {"data", "evaluation", "benchmarks"},  # which the loader is timed against
     "lm_eval": {"evaluation", "benchmarks"},  # what answers are timed against
     "lmms_eval": {"evaluation"},
     "grain": {"data"},
