@@ -41,7 +41,7 @@ class PackedOrder:
     An epoch of the samples is divided into chunks that fill about CHUNK global batches. The
     samples of a chunk fill rows of at most `max_length` tokens, the longest first and each where it
     leaves the least room (best-fit decreasing), and the rows are shuffled. The plan of an epoch is
-    made when it is first asked for, in a second for 500,000 samples; those before it are, too, for
+    made when it is first asked for, in seconds for 500,000 samples; those before it are, too, for
     the number of their rows.
     """
 

@@ -182,6 +182,11 @@ def evaluate(
             if batch is not None:
                 counting.add(batch, found)
     total = counting.scores().over(ranks, device)
+    if in_detail and not total.asked and not total.not_asked:
+        raise DataError(
+            f"{samples.path}: no sample asks anything: these are plain texts; give conversations, "
+            "or validate a training run on them (train.eval_every), which reports their loss"
+        )
     if in_detail and not total.asked:
         example = next(iter(total.bad.values())).reason if total.bad else "all answers are cut"
         raise DataError(

@@ -13,7 +13,7 @@ from torch import nn
 from gemoe_ds.analysis.record import spearman
 from gemoe_ds.analysis.routing_sums import IMAGE
 from gemoe_ds.data.collate import Collator
-from gemoe_ds.data.sample import Sample, Turn, of_turns, open_samples, write_samples
+from gemoe_ds.data.sample import Message, Sample, Turn, of_turns, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import ALONE
 from gemoe_ds.errors import DataError
@@ -326,3 +326,30 @@ def test_experts_by_token_kind_and_samples_are_those_of_a_walk_over_the_tokens(s
     for place, number in answer_tokens.items():
         assert scores.answer_tokens_P[place] == number
         assert scores.answer_k_LP[:, place].tolist() == answer_k[place].tolist()
+
+
+def test_plain_texts_ask_nothing_and_have_a_loss(setting, tmp_path):
+    model, _, collator = setting
+    texts = [Sample(f"t{i}", (Message("text", "a b c"[: 2 * i + 1]),)) for i in range(3)]
+    samples = open_samples(write_samples_to(tmp_path / "texts", texts))
+    with pytest.raises(DataError, match="no sample asks anything: these are plain texts"):
+        scored((model, samples, collator), 2)
+    stream = EvalStream(samples, collator, batch=2, rank=0, world=1)
+    device = torch.device("cpu")
+    scores = evaluate(model, samples, stream, device, ALONE, in_detail=False)
+    batch = collator.batch([collator.encode(i, text) for i, text in enumerate(texts)])
+    with torch.no_grad():
+        expected = model(**batch.inputs)["lm"].item()
+    assert scores.num_targets == 2 + 3 + 4 and not scores.asked and not scores.not_asked
+    assert scores.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_that_are_not_learned_are_no_questions(setting, tmp_path):
+    """Their places do not count: the first question is that of the first learned answer."""
+    model, _, collator = setting
+    talk = [Message("user", "c"), Message("assistant", "a", loss=False, kind="no")]
+    talk += [Message("user", "d"), Message("assistant", "a b", kind="yes")]
+    samples = open_samples(write_samples_to(tmp_path / "some", [Sample("s", tuple(talk))]))
+    scores = scored((model, samples, collator), 1)
+    assert scores.asked == {"yes": 1} and not scores.not_asked
+    assert [turn[:3] for turn in asked_of(scores)] == [(0, 0, "yes")]
