@@ -29,7 +29,7 @@ class Board:
         (pages,) = memory.allocate([(2 * len(self.ranks) * _SLOT,)], torch.uint8)
         if len(self.ranks) == 1:
             pages.zero_()  # common memory begins so
-        self._bytes = memoryview(pages.numpy())
+        self._bytes = pages.numpy().data
         self._read: dict[int, Any] = {}  # what was read last, by slot
         self._is_lost = False
 
