@@ -20,6 +20,7 @@ from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.models.cost.tower_memory import tower_bytes
+from gemoe_ds.moe.experts.onednn import multiplies_slowly
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.checks.samples import Checked, check_samples
@@ -134,7 +135,8 @@ def estimate(
         parts = {"Python and its packages": process + _ENGINE} | parts
         if seen.images:
             parts["images read ahead"] = ahead
-        if config.model.pack_experts and config.model.trainable == "routers" and shape.is_cast:
+        packs = shape.is_cast and not multiplies_slowly(device, torch.bfloat16)
+        if config.model.pack_experts and config.model.trainable == "routers" and packs:
             # for the forward pass, and for the backward pass of all above the first router
             experts = [b.gate_up_EGD.numel() + b.down_EDF.numel() for b in [*blocks, *blocks[1:]]]
             parts["packed experts"] = sum(experts) // shape.ep_size * shape.itemsize

@@ -18,6 +18,7 @@ from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.moe.experts import grouped
 from gemoe_ds.moe.experts.ffn import path_for
+from gemoe_ds.moe.experts.weights import product_dtype
 
 WIDE = 4  # bytes of a float32, in which norms, routing and the loss are computed
 
@@ -124,7 +125,7 @@ def _of_block(block: BlockSpec, shape: StepShape) -> float:
     routing, width = block.routing, block.down_EDF.shape[-1]
     rows = 1 + (_ranks_met(shape) if shape.ep_size > 1 else 0)
     total = rows * routing.d_model * shape.itemsize
-    total += shape.k * (2 * width * shape.itemsize + 3 * 8)
+    total += shape.k * (2 * width * experts_dtype(block, shape).itemsize + 3 * 8)
     return total + 3 * WIDE * routing.num_experts
 
 
@@ -140,17 +141,27 @@ def _in_flight(block: BlockSpec, shape: StepShape) -> float:
 def _casts(block: BlockSpec, shape: StepShape) -> int:
     """Of trainable experts of one block, in the narrower dtype of their products: themselves and
     their gradients."""
-    if shape.train == "routers" or not shape.is_cast:
+    itemsize = experts_dtype(block, shape).itemsize
+    if shape.train == "routers" or itemsize == WIDE:
         return 0
     experts = (block.gate_up_EGD.numel() + block.down_EDF.numel()) // shape.ep_size
-    return 2 * experts * shape.itemsize
+    return 2 * experts * itemsize
 
 
 def at_once(block: BlockSpec, shape: StepShape) -> bool:
     """Whether all experts are multiplied at once, or one after the other in small buffers."""
-    device = torch.device("cuda" if shape.on_gpu else "cpu")
+    dtype, width = experts_dtype(block, shape), block.down_EDF.shape[-1]
+    return path_for(_device(shape), dtype, block.routing.d_model, width) is grouped
+
+
+def experts_dtype(block: BlockSpec, shape: StepShape) -> torch.dtype:
+    """Of the experts' products: float32 for bfloat16 on a CPU without instructions for it."""
     dtype = torch.bfloat16 if shape.is_cast else torch.float32
-    return path_for(device, dtype, block.routing.d_model, block.down_EDF.shape[-1]) is grouped
+    return product_dtype(_device(shape), dtype, block.routing.d_model, block.down_EDF.shape[-1])
+
+
+def _device(shape: StepShape) -> torch.device:
+    return torch.device("cuda" if shape.on_gpu else "cpu")
 
 
 def _ranks_met(shape: StepShape) -> float:

@@ -20,6 +20,14 @@ SMALL_FFN = 1 << 17  # D * F; at 100 rows an expert, products of 0.1 GFLOP
 _FEW_ROWS = 192  # below, the other side is 5 to 15 % faster (bf16, weights of 2048 x 2048)
 
 
+def product_dtype(
+    device: torch.device, dtype: torch.dtype, d_model: int, width: int
+) -> torch.dtype:
+    """In which the products of `dtype` run, and what is kept of them for the backward pass."""
+    is_large = d_model * width > SMALL_FFN  # whose weights are not copied all at once
+    return torch.float32 if is_large and onednn.multiplies_slowly(device, dtype) else dtype
+
+
 class ExpertWeights:
     """Products of some rows with one expert's weights, in `dtype`; `gemm` is for all at once.
 
@@ -34,11 +42,9 @@ class ExpertWeights:
         dtype: torch.dtype,
         gemm: GroupedGemm = TORCH,
     ) -> None:
-        self.gate_up_EGD, self.down_EDF, self.dtype, self.gemm = gate_up_EGD, down_EDF, dtype, gemm
-        self.narrow: torch.dtype | None = None
-        is_large = gate_up_EGD.shape[2] * down_EDF.shape[2] > SMALL_FFN  # which is not copied whole
-        if is_large and onednn.multiplies_slowly(gate_up_EGD.device, dtype):
-            self.narrow, self.dtype = dtype, torch.float32
+        self.gate_up_EGD, self.down_EDF, self.gemm = gate_up_EGD, down_EDF, gemm
+        self.dtype = product_dtype(gate_up_EGD.device, dtype, *down_EDF.shape[1:])
+        self.narrow = None if self.dtype == dtype else dtype
 
     def gate_up(self, rows_nD: Tensor, expert: int) -> Tensor:
         return _times_transposed(rows_nD, self.gate_up_EGD[expert].to(self.dtype))

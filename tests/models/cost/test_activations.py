@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.cost.activations import StepShape, activation_bytes
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.experts import ffn, onednn, weights
 from gemoe_ds.moe.router import Router
 from tests.models.cases import CASES, write_case
 
@@ -36,6 +37,19 @@ def kept_bytes(model, batch, labels) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_kept_activations_are_those_of_autograd(name, dtype, train, tmp_path):
+    check_kept(name, dtype, train, tmp_path)
+
+
+@pytest.mark.parametrize("train", ["routers", "experts", "all"])
+def test_kept_projections_are_wide_where_bfloat16_has_no_instructions(train, tmp_path, monkeypatch):
+    """The experts' products then run in float32; experts count as large here."""
+    monkeypatch.setattr(onednn, "_has_bfloat16", lambda: False)
+    for module in (ffn, weights):
+        monkeypatch.setattr(module, "SMALL_FFN", 0)
+    check_kept("olmoe", "bfloat16", train, tmp_path)
+
+
+def check_kept(name, dtype, train, tmp_path):
     base = write_case(name, tmp_path)
     backbone = Backbone.named(name)
     backbone = backbone(backbone.Config())
