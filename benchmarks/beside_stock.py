@@ -25,7 +25,7 @@ from gemoe_ds.errors import exit_on_error, in_a_line
 from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.files import write_text
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.parser import Parser
 from gemoe_ds.train.assemble import build_collator, build_model
 

@@ -24,7 +24,7 @@ from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.evaluation.untrained import on_gates
 from gemoe_ds.export.folder import export
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_collator, build_model
 

@@ -9,8 +9,9 @@ from transformers import LlavaForConditionalGeneration
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.random_checkpoint import write_word_tokenizer
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.tiny.backbone import TinyBackbone
 from gemoe_ds.moe.router import Router
 

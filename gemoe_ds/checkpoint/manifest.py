@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,25 @@ def checksum_folder(folder: Path | None) -> str:
     """sha256 over the files of a model folder (names and contents); "none" without one."""
     if folder is None:
         return "none"
+    files = files_of(folder)
+    return combined_checksum(folder, {path: sha256_of(path) for path in files})
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What counts for the checksum of a model folder."""
     refuse_dead_links(folder)
-    digest = hashlib.sha256()
     files = {p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()}
     if (folder / INDEX).is_file():  # whose files may be in folders below
         files |= {tensor.file for tensor in open_stored(folder).values()}
-    for path in sorted(files):
+    return sorted(files)
+
+
+def combined_checksum(folder: Path, of_files: Mapping[Path, str]) -> str:
+    """That of a folder, from those of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(of_files):
         digest.update(str(path.relative_to(folder)).encode())
-        digest.update(sha256_of(path).encode())
+        digest.update(of_files[path].encode())
     return digest.hexdigest()
 
 

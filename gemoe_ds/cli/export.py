@@ -20,7 +20,7 @@ from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
     from gemoe_ds.config import RunConfig
-    from gemoe_ds.models.moe_model import ExpertShard
+    from gemoe_ds.models.shard import ExpertShard
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,7 +91,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _fewest_experts(config: RunConfig) -> ExpertShard:
     """The folder is written from the base's files: of the experts the model needs no more."""
-    from gemoe_ds.models.moe_model import ExpertShard
+    from gemoe_ds.models.shard import ExpertShard
     from gemoe_ds.train.assemble import named_backbone
 
     backbone = named_backbone(config)

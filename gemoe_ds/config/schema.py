@@ -39,6 +39,11 @@ class ModelConfig(ConfigModel):
         description="base model: a Hugging Face folder, or owner/name[@revision] in the local Hub "
         "cache; null: random weights, for pretraining",
     )
+    read: Literal["auto", "once", "per_host"] = Field(
+        "auto",
+        description="which hosts read the base model's weights. per_host: each; once: one, the "
+        "others receive them; auto: once if the folder lies on a network",
+    )
     router: RouterChoice = Field(description="routing method, with its own options beside the name")
     trainable: Literal["routers", "experts", "all"] = Field(
         "routers",

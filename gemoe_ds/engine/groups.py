@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gemoe_ds.engine.world import World, waiting
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.all_to_all import AsyncWork
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 from gemoe_ds.progress import PROGRESS

@@ -24,22 +24,17 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.engine.world import World, gather_objects
-from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.hf_io.allocator import WeightAllocator
 from gemoe_ds.hf_io.key_rules import Shape
 
 _FILES_AT_ONCE = 64  # open in a process, of 1024 as a rule
-
-
-def host_memory(world: World) -> WeightAllocator:
-    """That of this rank's host, or its own where ranks cannot reach each other's. Collective."""
-    return LOCAL if world.size == 1 else HostMemory.of(world)
 
 
 class HostMemory(WeightAllocator):
     """Common to these ranks. All ranks of the world make the same calls, whatever their host."""
 
     def __init__(self, ranks: list[int], world: World) -> None:
-        self.ranks = ranks
+        self.ranks, self.world = ranks, world
         self.rank, self.num_ranks = ranks.index(world.rank), len(ranks)
 
     @classmethod

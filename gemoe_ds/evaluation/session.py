@@ -29,7 +29,7 @@ from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
-from gemoe_ds.engine.host_memory import host_memory
+from gemoe_ds.engine.read_once import weight_memory
 from gemoe_ds.engine.world import ALL_RANKS, World, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode
@@ -70,7 +70,7 @@ class EvalSession:
         self.checkpoint = newest(arguments.trained) if arguments.trained else None
         check_dtype(config.model.dtype, world.device)
         shard = expert_shard(config.parallel.ep_size, world)
-        memory = host_memory(world)
+        memory = weight_memory(config, world)
         self.model = build_model(config, shard, memory, show_progress=world.is_first)
         self.model.to(world.device)
         self.routers = [layer.router for layer in self.model.moe_layers]

@@ -7,10 +7,10 @@ rewriter.py goes the other way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import accumulate, islice
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
+from gemoe_ds.hf_io.allocator import LOCAL, Peers, WeightAllocator
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
+from gemoe_ds.hf_io.read_ahead import reading
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
 from gemoe_ds.progress import PROGRESS
 
@@ -35,6 +36,10 @@ class Target:
     shape: Shape
     first_row: int = 0
     is_common: bool = False  # several ranks have this memory; each reads a part
+
+    @property
+    def is_some_rows(self) -> bool:
+        return self.tensor.shape != self.shape
 
     def holds(self, piece: StoredSlice) -> bool:
         rows = range(self.first_row, self.first_row + len(self.tensor)) if self.shape else ()
@@ -118,48 +123,82 @@ class Weights:
         *,
         show_progress: bool = False,
     ) -> None:
-        """Read every target, in the order in which it stands on the disk; of those that are common
-        to several ranks a part. Collective: what is wrong with a weight all ranks raise."""
-        try:
-            self._fill(self._mine(targets, memory), targets, show_progress)
-            problem = None
-        except CheckpointError as error:
-            problem = str(error)
-        if problem := memory.first_error(problem):
+        """Read every target in the order in which it stands on the disk, or receive it from the
+        rank that does. Collective: what is wrong with a weight all ranks raise."""
+        slices = [p for p in self.slices if p.name in targets and targets[p.name].holds(p)]
+        rows = {n: (t.first_row, len(t.tensor)) for n, t in targets.items() if t.is_some_rows}
+        size_of = {id(p): self._view(p, targets).nbytes for p in slices}
+        problem = None
+        with memory.sharing(repr(rows)) as sharing:
+            received: dict[Peers, list[StoredSlice]] = {
+                peers: [] for peers in (sharing.whole, sharing.rows, sharing.common)
+            }
+            common = [p for p in slices if targets[p.name].is_common]
+            of_others = _of_others(common, [size_of[id(p)] for p in common], sharing.part)
+            for piece in slices:
+                if piece.name in rows:
+                    received[sharing.rows].append(piece)
+                elif not targets[piece.name].is_common:
+                    received[sharing.whole].append(piece)
+                elif id(piece) not in of_others:
+                    received[sharing.common].append(piece)
+            with Progress(
+                total=sum(size_of[id(p)] for pieces in received.values() for p in pieces),
+                desc="loading",
+                unit="B",
+                unit_scale=True,
+                disable=not show_progress,
+            ) as bar:
+                for peers, pieces in received.items():
+                    problem = self._receive(pieces, targets, peers, bar) or problem
+            problem = memory.first_error(problem)
+        if problem:
             raise CheckpointError(problem)
 
-    def _mine(self, targets: Mapping[str, Target], memory: WeightAllocator) -> list[StoredSlice]:
-        """The slices that this rank reads: of the common ones as many bytes as every other."""
-        slices = [p for p in self.slices if p.name in targets and targets[p.name].holds(p)]
-        common = [p for p in slices if targets[p.name].is_common]
-        sizes = [self._view(p, targets).nbytes for p in common]
-        begins = accumulate(sizes, initial=0)
-        readers = [
-            memory.num_ranks * begin // sum(sizes) for begin, _ in zip(begins, sizes, strict=False)
-        ]
-        of_others = {id(p) for p, r in zip(common, readers, strict=True) if r != memory.rank}
-        return [p for p in slices if id(p) not in of_others]
+    def _receive(
+        self,
+        slices: list[StoredSlice],
+        targets: Mapping[str, Target],
+        peers: Peers,
+        bar: Progress,
+    ) -> str | None:
+        """Fill these, each read by one of the peers; or what is wrong with one that this rank read.
 
-    def _fill(
-        self, slices: list[StoredSlice], targets: Mapping[str, Target], show_progress: bool
-    ) -> None:
-        sizes = [self._view(p, targets).nbytes for p in slices]
-        with Progress(
-            total=sum(sizes),
-            desc="loading",
-            unit="B",
-            unit_scale=True,
-            disable=not show_progress,
-        ) as bar:
-            ahead = iter(slices)
-            self._prefetch(islice(ahead, _AHEAD))
-            for piece, size in zip(slices, sizes, strict=True):
-                self._prefetch(islice(ahead, 1))
-                view = self._view(piece, targets)
-                self._read_piece(piece, view)
-                self._refuse_what_no_weight_is(piece, view)
-                bar.update(size)
-                PROGRESS.num_events += 1
+        Peers read ahead, each its own files, and broadcast in turn. Collective among them.
+        """
+        reader_of = self._readers(peers.size)
+        of_readers: list[list[StoredSlice]] = [[] for _ in range(peers.size)]
+        for piece in slices:
+            of_readers[reader_of[self.stored[piece.key].file]].append(piece)
+        with reading(self._read(of_readers[peers.rank], targets), ahead=peers.size > 1) as mine:
+            for turn in zip_longest(*of_readers):
+                for reader, piece in enumerate(turn):
+                    if piece is None:
+                        continue
+                    if reader == peers.rank:
+                        mine.step()
+                        if mine.problem and peers.size == 1:
+                            return mine.problem
+                    view = self._view(piece, targets)
+                    peers.broadcast(view, reader)
+                    bar.update(view.nbytes)
+                    PROGRESS.num_events += 1
+        return mine.problem or None
+
+    def _readers(self, num_peers: int) -> dict[Path, int]:
+        """Who reads a file: ranks of one host for every kind of weight, so that it has it once."""
+        files = sorted({tensor.file for tensor in self.stored.values()})
+        return {file: number * num_peers // len(files) for number, file in enumerate(files)}
+
+    def _read(self, slices: list[StoredSlice], targets: Mapping[str, Target]) -> Iterator[None]:
+        ahead = iter(slices)
+        self._prefetch(islice(ahead, _AHEAD))
+        for piece in slices:
+            self._prefetch(islice(ahead, 1))
+            view = self._view(piece, targets)
+            self._read_piece(piece, view)
+            self._refuse_what_no_weight_is(piece, view)
+            yield
 
     def _prefetch(self, slices: Iterable[StoredSlice]) -> None:
         for piece in slices:
@@ -190,6 +229,14 @@ class Weights:
                 f"{problem} (for {piece.name}, as {str(view.dtype).removeprefix('torch.')}); "
                 "download it again, or convert it again"
             )
+
+
+def _of_others(common: list[StoredSlice], sizes: list[int], part: tuple[int, int]) -> set[int]:
+    """Of what ranks have in common the ids of those that others fill, as many bytes each."""
+    mine, num_parts = part
+    begins = accumulate(sizes, initial=0)
+    parts = [num_parts * begin // sum(sizes) for begin, _ in zip(begins, sizes, strict=False)]
+    return {id(p) for p, part in zip(common, parts, strict=True) if part != mine}
 
 
 def problem_of(weight: Tensor) -> str | None:

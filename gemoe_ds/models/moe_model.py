@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +11,21 @@ from torch import Tensor, nn
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
-from gemoe_ds.hf_io.loader import Target, Weights, materialise
+from gemoe_ds.hf_io.loader import Weights, materialise
 from gemoe_ds.models.backbone import Backbone
-from gemoe_ds.models.blocks import BlockSpec, BlockWeights, convert_blocks
+from gemoe_ds.models.blocks import convert_blocks
 from gemoe_ds.models.by_source import ce_by_target, sums_by_source
 from gemoe_ds.models.distill import Distill, divergence, following
 from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.shard import ExpertShard, StoredBlocks
 from gemoe_ds.moe.context import TEACHER, Rollout, TokenContext
-from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import PROGRESS
 
 
-@dataclass(frozen=True)
-class ExpertShard:
-    """Which consecutive block of every layer's experts lives on this rank, and how to reach all."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    make_dispatcher: Callable[[], Dispatcher] = LocalDispatcher
-    groups: Mapping[str, Any] = field(default_factory=dict)  # of ranks that it talks to, by name
-    # Of the group's first rank.
-    broadcast_from_first: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    def local(self, num_experts: int) -> slice:
-        if num_experts % self.num_ranks:
-            fitting = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-            raise ConfigError(
-                f"parallel.ep_size={self.num_ranks} does not divide the backbone's {num_experts} "
-                f"experts; possible: {', '.join(map(str, fitting))}"
-            )
-        size = num_experts // self.num_ranks
-        return slice(self.rank * size, (self.rank + 1) * size)
-
-
 def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
-
-
-class _Source(BlockWeights):
-    """This rank's shard; what is to be read from a folder is in `targets` by its stock name."""
-
-    def __init__(self, shard: ExpertShard, dtype: torch.dtype, weights: Weights | None) -> None:
-        self.shard, self.dtype, self.weights = shard, dtype, weights
-        self.targets: dict[str, Target] = {}
-
-    def gate(self, block: BlockSpec) -> Tensor:
-        if self.weights is None:
-            return block.gate_ED
-        return self.weights.read(f"{block.path}.{block.names[0]}", torch.float32)
-
-    def experts(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
-        local = self.shard.local(block.routing.num_experts)
-        tensors = []
-        for name, whole in zip(block.names[1:], super().experts(block), strict=True):
-            mine = whole[local]
-            if self.weights is not None:
-                mine = torch.empty(mine.shape, dtype=self.dtype)
-                self.targets[f"{block.path}.{name}"] = Target(mine, tuple(whole.shape), local.start)
-            elif self.shard.num_ranks > 1:  # a copy, so that the experts of other ranks are freed
-                mine = mine.clone()
-            tensors.append(mine.to(self.dtype))
-        gate_up_EGD, down_EDF = tensors
-        return gate_up_EGD, down_EDF
 
 
 class MoEModel(nn.Module):
@@ -141,7 +91,8 @@ class MoEModel(nn.Module):
             raise ConfigError(f"backbone {backbone.name!r}: no MoE block found in the loaded model")
         # 2. Our layers, with the experts of this rank.
         hf.requires_grad_(train == "all")
-        source = _Source(model.shard, torch.float32 if train != "routers" else dtype, weights)
+        of_experts = torch.float32 if train != "routers" else dtype
+        source = StoredBlocks(model.shard, of_experts, weights, blocks, memory)
         layers = convert_blocks(
             blocks,
             router,
@@ -164,10 +115,8 @@ class MoEModel(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         for layer in layers:
             layer.register_forward_pre_hook(_say_where)
-        added = model.router_only_names()
-        model.num_added_parameters = sum(
-            p.numel() for name, p in model.named_parameters() if name in added
-        )
+        own = (p for layer in layers for p in layer.router.param_groups()["predictor"])
+        model.num_added_parameters = sum(p.numel() for p in own)
         if recompute:
             hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return model

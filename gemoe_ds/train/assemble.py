@@ -14,7 +14,8 @@ from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.images import ImageLayout
 from gemoe_ds.models.kv_cache import PACKS, attention_of
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
 

@@ -20,11 +20,11 @@ from gemoe_ds.data.row_names import Sources
 from gemoe_ds.engine.compile import check_compiler
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
-from gemoe_ds.engine.host_memory import host_memory
+from gemoe_ds.engine.read_once import weight_memory
 from gemoe_ds.engine.world import World, broadcast_from_first, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import WeightAllocator
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import meta_collator
 from gemoe_ds.train.checks.samples import Checked, check_samples
 from gemoe_ds.train.checks.selection import with_epochs_counted
@@ -91,7 +91,7 @@ def prepare(
     best_of(config, hooks)
     trains = config.model.trainable != "routers"
     shard = expert_shard(config.parallel.ep_size, world, trainable=trains)
-    memory = host_memory(world)
+    memory = weight_memory(config, world)
     expected = broadcast_from_first(
         lambda: estimate(config, samples, world.size, world.device, checked), world
     )
@@ -100,7 +100,7 @@ def prepare(
     needed -= resident_memory() if world.device.type == "cpu" else 0  # this process, already
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
-    for line in check_deepspeed(config, world.size):
+    for line in filter(None, [memory.note, *check_deepspeed(config, world.size)]):
         say(world, line)
     say(world, summary(config, world.size, expected.hidden_size))
     ep_size, output = config.parallel.ep_size, Path(config.output_dir)

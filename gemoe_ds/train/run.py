@@ -19,6 +19,7 @@ from gemoe_ds.data.mixture import open_training
 from gemoe_ds.data.stream import TrainStream
 from gemoe_ds.engine.build import group_summary, initialize
 from gemoe_ds.engine.malloc import give_back_freed_memory
+from gemoe_ds.engine.read_once import sha256_over_ranks
 from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
 from gemoe_ds.engine.zero import Engine
 from gemoe_ds.errors import ConfigError, writing_to
@@ -271,9 +272,15 @@ def _model_folders(config: RunConfig) -> dict[str, Path | None]:
 
 def _checksums(config: RunConfig, world: World) -> dict[str, str]:
     """Of those folders. Collective."""
-    return broadcast_from_first(
-        lambda: {k: manifest.checksum_folder(p) for k, p in _model_folders(config).items()}, world
+    folders = {key: folder for key, folder in _model_folders(config).items() if folder}
+    files = broadcast_from_first(
+        lambda: {key: manifest.files_of(folder) for key, folder in folders.items()}, world
     )
+    found = sha256_over_ranks({path for paths in files.values() for path in paths}, world)
+    return {"base checkpoint": "none"} | {
+        key: manifest.combined_checksum(folder, {path: found[path] for path in files[key]})
+        for key, folder in folders.items()
+    }
 
 
 def _stream(run: Prepared, model: MoEModel, start_step: int) -> TrainStream:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.config.load import load_config
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks
 from tests.tiny import model_inputs, random_batch

@@ -36,7 +36,7 @@ def memory_of(world, how: str):
         os.memfd_create = lambda *_: os.open("/nowhere", os.O_RDWR)
     if how == "cannot open" and world.rank == 1:
         module._mapped = lambda *_: open("/proc/nobody")  # noqa: SIM115
-    return module.host_memory(world)
+    return module.HostMemory.of(world)
 
 
 def written(rank: int, how: str) -> tuple[int, int, list[list[float]]]:
@@ -93,7 +93,7 @@ def kept(rank: int) -> tuple[list[int], int, int, int, int]:
         return round(share / MB), round(own / MB)
 
     with distributed() as world:
-        memory = module.host_memory(world)
+        memory = module.HostMemory.of(world)
         _, own_before = share_and_own()
         tensors = memory.allocate([(16, MB)] * 4, torch.uint8)
         for tensor in tensors:
@@ -145,7 +145,7 @@ def loaded(rank: int, folder: str) -> tuple[dict, int, str]:
 
     StoredTensor.read_into = counted
     with distributed() as world:
-        memory = module.host_memory(world)
+        memory = module.HostMemory.of(world)
         answer = ""
         for name in ("good", "bad"):
             model = meta_model(Model, None)

@@ -14,7 +14,7 @@ from gemoe_ds.evaluation.fixed_step import FixedStep, why_no_graph
 from gemoe_ds.evaluation.generate import one_token
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from tests.tiny import make_model, write_base
 
 

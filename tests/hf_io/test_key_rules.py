@@ -13,7 +13,8 @@ from transformers import LlavaForConditionalGeneration, Qwen3VLMoeForConditional
 import tests.models.qwen3_vl.small as qwen3_vl
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.backbone import Backbone
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.upcycled.model import UpcycledLlavaForConditionalGeneration
 from gemoe_ds.moe.router import Router
 from tests.models.cases import CASES, write_case

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gemoe_ds.models.backbone import Backbone
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.router import Router
 
 

@@ -7,7 +7,7 @@ import torch
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.backbone import Backbone
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.tiny.backbone import TinyBackbone
 from tests.tiny import make_model, random_batch, stock_logits, write_base
 

@@ -18,7 +18,8 @@ from gemoe_ds.cli.export import main as export
 from gemoe_ds.config import load_config
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks

@@ -14,7 +14,8 @@ from gemoe_ds.evaluation.fixed_step import FixedStep
 from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.images import ON_HOST
-from gemoe_ds.models.moe_model import ExpertShard, MoEModel
+from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.dispatch import AllToAllDispatcher
 from gemoe_ds.moe.router import Router

@@ -12,7 +12,7 @@ import torch
 
 from gemoe_ds.checkpoint.state import load_trained
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.dispatch import LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.layer import MoELayer

@@ -16,7 +16,7 @@ from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.mixture import Subset, open_training
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import batch_bytes
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.experts import onednn
 from gemoe_ds.train import assemble
 from gemoe_ds.train.assemble import build_collator, build_model, meta_collator

@@ -20,7 +20,7 @@ from gemoe_ds.data.holdout import held_out_rows
 from gemoe_ds.data.mixture import open_training
 from gemoe_ds.data.sample import open_samples, write_samples
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks

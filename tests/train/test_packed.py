@@ -11,7 +11,7 @@ import torch
 from gemoe_ds.data.mixture import open_training
 from gemoe_ds.data.sample import Message, Sample, write_samples
 from gemoe_ds.errors import ConfigError, DataError
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train import run as module
 from gemoe_ds.train.assemble import build_model, check_attention, meta_collator
 from gemoe_ds.train.checks.samples import check_samples

@@ -10,7 +10,7 @@ import torch
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.config.load import config_from_dict
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from gemoe_ds.train.run import HF_FOLDER
 from tests.helpers import repository, run_ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.sample_log import whole_lines
 from gemoe_ds.train.trainer import micro_batch_seed

@@ -18,7 +18,7 @@ from gemoe_ds.engine.world import ALONE, distributed
 from gemoe_ds.evaluation.arguments import RoutingMode, evaluate_parser
 from gemoe_ds.evaluation.score import Scores, evaluate
 from gemoe_ds.evaluation.session import EvalSession, session_config
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.hooks import Hook
 from gemoe_ds.train.untouched import Mean, Outcome, Untouched, described, not_compared, warning

@@ -17,7 +17,7 @@ from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import ALONE
 from gemoe_ds.errors import Stopped
 from gemoe_ds.evaluation.score import evaluate
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.hooks import Hook
 from tests.data.turns import turns_of

@@ -12,8 +12,8 @@ from transformers import OlmoeForCausalLM
 from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Turn, of_turns
 from gemoe_ds.errors import CheckpointError, ConfigError, DataError
-from gemoe_ds.models.moe_model import ExpertShard
 from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
+from gemoe_ds.models.shard import ExpertShard
 from tests.models import reference
 from tests.models.olmoe.small import EPS, HEADS, LAYERS, TOP_K, logits_of, write_olmoe
 from tests.models.small import check_shards, make_model

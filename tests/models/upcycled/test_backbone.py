@@ -7,7 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.models.upcycled.model import UpcycledLlavaForConditionalGeneration
 from gemoe_ds.train.assemble import build_model
 from tests.models.upcycled.small import (

@@ -11,7 +11,7 @@ import torch
 
 from gemoe_ds.checkpoint.state import load_trained
 from gemoe_ds.cli.export import main as export
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_model
 from tests.helpers import run_python, run_ranks
 from tests.models.upcycled.small import (

@@ -14,7 +14,7 @@ import gemoe_ds.routers  # noqa: F401  (registers every router)
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import DataError, GemoeError
 from gemoe_ds.models.backbone import Backbone, Golden
-from gemoe_ds.models.moe_model import ExpertShard
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.context import Stat
 from gemoe_ds.train import trainer
 from gemoe_ds.train.assemble import build_collator, build_model
