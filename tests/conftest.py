@@ -6,7 +6,8 @@ import pytest
 from PIL import ImageFile
 
 
-@pytest.fixture(autouse=True)
-def as_pillow_is(monkeypatch):
-    """lmms_eval, once imported, lets Pillow show what there is of a damaged picture."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """lmms_eval, once imported, lets Pillow show what there is of a damaged picture. Undone before
+    the fixtures of a module are made, too."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False

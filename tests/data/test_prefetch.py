@@ -52,7 +52,7 @@ def prefetch(watched: Watched, **changes) -> Prefetch[int]:
 @pytest.mark.parametrize(("max_bytes", "most"), [(250, 250), (120, 120), (60, 60), (1, 50)])
 def test_what_waits_and_what_is_made_is_bounded(max_bytes, most):
     """The item that is handed over may be replaced before `take` has counted it out."""
-    watched = Watched()
+    watched = Watched(seconds=0.01)
     watched.take(prefetch(watched, max_bytes=max_bytes), 30)
     assert watched.most_bytes <= most + 50
     if max_bytes >= 120:

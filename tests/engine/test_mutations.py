@@ -69,9 +69,9 @@ def losses_pile_up_under_recomputation() -> None:
             for name, term in record.losses.items()
         }
 
-    def keep(self, is_valid_BS, is_vision_BS):
+    def keep(self, *arguments):
         records = list(self.layers)
-        begin(self, is_valid_BS, is_vision_BS)
+        begin(self, *arguments)
         self.layers[:] = records
 
     begin = TokenContext.begin
