@@ -53,9 +53,11 @@ QWEN: dict[str, Any] = {  # its preprocessor_config.json, with the recipe's max_
 }
 SIZES = ((640, 480), (480, 640), (500, 375), (336, 336), (1024, 683))  # of pictures
 TEXT_ONLY = 0.06  # of the samples, as in mix665k
-BATCH, GLOBAL, MAX_LENGTH = 8, 64, 2048
+BATCH, MAX_LENGTH = 8, 2048
+# As the recipes of 8 GPUs have it: of a step, and of a micro-batch, 8 where nothing is said.
+GLOBAL, MICRO = 128, {"molmoe": 16, "deepseek_vl2": 16}
 ENCODED = 48  # samples of a timed round at most
-DRAWN = 60_000  # lengths
+DRAWN, RANKS = 60_000, 8  # lengths that are drawn; ranks
 SECONDS_A_READ, THREADS, READ = 0.01, 8, 240
 _WORDS = [f"word{number}" for number in range(2000)]
 
@@ -65,13 +67,13 @@ def measured(*, rows: int, rounds: int, place: Path) -> dict[str, Any]:
     backbones = [name for name in BACKBONES if name in Backbone.names()]
     texts = _written(place / "texts", rows, pictures=False)
     mixed = _written(place / "mixed", rows, pictures=True)
-    found: dict[str, Any] = {"rows": rows, "micro_batch": BATCH, "global_batch": GLOBAL}
+    found: dict[str, Any] = {"rows": rows, "loaded_at_once": BATCH, "global_batch": GLOBAL}
     found["backbones"] = []
     for name in backbones:
         collator = _collator(name, place / f"tokenizer_{name}")
         samples = mixed if collator.layout else texts
         row = {"backbone": name} | _encoding(samples, collator, rounds)
-        row |= _valid(samples, collator)
+        row |= _valid(samples, collator, MICRO.get(name, BATCH))
         row |= _loaders(samples, collator, rounds, place / f"cache_{name}")
         found["backbones"].append(row)
         if name == backbones[0]:
@@ -136,22 +138,22 @@ def _encoding(samples: SampleFolder, collator: Collator, rounds: int) -> dict[st
     return {"samples_a_second_and_core": round(number / timing.median, 1)}
 
 
-def _valid(samples: SampleFolder, collator: Collator) -> dict[str, Any]:
+def _valid(samples: SampleFolder, collator: Collator, size: int) -> dict[str, Any]:
     """Of an epoch's micro-batches, from lengths alone."""
     lengths = measured_lengths(samples, collator, range(len(samples)))
     assert lengths is not None
     measured_N = lengths.cut(MAX_LENGTH).length_N.astype(np.int32)
     length_N = np.random.default_rng(0).choice(measured_N, DRAWN)
-    found: dict[str, Any] = {"mean_tokens": round(float(length_N.mean()), 1)}
+    found: dict[str, Any] = {"mean_tokens": round(float(length_N.mean()), 1), "micro_batch": size}
     for title, selection in (
         ("grouped", Selection(length_M=length_N)),
         ("shuffled", Selection()),
     ):
         seen = _in_order(selection, DRAWN, DRAWN // GLOBAL * GLOBAL)
-        length_SRB = length_N[seen].reshape(-1, GLOBAL // BATCH, BATCH)
-        computed_SR = length_SRB.max(2) * BATCH
-        found[f"valid_{title}"] = round(float(length_SRB.sum() / computed_SR.sum()), 4)
-        busiest = computed_SR.max(1).sum() / computed_SR.mean(1).sum()
+        length_SARB = length_N[seen].reshape(-1, GLOBAL // size // RANKS, RANKS, size)
+        computed_SAR = length_SARB.max(3) * size
+        found[f"valid_{title}"] = round(float(length_SARB.sum() / computed_SAR.sum()), 4)
+        busiest = computed_SAR.max(2).sum() / computed_SAR.mean(2).sum()
         found[f"busiest_rank_{title}"] = round(float(busiest), 4)
     return found
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-CHUNK = 50  # global batches whose samples are sorted together, at most
+CHUNK = 200  # global batches whose samples are sorted together, at most
 # What random numbers are for; those of the passes of a mixture's part p are for _PART + p.
 _PASS, _CHUNK, _EPOCH, _PART = range(4)
 

@@ -15,8 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 from gemoe_ds.data.collate import IGNORE, Encoded
-from gemoe_ds.data.order import CHUNK, Endless, Selection, endless_of
+from gemoe_ds.data.order import Endless, Selection, endless_of
 
+CHUNK = 50  # global batches whose rows are filled together, about
 _PACK = 2**20  # what random numbers are for: those of order.py are others
 
 

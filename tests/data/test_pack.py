@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gemoe_ds.data.collate import IGNORE, Collator
-from gemoe_ds.data.order import CHUNK, Draws, MixedPasses, Passes, Selection
-from gemoe_ds.data.pack import PackedOrder, fill, joined
+from gemoe_ds.data.order import Draws, MixedPasses, Passes, Selection
+from gemoe_ds.data.pack import CHUNK, PackedOrder, fill, joined
 from gemoe_ds.data.sample import open_samples, write_samples
 from gemoe_ds.data.stream import TrainStream
 from gemoe_ds.models.chat import ChatTemplate

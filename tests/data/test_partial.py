@@ -135,6 +135,21 @@ def test_another_command_or_source_may_not_go_on(begun, tmp_path):
         convert(begun)
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    write_rows(tmp_path)
+    write = convert_module.write_shard
+
+    def meanwhile(*arguments):
+        os.utime(tmp_path / "rows.json", (1, 1))
+        return write(*arguments)
+
+    monkeypatch.setattr(convert_module, "write_shard", meanwhile)
+    settings = Settings(tmp_path / "rows.json", tmp_path / "out", shard_size=4)
+    with pytest.raises(DataError, match="have changed while they were read; remove .*out.partial"):
+        convert(settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_at_once_are_refused(begun, tmp_path):
     descriptor = os.open(tmp_path / "out.partial", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -72,6 +72,8 @@ def test_the_first_is_made_alone_where_no_size_is_known():
     items = prefetch(watched, max_bytes=100, expected_bytes=None)
     watched.take(items, 1)
     assert watched.most_making == 1
+    items.close()
+    watched = Watched([40] * 20)
     watched.take(Prefetch(watched.make, lambda n: 40, num_workers=2, max_items=4, max_bytes=80), 12)
     assert watched.most_making == 2
 

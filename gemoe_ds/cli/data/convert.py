@@ -38,6 +38,7 @@ def _parser() -> Parser:
     add("--images", type=Path, help="folder of the picture files (default: beside SOURCE)")
     add("--format", help="conversations, messages, alpaca, text or captions (default: as seen)")
     add("--split", help="of a set that has several, such as train")
+    add("--config", help="configuration of a hub's set that has several")
     add("--source", default="", help="a name that every sample has, for metrics by source")
     add("--source-column", help="or the column that has it")
     add("--text-column", default="text", help="of plain text (default: text)")
@@ -85,6 +86,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             source=arguments.source,
             columns=columns,
             split=arguments.split,
+            config=arguments.config,
             documents=arguments.documents,
             shard_size=arguments.shard_size,
             min_image_size=arguments.min_image_size,

@@ -50,6 +50,7 @@ class Settings:
     source: str = ""
     columns: Columns = field(default_factory=Columns)
     split: str | None = None
+    config: str | None = None
     documents: str = "file"
     shard_size: int = 4096
     min_image_size: int = 4
@@ -63,13 +64,15 @@ def convert(settings: Settings) -> dict[str, Any]:
     check_new(settings.out)
     reader = _reader(settings)
     name = str(settings.path)
-    print(f"{name} reads as: {reader.store.title} of {reader.format.title}", flush=True)
+    remark = reader.store.remark()
+    what = f"{reader.store.title} of {reader.format.title}"
+    print(f"{name} reads as: {what}" + (f"; {remark}" if remark else ""), flush=True)
     identity = _identity(settings, reader)
     with warnings.catch_warnings(), termination_raises():
         warnings.simplefilter("ignore")  # odd EXIF and palettes are no reason to complain
         with open_partial(settings.out, identity) as partial:
             try:
-                manifest = _filled(partial, reader, settings, name)
+                manifest = _filled(partial, reader, settings, name, identity["files"])
             except (KeyboardInterrupt, SystemExit):
                 raise Stopped(_kept_words(partial)) from None
     _say(settings.out, manifest)
@@ -86,8 +89,9 @@ def _kept_words(partial: PartialFolder) -> str:
 
 
 def _filled(
-    partial: PartialFolder, reader: Reader, settings: Settings, name: str
+    partial: PartialFolder, reader: Reader, settings: Settings, name: str, files: list[Any]
 ) -> dict[str, Any]:
+    """`files`: their fingerprint when they were first seen."""
     if partial.is_complete:
         return partial.complete(settings.out)
     total = None
@@ -104,6 +108,11 @@ def _filled(
         return converted(reader, start, settings.workers, total)
 
     shards, tally = _write(partial, rows_from, settings)
+    if fingerprint_of(_files_of(settings, reader)) != files:
+        raise DataError(
+            f"{name}: its files have changed while they were read; remove {partial.path}, and "
+            "convert what they are now"
+        )
     num_samples = sum(shard.num_samples for shard in shards)
     try:
         num_rows = num_samples + len(tally.dropped)
@@ -215,7 +224,12 @@ def _reader(settings: Settings) -> Reader:
     """What the source is; DataError if it is nothing that is known."""
     if settings.images is not None and not settings.images.is_dir():
         raise DataError(f"--images {settings.images}: no such folder")
-    store = open_store(settings.path, split=settings.split, documents=settings.documents)
+    store = open_store(
+        settings.path,
+        split=settings.split,
+        config=settings.config,
+        documents=settings.documents,
+    )
     columns = settings.columns
     if settings.format is not None:
         chosen = RowFormat.named(settings.format)
@@ -230,20 +244,24 @@ def _reader(settings: Settings) -> Reader:
     return Reader(store, chosen, columns, pictures, settings.source)
 
 
+def _files_of(settings: Settings, reader: Reader) -> list[Path]:
+    return [*reader.store.files(), *([settings.kinds] if settings.kinds else [])]
+
+
 def _identity(settings: Settings, reader: Reader) -> Identity:
     """All that the bytes of the folder depend on, but for the files of pictures."""
     columns = reader.columns
-    kinds = [settings.kinds] if settings.kinds else []
     return {
         "version": f"{__version__}, schema {SCHEMA}",
         "source": str(settings.path),
-        "files": fingerprint_of([*reader.store.files(), *kinds]),
+        "files": fingerprint_of(_files_of(settings, reader)),
         "format": reader.format.name,
         "images": str(settings.images),
         "kinds": str(settings.kinds),
         "name": settings.source,
         "columns": [columns.text, columns.image, columns.source, columns.question],
         "split": settings.split,
+        "config": settings.config,
         "documents": settings.documents,
         "shard_size": settings.shard_size,
         "min_image_size": settings.min_image_size,

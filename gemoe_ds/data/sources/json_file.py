@@ -7,14 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gemoe_ds.data.sources.packed import open_unpacked
 from gemoe_ds.errors import DataError
 
 _BINARY = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
+    b"\x1f\x8b": "gzip once more",
     b"PK\x03\x04": "zip",
-    b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
 }
@@ -72,7 +70,8 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        stored = path.read_bytes()
+        with open_unpacked(path) as file:
+            stored = file.read()
     except OSError as error:
         raise cannot_read(path, error) from None
     refuse_binary(path, stored)

@@ -19,6 +19,7 @@ from gemoe_ds.data.sources.json_file import (
     not_json,
     refuse_binary,
 )
+from gemoe_ds.data.sources.packed import open_unpacked
 from gemoe_ds.errors import DataError
 
 _AT_ONCE = 2**20  # bytes that are read together
@@ -81,7 +82,7 @@ class _Text:
 
     def __enter__(self) -> _Text:
         try:
-            self._file: BinaryIO = self.path.open("rb")
+            self._file: BinaryIO = open_unpacked(self.path)
             self._more()
         except OSError as error:
             raise cannot_read(self.path, error) from None

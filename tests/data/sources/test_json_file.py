@@ -43,7 +43,7 @@ def test_one_list_is_read(tmp_path, before, behind):
         (json.dumps({"a": ROW, "b": ROW}), "the rows are its values"),
         (json.dumps({"a": 1, "b": 2}), "expected a JSON list, got object: its keys are a, b"),
         ("null", "expected a JSON list, got null"),
-        (gzip.compress(LIST.encode(), mtime=0), "it is gzip"),
+        (gzip.compress(gzip.compress(b"[]")), "it is gzip once more"),
         (b"PAR1\x15\x04", "it is parquet"),
         (LIST.encode("utf-16"), "it is UTF-16; iconv"),
         (LIST.encode("utf-32"), "it is UTF-32; iconv -f UTF-32"),
@@ -57,6 +57,11 @@ def test_what_it_is_instead(tmp_path, content, words):
         read_json(path, list)
     assert str(error.value).startswith(f"{path}: ") and words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_packed_file_is_read(tmp_path):
+    (tmp_path / "rows.json").write_bytes(gzip.compress(LIST.encode()))
+    assert read_json(tmp_path / "rows.json", list) == [ROW]
 
 
 def test_a_folder_and_a_missing_file(tmp_path):

@@ -6,12 +6,13 @@ import io
 import json
 import tarfile
 
+import datasets
 import pytest
 
 from gemoe_ds.cli.data.convert import main
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.turn import Message
-from tests.data.sources.layouts import CHATS, RED, png, write, write_pictures
+from tests.data.sources.layouts import CHATS, RED, png, table, write, write_pictures
 
 READS_AS = {
     "llava": "a JSON list of conversations (LLaVA, ShareGPT)",
@@ -56,6 +57,66 @@ def test_sets_of_several_splits_name_them(tmp_path, convert):
     path = write(tmp_path, "hub")
     assert convert(path).endswith(f"{path}: give --split; it has train, test")
     assert "--split dev: no such split; it has train, test" in convert(path, "--split", "dev")
+
+
+def test_a_hub_set_of_several_configurations_names_them(tmp_path, convert, capsys):
+    for config in ("chat", "code"):
+        (tmp_path / "set" / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            table(split).to_parquet(tmp_path / f"set/{config}/{split}-00000-of-00001.parquet")
+    head = ["---", "configs:"]
+    for config in ("chat", "code"):
+        head += [f"- config_name: {config}", "  data_files:"]
+        for split in ("train", "test"):
+            head += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (tmp_path / "set/README.md").write_text("\n".join([*head, "---", "# A set"]))
+    assert convert(tmp_path / "set").endswith("give --config; it has chat, code")
+    assert "--config x: no such config" in convert(tmp_path / "set", "--config", "x")
+    assert "give --split; it has" in convert(tmp_path / "set", "--config", "code")
+    capsys.readouterr()
+    samples = convert(tmp_path / "set", "--config", "code", "--split", "test")
+    assert len(samples) == 4 and (
+        "split test of code: 1 files; not read: 3, chat/test-00000-of-00001.parquet first"
+        in capsys.readouterr().out.splitlines()[0]
+    )
+
+
+def test_a_table_that_was_cut_short_is_named_before_any_other_is_read(tmp_path, convert):
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        table().to_parquet(tmp_path / f"set/{number}.parquet")
+    (cut := tmp_path / "set/1.parquet").write_bytes(cut.read_bytes()[:-9])
+    line = convert(tmp_path / "set")
+    assert line.startswith(f"error: {cut}: ") and line.endswith("was it downloaded whole?")
+
+
+def test_a_table_that_is_damaged_inside_is_one_line(tmp_path, convert):
+    """It says how far it came; `datasets` itself would log more."""
+    rows = [{"text": f"{number:09d}" * 99} for number in range(4000)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(path := tmp_path / "a.parquet", batch_size=1000)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 5000] = b"\xff" * 5000
+    path.write_bytes(content)
+    line = convert(path)
+    assert "`datasets` cannot read it: " in line and line.endswith(" rows)")
+
+
+def test_files_that_a_split_does_not_have_are_said(tmp_path, convert, capsys):
+    """`datasets` takes those whose names say a split, if one does."""
+    for name in ("train-0", "more"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        table().to_parquet(tmp_path / f"set/{name}.parquet")
+    assert len(convert(tmp_path / "set")) == 4
+    words = "split train: 1 files; not read: 1, more.parquet first"
+    assert words in capsys.readouterr().out.splitlines()[0]
+
+
+def test_names_in_capitals(tmp_path, convert):
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        table().to_parquet(tmp_path / f"set/{number}.PARQUET")
+    assert len(convert(tmp_path / "set")) == 8
 
 
 def test_alpaca_and_text_from_tables_and_files(tmp_path, convert, capsys):
@@ -132,7 +193,7 @@ def test_tars_of_captions_and_what_they_hold_beside(tmp_path, convert):
     assert len(samples) == 9 and samples[8].messages[1].content == "A cat 8."
     assert samples.manifest["notes"]["the key 'url' is ignored"] == 9
     groups = {g["group"]: g["first"] for g in samples.manifest["dropped_groups"]}
-    assert groups["not valid"].startswith("row 12: bad.json: not valid json: Expecting")
+    assert groups["not valid"].startswith("row 11: bad.json: not valid json: Expecting")
     assert groups["not a row"].startswith("row 10: README has no name before its first dot")
     assert groups["not a caption"].startswith("clip: it has 0 pictures")
 

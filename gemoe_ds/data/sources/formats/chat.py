@@ -14,7 +14,7 @@ from gemoe_ds.data.sources.unusable import Unusable, cut, is_empty, short
 from gemoe_ds.data.turn import MARK, Message, Role
 
 ROLES: dict[Any, Role] = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
 }
@@ -166,8 +166,8 @@ def _keys_of(index: int, message: Any) -> tuple[str, str]:
 
 
 def _role(index: int, speaker: Any) -> Role:
-    if isinstance(speaker, str) and speaker in ROLES:
-        return ROLES[speaker]
+    if isinstance(speaker, str) and (role := ROLES.get(speaker.lower())):
+        return role
     if _TOOL_SPEAKERS.match(str(speaker)):
         raise Unusable(
             "tools", f"message {index} is from {speaker!r}; calls of tools are not supported"

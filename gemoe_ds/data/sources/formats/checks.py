@@ -57,8 +57,12 @@ def check_markers(roles: Sequence[str], texts: Sequence[str], num_pictures: int)
     if len(found) != num_pictures:
         group = "marker without a picture" if len(found) > num_pictures else _fewer(found)
         where = f"in messages {cut(', '.join(map(str, found)))}" if found else "nowhere"
+        way_out = "where a text means the characters, write < image >"
+        if len(found) < num_pictures:
+            way_out = f"write {MARK} in the question, where each stands"
         raise Unusable(
-            group, f"it has {num_pictures} pictures, and {len(found)} times {MARK}: {where}"
+            group,
+            f"it has {num_pictures} pictures, and {len(found)} times {MARK}: {where}; {way_out}",
         )
     for index in found:
         if roles[index] != "user" and num_pictures:

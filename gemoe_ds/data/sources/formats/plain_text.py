@@ -36,7 +36,8 @@ class PlainText(RowFormat):
             raise Unusable("no text", f"its {columns.text!r} is empty")
         if MARK in str(text):
             raise Unusable(
-                "marker without a picture", f"its text holds {MARK}, which stands for a picture"
+                "marker without a picture",
+                f"its text holds {MARK}, which stands for a picture; write < image > there",
             )
         notes = tuple(f"the key {key!r} is ignored" for key in unread(row, read))
         return Draft((Message("text", str(text), loss=True),), notes=notes)

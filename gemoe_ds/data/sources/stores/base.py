@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gemoe_ds.data.sources.packed import unpacked_name
 from gemoe_ds.errors import DataError
 from gemoe_ds.registry import Registered
 
@@ -20,9 +21,16 @@ class Store(Registered):
     rank: ClassVar[int] = 0  # of two that see a path, the higher one reads it
     is_cheap: ClassVar[bool] = True  # to read all rows once more, without their pictures
 
-    def __init__(self, path: Path, *, split: str | None = None, documents: str = "file") -> None:
-        """`split`: of a set that has several; `documents`: what of a text file is one."""
-        self.path, self.split, self.documents = path, split, documents
+    def __init__(
+        self,
+        path: Path,
+        *,
+        split: str | None = None,
+        config: str | None = None,
+        documents: str = "file",
+    ) -> None:
+        """`split`, `config`: of a set that has several; `documents`: what of a text file is one."""
+        self.path, self.split, self.config, self.documents = path, split, config, documents
 
     @classmethod
     def sees(cls, path: Path) -> bool:
@@ -36,6 +44,10 @@ class Store(Registered):
     def rows(self) -> Iterator[Any]:
         """All of them; an Unusable in the place of a row that is none, DataError for a file."""
         raise NotImplementedError
+
+    def remark(self) -> str:
+        """What of the path is read and what is not, if that is not all."""
+        return ""
 
     @property
     def folder(self) -> Path:
@@ -58,11 +70,17 @@ def open_store(path: Path, **options: Any) -> Store:
 
 
 def with_suffix(path: Path, *suffixes: str) -> list[Path]:
-    """The file, or the files of a folder and below in the order of their names, that end so."""
+    """The file, or the files of a folder and below in the order of their names, that end so, packed
+    or not (packed.py). What begins with a dot is of other programs: copies, the like of thumbnails.
+    """
     if path.is_file():
-        return [path] if path.name.lower().endswith(suffixes) else []
-    found = (below for below in path.rglob("*") if below.name.lower().endswith(suffixes))
-    return sorted(below for below in found if below.is_file())
+        return [path] if unpacked_name(path).endswith(suffixes) else []
+    found = (below for below in path.rglob("*") if unpacked_name(below).endswith(suffixes))
+    return sorted(b for b in found if b.is_file() and not _is_hidden(b.relative_to(path)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def begins_with(path: Path, *begins: bytes) -> bool:

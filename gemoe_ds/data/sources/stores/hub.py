@@ -7,6 +7,7 @@ library's cache.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ from gemoe_ds.errors import DataError
 
 _SAVED = ("state.json", "dataset_dict.json")
 _TABLES = (".parquet", ".arrow")
+_LINES = (".jsonl", ".ndjson")
 
 
 class Hub(Store):
-    """One split of a data set: its only one, or `train`, or the one that is asked for."""
+    """One split of one configuration of a data set: its only one, or the one that is asked for."""
 
     name: ClassVar[str] = "hub"
     title: ClassVar[str] = "a table (parquet, arrow, save_to_disk, a copy from the hub)"
@@ -37,44 +39,117 @@ class Hub(Store):
         return with_suffix(self.path, *_TABLES, ".json", ".jsonl", ".md")
 
     def rows(self) -> Iterator[Any]:
+        self._check_ends()
+        number = 0
         try:
-            with _quiet():
-                yield from self._opened()
-        except DataError:
-            raise
-        except Exception as error:  # of any kind, from files that may hold anything
-            said = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.path}: `datasets` cannot read it: {said}") from error
+            with self._named():
+                for row in self._opened():
+                    yield row
+                    number += 1
+        except _Unreadable as error:
+            raise DataError(f"{error} (behind {number} rows)") from error
+
+    def remark(self) -> str:
+        """Of a folder of several configurations or splits, or with files that are in none."""
+        if self.path.is_file():
+            return ""
+        with self._named():
+            if (saved := self._saved()) is not None:
+                return f"split {self._split(list(saved))}" if isinstance(saved, dict) else ""
+            builder = self._builder()
+            files = {split: set(map(str, f)) for split, f in builder.config.data_files.items()}
+        split = self._split(list(files))
+        there = {str(file.resolve()) for file in with_suffix(self.path, *_TABLES, *_LINES)}
+        if not (left := sorted(there - {str(Path(file).resolve()) for file in files[split]})):
+            return ""
+        first = Path(left[0]).relative_to(self.path.resolve())
+        which = f"split {split}" + (f" of {self.config}" if self.config else "")
+        return f"{which}: {len(files[split])} files; not read: {len(left)}, {first} first"
+
+    def _check_ends(self) -> None:
+        """DataError for a parquet file that was cut short, before a row of another is read."""
+        for file in with_suffix(self.path, ".parquet"):
+            if not (begins_with(file, b"PAR1") and _last(file, 4) == b"PAR1"):
+                raise DataError(
+                    f"{file}: `datasets` cannot read it: it is no whole parquet file; was it "
+                    "downloaded whole?"
+                )
 
     def _opened(self) -> Any:
         import datasets
 
-        if any((self.path / name).is_file() for name in _SAVED):
-            saved = datasets.load_from_disk(str(self.path))
-            if isinstance(saved, datasets.DatasetDict):
-                saved = saved[self._chosen(list(saved))]
+        if (saved := self._saved()) is not None:
+            if isinstance(saved, dict):
+                saved = saved[self._split(list(saved))]
             return saved.to_iterable_dataset().decode(False)
-        if self.path.is_file():
-            kind = "parquet" if begins_with(self.path, b"PAR1") else "arrow"
-            table = datasets.load_dataset(kind, data_files=str(self.path), streaming=True)
-        else:
-            table = datasets.load_dataset(str(self.path), streaming=True)
-        return table[self._chosen(list(table))].decode(False)
+        if self.path.is_dir() and (builder := self._builder()):
+            split = self._split(list(builder.config.data_files))
+            return builder.as_streaming_dataset(split).decode(False)
+        self._one_of("split", self.split, ["train"])
+        kind = "parquet" if begins_with(self.path, b"PAR1") else "arrow"
+        files = {"train": str(self.path)}
+        return datasets.load_dataset(kind, data_files=files, split="train", streaming=True).decode(
+            False
+        )
 
-    def _chosen(self, splits: list[str]) -> str:
-        if self.split in splits:
-            return str(self.split)
-        if self.split is None and len(splits) == 1:
-            return splits[0]
-        asked = f"--split {self.split}: no such split" if self.split else "give --split"
-        raise DataError(f"{self.path}: {asked}; it has {', '.join(splits)}")
+    def _saved(self) -> Any:
+        """What `save_to_disk` has written; None for another folder or a file."""
+        import datasets
+
+        if not any((self.path / name).is_file() for name in _SAVED):
+            return None
+        return datasets.load_from_disk(str(self.path))
+
+    def _builder(self) -> Any:
+        """What `datasets` takes a folder for."""
+        import datasets
+
+        folder = str(self.path)
+        tables = with_suffix(self.path, *_TABLES)
+        if all(table.suffix not in _TABLES for table in tables):  # capitals, which it does not know
+            kind = "parquet" if begins_with(tables[0], b"PAR1") else "arrow"
+            return datasets.load_dataset_builder(kind, data_files=list(map(str, tables)))
+        configs = datasets.get_dataset_config_names(folder)
+        return datasets.load_dataset_builder(folder, self._one_of("config", self.config, configs))
+
+    def _split(self, splits: list[str]) -> str:
+        return self._one_of("split", self.split, splits)
+
+    def _one_of(self, what: str, asked: str | None, known: list[str]) -> str:
+        """The one that is asked for, or the only one."""
+        if asked in known or (asked is None and len(known) == 1):
+            return asked or known[0]
+        said = f"--{what} {asked}: no such {what}" if asked else f"give --{what}"
+        raise DataError(f"{self.path}: {said}; it has {', '.join(known)}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the library in one line that names the path; none of its bars and warnings."""
+        try:
+            with _quiet():
+                yield
+        except DataError:
+            raise
+        except Exception as error:  # of any kind, from files that may hold anything
+            said = " ".join(str(error).split())[:200]
+            raise _Unreadable(f"{self.path}: `datasets` cannot read it: {said}") from error
+
+
+class _Unreadable(DataError):
+    """What `datasets` said."""
+
+
+def _last(file: Path, number: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(-number, os.SEEK_END)
+        return opened.read()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without bars and warnings of the library."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # which are raised as well
     try:
         yield
     finally:

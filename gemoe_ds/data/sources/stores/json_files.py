@@ -1,4 +1,4 @@
-"""JSON lists and JSON lines: a file, or a folder of JSON lines."""
+"""JSON lists and JSON lines: a file, or a folder of JSON lines; packed or not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from gemoe_ds.data.sources import json_rows
 from gemoe_ds.data.sources.json_file import read_json
+from gemoe_ds.data.sources.packed import unpacked_name
 from gemoe_ds.data.sources.stores.base import Store, with_suffix
 from gemoe_ds.errors import DataError
 
@@ -47,7 +48,9 @@ class JsonLines(Store):
     def sees(cls, path: Path) -> bool:
         if with_suffix(path, *_LINES):
             return path.is_file() or not with_suffix(path, ".parquet", ".arrow", ".tar")
-        return path.is_file() and path.suffix in (".json", "") and _has_two_objects(path)
+        if not path.is_file() or Path(unpacked_name(path)).suffix not in (".json", ""):
+            return False
+        return _has_two_objects(path)
 
     def files(self) -> list[Path]:
         return [self.path] if self.path.is_file() else with_suffix(self.path, *_LINES)

@@ -1,12 +1,14 @@
-"""Plain text: .txt files; a file is one document, or each of its lines or paragraphs is."""
+"""Plain text: .txt files, packed or not; a document is a file, or a line or paragraph of one."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gemoe_ds.data.sources.packed import open_unpacked
 from gemoe_ds.data.sources.stores.base import Store, with_suffix
 from gemoe_ds.errors import DataError
 
@@ -40,11 +42,11 @@ class TextFiles(Store):
 
     def _documents(self, file: Path) -> Iterator[str]:
         try:
-            if self.documents == "line":
-                with file.open(encoding="utf-8-sig") as lines:
+            with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig") as lines:
+                if self.documents == "line":
                     yield from (line.rstrip("\n") for line in lines)
-                return
-            text = file.read_text(encoding="utf-8-sig")
+                    return
+                text = lines.read()
         except OSError as error:
             raise DataError(f"{file}: cannot read it: {error.strerror}") from None
         except UnicodeDecodeError as error:

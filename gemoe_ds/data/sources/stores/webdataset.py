@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from gemoe_ds.data.sources.json_file import no_key_twice
+from gemoe_ds.data.sources.packed import open_unpacked
 from gemoe_ds.data.sources.stores.base import Store, with_suffix
 from gemoe_ds.data.sources.unusable import Unusable, is_empty
 from gemoe_ds.errors import DataError
 
 Image.init()
+_TARS = (".tar", ".tgz")
 _OTHERS = (
     ("video", {"mp4", "avi", "mkv", "webm", "mov", "mpg", "mpeg"}),
     ("audio", {"wav", "mp3", "flac", "ogg", "m4a", "opus"}),
@@ -32,6 +34,7 @@ PICTURES = {
 }
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<field>[^/]+)")
 _TEXTS = ("txt", "text", "caption", "cls", "id", "key")
+_MAC = re.compile(r"(^|/)(\._[^/]*$|__MACOSX/)")  # what macOS adds to every file
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -45,15 +48,15 @@ class WebDataset(Store):
 
     @classmethod
     def sees(cls, path: Path) -> bool:
-        return bool(with_suffix(path, ".tar"))
+        return bool(with_suffix(path, *_TARS))
 
     def files(self) -> list[Path]:
-        return with_suffix(self.path, ".tar")
+        return with_suffix(self.path, *_TARS)
 
     def rows(self) -> Iterator[Any]:
         for file in self.files():
             try:
-                with tarfile.open(file) as tar:
+                with open_unpacked(file) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
                     yield from _rows(file, tar)
             except (tarfile.TarError, EOFError, OSError) as error:
                 raise DataError(f"{file}: it is no whole tar file: {error}") from None
@@ -63,7 +66,10 @@ def _rows(file: Path, tar: tarfile.TarFile) -> Iterator[dict[str, Any] | Unusabl
     key, fields = None, dict[str, bytes]()
     for member in tar:
         name = _NAME.fullmatch(member.name)
+        if member.isdir() or _MAC.search(member.name):
+            continue
         if not member.isfile():
+            yield Unusable("not a row", f"{member.name} is a link, not a file")
             continue
         if name is None:
             yield Unusable(

@@ -115,7 +115,7 @@ MARKERS = "other markers"
         (talk(HI[0], gpt("x", content="y")), "a second text", "'content'"),
         (talk(HI[0], gpt("x", tool_calls=[{}])), "tools", "'tool_calls'"),
         (talk(*HI, ("system", "s"), *HI), "a later system prompt", "message 2 is from the system"),
-        (talk(*HI, ("System", "s"), gpt("x")), "other speakers", "message 2 is from 'System'"),
+        (talk(*HI, ("System", "s"), gpt("x")), "a later system prompt", "message 2 is from"),
         (talk(HI[0], ("function_call", "{}"), ("observation", "x"), HI[1]), "tools", "'funct"),
         (talk(gpt("Hello!"), *HI), "gpt speaks first", "remove what gpt says before"),
         (talk(("system", "s"), HI[1], HI[0]), "gpt speaks first", "message 1 is from"),
@@ -123,7 +123,7 @@ MARKERS = "other markers"
         (talk(HI[0], *HI, HI[1]), "not pairs", "from human, human, gpt, gpt"),
         (talk(), "not pairs", "from nobody"),
         (talk(("alice", "Hi"), ("gpt", "x")), "other speakers", "called system, human (or user)"),
-        (talk(("Human", "Hi"), ("GPT", "x")), "other speakers", "'Human'"),
+        (talk(("Human ", "Hi"), ("GPT", "x")), "other speakers", "'Human '"),
         (talk((None, "Hi"), HI[1]), "other speakers", "message 0 is from nobody"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "OpenAI's roles"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "not pairs", "it is from user"),
@@ -165,6 +165,9 @@ def test_speakers_of_all_formats_and_systems_first():
         assert read(talk(("system", "s"), (asked, "Hi"), (answered, "Hello"))).messages == expected
     for key in ("system", "systemPrompt", "system_prompt"):
         assert read(talk(*HI, **{key: "s"})).messages == expected
+    for system, asked, answered in (("developer", "User", "Assistant"), ("SYSTEM", "Human", "GPT")):
+        said = talk((system, "s"), (asked, "Hi"), (answered, "Hello"))
+        assert read(said).messages == expected
     assert read(talk(("system", " "), *HI)).messages == TURN
     openai = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello"))]
     assert read({"messages": openai, "system": "s"}, form="messages").messages == expected
