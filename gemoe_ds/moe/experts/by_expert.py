@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
+from gemoe_ds.moe.experts import onednn
 from gemoe_ds.moe.experts.weights import ExpertWeights
 from gemoe_ds.moe.plan import RoutingPlan
 
@@ -83,6 +84,8 @@ def _at_once(counts: list[int], expert_weights: ExpertWeights) -> bool:
         return False
     if expert_weights.narrow == stored:
         return max(counts) < _WORTH_WIDENING
+    if onednn.multiplies_in_tiles(expert_weights.gate_up_EGD.device, stored):
+        return False
     return expert_weights.dtype == stored and max(counts) == 1
 
 
@@ -90,7 +93,8 @@ def _by_each(
     rows_AK: Tensor, weight_EMK: Tensor, *, counts: list[int], narrow: torch.dtype | None
 ) -> Tensor:
     """Each expert's rows @ its weight.T, [A, M]; as little else as can be between the products."""
-    dtype, done = rows_AK.dtype, []
+    dtype, done = rows_AK.dtype, list[Tensor]()
+    as_vector = dtype == weight_EMK.dtype and onednn.multiplies_in_tiles(rows_AK.device, dtype)
     rows_or_none = torch.split(rows_AK, counts)
     for expert, count in enumerate(counts):
         if not count:
@@ -98,6 +102,8 @@ def _by_each(
         rows_nK, weight_MK = rows_or_none[expert], weight_EMK[expert]
         if narrow is not None and count < _WORTH_WIDENING:
             done.append(linear(rows_nK.to(narrow), weight_MK.to(narrow)).to(dtype))
+        elif count == 1 and as_vector:
+            done.append(weight_MK.mv(rows_nK[0])[None])
         elif count == 1 or narrow is not None:
             done.append(linear(rows_nK, weight_MK.to(dtype)))
         else:  # a quarter faster, from two rows on

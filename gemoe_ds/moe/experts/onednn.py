@@ -34,6 +34,21 @@ def _has_bfloat16() -> bool:
     return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def multiplies_in_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is bfloat16 on a CPU with AMX.
+
+    There one row and a weight of 2 MB take two thirds of the time if they are a vector and a matrix
+    (Intel Xeon, 0.33 ms against 0.48). With AVX-512's instructions alone that takes half as long
+    again as the product of two matrices.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16 and _has_tiles()
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(_has_bfloat16() and torch.cpu._is_amx_tile_supported())
+
+
 def linear(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
     """rows @ weight.T, [n, M]; no autograd. The weight may come from `packed`."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemoe_ds.moe.dispatch import LocalDispatcher
-from gemoe_ds.moe.experts import by_expert, ffn, grouped
+from gemoe_ds.moe.experts import by_expert, ffn, grouped, onednn
 from gemoe_ds.moe.experts.module import Experts
 from tests.moe.oracle import dense_moe, dispatch, grads_of, ragged_problem
 
@@ -33,9 +33,10 @@ def test_bfloat16_is_near_float32(path, pack):
 
 
 @pytest.mark.parametrize("tokens, share", [(0, 0.5), (1, 0.5), (1, 0.0), (9, 0.3), (40, 0.4)])
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_few_rows_an_expert_are_written_as_many_are(tokens, share, pack):
+@pytest.mark.parametrize("pack, in_tiles", [(False, False), (True, False), (False, True)])
+def test_a_few_rows_an_expert_are_written_as_many_are(tokens, share, pack, in_tiles, monkeypatch):
     """Without gradients, as answers are written: one row, several, none, and 17 of an expert."""
+    monkeypatch.setattr(onednn, "_has_tiles", lambda: in_tiles)
     x, mask, weights, gate_up, down = (
         t.detach() for t in ragged_problem(4, tokens, 8, share, d=16, f=24)
     )
