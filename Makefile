@@ -25,7 +25,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume mutants bench data-bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
+.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume scale mutants bench data-bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -96,6 +96,11 @@ parity: setup
 # Every set-up (ranks, EP size, ZeRO stage) goes on from every other: results/resume.json.
 resume: setup
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.train.resuming
+
+# What grows with the number of ranks, on up to 64 of them, one of up to 4,096, and 512 hosts that are
+# pretended (about 40 minutes on 2 cores): results/scale.json and scale.md.
+scale: setup
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale
 
 # Faults planted in a copy, one at a time: do the tests nearest to them fail? (about 15 minutes)
 mutants: setup

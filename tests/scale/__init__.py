@@ -1,0 +1,1 @@
+"""What grows with the number of ranks: measured here, and projected to clusters (`make scale`)."""
