@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,26 +223,27 @@ def main(argv: list[str]) -> None:
             torch.set_num_threads(1)
         out = flags.out or CHECKOUT / f"results/generation_{device}.json"
         data = origin | {"device": str(device), "threads": torch.get_num_threads()}
-        data |= {"shape": SHAPE | {"top_k": TOP_K}, "clock": _CLOCK} | run(flags, device)
-        if flags.keep:
-            earlier = json.loads(out.read_bytes())["rows"]
-            data["rows"] += [row for row in earlier if row["setting"] not in flags.settings]
-        data["rows"].sort(key=lambda row: names.index(row["setting"]))
-        write_text(out, json.dumps(data, indent=1) + "\n")
+        data |= {"shape": SHAPE | {"top_k": TOP_K}, "clock": _CLOCK}
+        rows = json.loads(out.read_bytes())["rows"] if flags.keep else []
+        for found in run(flags, device):  # written each time: a long run may be stopped
+            data |= found.pop("checked", {})
+            new = found.get("rows", [])
+            rows = new + [row for row in rows if row["setting"] not in {r["setting"] for r in new}]
+            rows.sort(key=lambda row: names.index(row["setting"]))
+            write_text(out, json.dumps(data | {"rows": rows}, indent=1) + "\n")
 
 
-def run(flags: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
+def run(flags: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """First what was checked, then the rows of each setting."""
     with tempfile.TemporaryDirectory() as name:
-        found = checked(Path(name), device)
+        yield {"checked": checked(Path(name), device)}
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         write_model(base, "bfloat16", **SHAPE)
         ways = Ways(base, Path(name), "bfloat16")
         for setting in SETTINGS:
             if setting.name in flags.settings:
-                rows += rows_of(setting, ways.at(setting, device), flags.rounds, device)
-    return found | {"rows": rows}
+                yield {"rows": rows_of(setting, ways.at(setting, device), flags.rounds, device)}
 
 
 def checked(place: Path, device: torch.device) -> dict[str, Any]:
