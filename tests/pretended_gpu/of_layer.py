@@ -181,19 +181,26 @@ def test_float32_rows_travel_as_autocast_has_them():
     assert traffic.row_bytes == 2 * traffic.rows * SPEC.d_model * BF16.itemsize > 0
 
 
-@pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
-def test_nothing_stays_alive_after_a_step(ranks):
+@pytest.mark.parametrize(
+    "ranks, dense", [(1, False), (RANKS, False), (1, True)], ids=["local", "ep", "dense gradient"]
+)
+def test_nothing_stays_alive_after_a_step(ranks, dense):
     kind = {"trainable": True, "ranks": ranks}
-    wanted = on_cpu(make_layer("gemoe", {}, **kind, here=ranks))
+    reference = make_layer("gemoe", {}, **kind, here=ranks)
+    reference.dense_gradient = dense
+    wanted = on_cpu(reference)
     gc.disable()  # a cycle through a graph's nodes would be collected on some day, or never
     alive = []
     with pretended_gpu() as gpu:
         layer = on_gpu(make_layer("gemoe", {}, **kind, here=1))
+        layer.dense_gradient = dense
         for recompute in (True, True, False):
             layer.zero_grad()
             *found, costs = step(layer, gpu, recompute)
             assert_as_on_cpu(layer, found, wanted, ranks)
-            assert [waits.total() for _, waits in costs] == [1, int(recompute)], costs
+            parts = 2 * dense  # of the experts that are not chosen, each has its wait
+            waits = [waits.total() for _, waits in costs]
+            assert waits == [1, int(recompute) + parts], costs
             del found
             alive.append(gpu.alive())
     gc.enable()

@@ -13,6 +13,7 @@ from gemoe_ds.data.sample import open_samples
 from gemoe_ds.evaluation.fixed_step import FixedStep
 from gemoe_ds.evaluation.generate import generate
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.distill import divergence
 from gemoe_ds.models.images import ON_HOST
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.shard import ExpertShard
@@ -145,6 +146,26 @@ def test_nothing_stays_alive_after_a_step(base, recompute, ranks):
             alive.append(gpu.alive())
     gc.enable()
     assert alive[0] == max(alive), alive
+
+
+def test_a_divergence_keeps_nothing_and_never_waits():
+    """More rows than are looked at in one go."""
+    g = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(300, 7, generator=g) for _ in range(2))
+    wide = logits.double().requires_grad_()
+    log_q, log_p = (one.log_softmax(-1) for one in (wide / 2, teacher.double() / 2))
+    torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).backward()
+    alive = []
+    with pretended_gpu() as gpu:
+        student, taught = on_gpu(logits), on_gpu(teacher)
+        gpu.forget()
+        for _ in range(2):
+            student.grad = None
+            divergence(student.requires_grad_(), taught, 2.0).backward()
+            alive.append(gpu.alive())
+        assert not gpu.waits and not gpu.uploads and not gpu.mixed, (gpu.waits, gpu.uploads)
+    assert_close(student.grad, wide.grad, "gradient")
+    assert alive[0] == alive[1]
 
 
 def test_rollouts(base):
