@@ -21,7 +21,7 @@ from typing import Any
 from experiments import CHECKOUT, RECIPES
 from experiments.steps import Progress, Step, environment
 from gemoe_ds.analysis.tables import markdown
-from gemoe_ds.errors import ConfigError, exit_on_error
+from gemoe_ds.errors import ConfigError, GemoeError, exit_on_error
 from gemoe_ds.files import write_text
 from gemoe_ds.parser import Parser
 
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(" ".join(step.command) for step in todo))
         return 0
     with exit_on_error():
-        _refuse(checkpoint)
+        _refuse(checkpoint, arguments.backbone)
         where, failed = provenance(), run(todo)
         found = list(goals(RUNS, failed, arguments.backbone))
         report = {"goals": [asdict(goal) for goal in found]} | where
@@ -217,8 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(goal.is_met is False for goal in found) else 0
 
 
-def _refuse(checkpoint: Path | None) -> None:
+def _refuse(checkpoint: Path | None, backbone: str) -> None:
+    """What would else show after minutes."""
     import torch
+
+    from gemoe_ds.models.backbone import Backbone
 
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -226,6 +229,12 @@ def _refuse(checkpoint: Path | None) -> None:
         )
     if checkpoint and not (checkpoint / "config.json").is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: no config.json there; give a model's folder")
+    found, config = Backbone.configured(backbone, {})
+    if checkpoint:
+        try:
+            found(config).load(checkpoint, checkpoint)
+        except GemoeError as error:
+            raise ConfigError(f"--backbone {backbone} does not fit --checkpoint: {error}") from None
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import gpu_check
 from experiments.gpu_check import Goal, goals, page, steps
 from gemoe_ds.analysis.provenance import provenance
 from tests.helpers import repository
+from tests.models.cases import write_case
 
 XML = '<testsuites><testsuite name="pytest" errors="0" failures="{bad}" skipped="2" tests="9"/>'
 
@@ -76,3 +79,22 @@ def test_without_a_gpu_it_is_a_line(capsys):
         gpu_check.main([])
     assert ended.value.code == 2
     assert "there is no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "backbone, words",
+    [
+        ("qwen3_vl_moe", "qwen3_vl_moe does not fit --checkpoint: .* of model_type 'olmoe'"),
+        ("olmo", "olmo.*olmoe"),
+    ],
+)
+def test_another_backbones_folder_is_refused_before_anything_runs(
+    backbone, words, tmp_path, monkeypatch, capsys
+):
+    checkpoint, _ = write_case("olmoe", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run", lambda todo: pytest.fail("something runs"))
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--checkpoint", str(checkpoint), "--backbone", backbone])
+    assert ended.value.code == 2
+    assert re.search(words, capsys.readouterr().err)
