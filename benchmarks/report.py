@@ -30,11 +30,17 @@ def write_report(results: Path) -> str:
     return page
 
 
+def _timed(data: Row) -> str:
+    if data.get("clock") == "cpu":
+        return "times are seconds that one thread computed"
+    return f"{data['threads']} threads"
+
+
 def render(data: Row, figure: str) -> str:
     rows: list[Row] = data["rows"]
     parts = [
         f"# MoE layer, {data['device']}",
-        f"{data['machine']}; {data['threads']} threads, {data['dtype']}; {data['date']}, commit "
+        f"{data['machine']}; {_timed(data)}, {data['dtype']}; {data['date']}, commit "
         f"`{data['commit']}`, {data['seconds'] / 60:.0f} min.\n\n    {data['command']}",
         "Medians over rounds in which all contenders of a table took turns, quartiles in brackets. "
         "*Realised / ideal* is (t at the largest k - t) / (t at the largest k x share of experts "

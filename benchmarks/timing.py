@@ -13,6 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_clock: Callable[[], float] = time.perf_counter
+
+
+def use_cpu_seconds() -> None:
+    """From now on time what this process computes, on one thread: other work of a busy machine then
+    counts as far as it takes caches and memory, and no further."""
+    global _clock
+    torch.set_num_threads(1)
+    _clock = time.process_time
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,14 +61,14 @@ def measure(
     contenders: dict[str, Callable[[], Any]],
     rounds: int,
     warm_up: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Run each contender once a round. On several ranks all must call this with the same names.
 
     `before` is called with a contender's name, and takes no part in its time.
     """
-    on_gpu = torch.cuda.is_available()
+    clock, on_gpu = clock or _clock, torch.cuda.is_available()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(warm_up + rounds):
         for name, run in contenders.items():

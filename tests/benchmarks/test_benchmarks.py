@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
+from benchmarks import timing
 from tests.helpers import repository, run_python
 
 FAST = ["--shape", "demo", "--tokens", "96", "--rounds", "1"]
@@ -89,9 +92,24 @@ def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(("--out", "nowhere.md"), "must end in .json"), (("--rounds", "0"), "are 1 at least")],
+    [
+        (("--out", "nowhere.md"), "must end in .json"),
+        (("--rounds", "0"), "are 1 at least"),
+        (("--cpu-seconds", "--suites", "ep"), "ep is about waiting, which takes none"),
+    ],
 )
 def test_bad_flags_cost_one_line(flags, words):
     done = run_python("-m", "benchmarks", "--suites", "layer", *flags)
     assert done.returncode == 2 and words in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_cpu_seconds_leave_waiting_out(monkeypatch):
+    monkeypatch.setattr(timing, "_clock", time.perf_counter)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    (wall,), (cpu,) = (
+        timing.measure({"sleep": lambda: time.sleep(0.2)}, 1)["sleep"].seconds
+        for change in (lambda: None, timing.use_cpu_seconds)
+        if change() is None
+    )
+    assert wall >= 0.2 > 0.1 > cpu

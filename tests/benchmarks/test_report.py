@@ -109,6 +109,8 @@ def test_page_shows_ratios(tmp_path):
     assert by_name["gemoe_ds", "8.00"]["dense rate"] == "81%"
     assert by_name["DeepSpeed AutoEP", "8.00"]["x gemoe_ds"] == "2.00"
     assert "router alone" not in page
+    assert "2 threads" in page
+    assert "seconds that one thread computed" in render(data | {"clock": "cpu"}, "bench_cpu.png")
 
 
 def test_page_of_the_cost_model(tmp_path):
