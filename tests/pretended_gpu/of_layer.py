@@ -149,6 +149,7 @@ def test_a_step_is_that_of_a_cpu_with_one_wait_and_few_launches(ranks, trainable
     assert (waits.total(), waits_back.total()) == (1, 0), costs
     most, most_back = (90, 50) if ranks == 1 else (165, 60)
     assert launches.total() <= most and launches_back.total() <= most_back, costs
+    assert not [name for name in launches + launches_back if "sort" in name], costs
 
 
 @pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
