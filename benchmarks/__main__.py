@@ -52,6 +52,12 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="time what one thread computes, on a CPU that others use too",
     )
+    parser.add_argument(
+        "--modes", nargs="+", choices=suites.MODES, default=suites.MODES, help="of `layer`: all"
+    )
+    parser.add_argument(
+        "--mean-ks", nargs="+", type=float, default=suites.SWEEP, help="of `layer`: 1 to 8, and 5.1"
+    )
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_or_exit(argv)
@@ -72,6 +78,12 @@ def _all(flags: argparse.Namespace) -> None:
     if out.suffix != ".json":
         raise ConfigError(
             f"--out {out} must end in .json; the report goes beside it as .md and .png"
+        )
+    largest = suites.SHAPES[flags.shape].top_k
+    if largest not in flags.mean_ks or min(flags.mean_ks) < 1:
+        raise ConfigError(
+            f"--mean-ks {' '.join(map(str, flags.mean_ks))}: 1 at least, and {largest} among them, "
+            "with which the others are compared"
         )
     if flags.cpu_seconds:
         _use_cpu_seconds(flags, device)
@@ -133,7 +145,8 @@ def _kept(out: Path, suites_run: list[str]) -> list[dict[str, Any]]:
 
 def _options(flags: argparse.Namespace) -> suites.Options:
     dtype = getattr(torch, flags.dtype)
-    return suites.Options(flags.shape, flags.tokens, dtype, flags.rounds, flags.trace)
+    of_layer = tuple(flags.modes), tuple(flags.mean_ks)
+    return suites.Options(flags.shape, flags.tokens, dtype, flags.rounds, flags.trace, *of_layer)
 
 
 def _ranks(flags: argparse.Namespace) -> None:

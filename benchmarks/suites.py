@@ -45,13 +45,17 @@ class Options:
     dtype: torch.dtype
     rounds: int
     trace: Path | None = None  # where the timeline's trace goes
+    modes: tuple[str, ...] = MODES  # of the suite `layer`, as is `mean_ks`
+    mean_ks: tuple[float, ...] = tuple(SWEEP)
 
 
 def layer_suite(options: Options, world: World) -> list[dict[str, Any]]:
     """The headline: every mean k, every mode, all peers."""
     shape, rows = SHAPES[options.shape], []
-    for mode in MODES:
-        sweep = [k for k in SWEEP if k <= shape.top_k] if mode != "trainable" else [PAPER_K, 8]
+    for mode in options.modes:
+        sweep = [k for k in options.mean_ks if k <= shape.top_k]
+        if mode == "trainable":
+            sweep = [k for k in sweep if k in (PAPER_K, 8)]
         names = PEERS
         if mode == "trainable":
             names = ["autoep", "hf_eager", "hf_grouped", "torchtitan", "megatron"]

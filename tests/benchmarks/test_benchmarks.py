@@ -95,6 +95,7 @@ def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
     [
         (("--out", "nowhere.md"), "must end in .json"),
         (("--rounds", "0"), "are 1 at least"),
+        (("--mean-ks", "1", "5.1"), "8 among them, with which the others are compared"),
         (("--cpu-seconds", "--suites", "ep"), "ep is about waiting, which takes none"),
     ],
 )
