@@ -15,74 +15,13 @@ Shapes: T tokens a rank, R ranks of an expert-parallel group, E experts, D model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import exp, lgamma
 from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.rows import EXCHANGE, OURS, Row
-
-EXCHANGES = {"forward": 4, "frozen": 7}  # counts, rows, metadata, home; and three gradients
-IN_TURN = {"forward": 3, "frozen": 5}  # those that wait for another; rows and metadata go at once
-TRIPS = {"forward": 1, "frozen": 2}  # how often rows go there and back
-PRODUCTS = {"forward": 1, "frozen": 2}  # how often the experts' products are computed
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One MoE layer and how it is routed."""
-
-    d_model: int
-    width: int
-    num_experts: int
-    itemsize: int = 2
-
-    def flops(self, tokens: int, mean_k: float) -> float:
-        return 6.0 * self.d_model * self.width * tokens * mean_k
-
-    def pairs(self, tokens: int, mean_k: float, ranks: int) -> float:
-        """(token, remote rank) pairs of one rank: 1 - C(E - E/R, k) / C(E, k) a remote rank."""
-        return tokens * (ranks - 1) * (1 - _none_of(self.num_experts, ranks, mean_k))
-
-    def bytes(self, tokens: int, mean_k: float, ranks: int) -> float:
-        """One rank's rows there and back, and eight bytes of metadata an assignment."""
-        rows = 2 * self.pairs(tokens, mean_k, ranks) * self.d_model * self.itemsize
-        return rows + 8 * tokens * mean_k * (ranks - 1) / ranks
-
-
-def _none_of(num_experts: int, ranks: int, k: float) -> float:
-    """Probability that a rank holds none of k experts chosen evenly; k may be a mean."""
-    elsewhere = num_experts - num_experts / ranks
-    if k > elsewhere:
-        return 0.0
-    log = lgamma(elsewhere + 1) - lgamma(elsewhere - k + 1)
-    return exp(log - lgamma(num_experts + 1) + lgamma(num_experts - k + 1))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Of one rank, or of one host whose ranks share everything."""
-
-    fixed_s_per_token: float  # routing and what else does not depend on k
-    flops_per_s: float
-    alpha_s: float  # a message
-    bytes_per_s: float
-    shared: bool = False  # ranks share cores and links: work and bytes of all of them add up
-
-    def seconds(self, layer: Layer, tokens: int, mean_k: float, ranks: int, mode: str) -> float:
-        """One layer, forward or forward and backward with frozen experts."""
-        sharing = ranks if self.shared else 1
-        compute = (
-            tokens * self.fixed_s_per_token * PRODUCTS[mode]
-            + PRODUCTS[mode] * layer.flops(tokens, mean_k) / self.flops_per_s
-        )
-        if ranks == 1:
-            return sharing * compute
-        messages = EXCHANGES[mode] * (ranks - 1)
-        moved = TRIPS[mode] * layer.bytes(tokens, mean_k, ranks)
-        return sharing * (compute + moved / self.bytes_per_s) + messages * self.alpha_s
+from gemoe_ds.models.cost.layer_time import EXCHANGES, IN_TURN, PRODUCTS, TRIPS, Layer, Machine
 
 
 def fit(rows: list[Row], layer: Layer) -> Machine:

@@ -10,9 +10,19 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_model import Layer, Machine, compare, fit, of_ours
+from benchmarks.cost_model import compare, fit, of_ours
 from benchmarks.rows import Row
 from benchmarks.shapes import Shape
+from gemoe_ds.models.cost.layer_time import (
+    ALPHA_NETWORK,
+    EFFICIENCY,
+    INFINIBAND,
+    LINK_EFFICIENCY,
+    NVLINK,
+    PEAK,
+    Layer,
+    h100,
+)
 
 ASSUMPTIONS = """\
 Sources, all NVIDIA's: H100 SXM5 data sheet (989 TFLOP/s bf16 without sparsity, NVLink 450 GB/s a
@@ -24,9 +34,6 @@ pass), no overlap, routers and predictors averaged over all GPUs by a ring, EP 6
 InfiniBand. GeMoE keeps 63.5 % of the experts (its paper). Output head, vision tower and optimizer
 are left out."""
 
-PEAK, EFFICIENCY = 989e12, 0.45
-NVLINK, INFINIBAND, LINK_EFFICIENCY = 450e9, 50e9, 0.75
-ALPHA_NODE, ALPHA_NETWORK = 10e-6, 20e-6
 TOKENS, SEQUENCE, GPUS_A_NODE = 16384, 2048, 8
 KEPT = 1 - 0.365  # of the experts, with GeMoE (the paper's abstract)
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -62,13 +69,10 @@ BACKBONES = (
 def step_seconds(backbone: Backbone, gpus: int, ep_size: int, mean_k: float) -> float:
     """Forward and backward pass of one micro-batch, and the routers' all-reduce."""
     inside = ep_size <= GPUS_A_NODE
-    link = (NVLINK if inside else INFINIBAND) * LINK_EFFICIENCY
-    alpha = ALPHA_NODE if inside else ALPHA_NETWORK
     rate = PEAK * EFFICIENCY
     layer = backbone.layer
     router_flops = 2.0 * layer.d_model * (layer.num_experts + backbone.top_k)
-    # routers multiply in float32: TF32 off, so at the vector units' 67 TFLOP/s
-    machine = Machine(router_flops / (0.6 * 67e12), rate, alpha, link)
+    machine = h100(router_flops, inside_host=inside)
     moe = machine.seconds(layer, TOKENS, mean_k, ep_size, "frozen")
     dense = 2 * TOKENS * backbone.dense_flops() / rate
     gradients = 4.0 * backbone.num_moe_layers * layer.d_model * (layer.num_experts + backbone.top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -53,3 +54,14 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:18]) <= _MOST_RANKS:
         raise argparse.ArgumentTypeError(f"{text:.20} is not a number from 1 to {_MOST_RANKS}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a size."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text:.20} is not a number above 0")
+    return value

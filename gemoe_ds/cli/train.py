@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
             return
         validate_run(config, flags.estimate or launched_world_size())
         if flags.estimate:
-            from gemoe_ds.train.estimate import print_estimate
+            from gemoe_ds.train.layout import print_layouts
 
-            print_estimate(config, flags.estimate)
+            print_layouts(config, flags.estimate, flags.gpu_memory)
             return
         from gemoe_ds.train.run import train
 

@@ -54,10 +54,8 @@ class RankReport:
         cannot_write, sees_output = _exchange_files(world, existing)
         if world.device.type == "cuda":
             device = str(torch.cuda.get_device_properties(world.device).uuid)
-            memory = torch.cuda.mem_get_info(world.device)[0]
         else:
             device = f"process {os.getpid()}"
-            memory = free_host_memory()
         versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
         return cls(
             socket.gethostname(),
@@ -66,7 +64,7 @@ class RankReport:
             cannot_write,
             sees_output,
             shutil.disk_usage(existing).free,
-            memory,
+            free_memory(world.device),
         )
 
 
@@ -183,6 +181,13 @@ def warnings(reports: list[RankReport], ep_size: int) -> Iterator[str]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody has: of a GPU, or of this process's host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
 
 
 def free_host_memory(root: Path = Path("/")) -> int:

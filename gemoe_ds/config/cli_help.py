@@ -18,7 +18,7 @@ from gemoe_ds.config.load import load_config
 from gemoe_ds.config.paths import shipped
 from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.parser import Parser, at_least_one
+from gemoe_ds.parser import Parser, at_least_one, positive_number
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Flags:
     dry_run: bool
     print_config: bool
     estimate: int | None = None
+    gpu_memory: float | None = None  # GiB
 
 
 def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
@@ -49,7 +50,11 @@ def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
     ]
     config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
     return config, Flags(
-        arguments.recipe, arguments.dry_run, arguments.print_config, arguments.estimate
+        arguments.recipe,
+        arguments.dry_run,
+        arguments.print_config,
+        arguments.estimate,
+        arguments.gpu_memory,
     )
 
 
@@ -91,7 +96,14 @@ def _parser() -> argparse.ArgumentParser:
         "--estimate",
         type=at_least_one,
         metavar="RANKS",
-        help="print the memory that each of this many GPUs would need, then stop",
+        help="print the memory that each of this many GPUs would need, and every way to lay the "
+        "run on them, then stop",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=positive_number,
+        metavar="GIB",
+        help="of a GPU, for --estimate; without it that of the present one, else 80",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved recipe, then stop"

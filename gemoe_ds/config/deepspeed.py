@@ -7,6 +7,7 @@ may be left out or "auto" there, or must agree. This module does not import deep
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from gemoe_ds.config.deepspeed_file import AUTO, FROM_HIDDEN_SIZE, ZERO, DeepSpeedFile
@@ -15,6 +16,7 @@ from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, elements
+_MANY = 64  # ranks
 _RECIPE_ONLY = ("bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -47,11 +49,29 @@ def check_deepspeed(config: RunConfig, world_size: int | None) -> list[str]:
     for key, (source, value) in _from_recipe(config, world_size).items():
         must_agree(file.name, key, file.options.get(key, AUTO), source, value)
     _check_precision(config, file)
-    lines = list(file.ignored)
+    lines = [*file.ignored, *_about_stage(config, file, world_size)]
     lines += check_optimizer(config, file)
     lines += check_scheduler(config, file)
     _check_sharded_experts(config, file)
     return lines + _check_offload(file)
+
+
+def _about_stage(config: RunConfig, file: DeepSpeedFile, world_size: int | None) -> Iterator[str]:
+    """Why a stage was taken, and what another one would spare."""
+    alone = config.model.trainable == "routers"
+    if config.deepspeed == AUTO:
+        why = (
+            "routers alone train, whose optimizer states are small"
+            if alone
+            else "gradients and optimizer states of what trains are divided over the ranks"
+        )
+        yield f"deepspeed=auto: ZeRO {file.stage}: {why}"
+    if file.stage == 3 and (world_size or 0) >= _MANY:
+        other = "zero0, which routers fit" if alone else "zero2, if it fits"
+        yield (
+            f"slow: {file.name}: ZeRO 3 on {world_size} ranks; every step costs a rank's CPU time "
+            f"that grows with the ranks (docs/launching.md); deepspeed={other}"
+        )
 
 
 def summary(config: RunConfig, world_size: int, hidden_size: int) -> str:

@@ -22,9 +22,9 @@ from pydantic import (
 
 from gemoe_ds.config.choices import BackboneChoice, RouterChoice
 from gemoe_ds.config.data_options import DataConfig
-from gemoe_ds.config.deepspeed_file import DeepSpeedFile, in_base64, read_deepspeed_file
+from gemoe_ds.config.deepspeed_file import AUTO, DeepSpeedFile, in_base64, read_deepspeed_file
 from gemoe_ds.config.numbers import Fraction, Momentum, NonNegative, Positive
-from gemoe_ds.config.paths import Places, inputs, located
+from gemoe_ds.config.paths import Places, inputs, located, shipped
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.distill import Distill
 from gemoe_ds.registry import ConfigModel, Reads
@@ -113,8 +113,10 @@ class OptimConfig(ConfigModel):
 
 
 class ParallelConfig(ConfigModel):
-    ep_size: int = Field(
-        1, ge=1, description="expert-parallel ranks: this many share one copy of the experts"
+    ep_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="expert-parallel ranks: this many share one copy of the experts; auto: as few "
+        "as fit into memory, inside a host",
     )
 
 
@@ -202,10 +204,10 @@ class RunConfig(ConfigModel):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
-    deepspeed: Annotated[str, Reads(shipped="ds_configs")] = Field(
+    deepspeed: Annotated[str, Reads(shipped="ds_configs", words=(AUTO,))] = Field(
         "ds_configs/zero2.json",
         description="DeepSpeed's JSON file, its content in base64, or the name of one that ships: "
-        "zero0 to zero3, zero1_offload to zero3_offload",
+        "zero0 to zero3, zero1_offload to zero3_offload; auto: zero0 for routers alone, else zero2",
     )
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
         "none", description="none: a new run; auto: newest checkpoint in output_dir; or a folder"
@@ -308,6 +310,23 @@ class RunConfig(ConfigModel):
         assert self.known_steps is not None, "train.epochs is counted before anything asks for it"
         return self.known_steps
 
+    @property
+    def ep_size(self) -> int:
+        """Of the run; of `auto` once the memory of its ranks is known."""
+        ep_size = self.parallel.ep_size
+        assert isinstance(ep_size, int), "auto is settled before anything asks for it"
+        return ep_size
+
+    def with_ep_size(self, ep_size: int) -> Self:
+        """The same run with so many ranks that share the experts."""
+        return self.model_copy(update={"parallel": ParallelConfig(ep_size=ep_size)})
+
+    def with_deepspeed(self, name: str) -> Self:
+        """The same run with a DeepSpeed file that ships."""
+        changed = self.model_copy(update={"deepspeed": str(shipped("ds_configs")[name])})
+        changed.__dict__.pop("deepspeed_file", None)  # what was read of the other one
+        return changed
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of a rank and step; ConfigError if the global batch does not fit."""
         train = self.train
@@ -325,7 +344,10 @@ class RunConfig(ConfigModel):
     @cached_property
     def deepspeed_file(self) -> DeepSpeedFile:
         """What the DeepSpeed file says, read once; ConfigError if it cannot be read or used."""
-        return read_deepspeed_file(self.deepspeed)
+        if self.deepspeed != AUTO:
+            return read_deepspeed_file(self.deepspeed)
+        name = "zero0" if self.model.trainable == "routers" else "zero2"
+        return read_deepspeed_file(str(shipped("ds_configs")[name]))
 
     @property
     def zero_stage(self) -> int:
@@ -338,7 +360,7 @@ class RunConfig(ConfigModel):
     def validate_world(self, world_size: int) -> None:
         """Raise ConfigError for what does not fit `world_size` ranks."""
         ep_size = self.parallel.ep_size
-        if world_size % ep_size:
+        if isinstance(ep_size, int) and world_size % ep_size:
             fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
             raise ConfigError(
                 f"parallel.ep_size={ep_size} does not divide the {world_size} ranks of this run; "

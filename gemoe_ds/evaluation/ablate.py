@@ -42,7 +42,7 @@ def ablate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     """The pairs of the samples with every routing; a table and two files each. Collective."""
     adopt_launcher()
     config = session_config(arguments)
-    if config.parallel.ep_size > 1:
+    if config.ep_size > 1:
         raise ConfigError("gemoe ablate has all experts on every rank: leave parallel.ep_size out")
     samples, asked = open_samples(arguments.data), modes(arguments, chosen_routers(arguments))
     with distributed() as world, watched(world, config.monitor.stall_seconds):

@@ -119,7 +119,7 @@ def left_out(
 def write(session: EvalSession, batch: Batch, counter: RoutingCounter | None) -> Written:
     arguments, world = session.arguments, session.world
     batch, ctx, rows = batch.to(world.device), session.model.ctx, np.array(batch.rows)
-    shares_experts = session.config.parallel.ep_size > 1
+    shares_experts = session.config.ep_size > 1
     return generate(
         session.model,
         batch,

@@ -69,7 +69,7 @@ class EvalSession:
         self.stop = stop or StopRequest()
         self.checkpoint = newest(arguments.trained) if arguments.trained else None
         check_dtype(config.model.dtype, world.device)
-        shard = expert_shard(config.parallel.ep_size, world)
+        shard = expert_shard(config.ep_size, world)
         memory = weight_memory(config, world)
         self.model = build_model(config, shard, memory, show_progress=world.is_first)
         self.model.to(world.device)
@@ -241,6 +241,8 @@ def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     if not any(override.startswith("parallel.ep_size=") for override in overrides):
         overrides.append("parallel.ep_size=1")
     config = as_config(arguments.recipe, [*overrides, *more])
+    if config.parallel.ep_size == "auto":
+        raise ConfigError("parallel.ep_size=auto is for training; give a number, or leave it out")
     if arguments.mean_k:
         own = [config.model.router.router_class] * (not chosen)
         for router in [*own, *(router for router, _ in chosen.values())]:

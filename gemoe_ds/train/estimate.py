@@ -12,7 +12,7 @@ from torch import nn
 from gemoe_ds.config import RunConfig, deepspeed_config
 from gemoe_ds.data.collate import Batch, Collator, Encoded
 from gemoe_ds.data.lengths import Cut, Lengths
-from gemoe_ds.data.mixture import SampleList, Subset, open_training
+from gemoe_ds.data.mixture import SampleList, Subset
 from gemoe_ds.data.stream import batch_bytes
 from gemoe_ds.engine.malloc import MOST_KERNELS
 from gemoe_ds.errors import DataError, SampleError
@@ -91,12 +91,6 @@ class Estimate:
         )
 
 
-def print_estimate(config: RunConfig, num_ranks: int) -> None:
-    """For so many GPUs, on a machine that may have none."""
-    samples = open_training(config.data.train_path)
-    print(estimate(config, samples, num_ranks, torch.device("cuda")))
-
-
 def estimate(
     config: RunConfig,
     samples: SampleList,
@@ -170,7 +164,7 @@ def _trained_on(samples: SampleList, checked: Checked) -> tuple[SampleList, Leng
 
 def _beside(config: RunConfig, num_ranks: int) -> dict[str, int]:
     """A communicator for all ranks, for those that share experts, and for those with equal ones."""
-    ep_size = config.parallel.ep_size
+    ep_size = config.ep_size
     groups = (num_ranks > 1) + (ep_size > 1)
     groups += config.model.trainable != "routers" and 1 < ep_size < num_ranks
     return {CONTEXT: _CONTEXT, CONNECTIONS: groups * _COMMUNICATOR}
@@ -195,7 +189,7 @@ def _largest_step(
         distilled=_distilled(config, cut),
         itemsize=getattr(torch, config.model.dtype).itemsize,
         k=max(router.peak_mean_k for router in routers),
-        ep_size=config.parallel.ep_size,
+        ep_size=config.ep_size,
         train=config.model.trainable,
         recompute=config.model.activation_checkpointing,
         on_gpu=on_gpu,
@@ -261,7 +255,7 @@ def _weights(
     on_gpu: bool,
 ) -> dict[str, int]:
     """Weights by how they are held, and what trains beside them."""
-    stage, ep_size = config.zero_stage, config.parallel.ep_size
+    stage, ep_size = config.zero_stage, config.ep_size
     experts = sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks) // ep_size
     gates = sum(b.gate_ED.numel() for b in blocks)
     rest = sum(p.numel() for p in hf.parameters()) - experts * ep_size - gates

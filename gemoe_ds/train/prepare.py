@@ -29,8 +29,9 @@ from gemoe_ds.train.assemble import meta_collator
 from gemoe_ds.train.checks.samples import Checked, check_samples
 from gemoe_ds.train.checks.selection import with_epochs_counted
 from gemoe_ds.train.early_stop import best_of
-from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
+from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.hooks import Hook, load_hooks
+from gemoe_ds.train.layout import needed_beside, with_ep_size
 from gemoe_ds.train.metric_writers import check_writers
 from gemoe_ds.train.profiling import PhaseTimer, resident_memory
 from gemoe_ds.train.validation import Validation
@@ -89,21 +90,21 @@ def prepare(
     if config.train.eval_every:
         hooks = [_validation(config, samples, checked, collator, world, stop), *hooks]
     best_of(config, hooks)
+    config, why = with_ep_size(config, samples, world, checked)
     trains = config.model.trainable != "routers"
-    shard = expert_shard(config.parallel.ep_size, world, trainable=trains)
+    shard = expert_shard(config.ep_size, world, trainable=trains)
     memory = weight_memory(config, world)
     expected = broadcast_from_first(
         lambda: estimate(config, samples, world.size, world.device, checked), world
     )
-    needed = expected.total - expected.common * (memory.num_ranks - 1) // memory.num_ranks
-    needed += expected.beside.get(CONNECTIONS, 0)
+    needed = needed_beside(expected, memory.num_ranks)
     needed -= resident_memory() if world.device.type == "cpu" else 0  # this process, already
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
-    for line in filter(None, [memory.note, *check_deepspeed(config, world.size)]):
+    for line in filter(None, [why, memory.note, *check_deepspeed(config, world.size)]):
         say(world, line)
     say(world, summary(config, world.size, expected.hidden_size))
-    ep_size, output = config.parallel.ep_size, Path(config.output_dir)
+    ep_size, output = config.ep_size, Path(config.output_dir)
     for line in preflight(world, output, ep_size, needed, shard.groups, most * expected.checkpoint):
         say(world, line)
     return Prepared(

@@ -210,7 +210,7 @@ def _saver(run: Prepared, model: MoEModel, engine: Engine, identity: dict[str, A
         "base": {"path": config.model.checkpoint, "sha256": identity["base checkpoint"]},
         "written by": {
             "ranks": world.size,
-            "ep_size": config.parallel.ep_size,
+            "ep_size": config.ep_size,
             "zero_stage": config.zero_stage,
         },
     }

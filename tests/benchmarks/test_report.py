@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from benchmarks.cost_model import Layer, Machine, compare, fit
+from benchmarks.cost_model import compare, fit
 from benchmarks.projection import ASSUMPTIONS, project
 from benchmarks.report import render, write_report
 from gemoe_ds.errors import DataError
+from gemoe_ds.models.cost.layer_time import Layer, Machine
 
 LAYER = Layer(2048, 1024, 64)
 

@@ -61,7 +61,7 @@ def _train_and_reload(module, config, models: list) -> Reloaded:
     module.train(config)
     with module.distributed() as world:
         trainable = config.model.trainable != "routers"
-        shard = expert_shard(config.parallel.ep_size, world, trainable=trainable)
+        shard = expert_shard(config.ep_size, world, trainable=trainable)
         trained = _score(models.pop(), config, world)
         fresh = module.build_model(config, shard)
         # of another seed: nothing that the routers drew may be missing from a checkpoint

@@ -69,7 +69,7 @@ def test_what_a_host_has_once(setting, tmp_path, train, stage):
     path = str(repository() / f"ds_configs/zero{stage}.json")
     config = make_config(setting, tmp_path, model__trainable=train, deepspeed=path)
     samples = open_samples(config.data.train_path)
-    model = build_model(config, ExpertShard(0, config.parallel.ep_size))
+    model = build_model(config, ExpertShard(0, config.ep_size))
     routers = {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
     frozen = (p for p in model.parameters() if not p.requires_grad and id(p) not in routers)
     expected = 0 if stage == 3 else sum(p.numel() * p.itemsize for p in frozen)

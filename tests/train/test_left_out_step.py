@@ -77,7 +77,7 @@ def step_on_rank(rank, setting, config, *steps):
     from gemoe_ds.train.trainer import Trainer
 
     with distributed() as world:
-        shard = expert_shard(config.parallel.ep_size, world, trainable=False)
+        shard = expert_shard(config.ep_size, world, trainable=False)
         router = config.model.router
         model = make_model(
             (setting["hf"], setting["tokenizer"]), router.name, vars(router.config), shard

@@ -265,7 +265,7 @@ def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked) -> None:
     set_routing(session, mode, folder)
     session.say(f"answering: {mode}")
     budget = _batch(session, asked.reader, folder)
-    together = session.config.parallel.ep_size > 1
+    together = session.config.ep_size > 1
 
     def begin() -> tuple[Path, dict]:
         with writing_answers(folder):

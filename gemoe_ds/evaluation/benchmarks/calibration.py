@@ -30,7 +30,7 @@ def calibration_on(session: EvalSession, tasks: Sequence[Task], reader: Reader) 
     world, arguments = session.world, session.arguments
     documents = list(spread(tasks, arguments.calibration_samples))
     mine = documents[world.rank :: world.size]
-    together = session.config.parallel.ep_size > 1
+    together = session.config.ep_size > 1
 
     def mean_k_L() -> list[float]:
         budget = arguments.batch_tokens

@@ -84,7 +84,7 @@ def look(rank: int, configs: list) -> list:
     found = []
     with distributed() as world:
         for config in configs:
-            shard = expert_shard(config.parallel.ep_size, world)
+            shard = expert_shard(config.ep_size, world)
             samples = open_samples(config.data.train_path)
             try:
                 model = build_model(config, shard)

@@ -1,0 +1,111 @@
+"""`parallel.ep_size: auto`, `deepspeed: auto`, and the ways that `--estimate` shows."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from gemoe_ds.cli.train import main
+from gemoe_ds.config.deepspeed import check_deepspeed
+from gemoe_ds.config.load import config_from_dict
+from gemoe_ds.models.cost.layer_time import Layer
+from gemoe_ds.train import layout
+from gemoe_ds.train.run import train
+from tests.helpers import run_ranks
+from tests.models.cases import write_case, write_text
+from tests.train.resuming import make_config, write_setting
+
+GIB = 2**30
+
+
+def trained(rank: int, setting: dict, free: int) -> tuple[int, str]:
+    """The number of ranks that the run's recipe has, where so much memory is free."""
+    layout.free_memory = lambda device: free
+    output = setting["root"] / f"run {free}"
+    config = make_config(
+        setting, output, parallel__ep_size="auto", train__steps=2, deepspeed="auto"
+    )
+    train(config)
+    recipe = yaml.safe_load((output / "config.yaml").read_text())
+    return recipe["parallel"]["ep_size"], recipe["deepspeed"]
+
+
+@pytest.mark.parametrize("free, expected", [(100 * GIB, 1), (1, 2)])
+def test_as_few_ranks_share_experts_as_fit(tmp_path, free, expected):
+    """Of two; where none fit the preflight, which knows what is free, has the word."""
+    for ep_size, deepspeed in run_ranks(trained, 2, write_setting(tmp_path), free):
+        assert ep_size == expected and deepspeed == "auto"
+
+
+def config_of(**changes):
+    tree = {
+        "output_dir": "out",
+        "model": {"backbone": {"name": "tiny"}, "router": {"name": "gemoe"}, "checkpoint": "x"},
+        "data": {"train_path": "x", "tokenizer": "x"},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1, "micro_batch_size": 1},
+        "deepspeed": "auto",
+    }
+    tree["model"] |= changes
+    return config_from_dict(tree)
+
+
+def test_deepspeed_auto_says_what_it_takes():
+    for trainable, stage, reason in (("routers", 0, "small"), ("experts", 2, "divided")):
+        config = config_of(trainable=trainable)
+        (line,) = check_deepspeed(config, 8)
+        assert config.zero_stage == stage and reason in line and f"ZeRO {stage}" in line
+
+
+def test_zero_3_on_many_ranks_is_warned_of():
+    config = config_of().with_deepspeed("zero3")
+    assert config.zero_stage == 3 and check_deepspeed(config, 8) == []
+    (line,) = check_deepspeed(config, 512)
+    assert line.startswith("slow: ") and "512 ranks" in line and "deepspeed=zero0" in line
+
+
+def recipe_of(tmp_path, ep_size):
+    base, tokenizer = write_case("olmoe", tmp_path)
+    write_text(tmp_path / "data")
+    tree = {
+        "output_dir": str(tmp_path / "out"),
+        "model": {
+            "backbone": {"name": "olmoe"},
+            "router": {"name": "gemoe", "k_high": 3},
+            "checkpoint": str(base),
+        },
+        "data": {"train_path": str(tmp_path / "data"), "tokenizer": str(tokenizer)},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1, "micro_batch_size": 1},
+        "parallel": {"ep_size": ep_size},
+        "deepspeed": "auto",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "ep_size, gib, taken, said",
+    [
+        ("auto", 80, 1, "parallel.ep_size=auto takes 1, the smallest that fits"),
+        ("auto", 0.001, 8, "none fits"),
+        (4, 80, 4, "parallel.ep_size=auto takes 1"),
+    ],
+)
+def test_estimate_shows_every_way(tmp_path, capsys, ep_size, gib, taken, said):
+    main([recipe_of(tmp_path, ep_size), "--estimate", "16", "--gpu-memory", str(gib)])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line[:9].strip().isdigit()]
+    assert [(row[0], row[1]) for row in rows] == [
+        (str(n), stage) for n in (1, 2, 4, 8) for stage in ("zero0", "zero2", "zero3")
+    ]
+    (row,) = (row for row in rows if row[-1] == "taken")
+    assert row[:2] == [str(taken), "zero0"] and said in out
+    assert all(float(row[4]) == 0 for row in rows if row[0] == "1"), "nothing to exchange"
+
+
+def test_bytes_of_an_exchange():
+    """Two ranks: of a token's one expert half are elsewhere; its row goes there and back."""
+    layer = Layer(d_model=10, width=4, num_experts=8)
+    assert layer.bytes(100, 1, 2) == pytest.approx(2 * 50 * 10 * 2 + 8 * 100 / 2)
