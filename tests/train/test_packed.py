@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.estimate import estimate
 from gemoe_ds.train.run import train
 from gemoe_ds.train.sample_log import read_sample_log
+from tests.helpers import run_ranks
 from tests.models.cases import write_text
-from tests.train.resuming import make_config, one_group, write_setting
+from tests.train.resuming import make_config, one_group, train_all, write_setting
 
 ROOM = 24
 
@@ -78,6 +80,47 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(setting, tmp_path):
         other = config_of(setting, tmp_path / "cut", resume="auto", data__pack=False)
         with one_group(module):
             train(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["routers", "all"])
+def test_ranks_that_share_experts_learn_what_one_rank_does(setting, tmp_path, trained):
+    """One rank, two and four, and two that take over in the middle from the one.
+
+    Without the monotonic loss: it is a mean over pairs of different entropies, and tokens behind
+    the same words, of which these texts have many, differ in entropy by rounding alone.
+    """
+
+    def config(ranks, **changes):
+        options = {
+            "model__router": {"name": "gemoe", "monotonic_weight": 0.0},
+            "parallel__ep_size": min(ranks, 2),
+            "model__trainable": trained,
+            "optim__eps": 1e-3,  # so that Adam does not make steps of what was rounded
+            "optim__lr": 1e-2 if trained == "routers" else 2e-3,
+            "train": {"steps": 6, "micro_batch_size": 1, "global_batch_size": 4},
+            "checkpoint": {"every": 3, "keep": 9},
+        }
+        return config_of(setting, tmp_path / str(ranks), **options | changes)
+
+    for ranks in (1, 2, 4):
+        assert run_ranks(train_all, ranks, [config(ranks)]) == [None] * ranks
+    for part in ("checkpoints/step-000003", "sample_log", "metrics.jsonl"):
+        copied = shutil.copytree if (tmp_path / "1" / part).is_dir() else shutil.copy
+        (tmp_path / "over" / part).parent.mkdir(parents=True, exist_ok=True)
+        copied(tmp_path / "1" / part, tmp_path / "over" / part)
+    over = config(2, output_dir=str(tmp_path / "over"), resume="auto")
+    assert run_ranks(train_all, 2, [over]) == [None] * 2
+
+    one, seen = metrics_of(tmp_path / "1"), read_sample_log(tmp_path / "1")
+    names = ["loss/total", "loss/lm", "loss/load_balance", "grad_norm"]
+    names += [f"train/{name}/{of}" for of in ("talks", "texts") for name in ("loss", "mean_k")]
+    for other in ("2", "4", "over"):
+        assert read_sample_log(tmp_path / other) == seen
+        for step, line in metrics_of(tmp_path / other).items():
+            for name in names:
+                assert line[name] == pytest.approx(one[step][name], rel=2e-5), (other, step, name)
+    assert len({line["loss/lm"] for line in one.values()}) == 6
 
 
 def test_it_is_said_how_full_rows_are_and_what_epochs_come_to(setting, tmp_path, capsys):
