@@ -46,8 +46,11 @@ def up_to_last(sample: Sample) -> list[Message]:
     return list(sample.messages[: last + 1])
 
 
-def published(name: str, collator, sample: Sample, asked: list[Asked]) -> list[int]:
-    """Ids as every model's own code has them; texts here have no special token in them."""
+def published(
+    name: str, collator, sample: Sample, asked: list[Asked], ends: tuple[int, int] = (0, 1)
+) -> list[int]:
+    """Ids as every model's own code has them; texts here have no special token in them. `ends`:
+    DeepSeek's begin and end of a sequence."""
     messages, asked = up_to_last(sample), iter(asked)
     tokenizer, layout, places = collator.tokenizer, collator.layout, itertools.count()
     end = tokenizer.decode(collator.encode(0, sample).input_ids[-1:])
@@ -63,12 +66,12 @@ def published(name: str, collator, sample: Sample, asked: list[Asked]) -> list[i
         return ids
 
     if name == "deepseek_vl2":
-        ids = [0]
+        ids = [ends[0]]
         for message in messages:
             if message.role == "user":
                 ids += with_images(f"<|User|>: {message.content.strip()}\n\n<|Assistant|>:")
             elif message.role == "assistant":
-                ids += [*tokenizer(message.content, add_special_tokens=False)["input_ids"], 1]
+                ids += [*tokenizer(message.content, add_special_tokens=False)["input_ids"], ends[1]]
             else:
                 ids += with_images(message.content)
         return ids

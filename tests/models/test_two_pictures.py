@@ -57,7 +57,8 @@ def parts_of(name, collator, sample, asked):
         conversations=collator.conversations,
         layout=lambda image, number: SimpleNamespace(input_ids=[SEEN]),
     )
-    return published(name, marked, sample, asked)
+    ends = collator.tokenizer.bos_token_id, collator.tokenizer.eos_token_id
+    return published(name, marked, sample, asked, ends)
 
 
 def embedded(ids, table, pictures):

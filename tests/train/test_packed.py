@@ -119,7 +119,7 @@ def test_ranks_that_share_experts_learn_what_one_rank_does(setting, tmp_path, tr
         assert read_sample_log(tmp_path / other) == seen
         for step, line in metrics_of(tmp_path / other).items():
             for name in names:
-                assert line[name] == pytest.approx(one[step][name], rel=2e-5), (other, step, name)
+                assert line[name] == pytest.approx(one[step][name], rel=1e-4), (other, step, name)
     assert len({line["loss/lm"] for line in one.values()}) == 6
 
 
