@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,19 @@ def test_every_backbone_has_a_distilled_threshold_beside_the_paper_s_recipe() ->
         for tree in trees:
             del tree["output_dir"], tree["model"]["router"], tree["train"]["distill"]
         assert trees[0] == trees[1]
+
+
+def test_the_sizes_of_the_guide_divide_and_see_as_many_samples_as_the_recipe() -> None:
+    """The table of docs/launching.md: how to train on more ranks than the recipes do."""
+    text = (repository() / "docs/launching.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| `(\w+) ?(.*)` \|$", text, re.MULTILINE)
+    assert [int(nodes) for nodes, *_ in rows] == [1, 4, 32, 512]
+    for nodes, ranks, recipe, options in rows:
+        num_ranks = int(ranks.replace(",", ""))
+        assert num_ranks == 8 * int(nodes)
+        path = repository() / f"gemoe_ds/recipes/{recipe}.yaml"
+        config = load_config(path, options.split())
+        config.validate_world(num_ranks)
+        assert config.accumulation_steps(num_ranks) >= 1
+        samples = config.num_steps * config.train.global_batch_size
+        assert 0 <= samples - 5000 * 128 < config.train.global_batch_size

@@ -27,27 +27,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemoe_ds.config.old_names import with_new_names
-from gemoe_ds.errors import CheckpointError, as_written
+from gemoe_ds.checkpoint.identity import check_identity
+from gemoe_ds.errors import CheckpointError
 from gemoe_ds.files import commit_folder, fsync_path, sha256_of, write_text
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored, refuse_dead_links
-from gemoe_ds.moe.router import Router
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 WEIGHTS, ADAM = "weights", "adam"
-SAMPLES_PER_STEP = "samples per step"  # of the identity
-GROUPED, TOO_LONG = "data.group_by_length", "data.too_long"  # of the identity
-MIXTURE, HOLDOUT = "data.train_path's parts", "data.holdout"  # too
-PACKED = "data.pack"
-# What older checkpoints do not name.
-DEFAULTS = {GROUPED: False, TOO_LONG: "cut", MIXTURE: "one folder", HOLDOUT: 0, PACKED: False}
-_CONTENTS = {
-    "data": "data.train_path",
-    "base checkpoint": "model.checkpoint",
-}  # too, by their options
 # Work in progress and leftovers begin with a dot: no `step-*` is ever half of something.
 WRITING, REMOVING = ".writing-", ".removing-"
 
@@ -180,63 +169,6 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     return found
 
 
-def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
-    """CheckpointError if the checkpoint belongs to another run; None in `identity` is not known."""
-    stored = DEFAULTS | with_new_names(found.manifest["identity"], warn=False)
-    stored = _with_added_options(_with_checksums(stored, identity), identity)
-    differing = [
-        words
-        for key, value in identity.items()
-        if value is not None and stored.get(key) != value
-        for words in _difference(key, stored.get(key), value)
-    ]
-    if not differing:
-        return
-    way_out = "set it as it was" if len(differing) == 1 else "set them as they were"
-    if stored.get(SAMPLES_PER_STEP) != identity.get(SAMPLES_PER_STEP):
-        way_out = f"set train.global_batch_size={stored.get(SAMPLES_PER_STEP)}"
-    raise CheckpointError(
-        f"{found.folder} belongs to another run: {'; '.join(differing)}; {way_out}, or resume=none "
-        "and another output_dir to start anew"
-    )
-
-
-def _difference(key: str, old: Any, new: Any) -> Iterator[str]:
-    """What differs in one value of an identity, option by option."""
-    if key in _CONTENTS or key.startswith("model.backbone."):  # checksums, which tell nobody much
-        yield f"what is in its {_CONTENTS.get(key, key)} is not what this run's holds"
-        return
-    pairs = {key: (old, new)}
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = ["name"] if old.get("name") != new.get("name") else sorted(old.keys() | new.keys())
-        pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in names}
-    for option, (was, now) in pairs.items():
-        if was != now:
-            yield f"its {option} is {as_written(was)}, this run's is {as_written(now)}"
-
-
-def _with_added_options(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """An older checkpoint lacks options that this run's router got later."""
-    old, new = stored.get("model.router"), identity.get("model.router")
-    if not isinstance(old, dict) or not isinstance(new, dict) or old.get("name") != new.get("name"):
-        return stored
-    added = Router.named(old["name"]).added
-    missing = {name: value for name, value in added.items() if name in new and name not in old}
-    return stored | {"model.router": old | missing}
-
-
-def _with_checksums(stored: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """An older checkpoint holds the path of what its backbone reads, where the checksum is now.
-    A path can be spelt in many ways, so it is not compared."""
-    backbone = stored.get("model.backbone")
-    added = identity.keys() - stored.keys()
-    older = {key: name for key in added if (name := key.removeprefix("model.backbone.")) != key}
-    if not isinstance(backbone, dict) or not all(backbone.get(n) for n in older.values()):
-        return stored
-    paths = {"model.backbone": backbone | dict.fromkeys(older.values())}
-    return stored | {key: identity[key] for key in older} | paths
-
-
 def find(
     resume: str,
     output: Path,
@@ -254,7 +186,7 @@ def find(
         return None, []
     if resume != "auto":
         found = check(Path(resume))
-        check_identity(found, identity)
+        check_identity(found.folder, found.manifest["identity"], identity)
         return found, []
     skipped: list[str] = []
     for folder in candidates(output) if folders is None else folders:
@@ -263,7 +195,7 @@ def find(
         except CheckpointError as error:
             skipped.append(str(error))
             continue
-        check_identity(found, identity)
+        check_identity(folder, found.manifest["identity"], identity)
         return found, skipped
     if skipped:
         raise CheckpointError(

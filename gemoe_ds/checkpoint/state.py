@@ -1,4 +1,4 @@
-"""Checkpoints of a run: who it is, its weights before and its optimizer after the engine is built.
+"""Checkpoints of a run: its weights before and its optimizer after the engine is built.
 
 Nothing in a checkpoint depends on the number of ranks, the expert-parallel size or the ZeRO stage,
 so a run goes on with any other. The folder itself is manifest.py's, writing it writer.py's.
@@ -6,7 +6,7 @@ so a run goes on with any other. The folder itself is manifest.py's, writing it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +16,14 @@ from torch import Tensor, nn
 from gemoe_ds.checkpoint import manifest
 from gemoe_ds.checkpoint.manifest import (
     ADAM,
-    DEFAULTS,
-    GROUPED,
-    HOLDOUT,
-    MIXTURE,
-    PACKED,
-    SAMPLES_PER_STEP,
-    TOO_LONG,
     WEIGHTS,
     Checkpoint,
 )
 from gemoe_ds.checkpoint.shards import StateShard, all_keys, by_parameter, stacked
-from gemoe_ds.config import RunConfig
-from gemoe_ds.config.paths import inputs
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.engine.zero import MOMENTS, Engine, full_value, set_moments
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.moe_model import MoEModel
-
-
-def run_identity(
-    config: RunConfig, world_size: int, data_fingerprint: str, checksums: Mapping[str, str | None]
-) -> dict[str, Any]:
-    """What must be equal for a checkpoint to continue this run, flat: name -> value.
-
-    `checksums`: of "base checkpoint" and of what the backbone reads beside it, whose paths do not
-    count: they may be spelt in many ways. None: not read yet, and not compared.
-    """
-    model = config.model.model_dump(mode="json")
-    model["backbone"] |= dict.fromkeys(key for key, *_ in inputs(config.model.backbone))
-    identity = {f"model.{key}": model[key] for key in ("backbone", "router", "trainable", "dtype")}
-    identity |= checksums
-    identity["data"] = data_fingerprint
-    identity["seed"] = config.seed
-    # The auxiliary losses are means over micro-batches, so these are part of what is optimised.
-    identity["train.micro_batch_size"] = config.train.micro_batch_size
-    identity[SAMPLES_PER_STEP] = (
-        config.train.micro_batch_size * config.accumulation_steps(world_size) * world_size
-    )
-    # max_length decides on what is dropped, and on the length, and so the place, of what is cut.
-    at, data = f" with data.max_length={config.data.max_length}", config.data
-    identity[GROUPED] = f"true in epochs{at}" if data.group_by_length else DEFAULTS[GROUPED]
-    identity[PACKED] = f"true{at}" if data.pack else DEFAULTS[PACKED]
-    identity[TOO_LONG] = f"drop{at}" if data.too_long == "drop" else DEFAULTS[TOO_LONG]
-    identity[HOLDOUT] = data.holdout
-    identity[MIXTURE] = DEFAULTS[MIXTURE]
-    if not isinstance(data.train_path, str):  # names and places do not decide on the order
-        identity[MIXTURE] = [
-            {key: getattr(part, key) for key in ("repeat", "weight", "limit")}
-            for part in data.train_path
-        ]
-    return identity
 
 
 def find_together(

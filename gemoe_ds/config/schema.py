@@ -25,8 +25,8 @@ from gemoe_ds.config.data_options import DataConfig
 from gemoe_ds.config.deepspeed_file import AUTO, DeepSpeedFile, in_base64, read_deepspeed_file
 from gemoe_ds.config.numbers import Fraction, Momentum, NonNegative, Positive
 from gemoe_ds.config.paths import Places, inputs, located, shipped
+from gemoe_ds.config.train_options import TrainConfig
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.models.distill import Distill
 from gemoe_ds.registry import ConfigModel, Reads
 
 
@@ -117,48 +117,6 @@ class ParallelConfig(ConfigModel):
         1,
         description="expert-parallel ranks: this many share one copy of the experts; auto: as few "
         "as fit into memory, inside a host",
-    )
-
-
-class TrainConfig(ConfigModel):
-    steps: int | None = Field(
-        None, ge=1, description="optimizer steps; null: train.epochs says how many"
-    )
-    epochs: Positive | None = Field(
-        None,
-        description="passes over the training data, in the place of steps; the last step is filled "
-        "up from the next pass",
-    )
-    micro_batch_size: int = Field(ge=1, description="samples per rank in one forward pass")
-    gradient_accumulation_steps: int | None = Field(
-        None,
-        ge=1,
-        description="micro-batches per rank and step; null: set by global_batch_size, else 1",
-    )
-    global_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="samples per step over all ranks; sets the gradient accumulation",
-    )
-    max_skipped_steps: int = Field(
-        10, ge=0, description="steps skipped for a NaN or Inf before the run saves and stops"
-    )
-    eval_every: int = Field(
-        0,
-        ge=0,
-        description="steps between evaluations on data.validation_path or data.holdout; 0: none",
-    )
-    compare_untouched: bool = Field(
-        True, description="evaluate the untouched backbone at the same mean k, too (routers only)"
-    )
-    early_stop: int = Field(
-        0, ge=0, description="evaluations in a row without a new best that end the run; 0: never"
-    )
-    distill: Distill | None = Field(
-        None, description="the backbone as it was, at its own k, teaches the routers; null: none"
-    )
-    hooks: tuple[str, ...] = Field(
-        (), description="classes of your own hooks by import path, [my_package.my_module:MyHook]"
     )
 
 

@@ -30,6 +30,13 @@ def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = 
             f"model.trainable=routers: router {router.name!r} trains experts, and has nothing of "
             "its own that trains; set model.trainable=experts"
         )
+    bound, train = router.bound_to_micro_batch(config.model.router.config), config.train
+    if bound and train.loss_batch_size != train.micro_batch_size:
+        raise ConfigError(
+            f"train.auxiliary_batch_size={train.auxiliary_batch_size}: of router {router.name!r} "
+            f"not only losses are of a micro-batch, but {bound}; set it to null, or "
+            f"train.micro_batch_size={train.auxiliary_batch_size}"
+        )
     able = [router.name for router in Router.known() if router.weighs_all]
     if config.model.gate_gradient == "dense" and router.name not in able:
         raise ConfigError(

@@ -51,11 +51,6 @@ class Batch:
         return int((self.labels_BS[:, 1:] != IGNORE).sum())
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether there is anything but padding."""
-        return bool(self.is_valid_BS.any())
-
-    @property
     def inputs(self) -> dict[str, Any]:
         """What a model's forward takes, by name."""
         names = ["input_ids_BS", "labels_BS", "is_valid_BS", "is_vision_BS", "images"]
@@ -74,6 +69,10 @@ class Batch:
             return is_one_BS.sum(1)
         counts = torch.zeros(len(self.rows), dtype=torch.int64)
         return counts.index_add(0, self.document_BS.flatten(), is_one_BS.flatten().long())
+
+    def groups_with_tokens(self, num_groups: int) -> int:
+        """Of its rows in so many groups, of as many one after the other."""
+        return int(self.is_valid_BS.reshape(num_groups, -1).any(1).sum())
 
     def silenced(self) -> Batch:
         """The same with nothing in it that counts, for a rank that has run out of samples."""

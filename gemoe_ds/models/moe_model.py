@@ -218,6 +218,7 @@ class MoEModel(nn.Module):
         document_BS: Tensor | None = None,
         targets_per_micro_batch: float | None = None,
         auxiliary_weight: float = 1.0,
+        token_weight: float = 1.0,
         rolled_out: dict[str, Rollout] | None = None,
         taught_PD: Tensor | None = None,
         distilled_per_micro_batch: float | None = None,
@@ -231,7 +232,7 @@ class MoEModel(nn.Module):
         the number of targets here. The trainer gives the mean over all micro-batches of the step,
         on all ranks, so that every target of the global batch weighs the same. Auxiliary losses
         are means over layers (GeMoE Eq. 13): `loss` = lm + sum of weight * value. The trainer's
-        `auxiliary_weight` makes them means over the micro-batches of the step that have a token.
+        two weights make them means over the step: over its groups of samples, or its tokens.
 
         With `roll_out` the result is that of the forwards which the routers want before, to be
         handed in as `rolled_out` with the same inputs; with `teach` that of `_teach`, to be handed
@@ -261,7 +262,7 @@ class MoEModel(nn.Module):
         if self.distill and taught_PD is not None:
             loss = self.distill.mixed(loss, parts["distill"])
         for name, term in self.ctx.mean_losses().items():
-            loss = loss + auxiliary_weight * term.weight * term.value
+            loss = loss + term.weighed(auxiliary_weight, token_weight)
             parts[name] = term.value
         found = {"loss": loss} | {name: part.detach() for name, part in parts.items()}
         if self.ctx.collect and self.ctx.source_T is not None:

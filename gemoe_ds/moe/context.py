@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,13 @@ class LossTerm:
 
     value: Tensor
     weight: float
+    # A mean over tokens (or the same for all): weighed by their number, that of a step does not
+    # depend on how it is cut into micro-batches.
+    over_tokens: bool = False
+
+    def weighed(self, of_groups: float, of_tokens: float) -> Tensor:
+        """Its part of a loss: by the number of groups of samples, or of tokens."""
+        return (of_tokens if self.over_tokens else of_groups) * self.weight * self.value
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class LayerRecord:
     step_counts: dict[str, Tensor] = field(default_factory=dict)
     k_S: Tensor | None = None  # int64: experts of all tokens of each source, with `stats`
     cache: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[LayerRecord] = field(default_factory=list)  # see loss_groups.py
     logits_TE: Tensor | None = None
     entropy_T: Tensor | None = None
     k_T: Tensor | None = None
@@ -77,6 +85,7 @@ _OF_A_PASS = (
     "may_have_padding",
     "is_vision_T",
     "sequence_T",
+    "num_groups",
     "source_T",
     "layers",
     "rollout",
@@ -111,6 +120,10 @@ class TokenContext:
         self.source_B: Tensor | None = None
         self.num_sources = 0
         self.source_T: Tensor | None = None
+        # Parts of a micro-batch, of as many rows each, that have auxiliary losses of their own; and
+        # for each a number from 0 to 1 that was drawn for it. None: routers draw one for all.
+        self.num_groups = 1
+        self.drawn_G: Tensor | None = None
         self.trace = False  # keep `entropy_T`, `k_T`, `mask_TE` and `weights_TE`
         self.losses_without_gradient = False  # work out the losses under torch.no_grad() too
         self.rollout: str | None = None  # the pass that is under way, if it does not train
@@ -263,7 +276,9 @@ class TokenContext:
         """All but the values of the losses, for who asks within what is recomputed."""
         self._recomputed[slot] = {
             name: LossTerm(
-                term.value.detach().requires_grad_(term.value.requires_grad), term.weight
+                term.value.detach().requires_grad_(term.value.requires_grad),
+                term.weight,
+                term.over_tokens,
             )
             for name, term in record.losses.items()
         }
@@ -353,6 +368,6 @@ def _means(layers: list[dict[str, LossTerm]]) -> dict[str, LossTerm]:
         for name, term in losses.items():
             terms.setdefault(name, []).append(term)
     return {
-        name: LossTerm(torch.stack([t.value for t in some]).mean(), some[0].weight)
+        name: replace(some[0], value=torch.stack([t.value for t in some]).mean())
         for name, some in terms.items()
     }

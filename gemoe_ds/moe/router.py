@@ -20,6 +20,7 @@ from gemoe_ds.moe.context import LayerRecord, LossTerm, Stat, TokenContext
 from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.experts.zero_computation import ZeroComputationExperts, ZeroComputationKind
 from gemoe_ds.moe.linear import RouterLinear, fused_linear, without_autocast
+from gemoe_ds.moe.loss_groups import losses_by_group
 from gemoe_ds.moe.per_layer import of_layer
 from gemoe_ds.moe.plan import RoutingPlan
 from gemoe_ds.moe.step_context import Read, StepContext
@@ -79,6 +80,9 @@ class Router(Registered, nn.Module):
     weighs_all: ClassVar[bool] = True
     # Whether it trains the experts alone, and has nothing of its own that would.
     trains_experts: ClassVar[bool] = False
+    # Its losses that depend on which samples share them, each with the options that turn it off if
+    # they are 0 or null; "": none does. None: nobody has said, so they all may.
+    batch_losses: ClassVar[Mapping[str, str] | None] = None
 
     def __init__(
         self, config: ConfigModel, spec: RoutingSpec, free: Sequence[ZeroComputationKind] = ()
@@ -194,7 +198,9 @@ class Router(Registered, nn.Module):
             return
         with without_autocast(logits_TE.device.type):
             if wants_losses:
-                record.losses = self.losses(decision, logits_TE, ctx)
+                record.losses = losses_by_group(
+                    self.losses, self.spec.slot, decision, logits_TE, ctx
+                )
             with torch.no_grad():
                 if not (ctx.collect or ctx.trace):
                     return
@@ -261,6 +267,25 @@ class Router(Registered, nn.Module):
             return of_layer(getattr(self.config, option), self.spec.slot, self.spec.num_layers)
         except ConfigError as error:
             raise ConfigError(f"model.router.{option}: {error}") from None
+
+    @classmethod
+    def shared_by_samples(cls, config: Any) -> dict[str, str]:
+        """What depends on which samples share an auxiliary loss, and the options that turn it off.
+
+        {}: nothing; a step may be cut into micro-batches in any way.
+        """
+        if cls.batch_losses is None:
+            return {} if cls.losses is Router.losses else {"its losses": ""}
+        return {
+            name: options
+            for name, options in cls.batch_losses.items()
+            if not options or any(getattr(config, option) for option in options.split())
+        }
+
+    @classmethod
+    def bound_to_micro_batch(cls, config: Any) -> str:
+        """What else depends on which samples share a micro-batch, in words; "": nothing does."""
+        return ""
 
     @property
     def depends_also_on(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +18,8 @@ from gemoe_ds.registry import ConfigModel
 
 class ScoreRule(Router):
     """The experts with the best scores, as many as the rule `count` says, from k_low to k_high."""
+
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
 
     class Config(ConfigModel):
         k_low: int = Field(1, ge=0, description="smallest k of a token")

@@ -14,8 +14,9 @@ cut counts, p would be 1 and every label k_high, wherever k_high is the default 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +45,7 @@ class AdaKRouter(Router):
     """Top-k by the frozen gate's scores; k from the allocator."""
 
     name: ClassVar[str] = "ada_k"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {}
     weighs_all = False
     warm_left: Tensor
 
@@ -131,7 +133,7 @@ class AdaKRouter(Router):
         if SAMPLED not in ctx.rolled_out:
             wanted_T = self._warm_k(decision.scores_TE, valid_T) - self.k_low
             nll_T = torch.nn.functional.nll_loss(log_p_TK, wanted_T, reduction="none")
-            return {"warm": LossTerm((nll_T * valid_T).sum() / count, 1.0)}
+            return {"warm": LossTerm((nll_T * valid_T).sum() / count, 1.0, over_tokens=True)}
         sampled, default = ctx.rolled_out[SAMPLED], ctx.rolled_out[DEFAULT]
         old = sampled.cache[self.spec.slot]
         advantage_T = self._advantage(sampled, default, ctx)
@@ -142,8 +144,10 @@ class AdaKRouter(Router):
         k_K = torch.arange(self.k_low, self.k_high + 1, device=log_p_TK.device)
         expected_T = log_p_TK.exp() @ k_K.to(log_p_TK.dtype)
         return {
-            "policy": LossTerm(-(gain_T * valid_T).sum() / count, 1.0),
-            "expected_k": LossTerm((expected_T * valid_T).sum() / count, self.config.regulariser),
+            "policy": LossTerm(-(gain_T * valid_T).sum() / count, 1.0, over_tokens=True),
+            "expected_k": LossTerm(
+                (expected_T * valid_T).sum() / count, self.config.regulariser, over_tokens=True
+            ),
         }
 
     def _advantage(self, sampled: Rollout, default: Rollout, ctx: TokenContext) -> Tensor:
@@ -170,6 +174,10 @@ class AdaKRouter(Router):
 
     def after_step(self, step_context: StepContext) -> None:
         self.warm_left.sub_(1).clamp_(min=0)  # once an update, of which a step has several
+
+    @classmethod
+    def bound_to_micro_batch(cls, config: Any) -> str:
+        return "the k that are drawn for it, and the p of P-Warm"
 
     @property
     def max_k(self) -> int:

@@ -11,6 +11,7 @@ and the backbone's k as in GeMoE's comparison, weights on the backbone's own sca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -29,6 +30,9 @@ class AdaMoERouter(Router):
     """Top-k over E true and M null experts: a token uses 0 to k true ones."""
 
     name: ClassVar[str] = "adamoe"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {
+        "load_balance": "balance_weight balance_weight_end"
+    }
     balance: Tensor  # the coefficient as it stands
 
     class Config(ConfigModel):

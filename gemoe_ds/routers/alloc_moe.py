@@ -11,7 +11,7 @@ experts, and gets k_high at most; a budget need not be whole. Training-free.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -53,6 +53,10 @@ class AllocMoERouter(ScoreRule):
             0, order_N, (torch.arange(len(order_N), device=order_N.device) < budget).long()
         )
         return self.k_low + is_in_N.view(more_TK.shape).sum(1)
+
+    @classmethod
+    def bound_to_micro_batch(cls, config: Any) -> str:
+        return "a budget of experts that all its tokens share"
 
     @property
     def depends_also_on(self) -> str:

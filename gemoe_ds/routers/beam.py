@@ -13,6 +13,7 @@ the mean k.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -41,6 +42,7 @@ class BEAMRouter(Router):
     """The experts of top-k whose mask is open: a token uses 0 to k."""
 
     name: ClassVar[str] = "beam"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
     dial: ClassVar[str | None] = "cut"
     cut: float
 
@@ -96,7 +98,7 @@ class BEAMRouter(Router):
         share = (decision.open_TE * top_TE).sum() / (self.k * valid_T.sum().clamp_min(1))
         return {
             "load_balance": LossTerm(balance, self.config.balance_weight),
-            "sparsity": LossTerm(share, self.config.sparsity_weight),
+            "sparsity": LossTerm(share, self.config.sparsity_weight, over_tokens=True),
         }
 
     @property

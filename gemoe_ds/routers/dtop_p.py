@@ -12,6 +12,7 @@ whose scale means nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,6 +42,7 @@ class DTopPRouter(Router):
     """The smallest number of experts whose scores add up to more than p, at least 1."""
 
     name: ClassVar[str] = "dtop_p"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
     threshold: Tensor  # p as it stands
     error: Tensor  # of the last step
 

@@ -42,6 +42,7 @@ class DynMoERouter(Router):
     """Top-any: expert e where sigmoid(t cos(x, w_e)) > sigmoid(t G_e)."""
 
     name: ClassVar[str] = "dynmoe"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
     added: ClassVar[Mapping[str, Any]] = {"balance_weight": 0.0, "efficiency_weight": 0.0}
     is_open_E: Tensor
     is_calibrated: Tensor
@@ -130,10 +131,14 @@ class DynMoERouter(Router):
         gates_TE = decision.passed_TE * decision.mask_TE
         balance, efficiency = balance_and_efficiency(gates_TE, decision.mask_TE, ctx.is_valid_T)
         return {
-            "diversity": LossTerm(cache["diversity"], self.config.diversity_weight),
-            "simplicity": LossTerm(cache["simplicity"], self.config.simplicity_weight),
+            "diversity": LossTerm(
+                cache["diversity"], self.config.diversity_weight, over_tokens=True
+            ),
+            "simplicity": LossTerm(
+                cache["simplicity"], self.config.simplicity_weight, over_tokens=True
+            ),
             "load_balance": LossTerm(balance, self.config.balance_weight),
-            "efficiency": LossTerm(efficiency, self.config.efficiency_weight),
+            "efficiency": LossTerm(efficiency, self.config.efficiency_weight, over_tokens=True),
         }
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:

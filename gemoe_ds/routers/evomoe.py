@@ -10,6 +10,7 @@ pretrained gate's logits, starts at zero, and k is the backbone's (`k: 1` is the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -28,6 +29,7 @@ class EvoMoERouter(Router):
     """Static top-k on logits that depend on the token through its modality's hypernetwork."""
 
     name: ClassVar[str] = "evomoe"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
 
     class Config(ConfigModel):
         k: int | None = Field(

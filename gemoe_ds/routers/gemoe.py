@@ -46,6 +46,11 @@ class GeMoERouter(Router):
     """
 
     name: ClassVar[str] = "gemoe"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {
+        "monotonic": "monotonic_weight",
+        "load_balance": "balance_weight",
+        "budget": "budget_k",
+    }
     added: ClassVar[Mapping[str, Any]] = {"predictor_input": "token"}
     dial: ClassVar[str | None] = "k_shift"
     k_shift: float

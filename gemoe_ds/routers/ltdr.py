@@ -10,7 +10,8 @@ and a backbone that does not renormalise goes on so (`backbone`).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +29,7 @@ class LTDRRouter(Router):
     """Top-k for language and ordinary vision tokens, top-`tail_k` for vision tokens of the tail."""
 
     name: ClassVar[str] = "ltdr"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
 
     class Config(ConfigModel):
         k: int | None = Field(
@@ -94,6 +96,10 @@ class LTDRRouter(Router):
             counted_T = counted_T & ~ctx.is_vision_T
         balance = losses.load_balance(decision.scores_TE, decision.mask_TE, counted_T)
         return {"load_balance": LossTerm(balance, self.config.balance_weight)}
+
+    @classmethod
+    def bound_to_micro_batch(cls, config: Any) -> str:
+        return "the mean of mean_over=batch" if config.mean_over == "batch" else ""
 
     @property
     def depends_also_on(self) -> str:

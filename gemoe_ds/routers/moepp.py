@@ -11,6 +11,7 @@ start at the mean of the pretrained ones, so that they are seldom chosen until t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +31,7 @@ class MoEPlusPlusRouter(Router):
     """Top-k over E routed and M free experts."""
 
     name: ClassVar[str] = "moepp"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
 
     class Config(ConfigModel):
         zero: int = Field(2, ge=0, description="experts whose output is 0")

@@ -13,6 +13,7 @@ target; from below only cross-entropy raises it, undisturbed as the coefficient 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,6 +39,7 @@ class ReMoERouter(Router):
     """An expert is used where its ReLU is above 0: k from 0 to E, every gradient exact."""
 
     name: ClassVar[str] = "remoe"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"sparsity": ""}
     weighs_all = False
     coefficient: Tensor  # lambda of Eq. 8 as it stands
 

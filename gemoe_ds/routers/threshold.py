@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -159,7 +159,7 @@ class ThresholdRouter(ScoreRule):
         if isinstance(decision, ThresholdDecision):
             valid_T = ctx.is_valid_T
             used = (decision.used_T * valid_T).sum() / valid_T.sum().clamp_min(1)
-            terms["used"] = LossTerm(used, self.config.importance_weight)
+            terms["used"] = LossTerm(used, self.config.importance_weight, over_tokens=True)
         return terms
 
     def _best(self, log_TE: Tensor, factor_T1: Tensor | None) -> Tensor:
@@ -192,13 +192,13 @@ class ThresholdRouter(ScoreRule):
     def _drawn_mean_k(self, ctx: TokenContext) -> Tensor:
         """Of the sequence of every token, [T]; the same in all layers.
 
-        One number is drawn for the micro-batch; sequences go on from it in steps of the golden
-        ratio, which cover the range evenly however many they are.
+        One number is drawn for the samples that share a loss; their sequences go on from it in
+        steps of the golden ratio, which cover the range evenly however many they are.
         """
         cache, (low, high) = ctx.layers[0].cache, self.train_mean_k
         if "mean_k_T" not in cache:
-            # The number stays in a tensor of the host, which a graph can hold.
-            place_T = (torch.rand(()) + ctx.sequence_T.double() * GOLDEN) % 1
+            drawn, number_T = _drawn(ctx)
+            place_T = (drawn + number_T.double() * GOLDEN) % 1
             cache["mean_k_T"] = low + (high - low) * place_T
         return cache["mean_k_T"]
 
@@ -232,6 +232,12 @@ class ThresholdRouter(ScoreRule):
             memory = self.config.memory if self.scores_H.any() else 0.0
             self.scores_H.lerp_((fresh_H / total).to(self.scores_H), 1 - memory)
 
+    @classmethod
+    def shared_by_samples(cls, config: Any) -> dict[str, str]:
+        found = super().shared_by_samples(config)
+        low, high = config.train_mean_k or (0, 1)
+        return found | ({"the mean k that each sequence draws": ""} if low < high else {})
+
     @property
     def depends_also_on(self) -> str:
         return "the tokens before it (hold: true)" if self.config.hold else ""
@@ -239,6 +245,17 @@ class ThresholdRouter(ScoreRule):
     @property
     def dial_ends(self) -> tuple[float, float]:
         return float(self.k_low), float(self.k_high)
+
+
+def _drawn(ctx: TokenContext) -> tuple[Tensor, Tensor]:
+    """What was drawn for each token's group, and the number that its sequence has there, [T]."""
+    if ctx.num_groups == 1:
+        # The number stays in a tensor of the host, which a graph can hold.
+        return torch.rand(()) if ctx.drawn_G is None else ctx.drawn_G[0], ctx.sequence_T
+    assert ctx.drawn_G is not None, "whoever asks for groups draws a number for each"
+    sequence_GT = ctx.sequence_T.view(ctx.num_groups, -1)
+    drawn_G1 = ctx.drawn_G.to(sequence_GT.device)[:, None]
+    return drawn_G1.expand_as(sequence_GT).flatten(), (sequence_GT - sequence_GT[:, :1]).flatten()
 
 
 class Importance(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -22,6 +23,10 @@ class TopKRouter(Router):
     """
 
     name: ClassVar[str] = "top_k"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {
+        "load_balance": "balance_weight",
+        "entropy": "entropy_target",
+    }
 
     class Config(ConfigModel):
         k: int | None = Field(
@@ -57,7 +62,9 @@ class TopKRouter(Router):
             valid_T = ctx.is_valid_T
             total = (losses.entropy_bits(decision.scores_TE) * valid_T).sum()
             excess = (total / valid_T.sum().clamp_min(1) - self.config.entropy_target).relu()
-            terms["entropy"] = LossTerm(excess, self.config.entropy_weight)
+            terms["entropy"] = LossTerm(
+                excess, self.config.entropy_weight, over_tokens=not self.config.entropy_target
+            )
         return terms
 
     @property

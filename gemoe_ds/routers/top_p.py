@@ -12,6 +12,7 @@ project's common scale (docs/routers.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ class TopPRouter(Router):
     """The smallest number of experts whose scores add up to more than the threshold, at least 1."""
 
     name: ClassVar[str] = "top_p"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"load_balance": "balance_weight"}
     is_calibrated: Tensor
 
     class Config(ConfigModel):
@@ -102,7 +104,7 @@ class TopPRouter(Router):
         entropy = (entropy_T * valid_T).sum() / valid_T.sum().clamp_min(1)
         return {
             "load_balance": LossTerm(balance, self.config.balance_weight),
-            "entropy": LossTerm(entropy, self.config.entropy_weight),
+            "entropy": LossTerm(entropy, self.config.entropy_weight, over_tokens=True),
         }
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ in both; where the text comes from is no matter of a router.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -31,6 +32,7 @@ class ZEDARouter(Router):
     """Top-k over E real and M zero experts: a token uses 0 to k real ones."""
 
     name: ClassVar[str] = "zeda"
+    batch_losses: ClassVar[Mapping[str, str] | None] = {"group_balance": "balance_weight"}
 
     class Config(ConfigModel):
         zeros: int | None = Field(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemoe_ds.checkpoint import manifest, state
+from gemoe_ds.checkpoint.identity import check_identity, run_identity
 from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.checkpoint.writer import Saver
 from gemoe_ds.cluster.signals import stop_together
@@ -59,7 +60,7 @@ def train(
         samples = open_training(config.data.train_path)
         # Another run's folder is refused before anything is measured, loaded or written.
         unread = dict.fromkeys(_model_folders(config))
-        identity = state.run_identity(config, world.size, samples.fingerprint, unread)
+        identity = run_identity(config, world.size, samples.fingerprint, unread)
         checkpoint = _checkpoint_to_resume(config, Path(config.output_dir), identity, world)
         if checkpoint and _is_finished(config, checkpoint, world):
             return checkpoint.folder
@@ -69,7 +70,7 @@ def train(
             return checkpoint.folder
         identity |= _checksums(config, world)
         if checkpoint:
-            manifest.check_identity(checkpoint, identity)
+            check_identity(checkpoint.folder, checkpoint.manifest["identity"], identity)
         if dry_run:
             _look_first(run)
         model = build(run)

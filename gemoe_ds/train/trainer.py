@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -33,6 +33,15 @@ from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
 from gemoe_ds.train.hooks import Hook, StepResult, by_name
 from gemoe_ds.train.monitor import StatSum
 from gemoe_ds.train.source_metrics import SourceMetrics
+
+
+class _Totals(NamedTuple):
+    """Of a step, over all micro-batches of all ranks."""
+
+    targets: float
+    groups: float  # of samples that share their auxiliary losses: those that have a token
+    tokens: float
+    distilled: float  # positions
 
 
 class Trainer:
@@ -70,6 +79,7 @@ class Trainer:
         self.step = resumed.step if resumed else 0  # the last whole one
         self.updates = resumed.updates if resumed else 0
         self.updates_per_batch = model.updates_per_batch
+        self.num_groups = config.train.micro_batch_size // config.train.loss_batch_size
         self.empty_steps = resumed.empty_steps if resumed else 0
         self.skipped = (self.step - self.empty_steps) * self.updates_per_batch - self.updates
         self.stop = stop or StopRequest()
@@ -181,27 +191,26 @@ class Trainer:
         Every target of the GLOBAL batch weighs the same: the cross-entropy of a micro-batch is
         divided by the mean number of targets over all micro-batches of all ranks, and DeepSpeed
         averages over both. So does every position that is distilled. Auxiliary losses are averaged
-        over those that have a token.
+        over the groups of samples that have a token, or over the tokens.
         """
-        targets, used, distilled = self._agree(step, batches)
+        totals = self._agree(step, batches)
         PROGRESS.enter(COMPUTE, step)
         seeds = []
         for index, batch in enumerate(batches):
-            seeds.append(micro_batch_seed(self.config.seed, self.block(step, index, len(batches))))
+            seeds.append(self._seeds(self.block(step, index, len(batches))))
             self.stats.add("data/cut_answers", Stat(torch.tensor(batch.cut_answers), "sum"))
             self.stats.add("data/left_out", Stat(torch.tensor(len(batch.bad)), "sum"))
         for hook in self.hooks.values():
             hook.before_step(self, step, batches)
-        if targets == 0:
+        if totals.targets == 0:
             self._pass_over(step)
             return 0
-        micro_batches = len(batches) * self.world.size
         before: list[dict[str, Any]] = [{} for _ in batches]
         for update in range(self.updates_per_batch):
             moved = on_device(batches, self.world.device)
             for index, (batch, there) in enumerate(zip(batches, moved, strict=True)):
                 inputs = there.inputs
-                torch.manual_seed(seeds[index])
+                self._begin_drawing(seeds[index])
                 if update == 0:
                     before[index] = self._forwards_before(inputs)
                 self.model.ctx.collect = collect
@@ -209,9 +218,7 @@ class Trainer:
                 parts = self.engine(
                     **inputs,
                     **before[index],
-                    targets_per_micro_batch=targets / micro_batches,
-                    distilled_per_micro_batch=distilled / micro_batches,
-                    auxiliary_weight=batch.has_tokens * micro_batches / used,
+                    **self._weights(batch, totals, len(batches) * self.world.size),
                 )
                 if update == self.updates_per_batch - 1:
                     before[index] = {}
@@ -224,6 +231,7 @@ class Trainer:
                 self.rates = {title_of(group): group["lr"] for group in groups}
                 self.engine.step()  # which sets the next update's rates
                 self.model.ctx.collect, self.model.ctx.source_B = False, None
+                self.model.ctx.num_groups, self.model.ctx.drawn_G = 1, None
                 PROGRESS.enter(COMPUTE)
             self._after_update(step)
         return sum(int(batch.is_valid_BS.sum()) for batch in batches)
@@ -238,23 +246,45 @@ class Trainer:
             found |= self.engine(**inputs, teach=True)
         return found
 
-    def _agree(self, step: int, batches: list[Batch]) -> tuple[float, float, float]:
-        """Targets, micro-batches that have a token, and distilled positions, over all ranks; ends
-        the run if a rank was asked to stop, or has met too many bad samples. One collective, as a
-        rule."""
+    def _weights(self, batch: Batch, totals: _Totals, micro_batches: int) -> dict[str, float]:
+        """What makes the parts of its loss those of the whole step, of so many micro-batches."""
+        groups, tokens = batch.groups_with_tokens(self.num_groups), int(batch.is_valid_BS.sum())
+        return {
+            "targets_per_micro_batch": totals.targets / micro_batches,
+            "distilled_per_micro_batch": totals.distilled / micro_batches,
+            "auxiliary_weight": groups * micro_batches / totals.groups,
+            "token_weight": tokens * micro_batches / totals.tokens,
+        }
+
+    def _seeds(self, block: int) -> list[int]:
+        """Of the groups of a micro-batch, by their numbers in the run."""
+        first = block * self.num_groups
+        return [micro_batch_seed(self.config.seed, first + i) for i in range(self.num_groups)]
+
+    def _begin_drawing(self, seeds: list[int]) -> None:
+        """The random state of a micro-batch; routers find a number drawn for each group."""
+        self.model.ctx.num_groups = self.num_groups
+        drawn = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.model.ctx.drawn_G = torch.stack(drawn)
+        torch.manual_seed(seeds[0])
+
+    def _agree(self, step: int, batches: list[Batch]) -> _Totals:
+        """Over all ranks; ends the run if a rank was asked to stop, or has met too many bad
+        samples. One collective, as a rule."""
         new = self.bad_samples.unknown(bad for batch in batches for bad in batch.bad)
         here = [sum(batch.num_targets for batch in batches), len(new), bool(self.stop.by)]
-        here.append(sum(batch.has_tokens for batch in batches))
+        here.append(sum(batch.groups_with_tokens(self.num_groups) for batch in batches))
+        here.append(sum(int(batch.is_valid_BS.sum()) for batch in batches))
         here.append(sum(self._num_distilled(batch) for batch in batches))
         agreed = torch.tensor(here, dtype=torch.float64, device=self.world.device)
         sum_over_ranks(agreed)
-        targets, num_new, stops, used, distilled = agreed.tolist()
+        targets, num_new, stops, groups, tokens, distilled = agreed.tolist()
         if stops:
             asked = f"{who_asked(self.stop)}, after step {self.step}"
             self.end_with(Stopped(f"{asked}; resume=auto goes on from there"))
         if num_new:
             self._leave_out(new, step)
-        return targets, used, distilled
+        return _Totals(targets, groups, tokens, distilled)
 
     def _num_distilled(self, batch: Batch) -> int:
         distill = self.model.distill
@@ -316,12 +346,16 @@ class Trainer:
     def _collect(self, parts: dict[str, Tensor], batch: Batch, update: int) -> None:
         if (found_S2 := parts.pop("by_source_S2", None)) is not None:
             self.by_source.add(self.stats, batch, found_S2, is_first=update == 0)
-        has_tokens = batch.has_tokens
+        # All ranks add all names; loss, lm and distill are 0 where there is nothing.
+        groups, tokens = batch.groups_with_tokens(self.num_groups), int(batch.is_valid_BS.sum())
+        counts = {
+            name: tokens if term.over_tokens else groups
+            for name, term in self.model.ctx.mean_losses().items()
+        }
         for name, value in parts.items():
-            # all ranks add all names; these three are 0 where there is nothing
-            counts = has_tokens or name in ("loss", "lm", "distill")
+            count = counts.get(name, 1)
             name = f"loss/{name}" if name != "loss" else "loss/total"
-            self.stats.add(name, Stat(value * counts, count=float(counts)))
+            self.stats.add(name, Stat(value * count, count=float(count)))
         self.stats.add_layers(self.model.ctx)
 
     def _metrics(self) -> dict[str, float | Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemoe_ds.checkpoint.state import run_identity
+from gemoe_ds.checkpoint.identity import run_identity
 from gemoe_ds.config import RunConfig, load_config
 from gemoe_ds.config.paths import CHECKOUT, Places
 from gemoe_ds.errors import ConfigError

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from gemoe_ds.checkpoint.identity import run_identity
 from gemoe_ds.checkpoint.manifest import find
-from gemoe_ds.checkpoint.state import load_trained, load_trained_weights, run_identity
+from gemoe_ds.checkpoint.state import load_trained, load_trained_weights
 from gemoe_ds.data.holdout import held_out_rows
 from gemoe_ds.data.mixture import open_training
 from gemoe_ds.data.sample import open_samples, write_samples

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemoe_ds.checkpoint.identity import check_identity, run_identity
 from gemoe_ds.checkpoint.manifest import checksum_folder, find
-from gemoe_ds.checkpoint.state import load_trained, run_identity
+from gemoe_ds.checkpoint.state import load_trained
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.train.assemble import meta_collator
@@ -104,7 +105,12 @@ def test_metrics_have_every_loss_and_every_layer(runs):
             "router.name is gemoe, this run's is top_k; ",
         ),
         ({"seed": 5}, "its seed is 0, this run's is 5"),
-        ({"train__micro_batch_size": 1}, "train.micro_batch_size"),
+        (
+            {"train__micro_batch_size": 1, "train__gradient_accumulation_steps": 4},
+            "its train.auxiliary_batch_size is 2, this run's is 1, and so many samples share "
+            "monotonic (monotonic_weight), load_balance (balance_weight); set "
+            "train.auxiliary_batch_size=2 and a multiple of it as train.micro_batch_size, or",
+        ),
         (
             {"train__gradient_accumulation_steps": 4},
             "samples per step is 8, this run's is 16; set train.global_b",
@@ -122,6 +128,41 @@ def test_foreign_checkpoints_are_refused(setting, runs, change, words):
     with pytest.raises(CheckpointError, match="belongs to another run") as error:
         find("auto", runs[0], identity)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "router, before, now, words",
+    [
+        ({"name": "gemoe"}, (2, None), (4, 2), None),
+        ({"name": "gemoe"}, (4, 1), (1, None), None),
+        ({"name": "top_k", "balance_weight": 0.0}, (4, None), (1, None), None),
+        ({"name": "top_k", "balance_weight": 0.0, "entropy_target": 1.0}, (4, None), (1, None), ""),
+        ({"name": "threshold", "balance_weight": 0.0}, (2, None), (1, None), "each sequence draws"),
+        ({"name": "ada_k"}, (2, None), (1, None), "its train.micro_batch_size is 2, this run's is"),
+    ],
+)
+def test_another_micro_batch_is_refused_where_it_would_change_the_run(
+    setting, tmp_path, router, before, now, words
+):
+    """Also after a checkpoint of a version that had the micro-batch in its identity."""
+
+    def identity(sizes: tuple[int, int | None]) -> dict[str, Any]:
+        train = {"micro_batch_size": sizes[0], "auxiliary_batch_size": sizes[1]}
+        train |= {"steps": 1, "global_batch_size": 4}
+        return run_identity(
+            make_config(setting, tmp_path, model__router=router, train=train), 1, "data", {}
+        )
+
+    stored = identity(before)
+    older = {k: v for k, v in stored.items() if k != "train.auxiliary_batch_size"}
+    older["train.micro_batch_size"] = before[1] or before[0]
+    for one in (stored, older):
+        if words is None:
+            check_identity(tmp_path, one, identity(now))
+        else:
+            with pytest.raises(CheckpointError, match="belongs to another run") as error:
+                check_identity(tmp_path, one, identity(now))
+            assert words in str(error.value)
 
 
 PAIRS = {  # from any ranks, EP size and ZeRO stage to any other; `make resume` goes through all
