@@ -87,12 +87,12 @@ def runs(setting):
                 config_of(setting, "gemoe", alone),
                 config_of(setting, "top_k", alone),
                 config_of(setting, "top_k", Cut(1, 1, zero=0)),
-                config_of(setting, "gemoe", alone, "ungrouped-1", **ungrouped, train__steps=1),
+                config_of(setting, "gemoe", alone, "ungrouped-1", **ungrouped, train__steps=2),
                 config_of(setting, "gemoe", alone, "cut", train__steps=2),
             ],
             2: [
                 config_of(setting, "gemoe", together),
-                config_of(setting, "gemoe", together, "ungrouped-2", **ungrouped, train__steps=1),
+                config_of(setting, "gemoe", together, "ungrouped-2", **ungrouped, train__steps=2),
                 config_of(setting, "gemoe", together, "cut", resume="auto"),
             ],
         }

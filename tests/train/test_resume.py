@@ -148,7 +148,7 @@ def test_another_micro_batch_is_refused_where_it_would_change_the_run(
 
     def identity(sizes: tuple[int, int | None]) -> dict[str, Any]:
         train = {"micro_batch_size": sizes[0], "auxiliary_batch_size": sizes[1]}
-        train |= {"steps": 1, "global_batch_size": 4}
+        train |= {"steps": 2, "global_batch_size": 4}
         return run_identity(
             make_config(setting, tmp_path, model__router=router, train=train), 1, "data", {}
         )
