@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,21 @@ class Checkpoint:
             with _opened(self.folder / name) as file:
                 for key in some:
                     yield key, file.get_tensor(key)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads one of them; the files stay open until the end."""
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+
+            def read_one(key: str) -> Tensor:
+                name = self.manifest["tensors"][key]["file"]
+                if name not in opened:
+                    opened[name] = stack.enter_context(_opened(self.folder / name))
+                found: Tensor = opened[name].get_tensor(key)
+                return found
+
+            yield read_one
 
     def keys(self, kind: str) -> set[str]:
         return {k for k, e in self.manifest["tensors"].items() if e["file"].startswith(kind)}
@@ -149,20 +166,47 @@ def read(folder: Path) -> Checkpoint:
         ) from error
 
 
+def readers(entries: Mapping[str, dict[str, Any]], count: int) -> dict[str, int]:
+    """Which of `count` reads each tensor of a manifest: equal parts of the bytes, file by file."""
+    order = [key for _, keys in sorted(_by_file(entries).items()) for key in keys]
+    sizes = [_num_bytes(entries[key]) for key in order]
+    total, before, found = max(sum(sizes), 1), 0, {}
+    for key, size in zip(order, sizes, strict=True):
+        found[key] = min((2 * before + size) * count // (2 * total), count - 1)
+        before += size
+    return found
+
+
+def _by_file(entries: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in sorted(entries):
+        found.setdefault(entries[key]["file"], []).append(key)
+    return found
+
+
+def _num_bytes(entry: dict[str, Any]) -> int:
+    """Of a tensor; of one that is described wrongly, any number."""
+    dtype = getattr(torch, str(entry["dtype"]), None)
+    sizes = [size for size in entry["shape"] if isinstance(size, int)]
+    return math.prod(sizes) * getattr(dtype, "itemsize", 1)
+
+
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     """Check every tensor's shape, dtype and bytes; CheckpointError names the first that is wrong.
 
-    With `share` = (rank, ranks) only this rank's part of the files is read.
+    With `share` = (rank, ranks) only this rank's part of the bytes is read.
     """
     found = read(folder)
-    files = sorted({entry["file"] for entry in found.manifest["tensors"].values()})
-    for name in files[share[0] :: share[1]]:
-        expected = {k: e for k, e in found.manifest["tensors"].items() if e["file"] == name}
+    tensors, files = found.manifest["tensors"], _by_file(found.manifest["tensors"])
+    mine = {key for key, reader in readers(tensors, share[1]).items() if reader == share[0]}
+    for name, keys in files.items():
+        if mine.isdisjoint(keys):
+            continue
         with _opened(folder / name) as file:
-            if set(file.keys()) != set(expected):
+            if set(file.keys()) != set(keys):
                 raise CheckpointError(f"{folder}: {name} holds other tensors than {MANIFEST} says")
-            for key, entry in expected.items():
-                if describe({key: file.get_tensor(key)}, name)[key] != entry:
+            for key in mine.intersection(keys):
+                if describe({key: file.get_tensor(key)}, name)[key] != tensors[key]:
                     raise CheckpointError(
                         f"{folder}: {name} is damaged (checksum of {key}); use another checkpoint"
                     )
@@ -216,15 +260,14 @@ def newest(run: Path) -> Path:
 
 
 def commit(temporary: Path, final: Path, keep: int, *, is_best: bool = False) -> None:
-    """Make a filled folder the newest checkpoint, then delete what is too old.
+    """Make a filled folder that has been verified the newest checkpoint, then delete what is too
+    old.
 
     Renamed after everything in it is on disk, so that a crash at any point leaves either nothing
-    or a whole checkpoint; `latest` moves after that. Older ones go only once the new one has been
-    read back and found whole: whatever happens, one valid checkpoint stays.
+    or a whole checkpoint; `latest` moves after that.
     """
     root = final.parent
     commit_folder(temporary, final)
-    verify(final)
     write_text(root / LATEST, final.name)
     fsync_path(root)
     if is_best:

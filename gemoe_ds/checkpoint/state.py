@@ -6,7 +6,8 @@ so a run goes on with any other. The folder itself is manifest.py's, writing it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +73,22 @@ def load_trained_weights(model: MoEModel, folder: Path) -> None:
         into.copy_(tensor)
 
 
-def load_optimizer_state(engine: Engine, model: MoEModel, checkpoint: Checkpoint) -> None:
+def load_optimizer_state(
+    engine: Engine, model: MoEModel, checkpoint: Checkpoint, world: World
+) -> None:
     """Adam's moments, its count of updates and the schedule; the weights are there already.
 
-    Checks by value that the engine has kept the weights that were loaded. Collective.
+    Checks by checksum that the engine has kept the weights that were loaded. Collective.
     """
-    wanted = {p.key: p for _, some in by_parameter(model) for p in some}
-    stored = dict(checkpoint.tensors(WEIGHTS, set(wanted)))
-    for parameter, some in by_parameter(model):
-        value = full_value(parameter).cpu()
-        for piece in some:
-            if not torch.equal(piece.of(value), stored[piece.key]):
-                raise CheckpointError(f"{checkpoint.folder}: the engine holds another {piece.key}")
-    keys = {f"{moment}/{key}" for moment in MOMENTS for key in wanted}
-    missing = sorted(keys - checkpoint.keys(ADAM))
+    _check_engine(model, checkpoint, world)
+    wanted = [p.key for _, some in by_parameter(model) for p in some]
+    missing = {f"{moment}/{key}" for moment in MOMENTS for key in wanted} - checkpoint.keys(ADAM)
     if missing:
-        raise CheckpointError(f"{checkpoint.folder}: no {missing[0]} there; use another checkpoint")
-    set_moments(engine, _moments(model, dict(checkpoint.tensors(ADAM, keys))), checkpoint.updates)
+        raise CheckpointError(
+            f"{checkpoint.folder}: no {min(missing)} there; use another checkpoint"
+        )
+    with checkpoint.reading() as read:
+        set_moments(engine, _moments(model, read), checkpoint.updates)
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = checkpoint.updates
     for group, base, factor in zip(
@@ -99,12 +99,28 @@ def load_optimizer_state(engine: Engine, model: MoEModel, checkpoint: Checkpoint
     engine.skipped_steps = engine.global_steps - checkpoint.updates
 
 
+def _check_engine(model: MoEModel, checkpoint: Checkpoint, world: World) -> None:
+    """Of the ranks that hold a piece each looks at a part of them; all raise. Collective."""
+    entries, wrong = checkpoint.manifest["tensors"], None
+    copies, number = world.size // model.shard.num_ranks, world.rank // model.shard.num_ranks
+    for parameter, some in by_parameter(model):
+        value = full_value(parameter)
+        every, mine = (world.size, world.rank) if some[0].index is None else (copies, number)
+        for piece in some:
+            if zlib.crc32(piece.key.encode()) % every == mine:
+                found = manifest.sha256(piece.of(value).to("cpu", torch.float32))
+                wrong = wrong or (piece.key if found != entries[piece.key]["sha256"] else None)
+    for key in filter(None, gather_objects(wrong)):
+        raise CheckpointError(f"{checkpoint.folder}: the engine holds another {key}")
+
+
 def _moments(
-    model: MoEModel, stored: dict[str, Tensor]
+    model: MoEModel, read: Callable[[str], Tensor]
 ) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    """One after the other, as they are read."""
     for parameter, some in by_parameter(model):
         for moment in MOMENTS:
-            yield parameter, moment, _joined([stored[f"{moment}/{p.key}"] for p in some], some)
+            yield parameter, moment, _joined([read(f"{moment}/{p.key}") for p in some], some)
 
 
 def _joined(tensors: list[Tensor], some: list[StateShard]) -> Tensor:

@@ -1,9 +1,9 @@
 """Saves checkpoints while training goes on.
 
 `save` copies what this rank owns to host memory (all that training waits for) and leaves the
-writing to a thread. Each rank writes its own files and then a note of what is in them; the first
-rank waits for all notes, joins them to the manifest and commits. The threads use no collectives:
-those stay in one order, the trainer's.
+writing to a thread. Each rank writes its own files and then a note of what is in them; what
+follows until all of them are a checkpoint is commit.py's. The threads use no collectives: those
+stay in one order, the trainer's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds.checkpoint import manifest
+from gemoe_ds.checkpoint.commit import Stages, check_part, commit_parts, note_of
 from gemoe_ds.checkpoint.manifest import ADAM, WEIGHTS
 from gemoe_ds.checkpoint.shards import by_parameter
 from gemoe_ds.engine.world import World, gather_objects
@@ -29,7 +30,6 @@ from gemoe_ds.files import fsync_path, write_text
 from gemoe_ds.models.moe_model import MoEModel
 
 SHARD_BYTES = 2**30  # of replicated weights that one rank writes before it is the next one's turn
-VISIBLE_SECONDS = 120.0  # for a shared file system to show what another rank has written
 
 
 class Saver:
@@ -53,8 +53,9 @@ class Saver:
         self._place = _place(self.root)
         self.last: Path | None = None
         self._writing: _Job | None = None
+        self._checking: _Job | None = None
         self._committing: _Job | None = None
-        self._cancel, self._all_written = threading.Event(), threading.Event()
+        self._stages = Stages()
         self._owners = owners(model, world)
         self._token = gather_objects(secrets.token_hex(4))[0]
 
@@ -85,21 +86,18 @@ class Saver:
             "identity": self.identity,
         }
         self.last = final
-        self._cancel.clear()
-        self._all_written.clear()
-        if self.world.rank in self._owners.ranks:
-            self._writing = _Job(lambda: self._write(temporary, weights, adam))
+        self._stages = stages = Stages()
+        writers = sorted(self._owners.ranks)
+        if self.world.rank in writers:
+            self._writing = writing = _Job(lambda: self._write(temporary, weights, adam))
+            share = writers.index(self.world.rank), len(writers)
+            self._checking = _Job(
+                lambda: None if writing.join() else check_part(temporary, share, stages)
+            )
         if self.world.is_first:
             self._committing = _Job(
                 lambda: commit_parts(
-                    temporary,
-                    final,
-                    self._owners.ranks,
-                    header,
-                    self.keep,
-                    is_best=is_best,
-                    all_written=self._all_written,
-                    cancel=self._cancel,
+                    temporary, final, writers, header, self.keep, is_best=is_best, stages=stages
                 )
             )
 
@@ -117,26 +115,30 @@ class Saver:
         if self.last is None:
             return None
         self._raise_together(self._writing)
-        self._all_written.set()
+        self._stages.all_written.set()
+        self._raise_together(self._checking)
+        self._stages.all_checked.set()
         self._raise_together(self._committing)
-        self._writing = self._committing = None
+        self._writing = self._checking = self._committing = None
         return self.last
 
     def _raise_together(self, job: _Job | None) -> None:
         failures = [f for f in gather_objects(job.join() if job else None) if f]
         if failures:
-            self._cancel.set()
-            if self._committing:
-                self._committing.join()
-            self.last = self._writing = self._committing = None
+            self._stages.cancel.set()
+            for other in (self._checking, self._committing):
+                if other:
+                    other.join()
+            self.last = self._writing = self._checking = self._committing = None
             if self.world.is_first:
                 manifest.clean(self.root.parent)
             raise CheckpointError(failures[0])
 
     def finish_alone(self) -> None:
         """On the way out after an error: let a save under way end, without the other ranks."""
-        if self._writing and self._writing.join(timeout=30.0):
-            self._cancel.set()  # what this rank could not write will never be whole
+        for job in (self._writing, self._checking):
+            if job and job.join(timeout=30.0):
+                self._stages.cancel.set()  # what this rank could not write will never be whole
         if self._committing:
             self._committing.join(timeout=30.0)
 
@@ -170,43 +172,7 @@ def write_part(
             save_file(tensors, temporary / name)
             fsync_path(temporary / name)
             entries |= manifest.describe(tensors, name)
-    write_text(temporary / _note(rank), json.dumps(entries, indent=1))
-
-
-def commit_parts(
-    temporary: Path,
-    final: Path,
-    ranks: Iterable[int],
-    header: dict[str, Any],
-    keep: int,
-    *,
-    is_best: bool = False,
-    all_written: threading.Event,
-    cancel: threading.Event,
-) -> None:
-    """Wait for the notes of `ranks`, join them to the manifest, and commit.
-
-    Other ranks may be slow; but once `all_written` is set their notes must appear. `cancel` ends
-    the wait without a checkpoint.
-    """
-    notes = [temporary / _note(rank) for rank in sorted(ranks)]
-    waited = 0.0
-    while missing := [note for note in notes if not note.exists()]:
-        if cancel.wait(0.02):
-            return
-        waited += 0.02 if all_written.is_set() else 0.0
-        if waited > VISIBLE_SECONDS:
-            raise OSError(
-                f"{missing[0].name} of another rank does not appear: every rank must see the "
-                "same output_dir; put it on a shared file system"
-            )
-    tensors: dict[str, Any] = {}
-    for note in notes:
-        tensors |= json.loads(note.read_text(encoding="utf-8"))
-        note.unlink()
-    content = header | {"tensors": tensors}
-    write_text(temporary / manifest.MANIFEST, json.dumps(content, indent=1))
-    manifest.commit(temporary, final, keep, is_best=is_best)
+    write_text(temporary / note_of(rank), json.dumps(entries, indent=1))
 
 
 @dataclass(frozen=True)
@@ -271,7 +237,3 @@ def _place(folder: Path) -> tuple[int, int] | None:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _note(rank: int) -> str:
-    return f".rank-{rank:05d}.json"

@@ -35,7 +35,7 @@ from gemoe_ds.train.metric_writers import MetricsLog, MetricWriter, open_writers
 from gemoe_ds.train.prepare import BEFORE, Prepared, prepare, say
 from gemoe_ds.train.profiling import forget_peak
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
-from gemoe_ds.train.sample_log import SampleLog, forget_after
+from gemoe_ds.train.sample_log import SampleLog, adopt_old_name, forget_after
 from gemoe_ds.train.saving import Saving
 from gemoe_ds.train.trainer import Trainer
 from gemoe_ds.train.untouched import not_compared
@@ -121,7 +121,7 @@ def resume(run: Prepared, model: MoEModel, checkpoint: Checkpoint | None) -> Eng
     with run.timer("engine"):
         engine = initialize(model, config, world)
         if checkpoint:
-            state.load_optimizer_state(engine, model, checkpoint)
+            state.load_optimizer_state(engine, model, checkpoint, world)
     stop_together(run.stop, world, BEFORE)
     say(world, group_summary(model, config.optim))
     if checkpoint:
@@ -159,7 +159,8 @@ def fit(
         writers = _open_output(config, output, start_step) if world.is_first else []
         run.bad_samples.keep_in(output if world.is_first else None, start_step)
         run.bad_samples.check()
-        gather_objects(None)  # the sample log's files stay as they are from here on
+        gather_objects(None)  # the folder is as the run goes on from it
+        forget_after(output, start_step, (world.rank, world.size))
         logs = [SampleLog(output, world.rank)] if config.monitor.sample_log else []
     saver = _saver(run, model, engine, identity)
     best = best_of(config, run.hooks) if config.checkpoint.keep_best else None
@@ -241,7 +242,7 @@ def _open_output(config: RunConfig, output: Path, start_step: int) -> list[Metri
     manifest.clean(output)
     for folder in manifest.set_aside(output, start_step):
         print(f"set aside: {folder}, from after step {start_step}", flush=True)
-    forget_after(output, start_step)
+    adopt_old_name(output)
     return open_writers(config, output, start_step)
 
 

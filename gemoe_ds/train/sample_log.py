@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.errors import writing_to
+from gemoe_ds.files import write_text
 from gemoe_ds.train.hooks import Hook, Training
 
 FOLDER = "sample_log"
@@ -42,13 +43,25 @@ class SampleLog(Hook):
         self._file.close()
 
 
-def forget_after(output: Path, step: int) -> None:
-    """Drop what a lost stretch of the run has written after `step`; adopt a log of old name."""
+def adopt_old_name(output: Path) -> None:
+    """Go on in the log of the version before."""
     if (output / _OLD_FOLDER).is_dir() and not (output / FOLDER).exists():
         (output / _OLD_FOLDER).rename(output / FOLDER)
-    for path in (output / FOLDER).glob("rank-*.jsonl"):
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+
+
+def forget_after(output: Path, step: int, share: tuple[int, int] = (0, 1)) -> None:
+    """Drop what a lost stretch of the run has written after `step`, file by file: a crash leaves
+    each as it was or as it will be.
+
+    With `share` = (rank, ranks) only this rank's own file, and its part of those that no rank has.
+    """
+    for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
+        if int(path.stem.removeprefix("rank-")) % share[1] != share[0]:
+            continue
+        text = path.read_text(encoding="utf-8")
+        kept = "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step)
+        if kept != text:
+            write_text(path, kept)
 
 
 def read_sample_log(output: Path) -> dict[int, list[str]]:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from gemoe_ds.checkpoint import manifest
+from gemoe_ds.checkpoint.commit import Stages, check_part, commit_parts
 from gemoe_ds.checkpoint.manifest import candidates, clean, find, set_aside, verify
-from gemoe_ds.checkpoint.writer import commit_parts, write_part
+from gemoe_ds.checkpoint.writer import write_part
 from gemoe_ds.errors import CheckpointError
 
 RANKS = (0, 1)
@@ -38,9 +39,24 @@ def save(output: Path, step: int, keep: int = 2, size: int = 50, spoil: bool = F
         )
     if spoil:
         spoil_file(temporary / "weights-00001.safetensors")
-    events = {"all_written": threading.Event(), "cancel": threading.Event()}
     header = {"schema": manifest.SCHEMA, "step": step, "updates": step, "identity": {"seed": 0}}
-    commit_parts(temporary, final, RANKS, header, keep, **events)
+    stages, failures = Stages(), []
+
+    def check(number: int) -> None:
+        try:
+            check_part(temporary, (number, len(RANKS)), stages)
+        except CheckpointError as error:
+            failures.append(error)
+            stages.cancel.set()
+
+    checks = [threading.Thread(target=check, args=(n,)) for n in range(len(RANKS))]
+    for thread in checks:
+        thread.start()
+    commit_parts(temporary, final, RANKS, header, keep, stages=stages)
+    for thread in checks:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def spoil_file(path: Path) -> None:
@@ -138,7 +154,7 @@ def test_old_ones_go_and_the_order_is_by_number(tmp_path):
 def test_a_save_that_turns_out_damaged_deletes_nothing(output):
     with pytest.raises(CheckpointError, match="weights-00001"):
         save(output, 9, keep=1, spoil=True)
-    assert [p.name for p in candidates(output)][1:] == ["step-000006", "step-000003"]
+    assert [p.name for p in candidates(output)] == ["step-000006", "step-000003"]
     assert (output / "checkpoints/latest").read_text() == "step-000006"
     found, _ = find("auto", output, {})
     assert found is not None and found.step == 6
