@@ -103,6 +103,9 @@ def megatron_layer(problem: Problem, trainable: bool) -> nn.Module:
     if not state.model_parallel_is_initialized():
         state.initialize_model_parallel()
         seeds.model_parallel_cuda_manual_seed(0)
+    utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None  # 0.16.1 asks for it where there is no Transformer Engine, too
     grouped = bool(engine.HAVE_TE)
     config = configs.TransformerConfig(
         num_layers=1,
