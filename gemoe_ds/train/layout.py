@@ -152,14 +152,15 @@ def _row(
     k = of.routing.top_k
     inside = ep_size <= GPUS_OF_A_HOST
     experts = sum(b.gate_up_EGD.numel() + b.down_EDF.numel() for b in blocks)
+    others = num_parameters - experts
     machine = h100(2.0 * layer.d_model * layer.num_experts, inside_host=inside)
     moe = machine.seconds(layer, round(tokens), k, ep_size, mode)
-    dense = 4.0 * (num_parameters - experts) * tokens / (PEAK * EFFICIENCY)
+    dense = 4.0 * others * tokens / (PEAK * EFFICIENCY)
     rows = len(blocks) * TRIPS[mode] * layer.bytes(round(tokens), k, ep_size) * (ep_size > 1)
-    trained = {"routers": sum(2 * b.gate_ED.numel() for b in blocks)}.get(
-        config.model.trainable, num_parameters - experts + experts // ep_size
-    )
-    gradients = 8.0 * trained * (num_ranks - 1) / num_ranks
+    routers = sum(2 * b.gate_ED.numel() for b in blocks)  # with predictors, roughly
+    mine = experts // ep_size
+    trained = {"routers": routers, "experts": routers + mine, "all": others + mine}
+    gradients = 8.0 * trained[config.model.trainable] * (num_ranks - 1) / num_ranks
     across = num_ranks > GPUS_OF_A_HOST
     link = (INFINIBAND if across else NVLINK) * LINK_EFFICIENCY
     seconds = len(blocks) * moe + dense + gradients / link + across * ALPHA_NETWORK
