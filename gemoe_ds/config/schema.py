@@ -113,11 +113,18 @@ class OptimConfig(ConfigModel):
 
 
 class ParallelConfig(ConfigModel):
-    ep_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    ep_size: int | Literal["auto"] = Field(
         1,
         description="expert-parallel ranks: this many share one copy of the experts; auto: as few "
         "as fit into memory, inside a host",
     )
+
+    @field_validator("ep_size", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: object) -> object:
+        if value != AUTO and (type(value) is not int or value < 1):
+            raise ConfigError(f"{value!r} should be a whole number from 1 on, or 'auto'")
+        return value
 
 
 class CheckpointConfig(ConfigModel):

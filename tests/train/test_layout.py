@@ -8,6 +8,7 @@ import yaml
 from gemoe_ds.cli.train import main
 from gemoe_ds.config.deepspeed import check_deepspeed
 from gemoe_ds.config.load import config_from_dict
+from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.cost.layer_time import Layer
 from gemoe_ds.train import layout
 from gemoe_ds.train.run import train
@@ -48,6 +49,12 @@ def config_of(**changes):
     }
     tree["model"] |= changes
     return config_from_dict(tree)
+
+
+@pytest.mark.parametrize("value", ["many", 0, 2.5, None, True])
+def test_what_no_number_of_ranks_is(value):
+    with pytest.raises(ConfigError, match="parallel.ep_size: .* whole number from 1 on, or 'auto'"):
+        make_config(dict.fromkeys(("hf", "data", "tokenizer"), "x"), "out", parallel__ep_size=value)
 
 
 def test_deepspeed_auto_says_what_it_takes():
