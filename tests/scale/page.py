@@ -94,13 +94,7 @@ _MS = ("groups", "engine", "moments", "step")
 
 def _reading(part: dict[str, Any]) -> str:
     rows = [
-        (
-            r["backbone"],
-            r["hosts"],
-            f"{r['folder_bytes'] / 1e9:.1f}",
-            f"{r['read']:.3f}",
-            r["hosts"],
-        )
+        (r["backbone"], r["hosts"], f"{r['folder_bytes'] / 1e9:.1f}", f"{r['read']:.3f}")
         for r in part["rows"]
     ]
     head = ("backbone", "hosts of 8 ranks", "folder, GB", "bytes read, of it")
