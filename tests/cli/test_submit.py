@@ -84,7 +84,11 @@ def test_the_scripts_wait_for_the_requeue_code():
     "arguments, words",
     [
         ([RECIPE, "--nodes", "2", "--hosts", "a"], "--hosts names 1 hosts and --nodes is 2"),
-        ([RECIPE, "--nodes", "1", "--ranks-per-node", "3"], "parallel.ep_size=8 does not divide"),
+        (
+            [RECIPE, "--nodes", "1", "--ranks-per-node", "3", "parallel.ep_size=8"],
+            "parallel.ep_size=8 does not divide",
+        ),
+        ([RECIPE, "--nodes", "1", "--ranks-per-node", "3"], "is not a multiple of"),
         ([RECIPE, "--nodes", "4", "--launcher", "mpirun"], "on 4 nodes needs --hosts"),
         ([RECIPE, "--hosts", "a"], "SLURM chooses them"),
         ([RECIPE, "--nodes", "4"], "no such file or folder"),

@@ -92,7 +92,7 @@ def stored_bytes(folder: Path) -> int:
     "name, hosts, train, dtype, ep_size",
     [
         ("olmoe", "aabb", "routers", "bfloat16", 2),
-        ("qwen3_vl_moe", "aaab", "all", "float32", 4),
+        pytest.param("qwen3_vl_moe", "aaab", "all", "float32", 4, marks=pytest.mark.slow),
         ("deepseek_vl2", "abab", "experts", "bfloat16", 1),
         ("molmoe", "abcd", "routers", "float32", 2),
     ],
