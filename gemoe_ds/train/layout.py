@@ -115,14 +115,14 @@ def print_layouts(config: RunConfig, num_ranks: int, gpu_gib: float | None = Non
     tokens = float(cut_of(checked.lengths, config).length_N.mean()) * config.train.micro_batch_size
     gpu = torch.device("cuda")
     free = (gpu_gib or _present_gib()) * GIB
+    num_parameters = sum(p.numel() for p in hf.parameters())
     rows = []
     for ep_size in _sizes(blocks, num_ranks, min(num_ranks, 8 * GPUS_OF_A_HOST)):
         for stage in _STAGES:
             laid = config.with_ep_size(ep_size).with_deepspeed(stage)
             expected = estimate(laid, samples, num_ranks, gpu, checked)
-            needed = needed_beside(expected, 1) + sum(expected.beside.values())
-            rest = sum(p.numel() for p in hf.parameters())
-            rows.append(_row(laid, stage, needed, blocks, rest, tokens, num_ranks))
+            needed = expected.total + sum(expected.beside.values())
+            rows.append(_row(laid, stage, needed, blocks, num_parameters, tokens, num_ranks))
     taken = _taken(config, rows, free)
     chosen = config.with_ep_size(taken.ep_size)
     print(estimate(chosen, samples, num_ranks, gpu, checked))

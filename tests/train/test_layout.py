@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -109,6 +111,9 @@ def test_estimate_shows_every_way(tmp_path, capsys, ep_size, gib, taken, said):
     ]
     (row,) = (row for row in rows if row[-1] == "taken")
     assert row[:2] == [str(taken), "zero0"] and said in out
+    said_of = re.search(r"one rank: (\S+) GiB[^$]*context (\S+), NCCL's buffers (\S+)\n", out)
+    parts = map(float, said_of.groups())
+    assert float(row[2]) == pytest.approx(sum(parts), abs=0.02), "each is counted once"
     assert all(float(row[4]) == 0 for row in rows if row[0] == "1"), "nothing to exchange"
 
 
