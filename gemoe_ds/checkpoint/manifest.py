@@ -169,7 +169,7 @@ def read(folder: Path) -> Checkpoint:
 def readers(entries: Mapping[str, dict[str, Any]], count: int) -> dict[str, int]:
     """Which of `count` reads each tensor of a manifest: equal parts of the bytes, file by file."""
     order = [key for _, keys in sorted(_by_file(entries).items()) for key in keys]
-    sizes = [_num_bytes(entries[key]) for key in order]
+    sizes = [num_bytes(entries[key]) for key in order]
     total, before, found = max(sum(sizes), 1), 0, {}
     for key, size in zip(order, sizes, strict=True):
         found[key] = min((2 * before + size) * count // (2 * total), count - 1)
@@ -184,7 +184,7 @@ def _by_file(entries: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-def _num_bytes(entry: dict[str, Any]) -> int:
+def num_bytes(entry: dict[str, Any]) -> int:
     """Of a tensor; of one that is described wrongly, any number."""
     dtype = getattr(torch, str(entry["dtype"]), None)
     sizes = [size for size in entry["shape"] if isinstance(size, int)]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from gemoe_ds.models.moe_model import MoEModel
@@ -66,20 +65,16 @@ def all_keys(model: MoEModel) -> set[str]:
     return keys
 
 
-def stacked(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Stored tensors -> parameters by name, the experts of a layer stacked in order."""
-    whole: dict[str, Tensor] = {}
-    experts: dict[str, dict[int, Tensor]] = {}
-    for key, tensor in tensors:
-        match = _EXPERT_KEY.match(key)
-        if match is None:
-            whole[key] = tensor
-        else:
+def pieces_of(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The keys of each parameter, by its name; those of a layer's experts in their order."""
+    numbered: dict[str, dict[int, str]] = {}
+    for key in sorted(keys):
+        if match := _EXPERT_KEY.match(key):
             path, number, stem, shape = match.groups()
-            experts.setdefault(f"{path}.{stem}_E{shape}", {})[int(number)] = tensor
-    for name, by_number in experts.items():
-        whole[name] = torch.stack([by_number[i] for i in range(len(by_number))])
-    return whole
+            numbered.setdefault(f"{path}.{stem}_E{shape}", {})[int(number)] = key
+        else:
+            numbered[key] = {0: key}
+    return {name: [some[n] for n in range(len(some))] for name, some in numbered.items()}
 
 
 def by_parameter(model: MoEModel) -> Iterator[tuple[nn.Parameter, list[StateShard]]]:

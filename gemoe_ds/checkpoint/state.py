@@ -7,7 +7,8 @@ so a run goes on with any other. The folder itself is manifest.py's, writing it 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from gemoe_ds.checkpoint.manifest import (
     WEIGHTS,
     Checkpoint,
 )
-from gemoe_ds.checkpoint.shards import StateShard, all_keys, by_parameter, stacked
+from gemoe_ds.checkpoint.reading import TrainedTensors, read_together
+from gemoe_ds.checkpoint.shards import StateShard, all_keys, by_parameter
+from gemoe_ds.engine.read_once import peers_by
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.engine.zero import MOMENTS, Engine, full_value, set_moments
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.allocator import ALONE, Peers
 from gemoe_ds.models.moe_model import MoEModel
 
 
@@ -51,26 +55,44 @@ def find_together(
     return manifest.find(resume, output, identity, check, folders)
 
 
-def load_trained(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, float32 on the CPU, by name; experts stacked."""
-    return stacked(manifest.read(folder).tensors(WEIGHTS))
+def load_trained(folder: Path) -> TrainedTensors:
+    """The trained parameters of a checkpoint, each read when it is asked for."""
+    return TrainedTensors(manifest.read(folder))
 
 
 @torch.no_grad()
-def load_trained_weights(model: MoEModel, folder: Path) -> None:
-    """Load the trained parameters into a converted model that is not in an engine yet."""
+def load_trained_weights(model: MoEModel, folder: Path, world: World | None = None) -> None:
+    """Load the trained parameters into a converted model that is not in an engine yet.
+
+    Collective if there is a `world`, whose ranks then read each tensor once.
+    """
     checkpoint = manifest.read(folder)
     _check_keys(model, checkpoint)
-    wanted: dict[str, Tensor] = dict(model.router_state())
-    wanted |= {p.key: p.of(p.parameter) for _, some in by_parameter(model) for p in some}
-    for key, tensor in checkpoint.tensors(WEIGHTS, set(wanted)):
-        into = wanted[key]
-        if into.shape != tensor.shape:
+    pieces = [p for _, some in by_parameter(model) for p in some]
+    rows = {p.key: p.of(p.parameter) for p in pieces if p.index is not None}
+    dense = dict(model.router_state()) | {p.key: p.parameter for p in pieces if p.index is None}
+    for key, into in (dense | rows).items():
+        stored = tuple(checkpoint.manifest["tensors"][key]["shape"])
+        if stored != tuple(into.shape):
             raise CheckpointError(
-                f"{folder} does not fit this model: {key} is {tuple(tensor.shape)} there, "
+                f"{folder} does not fit this model: {key} is {stored} there, "
                 f"{tuple(into.shape)} here"
             )
-        into.copy_(tensor)
+    with _peers(model, world) as peers:
+        for wanted, some in zip((dense, rows), peers, strict=True):
+            tensors = read_together(checkpoint, list(wanted), some)
+            for into, tensor in zip(wanted.values(), tensors, strict=True):
+                into.copy_(tensor)
+
+
+@contextmanager
+def _peers(model: MoEModel, world: World | None) -> Iterator[tuple[Peers, Peers]]:
+    """The ranks that keep the same dense tensors, and the same experts. Collective."""
+    if world is None:
+        yield ALONE, ALONE
+        return
+    with peers_by(None, world) as all_ranks, peers_by(model.shard.rank, world) as copies:
+        yield all_ranks, copies
 
 
 def load_optimizer_state(
@@ -87,8 +109,8 @@ def load_optimizer_state(
         raise CheckpointError(
             f"{checkpoint.folder}: no {min(missing)} there; use another checkpoint"
         )
-    with checkpoint.reading() as read:
-        set_moments(engine, _moments(model, read), checkpoint.updates)
+    with _peers(model, world) as peers:
+        set_moments(engine, _moments(model, checkpoint, peers), checkpoint.updates)
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = checkpoint.updates
     for group, base, factor in zip(
@@ -115,16 +137,23 @@ def _check_engine(model: MoEModel, checkpoint: Checkpoint, world: World) -> None
 
 
 def _moments(
-    model: MoEModel, read: Callable[[str], Tensor]
+    model: MoEModel, checkpoint: Checkpoint, peers: tuple[Peers, Peers]
 ) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
-    """One after the other, as they are read."""
-    for parameter, some in by_parameter(model):
+    """One after the other, as they are read. Collective."""
+    every = list(by_parameter(model))
+    by_kind: list[list[str]] = [[], []]
+    for _, some in every:
+        by_kind[_kind(some)] += [f"{moment}/{p.key}" for moment in MOMENTS for p in some]
+    tensors = [read_together(checkpoint, *of_kind) for of_kind in zip(by_kind, peers, strict=True)]
+    for parameter, some in every:
         for moment in MOMENTS:
-            yield parameter, moment, _joined([read(f"{moment}/{p.key}") for p in some], some)
+            found = [next(tensors[_kind(some)]) for _ in some]
+            yield parameter, moment, torch.stack(found) if _kind(some) else found[0]
 
 
-def _joined(tensors: list[Tensor], some: list[StateShard]) -> Tensor:
-    return tensors[0] if some[0].index is None else torch.stack(tensors)
+def _kind(pieces: list[StateShard]) -> int:
+    """0: a dense parameter; 1: rows of experts."""
+    return int(pieces[0].index is not None)
 
 
 def _check_keys(model: MoEModel, checkpoint: Checkpoint) -> None:

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.checkpoint import manifest
-    from gemoe_ds.checkpoint.shards import stacked
-    from gemoe_ds.checkpoint.state import load_trained_weights
+    from gemoe_ds.checkpoint.state import load_trained, load_trained_weights
     from gemoe_ds.config import load_config
     from gemoe_ds.export.folder import export
     from gemoe_ds.files import check_new
@@ -72,7 +71,7 @@ def _export(arguments: argparse.Namespace) -> None:
     load_trained_weights(model, step)
     export(
         model,
-        stacked(found.tensors(manifest.WEIGHTS)),
+        load_trained(step),
         base=base,
         tokenizer=Path(config.data.tokenizer),
         router=config.model.router.flat(),

@@ -98,6 +98,16 @@ class ReadOnce(HostMemory):
             common.end()
 
 
+@contextmanager
+def peers_by(value: Hashable, world: World) -> Iterator[Peers]:
+    """The ranks that give an equal value, until the end of the block. Collective."""
+    group = _Group.of(list(_alike(gather_objects(value)).values()), world)
+    try:
+        yield group
+    finally:
+        group.end()
+
+
 def _alike(of_ranks: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """The ranks of each value."""
     ranks: dict[Hashable, list[int]] = {}

@@ -77,7 +77,7 @@ class EvalSession:
         top_k = Router.named("top_k")
         self.static = self._on_gates((top_k, top_k.Config())) if arguments.k else []
         if self.checkpoint:
-            load_trained_weights(self.model, self.checkpoint)
+            load_trained_weights(self.model, self.checkpoint, world)
             self.say(f"trained parts from {self.checkpoint}")
         self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
+from gemoe_ds.hf_io.renamed import Renamed
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
 from gemoe_ds.models.images import ImageLayout, SquareImages
 from gemoe_ds.models.moe_model import MoEModel
@@ -25,7 +27,7 @@ from gemoe_ds.models.moe_model import MoEModel
 
 def export(
     model: MoEModel,
-    trained: dict[str, Tensor],
+    trained: Mapping[str, Tensor],
     *,
     base: Path | None,
     tokenizer: Path,
@@ -42,7 +44,7 @@ def export(
     code = code_of(model) if own_code else None
     with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
         trains = model.trainable()  # what does not stays as the base stores it
-        weights = model.stock_tensors({n: t for n, t in trained.items() if n in trains})
+        weights = model.stock_tensors(Renamed(trained, {n: n for n in trained if n in trains}))
         model.backbone.save_trained(model.hf, weights, base, folder)
         if not (folder / INDEX).exists():  # or who takes every *.safetensors takes the routers too
             write_index(folder, {k: t.file.name for k, t in open_stored(folder).items()})

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gemoe_ds.hf_io.safetensors_reader import INDEX
+from gemoe_ds.hf_io.safetensors_reader import INDEX, open_file
 
 _TOKENIZER = ("tokeniz*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
 TOKENIZER = (*_TOKENIZER, "chat_template*", "*.jinja", "*.model", "*.tiktoken")
@@ -35,6 +35,13 @@ def write_index(folder: Path, file_of: Mapping[str, str]) -> None:
     total = sum((folder / name).stat().st_size for name in set(file_of.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def index_files(folder: Path) -> None:
+    """Write the index of a folder whose files are all there, if there are several."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        write_index(folder, {key: file.name for file in files for key in open_file(file)})
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

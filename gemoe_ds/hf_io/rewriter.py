@@ -11,16 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds.hf_io.companions import companions, write_index
-from gemoe_ds.hf_io.key_rules import StoredSlice
+from gemoe_ds.hf_io.key_rules import Shape, StoredSlice
 from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor
 
 
-def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
+def rewrite(
+    weights: Weights, changed: Mapping[str, Tensor], out: Path, share: tuple[int, int] = (0, 1)
+) -> None:
     """The files of the folder of `weights` in `out`, these parameters (whole, by name) replaced.
 
     Whatever is not changed is copied as it is stored; what trained in float32 stays float32.
-    What the folder lacks (`may_lack`) goes into its last file.
+    What the folder lacks (`may_lack`) goes into its last file. With `share` = (rank, ranks) this
+    rank's part of the files is written, and only what these hold is read; once all are there,
+    `index_files` completes the folder.
     """
     assert changed.keys() <= weights.shapes.keys(), changed.keys() - weights.shapes.keys()
     out.mkdir(parents=True, exist_ok=True)
@@ -29,25 +33,26 @@ def rewrite(weights: Weights, changed: Mapping[str, Tensor], out: Path) -> None:
     for piece in (*weights.slices, *weights.tied_copies):
         if piece.name in changed:
             slices.setdefault(piece.key, []).append(piece)
-    added = _added(weights, changed)
+    added = weights.keys.stored_shapes(_lacking(weights, changed))
     files = sorted({stored.file for stored in weights.stored.values()})
     touched = {weights.stored[key].file for key in slices} | ({files[-1]} if added else set())
     # 2. all files but the weights; servers look for weights in the folder itself, not below
     names = {file: "-".join(file.relative_to(weights.folder).parts) for file in files}
-    for path in companions(weights.folder):
+    rank, num_ranks = share
+    for path in companions(weights.folder) if rank == 0 else ():
         shutil.copyfile(path, out / path.name)
     # 3. the weights, one file in memory at a time
-    for file in files:
+    for file in files[rank::num_ranks]:
         if file not in touched:
             shutil.copyfile(file, out / names[file])
             continue
-        tensors = dict(added) if file == files[-1] else {}
+        tensors = _added(weights, changed) if file == files[-1] else {}
         for key, stored in weights.stored.items():
             if stored.file == file:
                 tensors[key] = _replaced(stored, slices.get(key, []), changed)
         save_file(tensors, out / names[file], metadata={"format": "pt"})
     # 4. the index, if there was one
-    if (weights.folder / INDEX).exists():
+    if num_ranks == 1 and (weights.folder / INDEX).exists():
         file_of = {key: names[stored.file] for key, stored in weights.stored.items()}
         write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
 
@@ -64,12 +69,16 @@ def _replaced(
     return tensor
 
 
+def _lacking(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Those that the folder has none of."""
+    there = {piece.name for piece in weights.slices}
+    return {name: weights.shapes[name] for name in changed if name not in there}
+
+
 def _added(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors of the parameters that the folder has none of."""
-    there = {piece.name for piece in weights.slices}
     tensors: dict[str, Tensor] = {}
-    for name in changed.keys() - there:
-        shape = weights.shapes[name]
+    for name, shape in _lacking(weights, changed).items():
         for key, stored_shape in weights.keys.stored_shapes({name: shape}).items():
             tensors.setdefault(key, torch.empty(stored_shape, dtype=changed[name].dtype))
         for piece in weights.keys.of(name, shape):

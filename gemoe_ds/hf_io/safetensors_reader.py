@@ -116,7 +116,7 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise CheckpointError(f"{folder}: {_instead(folder)}")
-        return _open_file(folder / SINGLE)
+        return open_file(folder / SINGLE)
     file_of = _read_index(index)
     names = sorted(set(file_of.values()))
     if SINGLE not in names and (folder / SINGLE).is_file():
@@ -131,7 +131,7 @@ def open_stored(folder: Path) -> dict[str, StoredTensor]:
         )
     stored: dict[str, StoredTensor] = {}
     for name in names:
-        found = _open_file(folder / name)
+        found = open_file(folder / name)
         listed = {key for key, file in file_of.items() if file == name}
         if odd := sorted(listed ^ found.keys()):
             raise CheckpointError(
@@ -213,7 +213,7 @@ def _is_inside(name: str) -> bool:
     return all(part not in ("", ".", "..") and len(part) <= _LONGEST_NAME for part in parts)
 
 
-def _open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -126,14 +126,20 @@ class Backbone(Registered):
             plain.save_pretrained(folder)
 
     def save_trained(
-        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        base: Path | None,
+        folder: Path,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Write `base` with the parameters of `state` (by name of the model as loaded) replaced.
 
-        All others stay as they are stored there. Without a base all must be in `state`.
+        All others stay as they are stored there. Without a base all must be in `state`, and the
+        first rank writes them. With `share` = (rank, ranks) only this rank's files are written.
         """
-        if base is None:
-            self.save_pretrained(model, state, folder)
-        else:
+        if base is not None:
             plain = meta_model(type(model), model.config)
-            rewrite(Weights(base, self.keys, plain, self.may_lack), state, folder)
+            rewrite(Weights(base, self.keys, plain, self.may_lack), state, folder, share)
+        elif share[0] == 0:
+            self.save_pretrained(model, dict(state), folder)

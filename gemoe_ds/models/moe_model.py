@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import LOCAL, WeightAllocator
 from gemoe_ds.hf_io.loader import Weights, materialise
+from gemoe_ds.hf_io.renamed import Renamed
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import convert_blocks
 from gemoe_ds.models.by_source import ce_by_target, sums_by_source
@@ -159,12 +161,12 @@ class MoEModel(nn.Module):
         }
         return {name for name, p in self.named_parameters() if id(p) in added}
 
-    def stock_tensors(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    def stock_tensors(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Of tensors by our names those that the model has as it is loaded, by its names."""
         buffers = self.router_state().keys() - dict(self.named_parameters()).keys()
         own = self.router_only_names() | buffers
         names = {n: n.removeprefix("hf.") for n in trained if n not in own}
-        return {self._stock_names.get(name, name): trained[n] for n, name in names.items()}
+        return Renamed(trained, {self._stock_names.get(s, s): n for n, s in names.items()})
 
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
         """Those of `trainable` of which this rank holds its own experts only: [E_local, ...]."""

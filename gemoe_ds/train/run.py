@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gemoe_ds.checkpoint import manifest, state
 from gemoe_ds.checkpoint.identity import check_identity, run_identity
 from gemoe_ds.checkpoint.manifest import Checkpoint
@@ -23,7 +25,8 @@ from gemoe_ds.engine.malloc import give_back_freed_memory
 from gemoe_ds.engine.read_once import sha256_over_ranks
 from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
 from gemoe_ds.engine.zero import Engine
-from gemoe_ds.errors import ConfigError, writing_to
+from gemoe_ds.errors import CheckpointError, ConfigError, writing_to
+from gemoe_ds.hf_io.companions import index_files
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
 from gemoe_ds.train.checks.base_loss_check import base_loss_check
@@ -117,7 +120,7 @@ def resume(run: Prepared, model: MoEModel, checkpoint: Checkpoint | None) -> Eng
     """The engine, with what the checkpoint holds if there is one. Collective."""
     config, world = run.config, run.world
     if checkpoint:
-        state.load_trained_weights(model, checkpoint.folder)
+        state.load_trained_weights(model, checkpoint.folder, world)
     with run.timer("engine"):
         engine = initialize(model, config, world)
         if checkpoint:
@@ -308,8 +311,16 @@ def _save_pretrained(
     model: MoEModel, checkpoint_dir: Path, base: Path | None, world: World, folder: Path
 ) -> None:
     """From the checkpoint, which is whole whatever the ranks and the ZeRO stage were; in the layout
-    of `base`, where there is one."""
+    of `base`, where there is one. Collective: each rank writes some of the files."""
+    tensors = model.stock_tensors(state.load_trained(checkpoint_dir))
+    problem = None
+    try:
+        model.backbone.save_trained(model.hf, tensors, base, folder, (world.rank, world.size))
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        problem = str(error)
+    for rank, said in enumerate(gather_objects(problem)):
+        if said:
+            raise CheckpointError(f"{folder}: rank {rank} cannot write its part of it: {said}")
     if world.is_first:
-        tensors = model.stock_tensors(state.load_trained(checkpoint_dir))
-        model.backbone.save_trained(model.hf, tensors, base, folder)
-        say(world, f"saved {folder} as a Hugging Face model")
+        index_files(folder)
+    say(world, f"saved {folder} as a Hugging Face model")

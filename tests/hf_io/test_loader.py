@@ -14,6 +14,7 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.companions import index_files
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, swiglu_experts
 from gemoe_ds.hf_io.loader import Target, Weights, materialise
@@ -150,6 +151,38 @@ def test_rewriting_is_reading_backwards(folder, model, tmp_path):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert (out[1] / "config.json").is_file()
+
+
+class Asked(dict):
+    """Which of its tensors somebody has looked at."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 7])
+def test_ranks_that_write_some_of_the_files_each(folder, model, tmp_path, num_ranks):
+    """The same folder as one rank writes; nobody looks at a tensor that is in none of its files."""
+    weights = Weights(folder, KEYS, meta_model(Model, None))
+    changed = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    rewrite(weights, changed, tmp_path / "alone")
+    asked = [Asked(changed) for _ in range(num_ranks)]
+    for rank, tensors in enumerate(asked):
+        rewrite(weights, tensors, tmp_path / "together", (rank, num_ranks))
+    index_files(tmp_path / "together")
+    for path in sorted((tmp_path / "alone").iterdir()):
+        assert path.read_bytes() == (tmp_path / "together" / path.name).read_bytes(), path.name
+    files = sorted({stored.file for stored in weights.stored.values()})
+    for rank, tensors in enumerate(asked):
+        mine = set(files[rank::num_ranks])
+        assert tensors.names == {
+            piece.name for piece in weights.slices if weights.stored[piece.key].file in mine
+        }
 
 
 def test_what_was_not_changed_is_copied(folder, model, tmp_path):

@@ -7,6 +7,8 @@ here: its FFNs have one projection and biases, our experts are SwiGLU.
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -104,15 +106,20 @@ class MoeLlavaBackbone(OwnModelBackbone):
         return tower
 
     def save_trained(
-        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        base: Path | None,
+        folder: Path,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """A base without its tower gets it, under the public names: the folder is whole."""
         assert base is not None
         if not _has_tower(base):
             prefix = "vision_tower."
             tower = {n: p.detach() for n, p in model.named_parameters() if n.startswith(prefix)}
-            state = tower | state
-        super().save_trained(model, state, base, folder)
+            state = ChainMap(state, tower)  # type: ignore[arg-type]  # neither is written to
+        super().save_trained(model, state, base, folder, share)
 
     def image_layout(self, model: HFModel) -> PaddedSquare:
         return PaddedSquare(model.config.vision.image_size)

@@ -7,6 +7,7 @@ is loaded; what a run has trained, exported, is a folder of this family and is l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,19 +146,26 @@ class UpcycledBackbone(LlavaBackbone):
                 )
 
     def save_trained(
-        self, model: nn.Module, state: dict[str, Tensor], base: Path | None, folder: Path
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        base: Path | None,
+        folder: Path,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """`base` may be the dense model, which has no gates: they are the run's, frozen or not."""
         assert base is not None
         if _stored(base) is not None:
-            super().save_trained(model, state, base, folder)
+            super().save_trained(model, state, base, folder, share)
+            return
+        if share[0] != 0:
             return
         gates = {
             f"{path}.gate.weight": layer.router.gate.weight.detach()
             for path, layer in model.named_modules()
             if isinstance(layer, MoELayer)
         }
-        whole = self.load(base, base).state_dict() | gates | state
+        whole = self.load(base, base).state_dict() | gates | dict(state)
         self.save_pretrained(model, whole, folder)
 
 
