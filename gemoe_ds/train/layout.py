@@ -36,6 +36,7 @@ from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.checks.samples import Checked, check_samples
 from gemoe_ds.train.checks.selection import cut_of
 from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
+from gemoe_ds.train.profiling import resident_memory
 
 GIB = 2**30
 GPUS_OF_A_HOST = 8
@@ -61,21 +62,23 @@ def with_ep_size(
             expected = estimate(
                 config.with_ep_size(ep_size), samples, world.size, world.device, checked
             )
-            needed = needed_beside(expected, shared)
+            needed = still_needed(expected, shared, world.device)
             if needed <= free:
                 break
         return ep_size, needed
 
     ep_size, needed = broadcast_from_first(choose, world)
-    why = f"a rank needs {needed / GIB:.2f} GiB, of {free / GIB:.2f} free"
+    why = f"a rank needs {needed / GIB:.2f} GiB more, of {free / GIB:.2f} free"
     fewest = "the fewest that fit" if needed <= free else "the most inside a host, and do not fit"
     return config.with_ep_size(ep_size), f"parallel.ep_size=auto: {ep_size}, {fewest}: {why}"
 
 
-def needed_beside(expected: Estimate, ranks_of_host: int) -> int:
-    """Bytes of a rank, and of what it does not allocate through torch; common memory is shared."""
+def still_needed(expected: Estimate, ranks_of_host: int, device: torch.device) -> int:
+    """Bytes of a rank, and of what it does not allocate through torch, without those that it has
+    already; common memory is shared."""
     shared = expected.common * (ranks_of_host - 1) // ranks_of_host
-    return expected.total - shared + expected.beside.get(CONNECTIONS, 0)
+    held = resident_memory() if device.type == "cpu" else 0
+    return expected.total - shared + expected.beside.get(CONNECTIONS, 0) - held
 
 
 def _blocks(config: RunConfig) -> list[BlockSpec]:

@@ -31,9 +31,9 @@ from gemoe_ds.train.checks.selection import with_epochs_counted
 from gemoe_ds.train.early_stop import best_of
 from gemoe_ds.train.estimate import Estimate, estimate
 from gemoe_ds.train.hooks import Hook, load_hooks
-from gemoe_ds.train.layout import needed_beside, with_ep_size
+from gemoe_ds.train.layout import still_needed, with_ep_size
 from gemoe_ds.train.metric_writers import check_writers
-from gemoe_ds.train.profiling import PhaseTimer, resident_memory
+from gemoe_ds.train.profiling import PhaseTimer
 from gemoe_ds.train.validation import Validation
 
 BEFORE = "before the first step; resume=auto goes on"
@@ -97,8 +97,7 @@ def prepare(
     expected = broadcast_from_first(
         lambda: estimate(config, samples, world.size, world.device, checked), world
     )
-    needed = needed_beside(expected, memory.num_ranks)
-    needed -= resident_memory() if world.device.type == "cpu" else 0  # this process, already
+    needed = still_needed(expected, memory.num_ranks, world.device)
     needed = max(gather_objects(needed))  # so that all ranks come to one verdict
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
     for line in filter(None, [why, memory.note, *check_deepspeed(config, world.size)]):

@@ -21,9 +21,10 @@ from tests.train.resuming import make_config, write_setting
 GIB = 2**30
 
 
-def trained(rank: int, setting: dict, free: int) -> tuple[int, str]:
-    """The number of ranks that the run's recipe has, where so much memory is free."""
-    layout.free_memory = lambda device: free
+def trained(rank: int, setting: dict, free: int, held: int) -> tuple[int, str]:
+    """The number of ranks that the run's recipe has, where so much memory is free, and a process
+    holds so much already."""
+    layout.free_memory, layout.resident_memory = (lambda device: free), (lambda: held)
     output = setting["root"] / f"run {free}"
     config = make_config(
         setting, output, parallel__ep_size="auto", train__steps=2, deepspeed="auto"
@@ -33,10 +34,10 @@ def trained(rank: int, setting: dict, free: int) -> tuple[int, str]:
     return recipe["parallel"]["ep_size"], recipe["deepspeed"]
 
 
-@pytest.mark.parametrize("free, expected", [(100 * GIB, 1), (1, 2)])
-def test_as_few_ranks_share_experts_as_fit(tmp_path, free, expected):
+@pytest.mark.parametrize("free, held, expected", [(100 * GIB, 0, 1), (1, 0, 2), (1, 100 * GIB, 1)])
+def test_as_few_ranks_share_experts_as_fit(tmp_path, free, held, expected):
     """Of two; where none fit the preflight, which knows what is free, has the word."""
-    for ep_size, deepspeed in run_ranks(trained, 2, write_setting(tmp_path), free):
+    for ep_size, deepspeed in run_ranks(trained, 2, write_setting(tmp_path), free, held):
         assert ep_size == expected and deepspeed == "auto"
 
 
