@@ -68,10 +68,18 @@ def test_threads_and_items_are_bounded_too():
 
 
 def test_the_first_is_made_alone_where_no_size_is_known():
-    watched = Watched([40] * 20)
-    items = prefetch(watched, max_bytes=100, expected_bytes=None)
-    watched.take(items, 1)
-    assert watched.most_making == 1
+    watched, went_on = Watched([40] * 20), threading.Event()
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        went_on.wait(0.2 if number == 0 else 0)
+        made.append(number)
+        if number:
+            went_on.set()
+        return number
+
+    items = Prefetch(make, lambda n: 40, num_workers=4, max_items=8, max_bytes=100)
+    assert next(items) == 0 and made[0] == 0, "others would have come before it"
     items.close()
     watched = Watched([40] * 20)
     watched.take(Prefetch(watched.make, lambda n: 40, num_workers=2, max_items=4, max_bytes=80), 12)

@@ -78,22 +78,17 @@ def losses_pile_up_under_recomputation() -> None:
     Router.record, TokenContext.begin = again, keep
 
 
-def a_key_is_left_as_it_was_initialised() -> None:
-    from gemoe_ds.checkpoint import manifest
+def a_weight_is_not_the_stored_one() -> None:
+    from gemoe_ds.checkpoint import state
 
-    whole = manifest.Checkpoint.tensors
+    whole = state.read_together
 
-    def all_but_one(self, kind, keys=None):
-        tensors = list(whole(self, kind, keys))
-        return iter(tensors[1:]) if kind == manifest.WEIGHTS and not all_but_one.done else tensors
+    def one_is_changed(*args):
+        state.read_together = whole
+        *others, last = whole(*args)
+        return [*others, last + 1]
 
-    def once(self, kind, keys=None):
-        result = all_but_one(self, kind, keys)
-        all_but_one.done = True
-        return result
-
-    all_but_one.done = False
-    manifest.Checkpoint.tensors = once
+    state.read_together = one_is_changed
 
 
 def with_fault(rank: int, plant, function, *args):
@@ -135,11 +130,11 @@ def test_parity_sees_it(base, plant, case, kinds):
     assert all(found[kind] > 100 * case.bound for found in by_rank for kind in kinds), by_rank
 
 
-def test_a_key_that_is_not_loaded_stops_the_resume(tmp_path):
+def test_a_weight_that_is_not_the_stored_one_stops_the_resume(tmp_path):
     """Sees it: checkpoint/state.py load_optimizer_state, held by tests/train/test_resume.py."""
     setting, setup = write_setting(tmp_path), Setup(1, 1, 2)
     whole = setup_config(setting, tmp_path / f"whole-routers-{setup}", setup, "routers")
     run_ranks(train_all, 1, [whole])
     _, config = cut_run(setting, setup, setup, "routers")
-    (refused,) = run_ranks(with_fault, 1, a_key_is_left_as_it_was_initialised, train_all, [config])
+    (refused,) = run_ranks(with_fault, 1, a_weight_is_not_the_stored_one, train_all, [config])
     assert refused and f"step-{CUT:06d}: the engine holds another" in refused
