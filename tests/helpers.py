@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -103,12 +103,14 @@ class Forked:
         self._process.join()
 
 
-def run_python(script: str, *arguments: object, timeout: float = 200) -> CompletedProcess[str]:
-    """`python script arguments` to its end."""
+def run_python(
+    script: str, *arguments: object, timeout: float = 200, env: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
+    """`python script arguments` to its end, with `env` beside the environment."""
     words = [script, *map(str, arguments)]
     with TemporaryDirectory() as folder:
         written = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = Forked(words, *written, dict(os.environ))
+        process = Forked(words, *written, {**os.environ, **(env or {})})
         try:
             code = process.wait(timeout)
         finally:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from benchmarks import timing
-from tests.helpers import repository, run_python
+from tests.helpers import run_python
 
 FAST = ["--shape", "demo", "--tokens", "96", "--rounds", "1"]
-
-
-def bench(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks", *flags]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=repository(), env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "bench_cpu.json"
-    done = bench(
-        "--suites", "layer", "stages", "ep", "timeline", "--ep", "2", *FAST, "--out", str(out)
-    )
+    suites = ["layer", "stages", "ep", "timeline", "--ep", "2"]
+    done = run_python("-m", "benchmarks", "--suites", *suites, *FAST, "--out", out)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, json.loads(out.read_text()), done.stdout
 

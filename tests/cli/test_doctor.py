@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.cluster.launches import ranks, write_recipe
-from tests.helpers import free_port, repository
+from tests.helpers import free_port, run_python
 from tests.train.resuming import write_setting
 
 DOCTOR = "launch/doctor.py"
@@ -33,14 +30,7 @@ def test_fit_ranks(setting, tmp_path):
 def alone(recipe, **environment: str) -> list[str]:
     """The error lines of rank 0 of a world that the environment describes."""
     base = {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, DOCTOR, str(recipe)],
-        cwd=repository(),
-        env=os.environ | base | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_python(DOCTOR, recipe, timeout=100, env=base | environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 

@@ -141,7 +141,7 @@ def evaluation(setting, trained, out) -> list[str]:
     """Two settings, of which each takes some seconds."""
     data = setting["root"] / "many"
     if not data.exists():
-        write_data(data, 1000)
+        write_data(data, 600)
     return ["--k", "2", "3", "--data", str(data), "--out", str(out), "--batch", "1"]
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.demo import demo_steps
 from experiments.steps import Bar, Progress, Step, run_steps
-from tests.helpers import repository
+from tests.helpers import repository, run_python
 
 
 def append(output: Path, text: str, code: int = 0) -> tuple[str, ...]:
@@ -147,14 +145,8 @@ def test_every_step_comes_after_what_it_needs_and_has_an_output_of_its_own() -> 
 
 
 def test_listed_commands_name_scripts_and_recipes_that_exist() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.demo", "--list"],
-        cwd=repository(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "deepspeed --num_gpus" in done.stdout
+    done = run_python("-m", "experiments.demo", "--list")
+    assert done.returncode == 0 and "deepspeed --num_gpus" in done.stdout
     for line in done.stdout.splitlines():
         for word in line.split():
             if word.startswith(("launch/", "data_prep/", "experiments/")):

@@ -22,7 +22,7 @@ from gemoe_ds.train import assemble
 from gemoe_ds.train.assemble import build_collator, build_model, meta_collator
 from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.estimate import estimate
-from tests.helpers import repository
+from tests.helpers import repository, run_python
 from tests.train.resuming import make_config, write_setting
 
 
@@ -262,13 +262,13 @@ def test_estimate_for_ranks_that_are_not_here(setting, tmp_path):
     config = make_config(setting, tmp_path / "out", parallel__ep_size=4)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.dump_yaml())
-    command = [sys.executable, repository() / "launch/train.py", recipe, "--estimate"]
-    done = subprocess.run([*command, "8"], capture_output=True, text=True, timeout=200)
+    command = ["launch/train.py", recipe, "--estimate"]
+    done = run_python(*command, 8)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"estimate for one rank: 0.\d+ GiB of GPU memory", done.stdout)
     for ranks, message in (
         ("0", "argument --estimate: 0 is not a number from 1 to"),
         ("6", "does not divide the 6"),
     ):
-        done = subprocess.run([*command, ranks], capture_output=True, text=True, timeout=200)
+        done = run_python(*command, ranks)
         assert done.returncode == 2 and message in done.stderr
