@@ -12,6 +12,9 @@ from gemoe_ds.analysis.paired import Estimate
 from gemoe_ds.analysis.tables import markdown
 
 
+_NAMED = 5  # runs that are missing
+
+
 def render(
     contest: Contest, main: Standings, others: Sequence[Standings], figures: dict[str, str]
 ) -> str:
@@ -142,7 +145,8 @@ def _size(contest: Contest) -> Size:
 
 
 def _trials(contest: Contest) -> Iterator[str]:
-    rows = [name for name, row in contest.grid.rows.items() if row.trains]
+    ran = {m.row for m in contest.measured}
+    rows = [name for name, row in contest.grid.rows.items() if row.trains and name in ran]
     sets = list(dict.fromkeys(m.training for m in contest.measured))
     wanted = [f"{name} {training}" for training in sets for name in rows]
     if missing := [key for key in wanted if key not in contest.tried]:
@@ -181,7 +185,9 @@ def _run(contest: Contest) -> str:
         f"{min(m.date for m in measured)} to {max(m.date for m in measured)}",
     ]
     if contest.missing:
-        lines.append(f"* **{len(contest.missing)} runs are missing**: {_listed(contest.missing)}")
+        names = contest.missing[:_NAMED]
+        more = ", ..." * (len(contest.missing) > _NAMED)
+        lines.append(f"* **{len(contest.missing)} runs are missing**: {_listed(names)}{more}")
     return "\n".join(lines)
 
 
