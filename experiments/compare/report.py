@@ -11,7 +11,6 @@ from experiments.compare.verdict import interval, verdict
 from gemoe_ds.analysis.paired import Estimate
 from gemoe_ds.analysis.tables import markdown
 
-
 _NAMED = 5  # runs that are missing
 
 

@@ -54,6 +54,11 @@ class ModelConfig(ConfigModel):
         "bfloat16",
         description="dtype of activations and frozen weights; trainable weights stay float32",
     )
+    experts_dtype: Literal["float8", "int8", "nf4"] | None = Field(
+        None,
+        description="frozen experts in fewer bits, quantised while they are read: float8, int8 (8 "
+        "bits) or nf4 (4 bits); null: in dtype",
+    )
     gate_gradient: Literal["chosen", "dense"] = Field(
         "chosen", description="dense: gates learn from all experts (DenseMixer), for more time"
     )
@@ -87,6 +92,20 @@ class ModelConfig(ConfigModel):
             raise ConfigError(
                 f"model.checkpoint: model.trainable={self.trainable} starts from pretrained "
                 "weights; give their folder, or model.trainable=all to pretrain from random ones"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_experts_are_frozen(self) -> Self:
+        if self.experts_dtype and self.trainable != "routers":
+            raise ConfigError(
+                f"model.experts_dtype={self.experts_dtype}: experts in few bits cannot train; set "
+                f"it to null, or model.trainable=routers (it is {self.trainable})"
+            )
+        if self.experts_dtype and self.pack_experts:
+            raise ConfigError(
+                f"model.experts_dtype={self.experts_dtype} and model.pack_experts=true: packed "
+                "experts are two more copies in bfloat16; leave one of the two out"
             )
         return self
 

@@ -7,8 +7,8 @@ rewriter.py goes the other way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate, islice, zip_longest
 from pathlib import Path
@@ -44,6 +44,41 @@ class Target:
     def holds(self, piece: StoredSlice) -> bool:
         rows = range(self.first_row, self.first_row + len(self.tensor)) if self.shape else ()
         return piece.row is None or piece.row in rows
+
+    def num_bytes(self, piece: StoredSlice) -> int:
+        """Of what is read for a piece."""
+        return self.view(piece).nbytes
+
+    def view(self, piece: StoredSlice) -> Tensor:
+        """The memory that a piece is read into; the same until it is `done`."""
+        assert piece.row is not None or self.tensor.shape == self.shape, piece
+        return piece.ours(self.tensor.detach(), self.first_row)
+
+    def done(self, piece: StoredSlice) -> None:
+        """Its values are there."""
+
+
+@dataclass(frozen=True)
+class PassedOn(Target):
+    """What is kept in another form: `put(select, values)` gets every piece once it is there.
+
+    `tensor` is on the meta device. `select` finds the piece in whatever begins with the same
+    dimensions.
+    """
+
+    put: Callable[[Callable[[Tensor], Tensor], Tensor], None] = field(kw_only=True)
+    _there: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def num_bytes(self, piece: StoredSlice) -> int:
+        return super().view(piece).nbytes
+
+    def view(self, piece: StoredSlice) -> Tensor:
+        if id(piece) not in self._there:
+            self._there[id(piece)] = torch.empty_like(super().view(piece), device="cpu")
+        return self._there[id(piece)]
+
+    def done(self, piece: StoredSlice) -> None:
+        self.put(lambda tensor: piece.ours(tensor, self.first_row), self._there.pop(id(piece)))
 
 
 class Weights:
@@ -127,7 +162,7 @@ class Weights:
         rank that does. Collective: what is wrong with a weight all ranks raise."""
         slices = [p for p in self.slices if p.name in targets and targets[p.name].holds(p)]
         rows = {n: (t.first_row, len(t.tensor)) for n, t in targets.items() if t.is_some_rows}
-        size_of = {id(p): self._view(p, targets).nbytes for p in slices}
+        size_of = {id(p): targets[p.name].num_bytes(p) for p in slices}
         problem = None
         with memory.sharing(repr(rows)) as sharing:
             received: dict[Peers, list[StoredSlice]] = {
@@ -179,8 +214,10 @@ class Weights:
                         mine.step()
                         if mine.problem and peers.size == 1:
                             return mine.problem
-                    view = self._view(piece, targets)
+                    target = targets[piece.name]
+                    view = target.view(piece)
                     peers.broadcast(view, reader)
+                    target.done(piece)
                     bar.update(view.nbytes)
                     PROGRESS.num_events += 1
         return mine.problem or None
@@ -195,7 +232,7 @@ class Weights:
         self._prefetch(islice(ahead, _AHEAD))
         for piece in slices:
             self._prefetch(islice(ahead, 1))
-            view = self._view(piece, targets)
+            view = targets[piece.name].view(piece)
             self._read_piece(piece, view)
             self._refuse_what_no_weight_is(piece, view)
             yield
@@ -204,12 +241,6 @@ class Weights:
         for piece in slices:
             stored = self.stored[piece.key]
             stored.prefetch(piece.stored_rows(stored.shape))
-
-    @staticmethod
-    def _view(piece: StoredSlice, targets: Mapping[str, Target]) -> Tensor:
-        target = targets[piece.name]
-        assert piece.row is not None or target.tensor.shape == target.shape, piece
-        return piece.ours(target.tensor.detach(), target.first_row)
 
     def _read_piece(self, piece: StoredSlice, view: Tensor) -> None:
         stored = self.stored[piece.key]

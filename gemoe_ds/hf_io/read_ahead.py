@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from gemoe_ds.errors import CheckpointError
 
 _OFTEN = 0.05  # seconds
+_AHEAD = 64  # steps: what is read may wait in memory of its own
 
 
 class ReadAhead:
@@ -29,7 +30,8 @@ class _InThread(ReadAhead):
     def __init__(self, steps: Iterator[None]) -> None:
         super().__init__(steps)
         self.failed: BaseException | None = None
-        self.done, self.ends = threading.Semaphore(0), threading.Event()
+        self.done, self.room = threading.Semaphore(0), threading.Semaphore(_AHEAD)
+        self.ends = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def step(self) -> None:
@@ -38,11 +40,13 @@ class _InThread(ReadAhead):
                 raise self.failed
             if self.problem or not self.thread.is_alive():
                 return
+        self.room.release()
 
     def _run(self) -> None:
         try:
             for _ in self.steps:
                 self.done.release()
+                self.room.acquire()
                 if self.ends.is_set():
                     return
         except CheckpointError as error:
@@ -63,4 +67,5 @@ def reading(steps: Iterator[None], *, ahead: bool) -> Iterator[ReadAhead]:
         yield reader
     finally:
         reader.ends.set()
+        reader.room.release()
         reader.thread.join()

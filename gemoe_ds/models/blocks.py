@@ -140,6 +140,9 @@ class BlockWeights:
         """gate_up_EGD and down_EDF of the experts that this process holds."""
         return block.gate_up_EGD.data, block.down_EDF.data
 
+    def make_experts(self, block: BlockSpec, *, trainable: bool, pack: bool) -> Experts:
+        return Experts(*self.experts(block), trainable=trainable, pack=pack)
+
 
 def convert_blocks(
     blocks: Sequence[BlockSpec],
@@ -167,7 +170,7 @@ def convert_blocks(
         bases.append(base_router(new.spec, gate_ED) if keep_base else None)
     layers = []
     for block, new, base in zip(blocks, routers, bases, strict=True):
-        experts = Experts(*weights.experts(block), trainable=trainable, pack=pack)
+        experts = weights.make_experts(block, trainable=trainable, pack=pack)
         layer = MoELayer(new, experts, make_dispatcher(), ctx, block.shared)
         layer.base = base
         layer.train(block.module.training)

@@ -19,7 +19,7 @@ from gemoe_ds.models.blocks import convert_blocks
 from gemoe_ds.models.by_source import ce_by_target, sums_by_source
 from gemoe_ds.models.distill import Distill, divergence, following
 from gemoe_ds.models.inputs import ModelInputs
-from gemoe_ds.models.shard import ExpertShard, StoredBlocks
+from gemoe_ds.models.shard import ExpertShard, stored_blocks
 from gemoe_ds.moe.context import TEACHER, Rollout, TokenContext
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
@@ -72,6 +72,7 @@ class MoEModel(nn.Module):
         *,
         train: str = "routers",
         dtype: torch.dtype = torch.float32,
+        experts_dtype: str | None = None,
         shard: ExpertShard | None = None,
         recompute: bool = False,
         pack_experts: bool = False,
@@ -94,7 +95,7 @@ class MoEModel(nn.Module):
         # 2. Our layers, with the experts of this rank.
         hf.requires_grad_(train == "all")
         of_experts = torch.float32 if train != "routers" else dtype
-        source = StoredBlocks(model.shard, of_experts, weights, blocks, memory)
+        source = stored_blocks(experts_dtype, model.shard, of_experts, weights, blocks, memory)
         layers = convert_blocks(
             blocks,
             router,

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import WeightAllocator
-from gemoe_ds.hf_io.loader import Target, Weights
+from gemoe_ds.hf_io.loader import PassedOn, Target, Weights
 from gemoe_ds.models.blocks import BlockSpec, BlockWeights
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from gemoe_ds.moe.experts.module import Experts, QuantisedExperts
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,32 @@ class StoredBlocks(BlockWeights):
             tensors.append(mine.to(self.dtype))
         gate_up_EGD, down_EDF = tensors
         return gate_up_EGD, down_EDF
+
+
+class QuantisedBlocks(StoredBlocks):
+    """The same in 8 or 4 bits, one of quantised.FORMATS: never more than a few slices in full."""
+
+    def __init__(self, format_name: str, *of_blocks: Any) -> None:
+        super().__init__(*of_blocks)
+        self.format_name = format_name
+
+    def make_experts(self, block: BlockSpec, *, trainable: bool, pack: bool) -> Experts:
+        assert not (trainable or pack), "config/schema.py refuses it"
+        local = self.shard.local(block.routing.num_experts)
+        made = []
+        for name, whole in zip(block.names[1:], BlockWeights.experts(self, block), strict=True):
+            shape = tuple(whole.shape)
+            if self.weights is None:
+                made.append(QuantisedWeight.of(self.format_name, whole[local]))
+                continue
+            weight = QuantisedWeight(self.format_name, whole[local].shape)
+            full = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+            target = PassedOn(full, shape, local.start, put=weight.put)
+            self.targets[f"{block.path}.{name}"] = target
+            made.append(weight)
+        return QuantisedExperts(*made)
+
+
+def stored_blocks(format_name: str | None, *of_blocks: Any) -> StoredBlocks:
+    """With experts as they train or are stored, or quantised."""
+    return QuantisedBlocks(format_name, *of_blocks) if format_name else StoredBlocks(*of_blocks)

@@ -43,6 +43,7 @@ def build_model(
         (Router.named(router.name), router.config),
         train=config.model.trainable,
         dtype=getattr(torch, config.model.dtype),
+        experts_dtype=config.model.experts_dtype,
         shard=shard,
         recompute=config.model.activation_checkpointing,
         pack_experts=config.model.pack_experts,

@@ -21,6 +21,7 @@ from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.moe.experts.onednn import multiplies_slowly
+from gemoe_ds.moe.experts.quantised import FORMATS
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import collator_of, named_backbone
 from gemoe_ds.train.checks.samples import Checked, check_samples
@@ -193,6 +194,7 @@ def _largest_step(
         train=config.model.trainable,
         recompute=config.model.activation_checkpointing,
         on_gpu=on_gpu,
+        quantised=config.model.experts_dtype is not None,
     )
     return shape, seen, max(batch_bytes(longest), batch_bytes(seen))
 
@@ -261,7 +263,8 @@ def _weights(
     rest = sum(p.numel() for p in hf.parameters()) - experts * ep_size - gates
     of_routers = [p for router in routers for p in router.parameters()]
     trained = sum(p.numel() for p in of_routers if p.requires_grad)
-    frozen = rest * dtype.itemsize + (experts * dtype.itemsize) + gates * WEIGHT  # as they were
+    kept = _frozen_experts(config, blocks, dtype) // ep_size
+    frozen = rest * dtype.itemsize + kept + gates * WEIGHT  # as they were
     if config.model.trainable != "routers":
         trained, frozen = trained + experts, rest * dtype.itemsize
     if config.model.trainable == "all":
@@ -269,7 +272,7 @@ def _weights(
     sharers = num_ranks // (ep_size if config.model.trainable != "routers" else 1)
     parts = num_ranks if stage == 3 else 1
     if config.model.trainable == "routers" and stage == 3:  # frozen experts are never partitioned
-        frozen = rest * dtype.itemsize // parts + experts * dtype.itemsize + gates * WEIGHT
+        frozen = rest * dtype.itemsize // parts + kept + gates * WEIGHT
     states = 2 * MOMENT + (MASTER if stage else 0)
     return {
         "frozen weights": frozen,
@@ -281,6 +284,15 @@ def _weights(
             config, num_ranks, blocks[0].routing.d_model, trained, on_gpu
         ),
     }
+
+
+def _frozen_experts(config: RunConfig, blocks: list[BlockSpec], dtype: torch.dtype) -> int:
+    """Bytes of all of them."""
+    weights = [one for b in blocks for one in (b.gate_up_EGD, b.down_EDF)]
+    if config.model.experts_dtype is None:
+        return sum(one.numel() for one in weights) * dtype.itemsize
+    kept = FORMATS[config.model.experts_dtype]
+    return sum(kept.num_bytes(one.shape[0] * one.shape[1], one.shape[2]) for one in weights)
 
 
 def _kernels(blocks: list[BlockSpec], shape: StepShape) -> int:

@@ -56,6 +56,8 @@ def _forward(
 
 
 def _path(x_ND: Tensor, expert_weights: ExpertWeights) -> ModuleType:
+    if expert_weights.one_by_one:
+        return by_expert
     width = expert_weights.down_EDF.shape[2]
     return path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], width)
 

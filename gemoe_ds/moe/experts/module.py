@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from gemoe_ds.moe.experts.ffn import ragged_ffn
 from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
-from gemoe_ds.moe.experts.weights import ExpertWeights, PackedExpertWeights
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
+from gemoe_ds.moe.experts.weights import (
+    ExpertWeights,
+    PackedExpertWeights,
+    QuantisedExpertWeights,
+)
 from gemoe_ds.moe.plan import RoutingPlan
 
 
@@ -45,6 +50,11 @@ class Experts(nn.Module):
     def num_experts(self) -> int:
         return self.down_EDF.shape[0]
 
+    @property
+    def gate_up_tensors(self) -> tuple[Tensor, ...]:
+        """All that holds the gate and up projections, [E, G, ..]."""
+        return (self.gate_up_EGD,)
+
     def forward(self, x_ND: Tensor, plan: RoutingPlan) -> Tensor:
         """y_ND = sum over a row's assignments of weight * expert(x), in the dtype of `x_ND`.
 
@@ -56,8 +66,11 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:
-            dtype = torch.promote_types(x_ND.dtype, self.gate_up_EGD.dtype)
+            dtype = self._dtype_without_autocast(x_ND)
         return ragged_ffn(x_ND, plan, self._expert_weights(dtype))
+
+    def _dtype_without_autocast(self, x_ND: Tensor) -> torch.dtype:
+        return torch.promote_types(x_ND.dtype, self.gate_up_EGD.dtype)
 
     def _expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
         weights = self.gate_up_EGD, self.down_EDF
@@ -67,3 +80,29 @@ class Experts(nn.Module):
         if packed is None or packed.gate_up_EGD is not weights[0]:  # moved, or given another dtype
             packed = self._packed = PackedExpertWeights(*weights)
         return packed
+
+
+class QuantisedExperts(Experts):
+    """The same with frozen weights in 8 or 4 bits."""
+
+    def __init__(self, gate_up: QuantisedWeight, down: QuantisedWeight) -> None:
+        nn.Module.__init__(self)
+        self.gate_up, self.down, self.pack = gate_up, down, False
+
+    @property
+    def gate_up_EGD(self) -> QuantisedWeight:  # type: ignore[override]
+        return self.gate_up
+
+    @property
+    def down_EDF(self) -> QuantisedWeight:  # type: ignore[override]
+        return self.down
+
+    @property
+    def gate_up_tensors(self) -> tuple[Tensor, ...]:
+        return self.gate_up.codes_EMC, self.gate_up.scales_EMB
+
+    def _dtype_without_autocast(self, x_ND: Tensor) -> torch.dtype:
+        return x_ND.dtype
+
+    def _expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
+        return QuantisedExpertWeights(self.gate_up, self.down, dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemoe_ds.moe.experts import onednn
 from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 
 SMALL_FFN = 1 << 17  # D * F; at 100 rows an expert, products of 0.1 GFLOP
 _FEW_ROWS = 192  # below, the other side is 5 to 15 % faster (bf16, weights of 2048 x 2048)
@@ -35,6 +36,8 @@ class ExpertWeights:
     of the time at 64 rows an expert; `narrow` is then bfloat16, for a row or two.
     """
 
+    one_by_one = False  # whether the weights are there for an expert at a time, not for all
+
     def __init__(
         self,
         gate_up_EGD: Tensor,
@@ -47,18 +50,24 @@ class ExpertWeights:
         self.narrow = None if self.dtype == dtype else dtype
 
     def gate_up(self, rows_nD: Tensor, expert: int) -> Tensor:
-        return _times_transposed(rows_nD, self.gate_up_EGD[expert].to(self.dtype))
+        return _times_transposed(rows_nD, self._gate_up_GD(expert))
 
     def down(self, rows_nF: Tensor, expert: int) -> Tensor:
-        return _times_transposed(rows_nF, self.down_EDF[expert].to(self.dtype))
+        return _times_transposed(rows_nF, self._down_DF(expert))
 
     def down_grad(self, grad_nD: Tensor, expert: int) -> Tensor:
         """Gradient of the down projection's input, [n, F]."""
-        return grad_nD @ self.down_EDF[expert].to(self.dtype)
+        return grad_nD @ self._down_DF(expert)
 
     def gate_up_grad(self, grad_nG: Tensor, expert: int) -> Tensor:
         """Gradient of the gate and up projections' input, [n, D]."""
-        return grad_nG @ self.gate_up_EGD[expert].to(self.dtype)
+        return grad_nG @ self._gate_up_GD(expert)
+
+    def _gate_up_GD(self, expert: int) -> Tensor:
+        return self.gate_up_EGD[expert].to(self.dtype)
+
+    def _down_DF(self, expert: int) -> Tensor:
+        return self.down_EDF[expert].to(self.dtype)
 
 
 def _times_transposed(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
@@ -66,6 +75,25 @@ def _times_transposed(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
     if rows_nK.shape[0] < _FEW_ROWS:
         return (weight_MK @ rows_nK.t()).t().contiguous()
     return rows_nK @ weight_MK.t()
+
+
+class QuantisedExpertWeights(ExpertWeights):
+    """The same from codes: an expert that has rows is dequantised once for each product."""
+
+    one_by_one = True
+
+    def __init__(self, gate_up: QuantisedWeight, down: QuantisedWeight, dtype: torch.dtype) -> None:
+        self.quantised = gate_up, down
+        # What autograd and the paths look at: frozen, and on the device of the weights.
+        self.gate_up_EGD, self.down_EDF = gate_up.codes_EMC, down.codes_EMC
+        self.dtype = product_dtype(self.down_EDF.device, dtype, *down.shape[1:])
+        self.narrow = None if self.dtype == dtype else dtype
+
+    def _gate_up_GD(self, expert: int) -> Tensor:
+        return self.quantised[0].dequantised(expert, self.dtype)
+
+    def _down_DF(self, expert: int) -> Tensor:
+        return self.quantised[1].dequantised(expert, self.dtype)
 
 
 class PackedExpertWeights(ExpertWeights):

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
@@ -24,6 +23,7 @@ from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.experts.module import Experts
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_collator
 
@@ -103,22 +103,23 @@ def gate_and_up_exchanged(model: MoEModel) -> Iterator[None]:
     packs = [some.pack for some in experts]
     for some in experts:
         some.pack = False
-        _exchange(some.gate_up_EGD)
+        _exchange(some)
     try:
         yield
     finally:
         for some, pack in zip(experts, packs, strict=True):
-            _exchange(some.gate_up_EGD)
+            _exchange(some)
             some.pack = pack
 
 
 @torch.no_grad()
-def _exchange(gate_up_EGD: Tensor) -> None:
-    for gate_up_GD in gate_up_EGD:
-        gate_FD, up_FD = gate_up_GD.chunk(2)
-        kept_FD = gate_FD.clone()
-        gate_FD.copy_(up_FD)
-        up_FD.copy_(kept_FD)
+def _exchange(experts: Experts) -> None:
+    for tensor_EG in experts.gate_up_tensors:
+        for rows_G in tensor_EG:
+            gate_F, up_F = rows_G.chunk(2)
+            kept_F = gate_F.clone()
+            gate_F.copy_(up_F)
+            up_F.copy_(kept_F)
 
 
 def _first(

@@ -1,0 +1,170 @@
+"""Frozen expert weights in 8 or 4 bits: codes, and a float32 scale for each block of a row.
+
+    int8     whole numbers to 127; blocks of 128; 1.03 bytes a weight
+    float8   e4m3, as DeepSeek and Qwen publish weights; blocks of 128; 1.03 bytes a weight
+    nf4      sixteen quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), two
+             in a byte, the first in its upper half, as bitsandbytes has them; blocks of 64; 0.56
+
+A weight is value(code) * scale, computed in float32 and then rounded to the dtype of the product.
+Shapes: E experts, M outputs, K inputs, B blocks a row, C bytes of codes a row, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 128  # of a weight at a time: they stay in the cache
+_TINY = torch.finfo(torch.float32).tiny
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """`encode`: numbers of at most `largest` [.., K] to codes [.., C]; `decode` the way back."""
+
+    block: int
+    bits: int
+    largest: float
+    codes: torch.dtype
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+    def blocks(self, num_inputs: int) -> int:
+        return -(-num_inputs // self.block)
+
+    def num_bytes(self, num_rows: int, num_inputs: int) -> int:
+        """Of codes and scales."""
+        blocks = self.blocks(num_inputs)
+        return num_rows * blocks * (self.block * self.bits // 8 + 4)
+
+
+def _int8(codes_nC: Tensor) -> Tensor:
+    return codes_nC.to(torch.bfloat16)  # which holds them exactly
+
+
+def _to_float8(scaled_nK: Tensor) -> Tensor:
+    return scaled_nK.to(torch.float8_e4m3fn).view(torch.uint8)  # floats would follow a `.to(dtype)`
+
+
+def _float8(codes_nC: Tensor) -> Tensor:
+    """By table, two at a time: torch's own conversion takes eight times as long."""
+    if codes_nC.device.type != "cpu":
+        return codes_nC.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    two = codes_nC.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    return _look_up(_float8_pairs(), two)
+
+
+@cache
+def _float8_pairs() -> Tensor:
+    """Both values of two codes in bfloat16, as one int32, by the codes' 16 bits."""
+    one = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    low, high = one.repeat(256), one.repeat_interleave(256)
+    return torch.stack([low, high], 1).view(torch.int32).view(-1)
+
+
+def _to_nf4(scaled_nK: Tensor) -> Tensor:
+    levels = torch.tensor(_NF4, device=scaled_nK.device)
+    found = torch.bucketize(scaled_nK, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    first, second = _parts(found.to(torch.uint8), 2).unbind(-1)
+    return (first << 4) | second
+
+
+def _nf4(codes_nC: Tensor) -> Tensor:
+    return _look_up(_nf4_pairs(codes_nC.device), codes_nC.to(torch.int32))
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """Both values of a byte in float32, as one int64."""
+    levels = torch.tensor(_NF4, device=device)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+    return pairs.view(torch.int64).view(-1)
+
+
+def _look_up(table: Tensor, codes_nC: Tensor) -> Tensor:
+    values = table.index_select(0, codes_nC.reshape(-1)).view(codes_nC.shape)
+    return values.view(torch.bfloat16 if table.dtype == torch.int32 else torch.float32)
+
+
+def _parts(tensor_nK: Tensor, size: int) -> Tensor:
+    """[n, K] -> [n, K / size, size]"""
+    return tensor_nK.reshape(*tensor_nK.shape[:-1], -1, size)
+
+
+def _to_int8(scaled_nK: Tensor) -> Tensor:
+    return scaled_nK.round().to(torch.int8)
+
+
+FORMATS = {
+    "float8": Format(128, 8, 448.0, torch.uint8, _to_float8, _float8),
+    "int8": Format(128, 8, 127.0, torch.int8, _to_int8, _int8),
+    "nf4": Format(64, 4, 1.0, torch.uint8, _to_nf4, _nf4),
+}
+
+
+class QuantisedWeight(nn.Module):
+    """[E, M, K] in one of the `FORMATS`. Not part of any state_dict: it is read from the base."""
+
+    codes_EMC: Tensor
+    scales_EMB: Tensor
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        """Of undefined values: `put` them."""
+        super().__init__()
+        self.format, self.shape = FORMATS[name], torch.Size(shape)
+        *rows, num_inputs = shape
+        blocks = self.format.blocks(num_inputs)
+        num_codes = blocks * self.format.block * self.format.bits // 8
+        codes = torch.empty(*rows, num_codes, dtype=self.format.codes)
+        self.register_buffer("codes_EMC", codes, persistent=False)
+        self.register_buffer("scales_EMB", torch.empty(*rows, blocks), persistent=False)
+
+    @classmethod
+    def of(cls, name: str, weight_EMK: Tensor) -> QuantisedWeight:
+        weight = cls(name, tuple(weight_EMK.shape)).to(weight_EMK.device)
+        for expert, weight_MK in enumerate(weight_EMK):
+            weight.put(lambda tensor, e=expert: tensor[e], weight_MK)  # type: ignore[misc]
+        return weight
+
+    @torch.no_grad()
+    def put(self, select: Callable[[Tensor], Tensor], values_nK: Tensor) -> None:
+        """Fill the rows that `select` finds in a tensor [E, M, ..]."""
+        block = self.format.block
+        codes_nC, scales_nB = select(self.codes_EMC), select(self.scales_EMB)
+        for first in range(0, len(values_nK), _ROWS):
+            rows = slice(first, first + _ROWS)
+            values = values_nK[rows].to(torch.float32)
+            values = nn.functional.pad(values, (0, -values.shape[-1] % block))
+            blocks = _parts(values, block)
+            bound = self.format.largest
+            scales_nB[rows] = (blocks.abs().amax(-1) / bound).clamp_min_(_TINY)
+            scaled = (blocks / scales_nB[rows, :, None]).clamp_(-bound, bound)
+            codes_nC[rows] = self.format.encode(scaled.flatten(-2))
+
+    def dequantised(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """The weight of one expert, [M, K]."""
+        codes_MC, scales_MB = self.codes_EMC[expert], self.scales_EMB[expert]
+        num_rows, num_blocks = scales_MB.shape
+        weight = torch.empty(
+            num_rows, num_blocks, self.format.block, dtype=dtype, device=codes_MC.device
+        )
+        at_once = _ROWS if codes_MC.device.type == "cpu" else num_rows
+        for first in range(0, num_rows, at_once):
+            rows = slice(first, first + at_once)
+            values = _parts(self.format.decode(codes_MC[rows]), self.format.block)
+            torch.mul(values, scales_MB[rows, :, None], out=weight[rows])
+        return weight.flatten(-2)[:, : self.shape[-1]]
+
+    def extra_repr(self) -> str:
+        name = next(name for name, one in FORMATS.items() if one is self.format)
+        return f"{name}, shape={tuple(self.shape)}"
