@@ -11,7 +11,8 @@ from gemoe_ds.analysis.tables import markdown
 from gemoe_ds.errors import DataError
 from gemoe_ds.files import write_text
 
-_APART = ("stages", "timeline", "links", "monotonic", "compile")  # suites with a table of their own
+# Suites with a table of their own.
+_APART = ("stages", "timeline", "links", "monotonic", "compile", "quantised")
 
 
 def write_report(results: Path) -> str:
@@ -62,6 +63,7 @@ def render(data: Row, figure: str) -> str:
     parts += (
         _monotonic(rows)
         + _compiled(rows)
+        + _quantised(rows)
         + _links(rows)
         + _stages(rows)
         + _timeline(rows)
@@ -150,6 +152,29 @@ def _compiled(rows: list[Row]) -> list[str]:
             ]
         )
     return ["## torch.compile, beside eager mode in turn", markdown(table)]
+
+
+def _quantised(rows: list[Row]) -> list[str]:
+    some = [row for row in rows if row["suite"] == "quantised"]
+    if not some:
+        return []
+    head = ["experts in", "MB", "mode", "mean k", "ms", "over the first", "realised / ideal"]
+    table = [head]
+    for row in some:
+        low, high = row["quartiles_ms"]
+        table.append(
+            [
+                row["layer"],
+                f"{row['bytes'] / 1e6:.0f}",
+                row["mode"],
+                f"{row['mean_k']:.1f}",
+                f"{row['ms']:.1f} [{low:.1f}, {high:.1f}]",
+                f"{row['over_plain']:.3f}",
+                _number(row.get("realised_over_ideal"), "{:.3f}"),
+            ]
+        )
+    title = f"## Frozen experts in few bits: {some[0]['shape']}, {some[0]['tokens']} tokens"
+    return [title, markdown(table)]
 
 
 def _stages(rows: list[Row]) -> list[str]:

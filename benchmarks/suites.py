@@ -21,6 +21,7 @@ from benchmarks.contenders import PAPER_K
 from benchmarks.groups import ep_group, layer_group
 from benchmarks.monotonic import monotonic_rows
 from benchmarks.problem import Problem
+from benchmarks.quantised import quantised_rows
 from benchmarks.rows import EXCHANGE, OURS
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.stages import stage_rows
@@ -199,6 +200,12 @@ def compile_suite(options: Options, world: World) -> list[dict[str, Any]]:
     return compile_rows(shape, options.tokens, options.dtype, options.rounds, world)
 
 
+def quantised_suite(options: Options, world: World) -> list[dict[str, Any]]:
+    """Experts in 8 and 4 bits beside those in the dtype of the products."""
+    shape = SHAPES[options.shape]
+    return quantised_rows(shape, options.tokens, options.dtype, world.device, options.rounds)
+
+
 Suite = Callable[[Options, World], list[dict[str, Any]]]
 SUITES: dict[str, Suite] = {
     "layer": layer_suite,
@@ -209,6 +216,7 @@ SUITES: dict[str, Suite] = {
     "timeline": timeline_suite,
     "monotonic": monotonic_suite,
     "compile": compile_suite,
+    "quantised": quantised_suite,
     "ep": ep_suite,
     "links": links_suite,  # between two hosts, over links of several rates
 }

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemoe_ds.errors import CheckpointError, exit_on_error
+from gemoe_ds.errors import CheckpointError, ConfigError, exit_on_error
 from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from gemoe_ds.config import load_config
     from gemoe_ds.export.folder import export
     from gemoe_ds.files import check_new
+    from gemoe_ds.hf_io.hf_config import quantisation_of, read_config
     from gemoe_ds.train.assemble import build_model
 
     check_new(arguments.out)
@@ -60,6 +61,11 @@ def _export(arguments: argparse.Namespace) -> None:
     step = manifest.newest(arguments.trained)
     found = manifest.read(step)
     base = Path(config.model.checkpoint) if config.model.checkpoint else None
+    if base and quantisation_of(read_config(base)) and arguments.code == "own":
+        raise ConfigError(
+            f"model.checkpoint={base} is quantised, and the code that goes with an export computes "
+            "with whole weights; give --code base, for servers that know both"
+        )
     stored = found.manifest["identity"].get("base checkpoint")
     actual = manifest.checksum_folder(base)
     if stored != actual:

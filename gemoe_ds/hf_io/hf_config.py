@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gemoe_ds.errors import CheckpointError, ConfigError
+from gemoe_ds.hf_io.block_scales import BLOCK
 from gemoe_ds.hf_io.safetensors_reader import read_json, refuse_dead_links
 
 _SIZES = {
@@ -123,15 +124,25 @@ def config_of(config_class: Any, folder: Path | None, backbone: str) -> Any:
         return config
 
 
+def quantisation_of(found: Mapping[str, Any]) -> object:
+    """What a config.json says of it; None: nothing."""
+    sections = (found, *(value for value in found.values() if isinstance(value, dict)))
+    return next(filter(None, (section.get("quantization_config") for section in sections)), None)
+
+
 def _refuse_quantised(found: Mapping[str, Any]) -> None:
-    """Training reads weights as they are; who loads the export would quantise them again."""
-    for section in (found, *(value for value in found.values() if isinstance(value, dict))):
-        if method := section.get("quantization_config"):
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise CheckpointError(
-                f"quantization_config says {name}; give the folder before it was quantised, or "
-                "remove the section if its weights are not"
-            )
+    """Weights are read as they are, or in float8 with scales of blocks: block_scales.py."""
+    method = quantisation_of(found)
+    if method is None:
+        return
+    name = method.get("quant_method") if isinstance(method, dict) else method
+    blocks = method.get("weight_block_size") if isinstance(method, dict) else None
+    if name != "fp8" or blocks != [BLOCK, BLOCK]:
+        raise CheckpointError(
+            f"quantization_config says {name}; fp8 with a weight_block_size of [{BLOCK}, {BLOCK}] "
+            "is supported; give the folder before it was quantised, or remove the section if its "
+            "weights are not"
+        )
 
 
 def _refuse_other_activations(found: Mapping[str, Any]) -> None:

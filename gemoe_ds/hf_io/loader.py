@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.allocator import LOCAL, Peers, WeightAllocator
+from gemoe_ds.hf_io.block_scales import ScaledTensor, with_scales
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
 from gemoe_ds.hf_io.read_ahead import reading
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
@@ -54,19 +55,22 @@ class Target:
         assert piece.row is not None or self.tensor.shape == self.shape, piece
         return piece.ours(self.tensor.detach(), self.first_row)
 
-    def done(self, piece: StoredSlice) -> None:
+    def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
         """Its values are there."""
+
+
+Select = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class PassedOn(Target):
-    """What is kept in another form: `put(select, values)` gets every piece once it is there.
+    """What is kept in another form: `put(select, values, scales)` gets a piece once it is there.
 
     `tensor` is on the meta device. `select` finds the piece in whatever begins with the same
-    dimensions.
+    dimensions. `scales` [n, B] are those that its rows are stored with, if they are.
     """
 
-    put: Callable[[Callable[[Tensor], Tensor], Tensor], None] = field(kw_only=True)
+    put: Callable[[Select, Tensor, Tensor | None], None] = field(kw_only=True)
     _there: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def num_bytes(self, piece: StoredSlice) -> int:
@@ -77,8 +81,12 @@ class PassedOn(Target):
             self._there[id(piece)] = torch.empty_like(super().view(piece), device="cpu")
         return self._there[id(piece)]
 
-    def done(self, piece: StoredSlice) -> None:
-        self.put(lambda tensor: piece.ours(tensor, self.first_row), self._there.pop(id(piece)))
+    def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
+        scales = None
+        if isinstance(stored, ScaledTensor) and piece.rule.rearrange is None:
+            scales = piece.to_ours(stored.scales_by_row(piece.stored_rows(stored.shape)))
+        values = self._there.pop(id(piece))
+        self.put(lambda tensor: piece.ours(tensor, self.first_row), values, scales)
 
 
 class Weights:
@@ -100,7 +108,8 @@ class Weights:
         names = {n: name_of[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
         tied = {also: name for also, name in names.items() if also != name}
         try:
-            self.stored: dict[str, StoredTensor] = open_stored(folder)
+            self.raw: dict[str, StoredTensor] = open_stored(folder)
+            self.stored = with_scales(self.raw)
             shapes = {key: tensor.shape for key, tensor in self.stored.items()}
             self.keys = keys.fitting(shapes, self.shapes)
             wanted = self._present(may_lack)
@@ -217,7 +226,7 @@ class Weights:
                     target = targets[piece.name]
                     view = target.view(piece)
                     peers.broadcast(view, reader)
-                    target.done(piece)
+                    target.done(piece, self.stored[piece.key])
                     bar.update(view.nbytes)
                     PROGRESS.num_events += 1
         return mine.problem or None

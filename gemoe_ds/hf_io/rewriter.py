@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.block_scales import ScaledTensor
 from gemoe_ds.hf_io.companions import companions, write_index
 from gemoe_ds.hf_io.key_rules import Shape, StoredSlice
 from gemoe_ds.hf_io.loader import Weights
@@ -34,7 +36,13 @@ def rewrite(
         if piece.name in changed:
             slices.setdefault(piece.key, []).append(piece)
     added = weights.keys.stored_shapes(_lacking(weights, changed))
-    files = sorted({stored.file for stored in weights.stored.values()})
+    for key in slices:
+        if isinstance(weights.stored[key], ScaledTensor):
+            raise CheckpointError(
+                f"{key} has trained and is stored in float8 in {weights.folder}; give the folder "
+                "before it was quantised"
+            )
+    files = sorted({stored.file for stored in weights.raw.values()})
     touched = {weights.stored[key].file for key in slices} | ({files[-1]} if added else set())
     # 2. all files but the weights; servers look for weights in the folder itself, not below
     names = {file: "-".join(file.relative_to(weights.folder).parts) for file in files}
@@ -47,13 +55,13 @@ def rewrite(
             shutil.copyfile(file, out / names[file])
             continue
         tensors = _added(weights, changed) if file == files[-1] else {}
-        for key, stored in weights.stored.items():
+        for key, stored in weights.raw.items():
             if stored.file == file:
                 tensors[key] = _replaced(stored, slices.get(key, []), changed)
         save_file(tensors, out / names[file], metadata={"format": "pt"})
     # 4. the index, if there was one
     if num_ranks == 1 and (weights.folder / INDEX).exists():
-        file_of = {key: names[stored.file] for key, stored in weights.stored.items()}
+        file_of = {key: names[stored.file] for key, stored in weights.raw.items()}
         write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
 
 

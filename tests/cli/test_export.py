@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -309,3 +310,14 @@ def test_the_folder_says_what_it_is_made_from(run, exported):
     assert len(made["base sha256"]) == 64 and made["command"].startswith("gemoe export ")
     assert "gemoe" in (exported / "README.md").read_text()
     assert (exported / "tokenizer.json").exists()
+
+
+def test_no_code_of_its_own_goes_with_a_quantised_base(setting, run, tmp_path):
+    base = shutil.copytree(setting["hf"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    words = ["--trained", run, "--out", tmp_path / "out", f"model.checkpoint={base}"]
+    done = export(run / "config.yaml", *words)
+    assert done.returncode == 2 and "is quantised, and the code that goes with" in done.stderr
+    assert "give --code base" in done.stderr and not (tmp_path / "out").exists()

@@ -65,7 +65,7 @@ HEADERS = [
         entry(dtype="I16"),
         r"safetensors: model.norm.weight is stored as I16, which is not sup",
     ),
-    (entry(dtype="F8_E4M3"), "stored as F8_E4M3, which is not supported .* quantised"),
+    (entry(dtype="F8_E5M2"), "stored as F8_E5M2, which is not supported .* quantised"),
     (entry(dtype="I32"), "norm.weight is stored as int32, and weights are floating-point"),
     (with_header(lambda tensor, header: header.update({NORM: None})), "norm.weight lacks one of"),
     (with_header(lambda tensor, header: tensor.pop("shape")), "norm.weight lacks one of"),

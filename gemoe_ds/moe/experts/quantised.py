@@ -1,7 +1,7 @@
 """Frozen expert weights in 8 or 4 bits: codes, and a float32 scale for each block of a row.
 
     int8     whole numbers to 127; blocks of 128; 1.03 bytes a weight
-    float8   e4m3, as DeepSeek and Qwen publish weights; blocks of 128; 1.03 bytes a weight
+    float8   e4m3, as DeepSeek and Qwen publish weights; blocks of 128 rows of 128; 1.03
     nf4      sixteen quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), two
              in a byte, the first in its upper half, as bitsandbytes has them; blocks of 64; 0.56
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Format:
     codes: torch.dtype
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
+    square: bool = False  # a scale is that of 128 rows: folders that are published so stay as exact
 
     def blocks(self, num_inputs: int) -> int:
         return -(-num_inputs // self.block)
@@ -106,7 +108,7 @@ def _to_int8(scaled_nK: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "float8": Format(128, 8, 448.0, torch.uint8, _to_float8, _float8),
+    "float8": Format(128, 8, 448.0, torch.uint8, _to_float8, _float8, square=True),
     "int8": Format(128, 8, 127.0, torch.int8, _to_int8, _int8),
     "nf4": Format(64, 4, 1.0, torch.uint8, _to_nf4, _nf4),
 }
@@ -133,13 +135,21 @@ class QuantisedWeight(nn.Module):
     def of(cls, name: str, weight_EMK: Tensor) -> QuantisedWeight:
         weight = cls(name, tuple(weight_EMK.shape)).to(weight_EMK.device)
         for expert, weight_MK in enumerate(weight_EMK):
-            weight.put(lambda tensor, e=expert: tensor[e], weight_MK)  # type: ignore[misc]
+            weight.put(itemgetter(expert), weight_MK)
         return weight
 
     @torch.no_grad()
-    def put(self, select: Callable[[Tensor], Tensor], values_nK: Tensor) -> None:
-        """Fill the rows that `select` finds in a tensor [E, M, ..]."""
-        block = self.format.block
+    def put(
+        self,
+        select: Callable[[Tensor], Tensor],
+        values_nK: Tensor,
+        stored_scales_nB: Tensor | None = None,
+    ) -> None:
+        """Fill the rows that `select` finds in a tensor [E, M, ..].
+
+        `stored_scales_nB`: what they are stored with in float8, which float8 keeps.
+        """
+        block, given_nB = self.format.block, stored_scales_nB if self.format.square else None
         codes_nC, scales_nB = select(self.codes_EMC), select(self.scales_EMB)
         for first in range(0, len(values_nK), _ROWS):
             rows = slice(first, first + _ROWS)
@@ -147,7 +157,11 @@ class QuantisedWeight(nn.Module):
             values = nn.functional.pad(values, (0, -values.shape[-1] % block))
             blocks = _parts(values, block)
             bound = self.format.largest
-            scales_nB[rows] = (blocks.abs().amax(-1) / bound).clamp_min_(_TINY)
+            most_nB = blocks.abs().amax(-1)
+            if self.format.square:
+                most_nB = most_nB.amax(0, keepdim=True).expand_as(most_nB)
+            scales_nB[rows] = most_nB / bound if given_nB is None else given_nB[rows]
+            scales_nB[rows].clamp_min_(_TINY)
             scaled = (blocks / scales_nB[rows, :, None]).clamp_(-bound, bound)
             codes_nC[rows] = self.format.encode(scaled.flatten(-2))
 

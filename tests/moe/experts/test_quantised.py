@@ -39,6 +39,9 @@ def test_a_weight_is_as_near_as_its_format_can_be(name, num_inputs):
     assert there.shape == found.shape == weight.shape
     assert not there[1, 2].any()
     most = blocks_of(weight, FORMATS[name].block).abs().amax(-1, keepdim=True)
+    if name == "float8":  # 128 rows have a scale together
+        parts = most.split(128, dim=1)
+        most = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in parts], 1)
     error = (blocks_of(there, FORMATS[name].block) - blocks_of(weight, FORMATS[name].block)).abs()
     size = blocks_of(weight, FORMATS[name].block).abs()
     worst = {
@@ -47,8 +50,9 @@ def test_a_weight_is_as_near_as_its_format_can_be(name, num_inputs):
         "nf4": most * max(b - a for a, b in zip(_NF4, _NF4[1:], strict=False)) / 2,
     }[name]
     assert (error <= worst * 1.00001).all()
-    largest = blocks_of(there, FORMATS[name].block).abs().amax(-1, keepdim=True)
-    assert torch.allclose(largest, most), "the largest of a block is kept"
+    kept = (size == most) & (most > 0)
+    found_there = blocks_of(there, FORMATS[name].block).abs()
+    assert torch.allclose(found_there[kept], size[kept]), "the largest of a block is kept"
     stored = found.codes_EMC.nbytes + found.scales_EMB.nbytes
     assert stored == FORMATS[name].num_bytes(3 * 150, num_inputs)
     assert not found.state_dict()
