@@ -75,9 +75,11 @@ def _float8_pairs() -> Tensor:
 
 
 def _to_nf4(scaled_nK: Tensor) -> Tensor:
-    levels = torch.tensor(_NF4, device=scaled_nK.device)
-    found = torch.bucketize(scaled_nK, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    first, second = _parts(found.to(torch.uint8), 2).unbind(-1)
+    levels = torch.tensor(_NF4)  # in float32, as their middles have to be
+    found = torch.zeros_like(scaled_nK, dtype=torch.uint8)
+    for middle in ((levels[1:] + levels[:-1]) / 2).tolist():
+        found += (scaled_nK > middle).view(torch.uint8)  # torch.bucketize takes 2.5 times as long
+    first, second = _parts(found, 2).unbind(-1)
     return (first << 4) | second
 
 
