@@ -11,15 +11,19 @@ Shapes: E experts, M outputs, K inputs, B blocks a row, C bytes of codes a row, 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _ROWS = 128  # of a weight at a time: they stay in the cache
+_ROWS_BACK = 256  # the same on the way back
 _TINY = torch.finfo(torch.float32).tiny
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -31,14 +35,14 @@ _NF4 = (
 
 @dataclass(frozen=True)
 class Format:
-    """`encode`: numbers of at most `largest` [.., K] to codes [.., C]; `decode` the way back."""
+    """`encode`: numbers up to `largest`, [n, K], to codes, [n, C]; `decode`: back, into [n, K]."""
 
     block: int
     bits: int
     largest: float
     codes: torch.dtype
     encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor, Tensor], None]
     square: bool = False  # a scale is that of 128 rows: folders that are published so stay as exact
 
     def blocks(self, num_inputs: int) -> int:
@@ -50,28 +54,29 @@ class Format:
         return num_rows * blocks * (self.block * self.bits // 8 + 4)
 
 
-def _int8(codes_nC: Tensor) -> Tensor:
-    return codes_nC.to(torch.bfloat16)  # which holds them exactly
+def _int8(codes_nC: Tensor, into_nK: Tensor) -> None:
+    into_nK.copy_(codes_nC)
 
 
 def _to_float8(scaled_nK: Tensor) -> Tensor:
     return scaled_nK.to(torch.float8_e4m3fn).view(torch.uint8)  # floats would follow a `.to(dtype)`
 
 
-def _float8(codes_nC: Tensor) -> Tensor:
+def _float8(codes_nC: Tensor, into_nK: Tensor) -> None:
     """By table, two at a time: torch's own conversion takes eight times as long."""
-    if codes_nC.device.type != "cpu":
-        return codes_nC.view(torch.float8_e4m3fn).to(torch.bfloat16)
-    two = codes_nC.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    return _look_up(_float8_pairs(), two)
+    if codes_nC.device.type == "cpu":
+        two = codes_nC.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+        _look_up(_float8_pairs(), two, into_nK)
+    else:
+        into_nK.copy_(codes_nC.view(torch.float8_e4m3fn))
 
 
 @cache
 def _float8_pairs() -> Tensor:
-    """Both values of two codes in bfloat16, as one int32, by the codes' 16 bits."""
-    one = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    """Both values of two codes in float32, as one int64, by the codes' 16 bits."""
+    one = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     low, high = one.repeat(256), one.repeat_interleave(256)
-    return torch.stack([low, high], 1).view(torch.int32).view(-1)
+    return torch.stack([low, high], 1).view(torch.int64).view(-1)
 
 
 def _to_nf4(scaled_nK: Tensor) -> Tensor:
@@ -83,8 +88,8 @@ def _to_nf4(scaled_nK: Tensor) -> Tensor:
     return (first << 4) | second
 
 
-def _nf4(codes_nC: Tensor) -> Tensor:
-    return _look_up(_nf4_pairs(codes_nC.device), codes_nC.to(torch.int32))
+def _nf4(codes_nC: Tensor, into_nK: Tensor) -> None:
+    _look_up(_nf4_pairs(codes_nC.device), codes_nC.to(torch.int32), into_nK)
 
 
 @cache
@@ -95,9 +100,9 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     return pairs.view(torch.int64).view(-1)
 
 
-def _look_up(table: Tensor, codes_nC: Tensor) -> Tensor:
-    values = table.index_select(0, codes_nC.reshape(-1)).view(codes_nC.shape)
-    return values.view(torch.bfloat16 if table.dtype == torch.int32 else torch.float32)
+def _look_up(table: Tensor, codes_nC: Tensor, into_nK: Tensor) -> None:
+    into = into_nK.view(torch.int64).view(-1)
+    torch.index_select(table, 0, codes_nC.reshape(-1), out=into)
 
 
 def _parts(tensor_nK: Tensor, size: int) -> Tensor:
@@ -114,6 +119,19 @@ FORMATS = {
     "int8": Format(128, 8, 127.0, torch.int8, _to_int8, _int8),
     "nf4": Format(64, 4, 1.0, torch.uint8, _to_nf4, _nf4),
 }
+
+
+_of_thread = threading.local()
+
+
+def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of this thread; the largest that it ever asked for stays."""
+    kept: dict[Any, Tensor] = _of_thread.__dict__
+    size = math.prod(shape)
+    found = kept.get((dtype, device))
+    if found is None or found.numel() < size:
+        found = kept[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+    return found[:size].view(shape)
 
 
 class QuantisedWeight(nn.Module):
@@ -167,18 +185,24 @@ class QuantisedWeight(nn.Module):
             scaled = (blocks / scales_nB[rows, :, None]).clamp_(-bound, bound)
             codes_nC[rows] = self.format.encode(scaled.flatten(-2))
 
-    def dequantised(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """The weight of one expert, [M, K]."""
+    def dequantised(self, expert: int, dtype: torch.dtype, *, until_next: bool = False) -> Tensor:
+        """The weight of one expert, [M, K].
+
+        `until_next`: in memory that this thread's next one overwrites, for a product at once; fresh
+        pages would take as long as the numbers.
+        """
         codes_MC, scales_MB = self.codes_EMC[expert], self.scales_EMB[expert]
         num_rows, num_blocks = scales_MB.shape
-        weight = torch.empty(
-            num_rows, num_blocks, self.format.block, dtype=dtype, device=codes_MC.device
-        )
-        at_once = _ROWS if codes_MC.device.type == "cpu" else num_rows
+        shape, device = (num_rows, num_blocks, self.format.block), codes_MC.device
+        make = _scratch if until_next else torch.empty
+        weight = make(shape, dtype=dtype, device=device)
+        at_once = min(_ROWS_BACK, num_rows) if device.type == "cpu" else num_rows
+        exact = torch.empty(at_once, *shape[1:], device=device)
         for first in range(0, num_rows, at_once):
             rows = slice(first, first + at_once)
-            values = _parts(self.format.decode(codes_MC[rows]), self.format.block)
-            torch.mul(values, scales_MB[rows, :, None], out=weight[rows])
+            values = exact[: len(weight[rows])]
+            self.format.decode(codes_MC[rows], values.flatten(-2))
+            weight[rows] = values.mul_(scales_MB[rows, :, None])
         return weight.flatten(-2)[:, : self.shape[-1]]
 
     def extra_repr(self) -> str:

@@ -90,10 +90,10 @@ class QuantisedExpertWeights(ExpertWeights):
         self.narrow = None if self.dtype == dtype else dtype
 
     def _gate_up_GD(self, expert: int) -> Tensor:
-        return self.quantised[0].dequantised(expert, self.dtype)
+        return self.quantised[0].dequantised(expert, self.dtype, until_next=True)
 
     def _down_DF(self, expert: int) -> Tensor:
-        return self.quantised[1].dequantised(expert, self.dtype)
+        return self.quantised[1].dequantised(expert, self.dtype, until_next=True)
 
 
 class PackedExpertWeights(ExpertWeights):
