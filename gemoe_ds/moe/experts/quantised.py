@@ -188,8 +188,7 @@ class QuantisedWeight(nn.Module):
     def dequantised(self, expert: int, dtype: torch.dtype, *, until_next: bool = False) -> Tensor:
         """The weight of one expert, [M, K].
 
-        `until_next`: in memory that this thread's next one overwrites, for a product at once; fresh
-        pages would take as long as the numbers.
+        `until_next`: in memory that this thread's next one overwrites, for a product at once.
         """
         codes_MC, scales_MB = self.codes_EMC[expert], self.scales_EMB[expert]
         num_rows, num_blocks = scales_MB.shape
