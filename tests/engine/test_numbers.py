@@ -101,7 +101,7 @@ def padded(batch: dict, columns: int, rows: int) -> dict:
 
 
 @settings(max_examples=15, deadline=None)
-@example(seed=268, columns=2, rows=0, router="gemoe", train="all")  # 2e-5: the tower's rounding
+@example(seed=268, columns=2, rows=0, router="gemoe", train="all")  # 2e-5 in the tower
 @given(
     seed=st.integers(0, 1000),
     columns=st.integers(0, 9),
@@ -118,4 +118,5 @@ def test_padding_changes_no_loss_and_no_gradient(base, seed, columns, rows, rout
     norm = torch.stack([grad.norm() for grad in grads.values()]).norm().item()
     for name, grad in grads.items():
         scale = max(grad.abs().max().item(), 1e-3 * norm)
-        torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-4 * scale, msg=name)
+        bound = 5e-5 if "vision_tower" in name else 1e-5  # the tower's small gradients round more
+        torch.testing.assert_close(again[name], grad, rtol=bound, atol=bound * scale, msg=name)
