@@ -4,6 +4,10 @@
 
 transformers with `trust_remote_code=True` routes as in training, without gemoe_ds and DeepSpeed.
 Anything that runs the base model runs the folder, with the base model's fixed k (docs/export.md).
+
+    gemoe export RECIPE --quantise nf4 --out FOLDER
+
+writes the base itself with experts in 4 bits, to train on with less memory (docs/few_bits.md).
 """
 
 from __future__ import annotations
@@ -30,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--trained",
         type=Path,
-        required=True,
-        help="run folder (newest checkpoint) or one step-* folder",
+        help="run folder (newest checkpoint) or one step-* folder; with --quantise it may be left "
+        "out",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
@@ -41,12 +45,29 @@ def main(argv: list[str] | None = None) -> None:
         help="own: transformers finds the code of the trained routing, with trust_remote_code; "
         "base: the code that the base names, if any, stays in its place (fixed k)",
     )
+    parser.add_argument(
+        "--quantise",
+        choices=("float8", "int8", "nf4"),
+        help="experts in 8 or 4 bits, and linear maps in 8; float8: as Qwen and DeepSeek publish "
+        "it, which transformers and vLLM read; int8 and nf4: for gemoe_ds",
+    )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         _export(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.trained is not None:
+        _export_trained(arguments)
+    elif arguments.quantise is not None:
+        _quantise_base(arguments)
+    else:
+        raise ConfigError(
+            "--trained is missing: the run to export; without one --quantise writes the base"
+        )
+
+
+def _export_trained(arguments: argparse.Namespace) -> None:
     from gemoe_ds.checkpoint import manifest
     from gemoe_ds.checkpoint.state import load_trained, load_trained_weights
     from gemoe_ds.config import load_config
@@ -61,11 +82,15 @@ def _export(arguments: argparse.Namespace) -> None:
     step = manifest.newest(arguments.trained)
     found = manifest.read(step)
     base = Path(config.model.checkpoint) if config.model.checkpoint else None
-    if base and quantisation_of(read_config(base)) and arguments.code == "own":
-        raise ConfigError(
-            f"model.checkpoint={base} is quantised, and the code that goes with an export computes "
-            "with whole weights; give --code base, for servers that know both"
-        )
+    if arguments.code == "own":
+        quantised = base and quantisation_of(read_config(base))
+        what = f"model.checkpoint={base} is quantised" if quantised else ""
+        what = f"--quantise {arguments.quantise}" if arguments.quantise else what
+        if what:
+            raise ConfigError(
+                f"{what}, and the code that goes with an export computes with whole weights; give "
+                "--code base, for servers that know both"
+            )
     stored = found.manifest["identity"].get("base checkpoint")
     actual = manifest.checksum_folder(base)
     if stored != actual:
@@ -90,8 +115,40 @@ def _export(arguments: argparse.Namespace) -> None:
         },
         out=arguments.out,
         own_code=arguments.code == "own",
+        format_of=_format_of(config, arguments.quantise) if arguments.quantise else None,
     )
     print(f"wrote {arguments.out}")
+
+
+def _quantise_base(arguments: argparse.Namespace) -> None:
+    from gemoe_ds.config import load_config
+    from gemoe_ds.files import check_new, whole_folder
+    from gemoe_ds.train.assemble import named_backbone
+
+    check_new(arguments.out)
+    config = load_config(arguments.recipe, arguments.overrides)
+    config.check_paths("model.", "data.tokenizer")
+    base = _base(config)
+    backbone, formats = named_backbone(config), _format_of(config, arguments.quantise)
+    hf = backbone.load(base, Path(config.data.tokenizer))
+    with whole_folder(arguments.out) as folder:
+        backbone.save_quantised(hf, {}, base, folder, formats)
+    print(f"wrote {arguments.out}")
+
+
+def _format_of(config: RunConfig, of_experts: str) -> dict[str, str]:
+    from gemoe_ds.models.few_bits import format_of
+    from gemoe_ds.train.assemble import named_backbone
+
+    backbone = named_backbone(config)
+    model = backbone.load(_base(config), Path(config.data.tokenizer))
+    return format_of(backbone, model, of_experts)
+
+
+def _base(config: RunConfig) -> Path:
+    if config.model.checkpoint is None:
+        raise ConfigError("model.checkpoint=null: --quantise writes a folder from that of a base")
+    return Path(config.model.checkpoint)
 
 
 def _fewest_experts(config: RunConfig) -> ExpertShard:

@@ -59,6 +59,11 @@ class ModelConfig(ConfigModel):
         description="frozen experts in fewer bits, quantised while they are read: float8, int8 (8 "
         "bits) or nf4 (4 bits); null: in dtype",
     )
+    dense_dtype: Literal["float8", "int8", "nf4"] | None = Field(
+        None,
+        description="the same of the linear maps of attention, shared experts, head and vision "
+        "tower, where they do not train; embeddings, norms and convolutions stay in dtype",
+    )
     gate_gradient: Literal["chosen", "dense"] = Field(
         "chosen", description="dense: gates learn from all experts (DenseMixer), for more time"
     )
@@ -96,7 +101,17 @@ class ModelConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _quantised_experts_are_frozen(self) -> Self:
+    def _few_bits_are_frozen(self) -> Self:
+        if self.dense_dtype and self.trainable == "all":
+            raise ConfigError(
+                f"model.dense_dtype={self.dense_dtype}: weights in few bits cannot train; set it "
+                "to null, or model.trainable=routers or experts (it is all)"
+            )
+        if self.dense_dtype and self.compile != "none":
+            raise ConfigError(
+                f"model.dense_dtype={self.dense_dtype} and model.compile={self.compile}: torch's "
+                "compiler does not see into weights in few bits; leave one of the two out"
+            )
         if self.experts_dtype and self.trainable != "routers":
             raise ConfigError(
                 f"model.experts_dtype={self.experts_dtype}: experts in few bits cannot train; set "

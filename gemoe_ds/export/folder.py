@@ -35,17 +35,23 @@ def export(
     provenance: dict[str, Any],
     out: Path,
     own_code: bool = True,
+    format_of: Mapping[str, str] | None = None,
 ) -> None:
     """`trained` (by name, experts stacked) over `base`, with routers and model code, in `out`.
 
     `model` has its routers trained (`load_trained_weights`). Without `own_code` the folder runs as
-    the base does, by the base's code if it has some. Raises ConfigError if `out` exists.
+    the base does, by the base's code if it has some. With `format_of` (name -> format) these are
+    in few bits, and there is no own code. Raises ConfigError if `out` exists.
     """
     code = code_of(model) if own_code else None
     with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
         trains = model.trainable()  # what does not stays as the base stores it
         weights = model.stock_tensors(Renamed(trained, {n: n for n in trained if n in trains}))
-        model.backbone.save_trained(model.hf, weights, base, folder)
+        if format_of is None:
+            model.backbone.save_trained(model.hf, weights, base, folder)
+        else:
+            assert base is not None and not own_code, "cli/export.py refuses it"
+            model.backbone.save_quantised(model.hf, weights, base, folder, format_of)
         if not (folder / INDEX).exists():  # or who takes every *.safetensors takes the routers too
             write_index(folder, {k: t.file.name for k, t in open_stored(folder).items()})
         for path in companions(folder, TOKENIZER):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gemoe_ds.errors import CheckpointError, ConfigError
-from gemoe_ds.hf_io.block_scales import BLOCK
+from gemoe_ds.hf_io.quantised_tensor import BLOCK, METHOD
 from gemoe_ds.hf_io.safetensors_reader import read_json, refuse_dead_links
 
 _SIZES = {
@@ -131,13 +131,13 @@ def quantisation_of(found: Mapping[str, Any]) -> object:
 
 
 def _refuse_quantised(found: Mapping[str, Any]) -> None:
-    """Weights are read as they are, or in float8 with scales of blocks: block_scales.py."""
+    """Weights are read as they are, or in the formats of quantised_tensor.py."""
     method = quantisation_of(found)
     if method is None:
         return
     name = method.get("quant_method") if isinstance(method, dict) else method
     blocks = method.get("weight_block_size") if isinstance(method, dict) else None
-    if name != "fp8" or blocks != [BLOCK, BLOCK]:
+    if name != METHOD and (name != "fp8" or blocks != [BLOCK, BLOCK]):
         raise CheckpointError(
             f"quantization_config says {name}; fp8 with a weight_block_size of [{BLOCK}, {BLOCK}] "
             "is supported; give the folder before it was quantised, or remove the section if its "

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.allocator import LOCAL, Peers, WeightAllocator
-from gemoe_ds.hf_io.block_scales import ScaledTensor, with_scales
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
+from gemoe_ds.hf_io.quantised_tensor import QuantisedTensor, with_scales
 from gemoe_ds.hf_io.read_ahead import reading
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
 from gemoe_ds.progress import PROGRESS
@@ -46,14 +46,23 @@ class Target:
         rows = range(self.first_row, self.first_row + len(self.tensor)) if self.shape else ()
         return piece.row is None or piece.row in rows
 
-    def num_bytes(self, piece: StoredSlice) -> int:
+    def num_bytes(self, piece: StoredSlice, stored: StoredTensor) -> int:
         """Of what is read for a piece."""
-        return self.view(piece).nbytes
+        return self.view(piece, stored).nbytes
 
-    def view(self, piece: StoredSlice) -> Tensor:
+    def view(self, piece: StoredSlice, stored: StoredTensor) -> Tensor:
         """The memory that a piece is read into; the same until it is `done`."""
         assert piece.row is not None or self.tensor.shape == self.shape, piece
         return piece.ours(self.tensor.detach(), self.first_row)
+
+    def read(self, piece: StoredSlice, stored: StoredTensor) -> str | None:
+        """Fill the view; or what is wrong with what is in it."""
+        view, rows = self.view(piece, stored), piece.stored_rows(stored.shape)
+        if piece.rule.rearrange is None:
+            stored.read_into(view[None] if piece.rule.by_row else view, rows.start if rows else 0)
+        else:
+            view.copy_(piece.to_ours(stored.read(rows)))
+        return problem_of(view)
 
     def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
         """Its values are there."""
@@ -64,29 +73,57 @@ Select = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PassedOn(Target):
-    """What is kept in another form: `put(select, values, scales)` gets a piece once it is there.
+    """What is kept in another form: `put(select, values)` gets a piece once it is there.
 
     `tensor` is on the meta device. `select` finds the piece in whatever begins with the same
-    dimensions. `scales` [n, B] are those that its rows are stored with, if they are.
+    dimensions. What is stored in `format_name` goes to `put_stored(select, codes, scales)`.
     """
 
-    put: Callable[[Select, Tensor, Tensor | None], None] = field(kw_only=True)
+    put: Callable[[Select, Tensor], None] = field(kw_only=True)
+    put_stored: Callable[[Select, Tensor, Tensor], None] = field(kw_only=True)
+    format_name: str = field(kw_only=True)
     _there: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def num_bytes(self, piece: StoredSlice) -> int:
-        return super().view(piece).nbytes
+    def num_bytes(self, piece: StoredSlice, stored: StoredTensor) -> int:
+        if same := self._same(piece, stored):
+            return same.bytes_of(piece.stored_rows(stored.shape))
+        return super().view(piece, stored).nbytes
 
-    def view(self, piece: StoredSlice) -> Tensor:
+    def view(self, piece: StoredSlice, stored: StoredTensor) -> Tensor:
         if id(piece) not in self._there:
-            self._there[id(piece)] = torch.empty_like(super().view(piece), device="cpu")
+            if same := self._same(piece, stored):
+                size = same.bytes_of(piece.stored_rows(stored.shape))
+                self._there[id(piece)] = torch.empty(size, dtype=torch.uint8)
+            else:
+                self._there[id(piece)] = torch.empty_like(super().view(piece, stored), device="cpu")
         return self._there[id(piece)]
 
+    def read(self, piece: StoredSlice, stored: StoredTensor) -> str | None:
+        same, rows = self._same(piece, stored), piece.stored_rows(stored.shape)
+        if same is None:
+            return super().read(piece, stored)
+        view = self.view(piece, stored)
+        same.read_stored(view, rows)
+        codes, scales = same.parts(view, rows)
+        return problem_of(scales) or problem_of(same.format.values_in(codes))
+
     def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
-        scales = None
-        if isinstance(stored, ScaledTensor) and piece.rule.rearrange is None:
-            scales = piece.to_ours(stored.scales_by_row(piece.stored_rows(stored.shape)))
-        values = self._there.pop(id(piece))
-        self.put(lambda tensor: piece.ours(tensor, self.first_row), values, scales)
+        there, same = self._there.pop(id(piece)), self._same(piece, stored)
+
+        def select(tensor: Tensor) -> Tensor:
+            return piece.ours(tensor, self.first_row)
+
+        if same is None:
+            self.put(select, there)
+        else:
+            parts = same.parts(there, piece.stored_rows(stored.shape))
+            self.put_stored(select, *(piece.to_ours(part) for part in parts))
+
+    def _same(self, piece: StoredSlice, stored: StoredTensor) -> QuantisedTensor | None:
+        """What is stored, if it is kept as it is."""
+        if not isinstance(stored, QuantisedTensor) or piece.rule.rearrange is not None:
+            return None
+        return stored if stored.format_name == self.format_name else None
 
 
 class Weights:
@@ -171,7 +208,7 @@ class Weights:
         rank that does. Collective: what is wrong with a weight all ranks raise."""
         slices = [p for p in self.slices if p.name in targets and targets[p.name].holds(p)]
         rows = {n: (t.first_row, len(t.tensor)) for n, t in targets.items() if t.is_some_rows}
-        size_of = {id(p): targets[p.name].num_bytes(p) for p in slices}
+        size_of = {id(p): targets[p.name].num_bytes(p, self.stored[p.key]) for p in slices}
         problem = None
         with memory.sharing(repr(rows)) as sharing:
             received: dict[Peers, list[StoredSlice]] = {
@@ -223,10 +260,10 @@ class Weights:
                         mine.step()
                         if mine.problem and peers.size == 1:
                             return mine.problem
-                    target = targets[piece.name]
-                    view = target.view(piece)
+                    target, stored = targets[piece.name], self.stored[piece.key]
+                    view = target.view(piece, stored)
                     peers.broadcast(view, reader)
-                    target.done(piece, self.stored[piece.key])
+                    target.done(piece, stored)
                     bar.update(view.nbytes)
                     PROGRESS.num_events += 1
         return mine.problem or None
@@ -241,34 +278,19 @@ class Weights:
         self._prefetch(islice(ahead, _AHEAD))
         for piece in slices:
             self._prefetch(islice(ahead, 1))
-            view = targets[piece.name].view(piece)
-            self._read_piece(piece, view)
-            self._refuse_what_no_weight_is(piece, view)
+            stored, target = self.stored[piece.key], targets[piece.name]
+            if problem := target.read(piece, stored):
+                dtype = str(target.tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"model.checkpoint={self.folder}: {stored.file.name}: {piece.key} {problem} "
+                    f"(for {piece.name}, as {dtype}); download it again, or convert it again"
+                )
             yield
 
     def _prefetch(self, slices: Iterable[StoredSlice]) -> None:
         for piece in slices:
             stored = self.stored[piece.key]
             stored.prefetch(piece.stored_rows(stored.shape))
-
-    def _read_piece(self, piece: StoredSlice, view: Tensor) -> None:
-        stored = self.stored[piece.key]
-        rows = piece.stored_rows(stored.shape)
-        if piece.rule.rearrange is None:
-            into = view[None] if piece.rule.by_row else view
-            stored.read_into(into, rows.start if rows else 0)
-        else:
-            view.copy_(piece.to_ours(stored.read(rows)))
-
-    def _refuse_what_no_weight_is(self, piece: StoredSlice, view: Tensor) -> None:
-        """One pass over what has just come through the cache: a twentieth of the time to read."""
-        problem = problem_of(view)
-        if problem:
-            raise CheckpointError(
-                f"model.checkpoint={self.folder}: {self.stored[piece.key].file.name}: {piece.key} "
-                f"{problem} (for {piece.name}, as {str(view.dtype).removeprefix('torch.')}); "
-                "download it again, or convert it again"
-            )
 
 
 def _of_others(common: list[StoredSlice], sizes: list[int], part: tuple[int, int]) -> set[int]:
@@ -280,7 +302,10 @@ def _of_others(common: list[StoredSlice], sizes: list[int], part: tuple[int, int
 
 
 def problem_of(weight: Tensor) -> str | None:
-    """What no trained weight is: not finite, or a matrix of nothing but zeros."""
+    """What no trained weight is: not finite, or a matrix of nothing but zeros.
+
+    One pass over what has just come through the cache: a twentieth of the time to read.
+    """
     if not weight.numel():
         return None
     low, high = (bound.item() for bound in weight.aminmax())

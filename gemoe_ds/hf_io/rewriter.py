@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.hf_io.block_scales import ScaledTensor
 from gemoe_ds.hf_io.companions import companions, write_index
 from gemoe_ds.hf_io.key_rules import Shape, StoredSlice
 from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.quantised_tensor import QuantisedTensor
 from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor
 
 
@@ -31,19 +31,16 @@ def rewrite(
     assert changed.keys() <= weights.shapes.keys(), changed.keys() - weights.shapes.keys()
     out.mkdir(parents=True, exist_ok=True)
     # 1. which stored tensors change, and in which files they are
-    slices: dict[str, list[StoredSlice]] = {}
-    for piece in (*weights.slices, *weights.tied_copies):
-        if piece.name in changed:
-            slices.setdefault(piece.key, []).append(piece)
-    added = weights.keys.stored_shapes(_lacking(weights, changed))
+    slices = by_key(weights, changed)
+    new = weights.keys.stored_shapes(_lacking(weights, changed))
     for key in slices:
-        if isinstance(weights.stored[key], ScaledTensor):
+        if isinstance(weights.stored[key], QuantisedTensor):
             raise CheckpointError(
-                f"{key} has trained and is stored in float8 in {weights.folder}; give the folder "
+                f"{key} has trained and is stored in few bits in {weights.folder}; give the folder "
                 "before it was quantised"
             )
     files = sorted({stored.file for stored in weights.raw.values()})
-    touched = {weights.stored[key].file for key in slices} | ({files[-1]} if added else set())
+    touched = {weights.stored[key].file for key in slices} | ({files[-1]} if new else set())
     # 2. all files but the weights; servers look for weights in the folder itself, not below
     names = {file: "-".join(file.relative_to(weights.folder).parts) for file in files}
     rank, num_ranks = share
@@ -54,18 +51,27 @@ def rewrite(
         if file not in touched:
             shutil.copyfile(file, out / names[file])
             continue
-        tensors = _added(weights, changed) if file == files[-1] else {}
+        tensors = added(weights, changed) if file == files[-1] else {}
         for key, stored in weights.raw.items():
             if stored.file == file:
-                tensors[key] = _replaced(stored, slices.get(key, []), changed)
+                tensors[key] = replaced(stored, slices.get(key, []), changed)
         save_file(tensors, out / names[file], metadata={"format": "pt"})
     # 4. the index, if there was one
     if num_ranks == 1 and (weights.folder / INDEX).exists():
         file_of = {key: names[stored.file] for key, stored in weights.raw.items()}
-        write_index(out, file_of | dict.fromkeys(added, names[files[-1]]))
+        write_index(out, file_of | dict.fromkeys(new, names[files[-1]]))
 
 
-def _replaced(
+def by_key(weights: Weights, names: Container[str]) -> dict[str, list[StoredSlice]]:
+    """What makes up parameters of these names, by the stored tensor that it is in."""
+    slices: dict[str, list[StoredSlice]] = {}
+    for piece in (*weights.slices, *weights.tied_copies):
+        if piece.name in names:
+            slices.setdefault(piece.key, []).append(piece)
+    return slices
+
+
+def replaced(
     stored: StoredTensor, slices: list[StoredSlice], changed: Mapping[str, Tensor]
 ) -> Tensor:
     """A stored tensor with these slices of it changed, in the wider of the two dtypes."""
@@ -83,7 +89,7 @@ def _lacking(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Shape
     return {name: weights.shapes[name] for name in changed if name not in there}
 
 
-def _added(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def added(weights: Weights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors of the parameters that the folder has none of."""
     tensors: dict[str, Tensor] = {}
     for name, shape in _lacking(weights, changed).items():

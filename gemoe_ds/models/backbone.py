@@ -14,6 +14,7 @@ from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.hf_config import as_checkpoint_error, config_of, meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape
 from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.quantise_folder import quantise_folder
 from gemoe_ds.hf_io.quiet import without_bars
 from gemoe_ds.hf_io.rewriter import rewrite
 from gemoe_ds.models.blocks import Adapters, BlockSpec, find_moe_blocks
@@ -139,7 +140,33 @@ class Backbone(Registered):
         first rank writes them. With `share` = (rank, ranks) only this rank's files are written.
         """
         if base is not None:
-            plain = meta_model(type(model), model.config)
-            rewrite(Weights(base, self.keys, plain, self.may_lack), state, folder, share)
+            weights = self._weights(model, base)
+            rewrite(weights, self.with_lacking(model, state, base), folder, share)
         elif share[0] == 0:
             self.save_pretrained(model, dict(state), folder)
+
+    def save_quantised(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        base: Path,
+        folder: Path,
+        format_of: Mapping[str, str],
+    ) -> None:
+        """The same with the parameters of `format_of` in one of quantised.FORMATS.
+
+        Without `state` this is the base itself, and `model` may have no memory.
+        """
+        state = self.with_lacking(model, state, base) if state else state
+        quantise_folder(self._weights(model, base), state, folder, format_of, self.keys)
+
+    def with_lacking(
+        self, model: nn.Module, state: Mapping[str, Tensor], base: Path
+    ) -> Mapping[str, Tensor]:
+        """`state` and what a folder that is whole has more than `base`."""
+        return state
+
+    def _weights(self, model: nn.Module, base: Path) -> Weights:
+        """Of a folder, for the model as it is loaded."""
+        plain = meta_model(type(model), model.config)
+        return Weights(base, self.keys, plain, self.may_lack)

@@ -19,6 +19,7 @@ from gemoe_ds.models.blocks import convert_blocks
 from gemoe_ds.models.by_source import ce_by_target, sums_by_source
 from gemoe_ds.models.distill import Distill, divergence, following
 from gemoe_ds.models.inputs import ModelInputs
+from gemoe_ds.models.quantised_linear import quantise_linear_maps
 from gemoe_ds.models.shard import ExpertShard, stored_blocks
 from gemoe_ds.moe.context import TEACHER, Rollout, TokenContext
 from gemoe_ds.moe.layer import MoELayer
@@ -73,6 +74,7 @@ class MoEModel(nn.Module):
         train: str = "routers",
         dtype: torch.dtype = torch.float32,
         experts_dtype: str | None = None,
+        dense_dtype: str | None = None,
         shard: ExpertShard | None = None,
         recompute: bool = False,
         pack_experts: bool = False,
@@ -107,8 +109,9 @@ class MoEModel(nn.Module):
             keep_base=train == "routers",
         )
         # 3. Whatever is still a shape.
+        rest = quantise_linear_maps(hf, dense_dtype, dtype) if dense_dtype else {}
         if weights is not None:
-            rest = materialise(hf, dtype, memory)
+            rest |= materialise(hf, dtype, memory)
             named = {model._stock_names.get(name, name): target for name, target in rest.items()}
             weights.fill(source.targets | named, memory, show_progress=show_progress)
         # 4. What stays frozen, in its dtype.

@@ -44,6 +44,7 @@ def build_model(
         train=config.model.trainable,
         dtype=getattr(torch, config.model.dtype),
         experts_dtype=config.model.experts_dtype,
+        dense_dtype=config.model.dense_dtype,
         shard=shard,
         recompute=config.model.activation_checkpointing,
         pack_experts=config.model.pack_experts,

@@ -20,6 +20,7 @@ from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.blocks import BlockSpec
 from gemoe_ds.models.cost.activations import StepShape, activation_bytes, at_once
 from gemoe_ds.models.cost.tower_memory import tower_bytes
+from gemoe_ds.models.quantised_linear import linear_maps
 from gemoe_ds.moe.experts.onednn import multiplies_slowly
 from gemoe_ds.moe.experts.quantised import FORMATS
 from gemoe_ds.moe.router import Router
@@ -243,6 +244,7 @@ def _common(config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], dtype: to
     if config.model.trainable == "all" or config.zero_stage == 3:
         return 0
     ours = {id(p) for b in blocks for p in (b.gate_ED, b.gate_up_EGD, b.down_EDF)}
+    ours |= {id(one.weight) for one in _dense_in_few_bits(config, hf, blocks)}
     rest = (p for p in hf.parameters() if p.is_meta and id(p) not in ours)
     return sum(p.numel() for p in rest) * dtype.itemsize
 
@@ -264,15 +266,16 @@ def _weights(
     of_routers = [p for router in routers for p in router.parameters()]
     trained = sum(p.numel() for p in of_routers if p.requires_grad)
     kept = _frozen_experts(config, blocks, dtype) // ep_size
-    frozen = rest * dtype.itemsize + kept + gates * WEIGHT  # as they were
+    whole, few_bits = _frozen_rest(config, hf, blocks, rest, dtype)
+    frozen = whole + few_bits + kept + gates * WEIGHT  # as they were
     if config.model.trainable != "routers":
-        trained, frozen = trained + experts, rest * dtype.itemsize
+        trained, frozen = trained + experts, whole + few_bits
     if config.model.trainable == "all":
         trained, frozen = trained + rest, 0
     sharers = num_ranks // (ep_size if config.model.trainable != "routers" else 1)
     parts = num_ranks if stage == 3 else 1
-    if config.model.trainable == "routers" and stage == 3:  # frozen experts are never partitioned
-        frozen = rest * dtype.itemsize // parts + kept + gates * WEIGHT
+    if config.model.trainable == "routers" and stage == 3:  # few bits and frozen experts never are
+        frozen = whole // parts + few_bits + kept + gates * WEIGHT
     states = 2 * MOMENT + (MASTER if stage else 0)
     return {
         "frozen weights": frozen,
@@ -284,6 +287,28 @@ def _weights(
             config, num_ranks, blocks[0].routing.d_model, trained, on_gpu
         ),
     }
+
+
+def _frozen_rest(
+    config: RunConfig, hf: nn.Module, blocks: list[BlockSpec], numbers: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes of what is in `dtype` and of what is in few bits, of so many numbers."""
+    maps = _dense_in_few_bits(config, hf, blocks)
+    in_few = sum(one.weight.numel() for one in maps)
+    size = 0
+    if config.model.dense_dtype is not None:
+        kept = FORMATS[config.model.dense_dtype]
+        size = sum(kept.num_bytes(one.out_features, one.in_features) for one in maps)
+    return (numbers - in_few) * dtype.itemsize, size
+
+
+def _dense_in_few_bits(
+    config: RunConfig, hf: nn.Module, blocks: list[BlockSpec]
+) -> list[nn.Linear]:
+    if config.model.dense_dtype is None:
+        return []
+    gates = {id(block.gate_ED) for block in blocks}
+    return [one for one in linear_maps(hf).values() if id(one.weight) not in gates]
 
 
 def _frozen_experts(config: RunConfig, blocks: list[BlockSpec], dtype: torch.dtype) -> int:

@@ -17,10 +17,12 @@ from gemoe_ds.engine.world import distributed
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.quantised_linear import QuantisedLinear
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.experts.module import QuantisedExperts
-from gemoe_ds.moe.experts.quantised import FORMATS, QuantisedWeight
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 from gemoe_ds.moe.router import Router
+from gemoe_ds.train.assemble import build_model
 from tests.helpers import repository, run_ranks
 from tests.models.cases import write_case
 from tests.train.resuming import losses, make_config, train_all, write_setting
@@ -94,14 +96,18 @@ def setting(tmp_path_factory):
     return write_setting(tmp_path_factory.mktemp("quantised"))
 
 
-def twin(setting, experts_dtype: str) -> Path:
-    """The base with its experts dequantised, in float32."""
-    out = setting["root"] / f"twin-{experts_dtype}"
+def twin(setting, experts_dtype: str, dense_dtype: str | None) -> Path:
+    """The base dequantised, in float32."""
+    out = setting["root"] / f"twin-{experts_dtype}-{dense_dtype}"
     if not out.exists():
-        config = run_config(setting, "twin", experts_dtype)
-        from gemoe_ds.train.assemble import build_model
-
+        config = run_config(setting, "twin", experts_dtype, model__dense_dtype=dense_dtype)
         model = build_model(config, ExpertShard())
+        maps = {
+            f"{path}.weight": module.weight
+            for path, module in model.named_modules()
+            if isinstance(module, QuantisedLinear)
+        }
+        assert bool(maps) == (dense_dtype is not None)
         experts = {
             f"{path}.{stock}": torch.stack(
                 [weight.dequantised(e, torch.float32) for e in range(weight.shape[0])]
@@ -113,7 +119,8 @@ def twin(setting, experts_dtype: str) -> Path:
                 names[:2], (layer.experts.gate_up_EGD, layer.experts.down_EDF), strict=True
             )
         }
-        model.backbone.save_trained(model.hf, experts, setting["hf"], out)
+        weights = experts | dict(model.stock_tensors(maps))
+        model.backbone.save_trained(model.hf, weights, setting["hf"], out)
     return out
 
 
@@ -129,11 +136,11 @@ def run_config(setting, name: str, experts_dtype: str | None, *, zero: int = 2, 
     return make_config(setting, setting["root"] / name, **options | more)
 
 
-RUNS = [  # format, ranks, EP size, ZeRO stage, recomputation
-    ("int8", 1, 1, 0, False),
-    ("nf4", 2, 2, 2, True),
-    ("float8", 2, 2, 3, False),
-    ("nf4", 2, 1, 1, False),
+RUNS = [  # format of experts, of the rest, ranks, EP size, ZeRO stage, recomputation
+    ("int8", None, 1, 1, 0, False),
+    ("nf4", "int8", 2, 2, 2, True),
+    ("float8", "float8", 2, 2, 3, False),
+    ("nf4", None, 2, 1, 1, False),
 ]
 
 
@@ -141,15 +148,14 @@ RUNS = [  # format, ranks, EP size, ZeRO stage, recomputation
 def runs(setting):
     """Each run, and one rank on the dequantised model."""
     by_ranks: dict[int, list] = {1: [], 2: []}
-    for experts_dtype, ranks, ep_size, zero, recompute in RUNS:
+    for experts_dtype, dense_dtype, ranks, ep_size, zero, recompute in RUNS:
         name = f"{experts_dtype}-{ranks}-{ep_size}-{zero}"
         options = {"zero": zero, "ep_size": ep_size, "model__activation_checkpointing": recompute}
+        options["model__dense_dtype"] = dense_dtype
         by_ranks[ranks].append(run_config(setting, name, experts_dtype, **options))
-    for experts_dtype in FORMATS:
-        base = str(twin(setting, experts_dtype))
-        by_ranks[1].append(
-            run_config(setting, f"whole-{experts_dtype}", None, model__checkpoint=base)
-        )
+    for formats in {run[:2] for run in RUNS}:
+        base, name = str(twin(setting, *formats)), f"whole-{formats[0]}-{formats[1]}"
+        by_ranks[1].append(run_config(setting, name, None, model__checkpoint=base))
     for ranks, configs in by_ranks.items():
         assert run_ranks(train_all, ranks, configs, timeout=300) == [None] * ranks
     return setting["root"]
@@ -157,8 +163,8 @@ def runs(setting):
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_run_equals_that_of_the_dequantised_model(runs, run):
-    experts_dtype, ranks, ep_size, zero, _ = run
-    expected = losses(runs / f"whole-{experts_dtype}")
+    experts_dtype, dense_dtype, ranks, ep_size, zero, _ = run
+    expected = losses(runs / f"whole-{experts_dtype}-{dense_dtype}")
     found = losses(runs / f"{experts_dtype}-{ranks}-{ep_size}-{zero}")
     assert found.keys() == expected.keys() == {1, 2, 3, 4}
     assert found == pytest.approx(expected, rel=1e-5)
@@ -181,6 +187,11 @@ def test_a_run_goes_on_in_another_precision_and_says_so(setting, runs):
         ({"trainable": "all"}, "experts in few bits cannot train; set it to null"),
         ({"pack_experts": True}, "packed experts are two more copies"),
         ({"experts_dtype": "int4"}, "experts_dtype"),
+        (
+            {"experts_dtype": None, "trainable": "all", "dense_dtype": "int8"},
+            "few bits cannot train",
+        ),
+        ({"dense_dtype": "int8", "compile": "dense"}, "does not see into weights in few bits"),
     ],
 )
 def test_what_cannot_be(changes, words):

@@ -27,12 +27,16 @@ def flops_per_token(model: MoEModel, mean_k_L: list[float], context: float) -> d
     visits = zip(mean_k_L, model.params_per_expert, strict=True)
     head = model.backbone.head(model.hf)
     return {
-        "dense": 2 * sum(m.weight.numel() for m in dense),
+        "dense": 2 * sum(_size(m) for m in dense),
         "attention": 4 * sum(widths) * context,  # scores, and the sum over values
         "router": 2 * sum(p.numel() for p in router),
         "experts": 2 * sum(k * size for k, size in visits),
-        "head": 2 * sum(p.numel() for p in head.parameters() if p.dim() >= 2),
+        "head": 2 * sum(_size(m) for m in head.modules() if isinstance(m, nn.Linear)),
     }
+
+
+def _size(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features
 
 
 def _attends(module: nn.Module) -> bool:

@@ -105,21 +105,16 @@ class MoeLlavaBackbone(OwnModelBackbone):
             )
         return tower
 
-    def save_trained(
-        self,
-        model: nn.Module,
-        state: Mapping[str, Tensor],
-        base: Path | None,
-        folder: Path,
-        share: tuple[int, int] = (0, 1),
-    ) -> None:
-        """A base without its tower gets it, under the public names: the folder is whole."""
-        assert base is not None
-        if not _has_tower(base):
-            prefix = "vision_tower."
-            tower = {n: p.detach() for n, p in model.named_parameters() if n.startswith(prefix)}
-            state = ChainMap(state, tower)  # type: ignore[arg-type]  # neither is written to
-        super().save_trained(model, state, base, folder, share)
+    def with_lacking(
+        self, model: nn.Module, state: Mapping[str, Tensor], base: Path
+    ) -> Mapping[str, Tensor]:
+        """A base without its tower gets it, under the public names."""
+        if _has_tower(base):
+            return state
+        tower = {
+            n: p.detach() for n, p in model.named_parameters() if n.startswith("vision_tower.")
+        }
+        return ChainMap(state, tower)  # type: ignore[arg-type]  # neither is written to
 
     def image_layout(self, model: HFModel) -> PaddedSquare:
         return PaddedSquare(model.config.vision.image_size)

@@ -168,6 +168,21 @@ class UpcycledBackbone(LlavaBackbone):
         whole = self.load(base, base).state_dict() | gates | dict(state)
         self.save_pretrained(model, whole, folder)
 
+    def save_quantised(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        base: Path,
+        folder: Path,
+        format_of: Mapping[str, str],
+    ) -> None:
+        if _stored(base) is None:
+            raise ConfigError(
+                f"model.checkpoint={base} is a dense model; export the run without --quantise, and "
+                "then that folder with it"
+            )
+        super().save_quantised(model, state, base, folder, format_of)
+
 
 def _stored(folder: Path) -> dict[str, object] | None:
     """`config.upcycled` of a folder; None for a dense model."""

@@ -48,10 +48,22 @@ class Format:
     def blocks(self, num_inputs: int) -> int:
         return -(-num_inputs // self.block)
 
+    def values_in(self, codes: Tensor) -> Tensor:
+        """Each value that occurs among codes, before scales, at least once: [1, n]."""
+        present = torch.bincount(codes.flatten().view(torch.uint8)).nonzero().flatten()
+        present = present.to(torch.uint8).view(codes.dtype).repeat(2)  # decoded two at a time
+        values = torch.empty(1, len(present) * 8 // self.bits)
+        self.decode(present[None], values)
+        return values
+
+    def num_codes(self, num_blocks: int) -> int:
+        """Bytes of them."""
+        return num_blocks * self.block * self.bits // 8
+
     def num_bytes(self, num_rows: int, num_inputs: int) -> int:
         """Of codes and scales."""
         blocks = self.blocks(num_inputs)
-        return num_rows * blocks * (self.block * self.bits // 8 + 4)
+        return num_rows * (self.num_codes(blocks) + 4 * blocks)
 
 
 def _int8(codes_nC: Tensor, into_nK: Tensor) -> None:
@@ -121,6 +133,30 @@ FORMATS = {
 }
 
 
+@torch.no_grad()
+def encode(one: Format, values_nK: Tensor, codes_nC: Tensor, scales_nB: Tensor) -> None:
+    """Fill codes, of whole blocks, and scales."""
+    bound = one.largest
+    for first in range(0, len(values_nK), _ROWS):
+        rows = slice(first, first + _ROWS)
+        values = values_nK[rows].to(torch.float32)
+        blocks = _parts(nn.functional.pad(values, (0, -values.shape[-1] % one.block)), one.block)
+        most_nB = blocks.abs().amax(-1)
+        if one.square:
+            most_nB = most_nB.amax(0, keepdim=True).expand_as(most_nB)
+        scales_nB[rows] = (most_nB / bound).clamp_min_(_TINY)
+        scaled = (blocks / scales_nB[rows, :, None]).clamp_(-bound, bound)
+        codes_nC[rows] = one.encode(scaled.flatten(-2))
+
+
+def decoded(one: Format, codes_nC: Tensor, scales_nB: Tensor) -> Tensor:
+    """The numbers in float32, [n, K] of whole blocks; the codes may end before."""
+    missing = one.num_codes(scales_nB.shape[-1]) - codes_nC.shape[-1]
+    values = torch.empty(*scales_nB.shape, one.block)
+    one.decode(nn.functional.pad(codes_nC, (0, missing)), values.flatten(-2))
+    return values.mul_(scales_nB[..., None]).flatten(-2)
+
+
 _of_thread = threading.local()
 
 
@@ -135,7 +171,7 @@ def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 class QuantisedWeight(nn.Module):
-    """[E, M, K] in one of the `FORMATS`. Not part of any state_dict: it is read from the base."""
+    """[E, M, K], or [M, K], in one of the `FORMATS`. No state_dict has it: the base has."""
 
     codes_EMC: Tensor
     scales_EMB: Tensor
@@ -146,8 +182,7 @@ class QuantisedWeight(nn.Module):
         self.format, self.shape = FORMATS[name], torch.Size(shape)
         *rows, num_inputs = shape
         blocks = self.format.blocks(num_inputs)
-        num_codes = blocks * self.format.block * self.format.bits // 8
-        codes = torch.empty(*rows, num_codes, dtype=self.format.codes)
+        codes = torch.empty(*rows, self.format.num_codes(blocks), dtype=self.format.codes)
         self.register_buffer("codes_EMC", codes, persistent=False)
         self.register_buffer("scales_EMB", torch.empty(*rows, blocks), persistent=False)
 
@@ -158,39 +193,28 @@ class QuantisedWeight(nn.Module):
             weight.put(itemgetter(expert), weight_MK)
         return weight
 
+    def put(self, select: Callable[[Tensor], Tensor], values_nK: Tensor) -> None:
+        """Fill the rows that `select` finds in a tensor [E, M, ..]."""
+        encode(self.format, values_nK, select(self.codes_EMC), select(self.scales_EMB))
+
     @torch.no_grad()
-    def put(
-        self,
-        select: Callable[[Tensor], Tensor],
-        values_nK: Tensor,
-        stored_scales_nB: Tensor | None = None,
+    def put_stored(
+        self, select: Callable[[Tensor], Tensor], codes_nC: Tensor, scales_nB: Tensor
     ) -> None:
-        """Fill the rows that `select` finds in a tensor [E, M, ..].
+        """The same of rows in this very format; their codes may end with the inputs."""
+        into, width = select(self.codes_EMC), codes_nC.shape[-1]
+        into[..., :width] = codes_nC
+        into[..., width:] = 0
+        select(self.scales_EMB).copy_(scales_nB)
 
-        `stored_scales_nB`: what they are stored with in float8, which float8 keeps.
-        """
-        block, given_nB = self.format.block, stored_scales_nB if self.format.square else None
-        codes_nC, scales_nB = select(self.codes_EMC), select(self.scales_EMB)
-        for first in range(0, len(values_nK), _ROWS):
-            rows = slice(first, first + _ROWS)
-            values = values_nK[rows].to(torch.float32)
-            values = nn.functional.pad(values, (0, -values.shape[-1] % block))
-            blocks = _parts(values, block)
-            bound = self.format.largest
-            most_nB = blocks.abs().amax(-1)
-            if self.format.square:
-                most_nB = most_nB.amax(0, keepdim=True).expand_as(most_nB)
-            scales_nB[rows] = most_nB / bound if given_nB is None else given_nB[rows]
-            scales_nB[rows].clamp_min_(_TINY)
-            scaled = (blocks / scales_nB[rows, :, None]).clamp_(-bound, bound)
-            codes_nC[rows] = self.format.encode(scaled.flatten(-2))
-
-    def dequantised(self, expert: int, dtype: torch.dtype, *, until_next: bool = False) -> Tensor:
-        """The weight of one expert, [M, K].
+    def dequantised(
+        self, place: int | slice, dtype: torch.dtype, *, until_next: bool = False
+    ) -> Tensor:
+        """The weight of one expert, [M, K], or of an [M, K] some rows.
 
         `until_next`: in memory that this thread's next one overwrites, for a product at once.
         """
-        codes_MC, scales_MB = self.codes_EMC[expert], self.scales_EMB[expert]
+        codes_MC, scales_MB = self.codes_EMC[place], self.scales_EMB[place]
         num_rows, num_blocks = scales_MB.shape
         shape, device = (num_rows, num_blocks, self.format.block), codes_MC.device
         make = _scratch if until_next else torch.empty

@@ -1,0 +1,164 @@
+"""`gemoe export --quantise`: folders in few bits that are read as what they stand for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gemoe_ds.cli import export
+from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io import quantise_folder
+from gemoe_ds.models.few_bits import format_of
+from gemoe_ds.models.quantised_linear import QuantisedLinear
+from gemoe_ds.models.shard import ExpertShard
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
+from tests.helpers import repository
+from tests.models.cases import write_case
+from tests.models.test_quantised import load
+
+REST = {"int8": "int8", "nf4": "int8", "float8": "float8"}
+
+
+def write_quantised(name: str, root, of_experts: str):
+    """root/other has it as its base."""
+    backbone = load(name, root, None).backbone
+    model = backbone.load(root / "base", root / "tokenizer")
+    other = root / "other"
+    backbone.save_quantised(
+        model, {}, root / "base", other / "base", format_of(backbone, model, of_experts)
+    )
+    (other / "tokenizer").symlink_to(root / "tokenizer")
+    return other
+
+
+def weights_of(model):
+    """Every tensor by name, those in few bits as scales and numbers."""
+    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, weight in model.named_modules():
+        if isinstance(weight, QuantisedWeight):
+            places = range(weight.shape[0]) if len(weight.shape) == 3 else (slice(None),)
+            whole = [weight.dequantised(place, torch.float32) for place in places]
+            found[f"{name}.codes_EMC"] = torch.stack(whole)
+    return found
+
+
+CASES = [
+    ("olmoe", "nf4", ExpertShard()),
+    ("olmoe", "int8", ExpertShard(1, 2)),
+    ("qwen3_vl_moe", "nf4", ExpertShard(1, 2)),
+    ("deepseek_vl2", "int8", ExpertShard()),
+    ("molmoe", "nf4", ExpertShard(0, 2)),
+    ("moe_llava_qwen", "int8", ExpertShard()),
+]
+
+
+@pytest.mark.parametrize("name, of_experts, shard", CASES)
+def test_what_was_quantised_before_is_read_to_the_same_codes(tmp_path, name, of_experts, shard):
+    write_case(name, tmp_path)
+    options = {"shard": shard, "dense_dtype": REST[of_experts]}
+    wanted = load(name, tmp_path, of_experts, **options)
+    found = load(name, write_quantised(name, tmp_path, of_experts), of_experts, **options)
+    assert any(isinstance(module, QuantisedLinear) for module in found.modules())
+    tensors = weights_of(wanted)
+    assert weights_of(found).keys() == tensors.keys()
+    for key, tensor in weights_of(found).items():
+        assert torch.equal(tensor, tensors[key]), key
+
+
+@pytest.mark.parametrize("of_experts", REST)
+def test_it_is_also_read_as_the_numbers_that_it_stands_for(tmp_path, of_experts):
+    """Into no format, and into another one."""
+    write_case("olmoe", tmp_path)
+    other = write_quantised("olmoe", tmp_path, of_experts)
+    whole = load("olmoe", other, None)
+    codes = load("olmoe", other, of_experts)
+    for layer, exact in zip(codes.moe_layers, whole.moe_layers, strict=True):
+        for name in ("gate_up_EGD", "down_EDF"):
+            for expert, weight in enumerate(getattr(exact.experts, name)):
+                found = getattr(layer.experts, name).dequantised(expert, torch.float32)
+                assert torch.equal(found, weight)
+    for key, weight in load("olmoe", tmp_path, None).named_parameters():
+        found = dict(whole.named_parameters())[key]
+        error = (found - weight).abs().max()
+        assert error <= weight.abs().max() * 0.04, key
+    again = load("olmoe", other, "int8" if of_experts != "int8" else "nf4")
+    assert not torch.equal(
+        again.moe_layers[0].experts.gate_up.scales_EMB[..., 0],
+        codes.moe_layers[0].experts.gate_up.scales_EMB[..., 0],
+    )
+
+
+def test_a_float8_folder_is_read_by_transformers(tmp_path):
+    """As the numbers that we read."""
+    write_case("olmoe", tmp_path)
+    other = write_quantised("olmoe", tmp_path, "float8")
+    config = json.loads((other / "base/config.json").read_text())["quantization_config"]
+    kept = {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.norm"}
+    assert kept < {*config["modules_to_not_convert"]} and config["quant_method"] == "fp8"
+    theirs = AutoModelForCausalLM.from_pretrained(other / "base", dtype=torch.float32)
+    ours = load("olmoe", other, None)
+    stored, mine = theirs.state_dict(), dict(ours.hf.named_parameters())
+    for path, layer in zip(ours.block_paths, ours.moe_layers, strict=True):
+        mine[f"{path}.experts.gate_up_proj"] = layer.experts.gate_up_EGD
+        mine[f"{path}.experts.down_proj"] = layer.experts.down_EDF
+        mine[f"{path}.gate.weight"] = mine.pop(f"{path}.router.gate.weight")
+    assert stored.keys() <= mine.keys()
+    for key, weight in stored.items():
+        assert torch.equal(mine[key].to(weight.dtype), weight), key
+
+
+def test_files_have_a_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantise_folder, "_SHARD", 10_000)
+    write_case("olmoe", tmp_path)
+    other = write_quantised("olmoe", tmp_path, "nf4")
+    files = sorted((other / "base").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    for file in files:
+        tensors = load_file(file)
+        assert sum(one.nbytes for one in tensors.values()) <= 10_000 or len(tensors) == 1
+    load("olmoe", other, "nf4")
+
+
+def test_the_command_writes_a_base_that_trains(tmp_path, capsys):
+    write_case("olmoe", tmp_path)
+    recipe = repository() / "gemoe_ds/recipes/olmoe_gemoe_8_gpus.yaml"
+    options = [f"model.checkpoint={tmp_path / 'base'}", f"data.tokenizer={tmp_path / 'tokenizer'}"]
+    options += ["data.train_path=x", "output_dir=x"]
+    out = tmp_path / "other/base"
+    export.main([str(recipe), *options, "--quantise", "nf4", "--out", str(out)])
+    assert f"wrote {out}" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    said = {"quant_method": "gemoe_ds", "formats": ["int8", "nf4"]}
+    assert config["quantization_config"] == said
+    (tmp_path / "other/tokenizer").symlink_to(tmp_path / "tokenizer")
+    load("olmoe", tmp_path / "other", "nf4", dense_dtype="int8")
+
+
+def test_scales_that_do_not_fit_are_named(tmp_path):
+    write_case("olmoe", tmp_path)
+    other = write_quantised("olmoe", tmp_path, "nf4")
+    (file,) = (other / "base").glob("*.safetensors")
+    tensors = load_file(file)
+    key = "model.layers.0.mlp.experts.0.up_proj.weight"
+    from safetensors.torch import save_file
+
+    for harm, words in (
+        (torch.ones(1, 1), rf"{key}_scale is float32 \[1, 1\]; for blocks of 64 inputs of {key}"),
+        (tensors[f"{key}_scale"].bfloat16(), "it would be float32"),
+        (torch.full_like(tensors[f"{key}_scale"], torch.nan), "holds NaN or infinite numbers"),
+        (None, f"{key} is stored as uint8"),
+    ):
+        harmed = {k: v for k, v in tensors.items() if k != f"{key}_scale"}
+        if harm is not None:
+            harmed[f"{key}_scale"] = harm
+        else:
+            harmed[key] = torch.zeros(16, 32, dtype=torch.uint8)
+        save_file(harmed, file)
+        index = other / "base/model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(harmed, file.name)}))
+        with pytest.raises(CheckpointError, match=words):
+            load("olmoe", other, "nf4")
