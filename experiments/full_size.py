@@ -96,9 +96,10 @@ class FullSize:
         real: Path | None = None,
         num_turns: int = 1,
         more: Sequence[str] = (),
+        experts_dtype: str | None = None,
     ) -> None:
         self.name, self.ranks, self.steps, self.num_turns = name, ranks, steps, num_turns
-        self.more = more
+        self.more, self.experts_dtype = more, experts_dtype
         self.root = Path("runs/full_size") / name
         self.base, self.data = real or self.root / "checkpoint", self.root / "data"
         self.tokenizer = real or self.root / "tokenizer"
@@ -114,7 +115,9 @@ class FullSize:
 
         backbone = Backbone.named(self.name)
         if not (self.base / "config.json").is_file():
-            write_random_checkpoint(backbone, self.base, shards=SHARDS)
+            float8 = self.experts_dtype is not None
+            shards = 8 * SHARDS if float8 else SHARDS
+            write_random_checkpoint(backbone, self.base, shards=shards, float8=float8)
         if not self.data.exists():
             sees = backbone(backbone.Config()).image_layout(backbone.published()) is not None
             write_data(self.data, images=sees, num_turns=self.num_turns)
@@ -122,6 +125,23 @@ class FullSize:
             return
         words = {word for turn in turns() for text in turn for word in text.split()}
         write_stand_in_tokenizer(backbone, words, self.tokenizer)
+
+    def quantise(self) -> float:
+        """From now on the base is its twin in few bits; seconds to write that."""
+        out, began = self.root / str(self.experts_dtype), time.perf_counter()
+        command = [sys.executable, "-m", "gemoe_ds", "export", RECIPE, *self.options()]
+        command += ["--quantise", str(self.experts_dtype), "--out", str(out)]
+        print(f"-- {shlex.join(command)}", flush=True)
+        subprocess.run(command, check=True)
+        shutil.rmtree(self.base)
+        self.base = out
+        dense = "float8" if self.experts_dtype == "float8" else "int8"
+        self.more = [
+            f"model.experts_dtype={self.experts_dtype}",
+            f"model.dense_dtype={dense}",
+            *self.more,
+        ]
+        return time.perf_counter() - began
 
     def launched(self, script: str, *options: str) -> None:
         command = [
@@ -165,7 +185,7 @@ class FullSize:
         costs: list[dict[str, Any]] = json.loads((out / "throughput.json").read_text())["costs"]
         return costs
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, *, answers: bool) -> dict[str, Any]:
         from gemoe_ds.models.backbone import Backbone
 
         backbone = Backbone.named(self.name)
@@ -191,7 +211,7 @@ class FullSize:
             "phases": first,
             "phases_resumed": again,
             "last_step": {k: v for k, v in json.loads(lines[-1]).items() if "/layer_" not in k},
-            "generation": self.generate(top_k),
+            "generation": self.generate(top_k) if answers else [],
         }
 
 
@@ -212,6 +232,13 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the training"
     )
+    parser.add_argument(
+        "--quantise",
+        choices=("float8", "int8", "nf4"),
+        help="experts in few bits, from a folder "
+        "that `gemoe export --quantise` writes from one in float8",
+    )
+    parser.add_argument("--no-answers", action="store_true", help="train only")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
     arguments = parser.parse_or_exit()
     real = arguments.checkpoint.absolute() if arguments.checkpoint else None
@@ -230,9 +257,12 @@ def main() -> int:
                 real,
                 arguments.turns,
                 arguments.set,
+                arguments.quantise,
             )
             one.prepare()
-            measured[name] = one.measure()
+            seconds = one.quantise() if arguments.quantise else None
+            measured[name] = one.measure(answers=not arguments.no_answers)
+            measured[name]["seconds_to_quantise"] = seconds
             if not arguments.keep and not real:
                 shutil.rmtree(one.base)
         report = {"backbones": measured} | provenance()

@@ -131,6 +131,12 @@ class KeyMap:
     def all_rules(self) -> tuple[Rule, ...]:
         return (*(self.experts[0] if self.experts else ()), *self.rules)
 
+    @property
+    def one_expert_each(self) -> KeyMap:
+        """With the table of experts alone that stores each by itself, outputs by inputs."""
+        fit = (t for t in self.experts if all(rule.stacks and not rule.rearrange for rule in t))
+        return KeyMap((*next(fit, ()), *self.rules), self.unused)
+
     def fitting(self, stored: Mapping[str, Shape], ours: Mapping[str, Shape]) -> KeyMap:
         """With the table of experts alone whose keys are stored, in the shapes that it wants.
 

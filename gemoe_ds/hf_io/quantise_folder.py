@@ -70,7 +70,7 @@ def quantise_folder(
     for key, tensor in added(weights, changed).items():
         shards.add(key, tensor)
     shards.close()
-    _say_so(out / "config.json", set(format_of.values()), whole)
+    say_quantised(out / "config.json", set(format_of.values()), whole)
 
 
 def _format(
@@ -89,11 +89,9 @@ def _matrices(
     weights: Weights, pieces: list[StoredSlice], changed: Mapping[str, Tensor], keys: KeyMap
 ) -> Iterator[tuple[str, Tensor]]:
     """Keys and matrices, outputs by inputs, of stacked experts that are stored the other way."""
-    table = next(t for t in keys.experts if all(rule.stacks and not rule.rearrange for rule in t))
-    one_each = KeyMap((*table, *keys.rules))
     name, stored = pieces[0].name, weights.stored[pieces[0].key]
     of_row: dict[int | None, list[StoredSlice]] = {}
-    for piece in one_each.of(name, weights.shapes[name]):
+    for piece in keys.one_expert_each.of(name, weights.shapes[name]):
         of_row.setdefault(piece.row, []).append(piece)
     for piece in pieces:
         assert piece.row is not None
@@ -153,7 +151,7 @@ def _quantised(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _say_so(path: Path, formats: set[str], whole: Iterable[str]) -> None:
+def say_quantised(path: Path, formats: set[str], whole: Iterable[str]) -> None:
     """In config.json, as transformers and vLLM read it of float8; `whole`: keys that are not."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for section in (config, *config.values()):

@@ -46,6 +46,7 @@ class Backbone(Registered):
     published_part: ClassVar[str] = ""  # what that counts: names that begin so
     published_tensors: ClassVar[int | None] = None
     published_unused: ClassVar[Mapping[str, Shape]] = {}  # stored there, and read by nobody
+    published_processor: ClassVar[Mapping[str, Any]] = {}  # its preprocessor_config.json
     golden: ClassVar[Golden | None] = None
     keys: ClassVar[KeyMap] = KeyMap()  # of its Hugging Face folders
     chat: ClassVar[ChatTemplate] = ChatTemplate()

@@ -31,6 +31,14 @@ def _say_where(layer: MoELayer, args: object) -> None:
     PROGRESS.enter_layer(layer.router.spec.slot)
 
 
+def _narrow(hf: nn.Module, layers: list[MoELayer], dtype: torch.dtype) -> None:
+    """What does not train, routers excepted, in `dtype`."""
+    of_routers = {id(p) for layer in layers for p in layer.router.parameters()}
+    for parameter in hf.parameters():
+        if not parameter.requires_grad and id(parameter) not in of_routers:
+            parameter.data = parameter.data.to(dtype)
+
+
 class MoEModel(nn.Module):
     """The converted model. `forward` returns the loss parts; `logits` serves evaluation.
 
@@ -114,11 +122,7 @@ class MoEModel(nn.Module):
             rest |= materialise(hf, dtype, memory)
             named = {model._stock_names.get(name, name): target for name, target in rest.items()}
             weights.fill(source.targets | named, memory, show_progress=show_progress)
-        # 4. What stays frozen, in its dtype.
-        of_routers = {id(p) for layer in layers for p in layer.router.parameters()}
-        for parameter in hf.parameters():
-            if not parameter.requires_grad and id(parameter) not in of_routers:
-                parameter.data = parameter.data.to(dtype)
+        _narrow(hf, layers, dtype)
         for layer in layers:
             layer.register_forward_pre_hook(_say_where)
         own = (p for layer in layers for p in layer.router.param_groups()["predictor"])

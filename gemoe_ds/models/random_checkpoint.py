@@ -16,20 +16,35 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.console import Progress
-from gemoe_ds.hf_io.safetensors_reader import INDEX
+from gemoe_ds.hf_io.companions import write_index
+from gemoe_ds.hf_io.quantise_folder import say_quantised
+from gemoe_ds.hf_io.quantised_tensor import OF_BLOCKS, scales_shape
 from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.few_bits import format_of
 from gemoe_ds.models.images import ImageLayout
 
+_STD, _LARGEST = 0.02, 448.0  # of all weights; of float8
 _NOISE = 2**27  # numbers that all weights are cut from: drawing billions takes minutes
 
 
-def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: int) -> None:
-    """Weights of standard deviation 0.02 and norms of 1 in bfloat16; config.json comes last."""
+def write_random_checkpoint(
+    backbone: type[Backbone], folder: Path, *, shards: int, float8: bool = False
+) -> None:
+    """Weights of standard deviation 0.02 and norms of 1 in bfloat16; config.json comes last.
+
+    `float8`: in the layout in which Qwen publishes them so.
+    """
     model = backbone.published()
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    shapes = {**backbone.keys.stored_shapes(ours), **backbone.published_unused}
+    key_map, narrow = backbone.keys, set[str]()
+    if float8:
+        key_map = key_map.one_expert_each
+        names = format_of(backbone(backbone.Config()), model, "float8")
+        narrow = {piece.key for name in names for piece in key_map.of(name, ours[name])}
+    shapes = {**key_map.stored_shapes(ours), **backbone.published_unused}
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(_NOISE, generator=generator).mul_(0.02).bfloat16()
+    noise = torch.randn(_NOISE, generator=generator).mul_(_STD).bfloat16()
+    codes = (noise.float() * (_LARGEST / (8 * _STD))).to(torch.float8_e4m3fn) if float8 else noise
     folder.mkdir(parents=True, exist_ok=True)
     keys, weight_map = list(shapes), {}
     size = -(-len(keys) // shards)
@@ -39,21 +54,28 @@ def write_random_checkpoint(backbone: type[Backbone], folder: Path, *, shards: i
         for place, key in enumerate(keys[number * size : (number + 1) * size]):
             items = torch.Size(shapes[key]).numel()
             start = min(4096 * place, max(0, _NOISE - items))
-            weight = noise[start : start + items].repeat(-(-items // _NOISE))[:items]
+            pool = codes if key in narrow else noise
+            weight = pool[start : start + items].repeat(-(-items // _NOISE))[:items]
             if "norm" in key and key.endswith("weight"):
                 weight = torch.ones_like(weight)
             tensors[key] = weight.view(shapes[key]).clone()
             weight_map[key] = name
+            if key in narrow:
+                scales = torch.full(scales_shape("float8", shapes[key]), 8 * _STD / _LARGEST)
+                tensors[key + OF_BLOCKS], weight_map[key + OF_BLOCKS] = scales, name
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, weight_map)
     config: Any = model.config
     if hasattr(config, "to_json"):
         (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     else:
         config.dtype = torch.bfloat16
         config.save_pretrained(folder)
+    if backbone.published_processor:
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps(dict(backbone.published_processor), indent=1))
+    if float8:
+        say_quantised(folder / "config.json", {"float8"}, shapes.keys() - narrow)
 
 
 def write_stand_in_tokenizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.models import random_checkpoint
@@ -27,3 +28,20 @@ def test_it_has_what_nobody_reads_too(name, tmp_path, monkeypatch):
         backbone(backbone.Config()), tmp_path / "out", tokenizer, (router, router.Config())
     )
     assert len(model.moe_layers) == 2
+
+
+def test_in_float8_experts_are_stored_one_by_one_with_their_scales(tmp_path, monkeypatch):
+    base, tokenizer = write_case("qwen3_vl_moe", tmp_path)
+    backbone, router = Backbone.named("qwen3_vl_moe"), Router.named("top_k")
+    small = backbone(backbone.Config()).load(base, tokenizer)
+    monkeypatch.setattr(random_checkpoint, "_NOISE", 2**12)
+    monkeypatch.setattr(backbone, "published", classmethod(lambda cls: small))
+    random_checkpoint.write_random_checkpoint(backbone, tmp_path / "out", shards=3, float8=True)
+    key = "model.language_model.layers.0.mlp.experts.0.down_proj.weight"
+    stored = open_stored(tmp_path / "out")
+    assert stored[key].dtype == torch.float8_e4m3fn and f"{key}_scale_inv" in stored
+    model = MoEModel.from_checkpoint(
+        backbone(backbone.Config()), tmp_path / "out", tokenizer, (router, router.Config())
+    )
+    std = model.moe_layers[0].experts.down_EDF.std()
+    assert std == pytest.approx(0.02, rel=0.1)

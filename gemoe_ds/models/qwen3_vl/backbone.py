@@ -6,7 +6,8 @@ images runs the same modules as the others. The public folder holds experts fuse
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,15 @@ class Qwen3VLBackbone(Backbone):
     # transformers renormalises whatever the configuration says
     block_adapters = {Qwen3VLMoeTextSparseMoeBlock: partial(stock_block, norm_topk_prob=True)}
     published_parameters: ClassVar[int] = 31_070_754_032
+    published_processor: ClassVar[Mapping[str, Any]] = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
     class Config(ConfigModel):
         min_pixels: int | None = Field(
@@ -105,6 +115,11 @@ class Qwen3VLBackbone(Backbone):
             tie_word_embeddings=False,
         )
         return meta_model(Qwen3VLMoeForConditionalGeneration, config)
+
+    @cached_property
+    def processor(self) -> Qwen2VLImageProcessorPil:
+        """Of the public model, until a folder is loaded."""
+        return Qwen2VLImageProcessorPil(**self.published_processor)
 
     def _processor(self, folder: Path) -> Qwen2VLImageProcessorPil:
         try:

@@ -11,6 +11,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import gemoe_ds.routers  # noqa: F401  (registers every router)
+from gemoe_ds.models.qwen3_vl.backbone import Qwen3VLBackbone
 from gemoe_ds.models.qwen3_vl.images import Qwen3VLImages, tables
 
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, TOP_K, EPS = 40, 3, 4, 2, 8, 3, 1e-6
@@ -96,14 +97,7 @@ def write_qwen3_vl(folder, vocabulary=None, **text):
     return folder
 
 
-PUBLIC = {
-    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-    "patch_size": 16,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
+PUBLIC = dict(Qwen3VLBackbone.published_processor)
 
 
 def layout(**changes) -> Qwen3VLImages:
