@@ -20,7 +20,6 @@ from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.dispatch import MOST_AT_ONCE
 from gemoe_ds.moe.experts import grouped
 from gemoe_ds.moe.experts.ffn import path_for
-from gemoe_ds.moe.experts.module import QuantisedExperts
 from gemoe_ds.moe.triton_launch import available
 
 
@@ -45,8 +44,6 @@ def why_no_graph(model: MoEModel, num_sequences: int, *, recorded: bool) -> str 
             f"{num_sequences} sequences may have {most:,} assignments a step; above "
             f"{MOST_AT_ONCE:,} a layer waits for their number: use a smaller batch"
         )
-    if any(isinstance(layer.experts, QuantisedExperts) for layer in layers):
-        return "model.experts_dtype: experts in few bits are multiplied one by one"
     shapes = {layer.experts.down_EDF.shape[1:] for layer in layers}
     if any(path_for(device, model.dtype, *shape) is not grouped for shape in shapes):
         return f"experts in {model.dtype} are multiplied one by one, by numbers that the host knows"

@@ -30,10 +30,11 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *more: Any, **constants: Any) -> None:
-    """A grid without programs is no launch."""
+    """A grid without programs is no launch. `constants` may name another `num_warps`."""
     if 0 in grid:
         return
     # Triton launches on the current device, whatever the tensors'.
     with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
         # Fused or not: said here, because the default differs between versions of Triton.
-        kernel[grid](first, *more, **constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False} | constants
+        kernel[grid](first, *more, **options)

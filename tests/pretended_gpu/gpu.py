@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gemoe_ds.moe import monotonic, monotonic_kernel, triton_launch
-from gemoe_ds.moe.experts import grouped, kernels
+from gemoe_ds.moe.experts import grouped, kernels, quantised_kernels
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
+from tests.moe.experts.interpreter import bfloat16_as_on_a_gpu
 
 CUDA = torch.device("cuda", 0)
 
@@ -182,11 +184,24 @@ def _all_pairs(entropy, k_soft, valid, moved, sums, *_, SLOPE, CONSTANT, **__) -
         sums.zero_()[:, 0] = torch.stack([total, num_pairs])
 
 
+def _quantised_product(
+    rows, codes, scales, levels, ends, out, *sizes, FORMAT, TRANSPOSED, **_
+) -> None:
+    weight = QuantisedWeight(FORMAT, sizes)
+    weight.codes_EMC, weight.scales_EMB = codes, scales
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        weight_MK = weight.dequantised(expert, rows.dtype)
+        out[start:end] = rows[start:end] @ (weight_MK.t() if TRANSPOSED else weight_MK)
+        start = end
+
+
 _BY_TORCH = {
     kernels._swiglu_kernel: _swiglu,
     kernels._swiglu_backward_kernel: _swiglu_backward,
     kernels._segment_sum_kernel: _segment_sum,
     monotonic_kernel._all_pairs_kernel: _all_pairs,
+    quantised_kernels._product_kernel: _quantised_product,
 }
 
 
@@ -251,6 +266,8 @@ def pretended_gpu(interpret: bool = False) -> Iterator[Gpu]:
         mock.patch("torch.cuda.current_stream", lambda _: Stream()),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
         mock.patch.object(kernels, "launch", launch),
+        mock.patch.object(quantised_kernels, "launch", launch),
+        bfloat16_as_on_a_gpu() if interpret else nullcontext(),
         mock.patch.object(monotonic_kernel, "launch", launch),
         gpu,
     ):

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from gemoe_ds.moe import triton_launch
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.experts import quantised_kernels
+from gemoe_ds.moe.experts.module import Experts, QuantisedExperts
+from gemoe_ds.moe.experts.quantised import FORMATS, QuantisedWeight
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router, RoutingSpec
-from tests.pretended_gpu.gpu import Gpu, on_gpu, pretended_gpu, real
+from tests.pretended_gpu.gpu import CUDA, Gpu, on_gpu, pretended_gpu, real
 from tests.routers.cases import TRAIN, case_id
 
 BF16 = torch.bfloat16
@@ -43,8 +46,10 @@ def loopback(output, rows, output_splits, input_splits) -> Arrived:
     return Arrived()
 
 
-def make_layer(router: str, options: dict, *, trainable: bool, ranks: int, here: int) -> MoELayer:
-    """With the experts of `here` of those ranks: all of them hold the same."""
+def make_layer(
+    router: str, options: dict, *, trainable: bool, ranks: int, here: int, bits: str | None = None
+) -> MoELayer:
+    """With the experts of `here` of those ranks: all of them hold the same. `bits`: a format."""
     g = torch.Generator().manual_seed(0)
     each = SPEC.num_experts // ranks
     gate_up = torch.randn(each, 2 * WIDTH, SPEC.d_model, generator=g) / 4
@@ -60,7 +65,11 @@ def make_layer(router: str, options: dict, *, trainable: bool, ranks: int, here:
     dispatcher = LocalDispatcher() if local else AllToAllDispatcher(loopback, 0, ranks)
     ctx = TokenContext(1)
     ctx.losses_without_gradient = True
-    layer = MoELayer(one, Experts(*weights, trainable=trainable), dispatcher, ctx)
+    if bits is None:
+        experts = Experts(*weights, trainable=trainable)
+    else:
+        experts = QuantisedExperts(*(QuantisedWeight.of(bits, w.float()) for w in weights))
+    layer = MoELayer(one, experts, dispatcher, ctx)
     layer.stands_alone = True
     return layer
 
@@ -150,6 +159,54 @@ def test_a_step_is_that_of_a_cpu_with_one_wait_and_few_launches(ranks, trainable
     most, most_back = (90, 50) if ranks == 1 else (165, 60)
     assert launches.total() <= most and launches_back.total() <= most_back, costs
     assert not [name for name in launches + launches_back if "sort" in name], costs
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])
+@pytest.mark.parametrize("bits", FORMATS)
+def test_a_step_with_quantised_experts_costs_what_one_with_frozen_ones_does(bits, ranks):
+    kind = {"trainable": False, "ranks": ranks}
+    wanted = on_cpu(make_layer("gemoe", {}, **kind, here=ranks, bits=bits))
+    costs = {}
+    for one in (None, bits):
+        with pretended_gpu(interpret=one is not None) as gpu:
+            layer = on_gpu(make_layer("gemoe", {}, **kind, here=1, bits=one))
+            quantised_kernels._levels(CUDA)  # uploaded once
+            gpu.uploads.clear()
+            *found, costs[one] = step(layer, gpu)
+        assert not gpu.mixed and not gpu.uploads
+    assert_as_on_cpu(layer, found, wanted, ranks)
+    plain, quantised = ([(n.total(), w.total()) for n, w in costs[one]] for one in (None, bits))
+    assert quantised == plain, costs
+    assert [pass_[0]["_product_kernel"] for pass_ in costs[bits]] == [2, 2]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_no_wait_while_quantised_experts_answer(bits):
+    kind = {"trainable": False, "ranks": 1, "here": 1, "bits": bits}
+    wanted = forward(make_layer("gemoe", {}, **kind).eval(), *tokens())
+    with pretended_gpu(interpret=True) as gpu, torch.no_grad():
+        quantised_kernels._levels(CUDA)
+        layer, x = on_gpu(make_layer("gemoe", {}, **kind)).eval(), on_gpu(tokens())
+        layer.ctx.losses_without_gradient = False
+        gpu.forget()
+        gpu.uploads.clear()
+        y = forward(layer, *x)
+    assert not gpu.waits and not gpu.uploads and not gpu.mixed, (gpu.waits, gpu.uploads)
+    assert gpu.launches.total() <= 60, gpu.launches
+    assert_close(y, wanted, "y")
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_quantised_experts_without_triton(bits, monkeypatch):
+    """One after the other, as on a CPU."""
+    kind = {"trainable": False, "ranks": 1, "here": 1, "bits": bits}
+    wanted = on_cpu(make_layer("gemoe", {}, **kind))
+    monkeypatch.setattr(triton_launch, "triton", None)
+    with pretended_gpu() as gpu:
+        layer = on_gpu(make_layer("gemoe", {}, **kind))
+        *found, costs = step(layer, gpu)
+    assert_as_on_cpu(layer, found, wanted)
+    assert not gpu.mixed and not sum(launches["_product_kernel"] for launches, _ in costs)
 
 
 @pytest.mark.parametrize("ranks", [1, RANKS], ids=["local", "ep"])

@@ -97,10 +97,12 @@ def test_a_training_step(name, tmp_path, monkeypatch):
         assert difference < 0.15, (name, difference)
 
 
-def test_steps_of_an_answer_could_be_one_graph(base, monkeypatch):
+@pytest.mark.parametrize("experts_dtype", [None, "nf4"])
+def test_steps_of_an_answer_could_be_one_graph(base, experts_dtype, monkeypatch):
     """What `FixedStep.capture` would record: no wait, nothing from the host, the same launches on
     the same shapes every time, and the tokens that are written without."""
-    model, prompts = make_model(base, dtype=torch.bfloat16), text_prompts()
+    model = make_model(base, dtype=torch.bfloat16, experts_dtype=experts_dtype)
+    prompts = text_prompts()
     options = {"max_new_tokens": 6, "end_ids": set(), "count": False}
     want = generate(model, prompts, **options).token_ids
     steps = []

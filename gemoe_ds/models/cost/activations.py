@@ -38,7 +38,7 @@ class StepShape:
     images_at_most: int = 0  # bytes, before the language model or, if the tower trains, behind it
     distilled: int = 0  # positions, targets among them
     images_kept: int = 0  # bytes, while the language model runs
-    quantised: bool = False  # experts in few bits: dequantised one at a time
+    quantised: bool = False  # experts in few bits: a CPU dequantises them one at a time
 
     @property
     def is_cast(self) -> bool:
@@ -141,9 +141,10 @@ def _in_flight(block: BlockSpec, shape: StepShape) -> float:
 
 def _casts(block: BlockSpec, shape: StepShape) -> int:
     """Of trainable experts of one block, in the narrower dtype of their products: themselves and
-    their gradients; of quantised ones the larger matrix of an expert."""
+    their gradients; of quantised ones the larger matrix of an expert, unless a GPU's kernels
+    dequantise them."""
     itemsize = experts_dtype(block, shape).itemsize
-    if shape.quantised:
+    if shape.quantised and not at_once(block, shape):
         return block.gate_up_EGD.numel() // block.routing.num_experts * itemsize
     if shape.train == "routers" or itemsize == WIDE:
         return 0
@@ -153,7 +154,7 @@ def _casts(block: BlockSpec, shape: StepShape) -> int:
 
 def at_once(block: BlockSpec, shape: StepShape) -> bool:
     """Whether all experts are multiplied at once, or one after the other in small buffers."""
-    if shape.quantised:
+    if shape.quantised and not shape.on_gpu:
         return False
     dtype, width = experts_dtype(block, shape), block.down_EDF.shape[-1]
     return path_for(_device(shape), dtype, block.routing.d_model, width) is grouped

@@ -25,6 +25,7 @@ from gemoe_ds.moe.experts import by_expert, grouped
 from gemoe_ds.moe.experts.weights import SMALL_FFN, ExpertWeights
 from gemoe_ds.moe.linear import without_autocast
 from gemoe_ds.moe.plan import RoutingPlan
+from gemoe_ds.moe.triton_launch import available
 
 
 def ragged_ffn(x_ND: Tensor, plan: RoutingPlan, expert_weights: ExpertWeights) -> Tensor:
@@ -56,10 +57,9 @@ def _forward(
 
 
 def _path(x_ND: Tensor, expert_weights: ExpertWeights) -> ModuleType:
-    if expert_weights.one_by_one:
+    if expert_weights.one_by_one and not available(x_ND.device):
         return by_expert
-    width = expert_weights.down_EDF.shape[2]
-    return path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], width)
+    return path_for(x_ND.device, expert_weights.dtype, x_ND.shape[1], expert_weights.width)
 
 
 # What the grouped path may be used for: torch's grouped product takes these, and is fast where it

@@ -28,12 +28,12 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the dtype of x; kept: the projections [A, G] and the row-major order."""
-    gemm, dtype, ends_E = expert_weights.gemm, expert_weights.dtype, _ends(plan.tokens_per_expert_E)
+    ends_E = _ends(plan.tokens_per_expert_E)
     order_A, ends_N = plan.row_major()
-    rows_AD = x_ND.to(dtype).index_select(0, plan.token_ids_A)
-    gate_up_AG = gemm.times_transposed(rows_AD, expert_weights.gate_up_EGD.to(dtype), ends_E)
+    rows_AD = x_ND.to(expert_weights.dtype).index_select(0, plan.token_ids_A)
+    gate_up_AG = expert_weights.gate_up_of_all(rows_AD, ends_E)
     hidden_AF = _swiglu(gate_up_AG, plan.weights_A)
-    out_AD = gemm.times_transposed(hidden_AF, expert_weights.down_EDF.to(dtype), ends_E)
+    out_AD = expert_weights.down_of_all(hidden_AF, ends_E)
     return _segment_sum(out_AD, order_A, ends_N, x_ND.dtype), [gate_up_AG, order_A, ends_N]
 
 
@@ -49,27 +49,21 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, the weights, and the experts; None where not asked for."""
     gate_up_AG, order_A, ends_N = kept
-    gemm, gate_up_EGD, down_EDF, dtype = (
-        expert_weights.gemm,
-        expert_weights.gate_up_EGD,
-        expert_weights.down_EDF,
-        expert_weights.dtype,
-    )
-    ends_E = _ends(plan.tokens_per_expert_E)
+    dtype, ends_E = expert_weights.dtype, _ends(plan.tokens_per_expert_E)
     grad_AD = grad_ND.to(dtype).index_select(0, plan.token_ids_A)
-    grad_hidden_AF = gemm.times(grad_AD, down_EDF.to(dtype), ends_E)
+    grad_hidden_AF = expert_weights.down_grad_of_all(grad_AD, ends_E)
     grad_gate_up_AG, grad_weights_A, hidden_AF = _swiglu_backward(
         grad_hidden_AF, gate_up_AG, plan.weights_A, needs_experts
     )
     grad_x_ND = grad_gate_up_EGD = grad_down_EDF = None
     if needs_x:
-        grad_rows_AD = gemm.times(grad_gate_up_AG, gate_up_EGD.to(dtype), ends_E)
+        grad_rows_AD = expert_weights.gate_up_grad_of_all(grad_gate_up_AG, ends_E)
         grad_x_ND = _segment_sum(grad_rows_AD, order_A, ends_N, x_ND.dtype)
     if hidden_AF is not None:
+        gemm, stored = expert_weights.gemm, expert_weights.down_EDF.dtype
         rows_AD = x_ND.to(dtype).index_select(0, plan.token_ids_A)
-        grad_down_EDF = gemm.weight_grad(grad_AD, hidden_AF, ends_E).to(down_EDF.dtype)
-        grad_gate_up_EGD = gemm.weight_grad(grad_gate_up_AG, rows_AD, ends_E)
-        grad_gate_up_EGD = grad_gate_up_EGD.to(gate_up_EGD.dtype)
+        grad_down_EDF = gemm.weight_grad(grad_AD, hidden_AF, ends_E).to(stored)
+        grad_gate_up_EGD = gemm.weight_grad(grad_gate_up_AG, rows_AD, ends_E).to(stored)
     return grad_x_ND, grad_weights_A, grad_gate_up_EGD, grad_down_EDF
 
 

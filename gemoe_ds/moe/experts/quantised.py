@@ -25,7 +25,7 @@ from torch import Tensor, nn
 _ROWS = 128  # of a weight at a time: they stay in the cache
 _ROWS_BACK = 256  # the same on the way back
 _TINY = torch.finfo(torch.float32).tiny
-_NF4 = (
+NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -92,7 +92,7 @@ def _float8_pairs() -> Tensor:
 
 
 def _to_nf4(scaled_nK: Tensor) -> Tensor:
-    levels = torch.tensor(_NF4)  # in float32, as their middles have to be
+    levels = torch.tensor(NF4)  # in float32, as their middles have to be
     found = torch.zeros_like(scaled_nK, dtype=torch.uint8)
     for middle in ((levels[1:] + levels[:-1]) / 2).tolist():
         found += (scaled_nK > middle).view(torch.uint8)  # torch.bucketize takes 2.5 times as long
@@ -107,7 +107,7 @@ def _nf4(codes_nC: Tensor, into_nK: Tensor) -> None:
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
     """Both values of a byte in float32, as one int64."""
-    levels = torch.tensor(_NF4, device=device)
+    levels = torch.tensor(NF4, device=device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
     return pairs.view(torch.int64).view(-1)
 
@@ -179,7 +179,7 @@ class QuantisedWeight(nn.Module):
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         """Of undefined values: `put` them."""
         super().__init__()
-        self.format, self.shape = FORMATS[name], torch.Size(shape)
+        self.name, self.format, self.shape = name, FORMATS[name], torch.Size(shape)
         *rows, num_inputs = shape
         blocks = self.format.blocks(num_inputs)
         codes = torch.empty(*rows, self.format.num_codes(blocks), dtype=self.format.codes)
@@ -229,5 +229,4 @@ class QuantisedWeight(nn.Module):
         return weight.flatten(-2)[:, : self.shape[-1]]
 
     def extra_repr(self) -> str:
-        name = next(name for name, one in FORMATS.items() if one is self.format)
-        return f"{name}, shape={tuple(self.shape)}"
+        return f"{self.name}, shape={tuple(self.shape)}"

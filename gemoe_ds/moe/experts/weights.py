@@ -1,11 +1,12 @@
-"""The four matrix products of one SwiGLU expert: as they are, or with weights that oneDNN packed.
+"""The four matrix products of SwiGLU experts: with weights as they are, packed by oneDNN, or codes.
 
 oneDNN multiplies blocks in a layout of its own and repacks the right operand in every call. For a
 few hundred rows that is up to a sixth of the time, and all of it memory traffic, the same for
 k = 5 as for k = 8. Frozen weights can be packed once: two more copies of them (the backward pass
 multiplies by the other side), so it is for layers that are small beside the machine.
 
-Shapes: n rows of one expert, E experts, D model, F expert width, G = 2 F.
+Shapes: n rows of one expert, A of all, expert-major; E experts, D model, F expert width, G = 2 F;
+ends_E int32, inclusive row counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemoe_ds.moe.experts import onednn
+from gemoe_ds.moe.experts import onednn, quantised_kernels
 from gemoe_ds.moe.experts.grouped_gemm import TORCH, GroupedGemm
 from gemoe_ds.moe.experts.quantised import QuantisedWeight
 
@@ -30,13 +31,13 @@ def product_dtype(
 
 
 class ExpertWeights:
-    """Products of some rows with one expert's weights, in `dtype`; `gemm` is for all at once.
+    """Products of rows with one expert's weights, or (`.._of_all`) by `gemm` with all, in `dtype`.
 
     bfloat16 where the CPU has no instructions for it is multiplied in float32, which takes a fifth
     of the time at 64 rows an expert; `narrow` is then bfloat16, for a row or two.
     """
 
-    one_by_one = False  # whether the weights are there for an expert at a time, not for all
+    one_by_one = False  # whether plain torch has the weights of an expert at a time, not of all
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class ExpertWeights:
         gemm: GroupedGemm = TORCH,
     ) -> None:
         self.gate_up_EGD, self.down_EDF, self.gemm = gate_up_EGD, down_EDF, gemm
+        self.width = down_EDF.shape[2]
         self.dtype = product_dtype(gate_up_EGD.device, dtype, *down_EDF.shape[1:])
         self.narrow = None if self.dtype == dtype else dtype
 
@@ -63,6 +65,18 @@ class ExpertWeights:
         """Gradient of the gate and up projections' input, [n, D]."""
         return grad_nG @ self._gate_up_GD(expert)
 
+    def gate_up_of_all(self, rows_AD: Tensor, ends_E: Tensor) -> Tensor:
+        return self.gemm.times_transposed(rows_AD, self.gate_up_EGD.to(self.dtype), ends_E)
+
+    def down_of_all(self, rows_AF: Tensor, ends_E: Tensor) -> Tensor:
+        return self.gemm.times_transposed(rows_AF, self.down_EDF.to(self.dtype), ends_E)
+
+    def down_grad_of_all(self, grad_AD: Tensor, ends_E: Tensor) -> Tensor:
+        return self.gemm.times(grad_AD, self.down_EDF.to(self.dtype), ends_E)
+
+    def gate_up_grad_of_all(self, grad_AG: Tensor, ends_E: Tensor) -> Tensor:
+        return self.gemm.times(grad_AG, self.gate_up_EGD.to(self.dtype), ends_E)
+
     def _gate_up_GD(self, expert: int) -> Tensor:
         return self.gate_up_EGD[expert].to(self.dtype)
 
@@ -78,7 +92,10 @@ def _times_transposed(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
 
 
 class QuantisedExpertWeights(ExpertWeights):
-    """The same from codes: an expert that has rows is dequantised once for each product."""
+    """The same from codes: an expert that has rows is dequantised once for each product.
+
+    All are multiplied at once where Triton is, whose kernels dequantise within the product.
+    """
 
     one_by_one = True
 
@@ -86,8 +103,21 @@ class QuantisedExpertWeights(ExpertWeights):
         self.quantised = gate_up, down
         # What autograd and the paths look at: frozen, and on the device of the weights.
         self.gate_up_EGD, self.down_EDF = gate_up.codes_EMC, down.codes_EMC
+        self.width = down.shape[2]
         self.dtype = product_dtype(self.down_EDF.device, dtype, *down.shape[1:])
         self.narrow = None if self.dtype == dtype else dtype
+
+    def gate_up_of_all(self, rows_AD: Tensor, ends_E: Tensor) -> Tensor:
+        return quantised_kernels.times_transposed(rows_AD, self.quantised[0], ends_E)
+
+    def down_of_all(self, rows_AF: Tensor, ends_E: Tensor) -> Tensor:
+        return quantised_kernels.times_transposed(rows_AF, self.quantised[1], ends_E)
+
+    def down_grad_of_all(self, grad_AD: Tensor, ends_E: Tensor) -> Tensor:
+        return quantised_kernels.times(grad_AD, self.quantised[1], ends_E)
+
+    def gate_up_grad_of_all(self, grad_AG: Tensor, ends_E: Tensor) -> Tensor:
+        return quantised_kernels.times(grad_AG, self.quantised[0], ends_E)
 
     def _gate_up_GD(self, expert: int) -> Tensor:
         return self.quantised[0].dequantised(expert, self.dtype, until_next=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from gemoe_ds.moe.dispatch import LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts, QuantisedExperts
-from gemoe_ds.moe.experts.quantised import _NF4, FORMATS, QuantisedWeight, _float8
+from gemoe_ds.moe.experts.quantised import FORMATS, NF4, QuantisedWeight, _float8
 from tests.moe.oracle import dense_moe, dispatch, grads_of, ragged_problem
 
 BITSANDBYTES = (
@@ -47,7 +47,7 @@ def test_a_weight_is_as_near_as_its_format_can_be(name, num_inputs):
     worst = {
         "int8": most / 127 * 0.5,
         "float8": torch.maximum(size * 2.0**-4, most / 448 * 2.0**-10),
-        "nf4": most * max(b - a for a, b in zip(_NF4, _NF4[1:], strict=False)) / 2,
+        "nf4": most * max(b - a for a, b in zip(NF4, NF4[1:], strict=False)) / 2,
     }[name]
     assert (error <= worst * 1.00001).all()
     kept = (size == most) & (most > 0)
