@@ -17,6 +17,7 @@ from gemoe_ds.errors import ConfigError, in_a_line
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.kv_cache import DecodeState, FixedDecodeState
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.quantised_linear import QuantisedLinear
 from gemoe_ds.moe.dispatch import MOST_AT_ONCE
 from gemoe_ds.moe.experts import grouped
 from gemoe_ds.moe.experts.ffn import path_for
@@ -44,6 +45,8 @@ def why_no_graph(model: MoEModel, num_sequences: int, *, recorded: bool) -> str 
             f"{num_sequences} sequences may have {most:,} assignments a step; above "
             f"{MOST_AT_ONCE:,} a layer waits for their number: use a smaller batch"
         )
+    if any(isinstance(module, QuantisedLinear) for module in model.modules()):
+        return "model.dense_dtype: weights in few bits are dequantised into memory that is reused"
     shapes = {layer.experts.down_EDF.shape[1:] for layer in layers}
     if any(path_for(device, model.dtype, *shape) is not grouped for shape in shapes):
         return f"experts in {model.dtype} are multiplied one by one, by numbers that the host knows"
