@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from gemoe_ds.config.load import config_from_dict
+from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine import host_memory
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.read_once import ReadOnce
@@ -23,6 +24,7 @@ from gemoe_ds.moe.experts.module import QuantisedExperts
 from gemoe_ds.moe.experts.quantised import QuantisedWeight
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
+from gemoe_ds.train.estimate import estimate
 from tests.helpers import repository, run_ranks
 from tests.models.cases import write_case
 from tests.train.resuming import losses, make_config, train_all, write_setting
@@ -179,6 +181,24 @@ def test_a_run_goes_on_in_another_precision_and_says_so(setting, runs):
     assert losses(runs / "int8-1-1-0").keys() == set(range(1, 7))
     manifest = json.loads((runs / "int8-1-1-0/checkpoints/step-000006/manifest.json").read_text())
     assert not any("experts" in key.split(".") for key in manifest["tensors"]), "routers alone"
+
+
+def test_the_estimate_counts_the_bits(setting):
+    config = run_config(setting, "estimated", "nf4", model__dense_dtype="int8")
+    model = build_model(config, ExpertShard())
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    in_few = [module for module in model.modules() if isinstance(module, QuantisedWeight)]
+    few_bits = sum(one.codes_EMC.nbytes + one.scales_EMB.nbytes for one in in_few)
+    gates = sum(layer.base.gate.weight.nbytes for layer in model.moe_layers)
+    found = estimate(config, open_samples(setting["data"]), 1, torch.device("cpu"))
+    assert found.parts["frozen weights"] == frozen + few_bits + gates
+    plain = estimate(
+        run_config(setting, "estimated", None),
+        open_samples(setting["data"]),
+        1,
+        torch.device("cpu"),
+    )
+    assert found.common < plain.common and found.total < plain.total
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from gemoe_ds.checkpoint.state import load_trained
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.dispatch import LocalDispatcher
-from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.experts.module import Experts, QuantisedExperts
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
@@ -94,6 +95,26 @@ def test_padding_changes_nothing(case):
         for first, second in zip(expected, found, strict=True):
             assert torch.isfinite(second).all()
             torch.testing.assert_close(first, second)
+
+
+@every_variant
+def test_experts_in_few_bits_are_those_that_they_stand_for(case):
+    """Outputs, losses, and the gradients of the input and of the router."""
+    torch.manual_seed(2)
+    parts = [QuantisedWeight.of("nf4", torch.randn(8, *shape)) for shape in ((12, 16), (16, 6))]
+    numbers = [torch.stack([w.dequantised(e, torch.float32) for e in range(8)]) for w in parts]
+    found = []
+    for experts in (QuantisedExperts(*parts), Experts(*numbers, trainable=False)):
+        router = make_router(*case).train()
+        x_TD, ctx = ragged_tokens(1)
+        x_TD.requires_grad_()
+        y_TD = MoELayer(router, experts, LocalDispatcher(), ctx)(x_TD)
+        losses = [term.value for term in ctx.layers[0].losses.values()]
+        (y_TD.square().sum() + sum(losses)).backward()
+        grads = [p.grad for p in [x_TD, *router.parameters()] if p.grad is not None]
+        found.append([y_TD, *losses, *grads])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
 @every_variant
