@@ -114,7 +114,7 @@ class FullSize:
         )
 
         backbone = Backbone.named(self.name)
-        if not (self.base / "config.json").is_file():
+        if not (self.base / "config.json").is_file() and not self.in_few_bits.exists():
             float8 = self.experts_dtype is not None
             shards = 8 * SHARDS if float8 else SHARDS
             write_random_checkpoint(backbone, self.base, shards=shards, float8=float8)
@@ -126,22 +126,28 @@ class FullSize:
         words = {word for turn in turns() for text in turn for word in text.split()}
         write_stand_in_tokenizer(backbone, words, self.tokenizer)
 
-    def quantise(self) -> float:
-        """From now on the base is its twin in few bits; seconds to write that."""
-        out, began = self.root / str(self.experts_dtype), time.perf_counter()
-        command = [sys.executable, "-m", "gemoe_ds", "export", RECIPE, *self.options()]
-        command += ["--quantise", str(self.experts_dtype), "--out", str(out)]
-        print(f"-- {shlex.join(command)}", flush=True)
-        subprocess.run(command, check=True)
-        shutil.rmtree(self.base)
-        self.base = out
+    @property
+    def in_few_bits(self) -> Path:
+        return self.root / str(self.experts_dtype)
+
+    def quantise(self) -> float | None:
+        """From now on the base is its twin in few bits; seconds to write that, if it was not."""
+        began = time.perf_counter()
+        is_there = self.in_few_bits.exists()
+        if not is_there:
+            command = [sys.executable, "-m", "gemoe_ds", "export", RECIPE, *self.options()]
+            command += ["--quantise", str(self.experts_dtype), "--out", str(self.in_few_bits)]
+            print(f"-- {shlex.join(command)}", flush=True)
+            subprocess.run(command, check=True)
+            shutil.rmtree(self.base)
+        self.base = self.in_few_bits
         dense = "float8" if self.experts_dtype == "float8" else "int8"
         self.more = [
             f"model.experts_dtype={self.experts_dtype}",
             f"model.dense_dtype={dense}",
             *self.more,
         ]
-        return time.perf_counter() - began
+        return None if is_there else time.perf_counter() - began
 
     def launched(self, script: str, *options: str) -> None:
         command = [
