@@ -41,15 +41,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--code",
         choices=("own", "base"),
-        default="own",
-        help="own: transformers finds the code of the trained routing, with trust_remote_code; "
-        "base: the code that the base names, if any, stays in its place (fixed k)",
+        help="own (default): transformers finds the code of the trained routing, with "
+        "trust_remote_code; base: the code that the base names, if any, stays in its place (fixed k)",
     )
     parser.add_argument(
         "--quantise",
         choices=("float8", "int8", "nf4"),
         help="experts in 8 or 4 bits, and linear maps in 8; float8: as Qwen and DeepSeek publish "
-        "it, which transformers and vLLM read; int8 and nf4: for gemoe_ds",
+        "it, for transformers and vLLM too; int8 and nf4: for gemoe_ds alone (docs/few_bits.md)",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="another folder of the same model, to write the trained weights onto: the one before "
+        "it was quantised, say (default: model.checkpoint)",
     )
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
@@ -60,6 +65,9 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.trained is not None:
         _export_trained(arguments)
     elif arguments.quantise is not None:
+        for name in ("code", "base"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} is for what has trained; give --trained, or leave it")
         _quantise_base(arguments)
     else:
         raise ConfigError(
@@ -82,15 +90,16 @@ def _export_trained(arguments: argparse.Namespace) -> None:
     step = manifest.newest(arguments.trained)
     found = manifest.read(step)
     base = Path(config.model.checkpoint) if config.model.checkpoint else None
-    if arguments.code == "own":
-        quantised = base and quantisation_of(read_config(base))
-        what = f"model.checkpoint={base} is quantised" if quantised else ""
-        what = f"--quantise {arguments.quantise}" if arguments.quantise else what
-        if what:
-            raise ConfigError(
-                f"{what}, and the code that goes with an export computes with whole weights; give "
-                "--code base, for servers that know both"
-            )
+    onto = arguments.base or base
+    if arguments.base and not base:
+        raise ConfigError("--base is another folder of model.checkpoint, which is null")
+    own_code = arguments.code != "base"
+    if own_code and (arguments.quantise or (onto and quantisation_of(read_config(onto)))):
+        what = f"--quantise {arguments.quantise}" if arguments.quantise else f"{onto} is quantised"
+        raise ConfigError(
+            f"{what}, and the code that goes with an export computes with whole weights; give "
+            "--code base, for who reads such folders, or --base the folder before it was quantised"
+        )
     stored = found.manifest["identity"].get("base checkpoint")
     actual = manifest.checksum_folder(base)
     if stored != actual:
@@ -103,18 +112,19 @@ def _export_trained(arguments: argparse.Namespace) -> None:
     export(
         model,
         load_trained(step),
-        base=base,
+        base=onto,
         tokenizer=Path(config.data.tokenizer),
         router=config.model.router.flat(),
         provenance={
             "command": shlex.join(["gemoe", "export", *sys.argv[1:]]),
             "checkpoint": str(step),
             "step": found.step,
-            "base": str(base),
-            "base sha256": actual,
-        },
+            "base": str(onto),
+            "base sha256": manifest.checksum_folder(onto) if arguments.base else actual,
+        }
+        | ({"trained on": str(base), "trained on sha256": actual} if arguments.base else {}),
         out=arguments.out,
-        own_code=arguments.code == "own",
+        own_code=own_code,
         format_of=_format_of(config, arguments.quantise) if arguments.quantise else None,
     )
     print(f"wrote {arguments.out}")

@@ -19,6 +19,7 @@ from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
+from gemoe_ds.hf_io.hf_config import in_own_format
 from gemoe_ds.hf_io.renamed import Renamed
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
 from gemoe_ds.models.images import ImageLayout, SquareImages
@@ -66,7 +67,7 @@ def export(
         ours = {n: sum_ for n, sum_ in checksums(folder).items() if of_base.get(n) != sum_}
         made = {"gemoe_ds": __version__, KEY: ours, MADE_FROM: code and code.made_from}
         _write_json(folder / PROVENANCE, provenance | made)
-        card = _card(router, provenance, model, code)
+        card = _card(router, provenance, model, code, in_own_format(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -154,7 +155,11 @@ def _blocks(model: MoEModel) -> list[dict[str, Any]]:
 
 
 def _card(
-    router: dict[str, Any], provenance: dict[str, Any], model: MoEModel, code: Code | None
+    router: dict[str, Any],
+    provenance: dict[str, Any],
+    model: MoEModel,
+    code: Code | None,
+    own_format: bool,
 ) -> str:
     options = "\n".join(f"    {key}: {value}" for key, value in router.items())
     return f"""# {router["name"]} on {provenance["base"]}
@@ -163,8 +168,7 @@ Trained with gemoe_ds. Router:
 
 {options}
 
-{_use(model, code)}
-{_SERVERS}
+{_IN_OWN_FORMAT if own_format else f"{_use(model, code)}{chr(10)}{_SERVERS}"}
 {_about_images(model.image_layout, code)}`provenance.json` says what this was made from.
 """
 
@@ -224,6 +228,10 @@ Anything that runs the base model runs this folder: base layout, trained gates, 
 model's fixed number of experts. `routers.safetensors` holds the state of the routers. To route as
 in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`), or export it again
 without `--code base`.
+"""
+_IN_OWN_FORMAT = """\
+Its weights are in 8 and 4 bits in a format that gemoe_ds alone reads (docs/few_bits.md there): give
+the folder as `model.checkpoint`. transformers and servers stop at the shape of its codes.
 """
 _SERVERS = """\
 A server that has the base model's class of its own, such as vLLM, loads this folder as the base

@@ -130,6 +130,12 @@ def quantisation_of(found: Mapping[str, Any]) -> object:
     return next(filter(None, (section.get("quantization_config") for section in sections)), None)
 
 
+def in_own_format(folder: Path) -> bool:
+    """Whether a folder's few bits are those of quantised_tensor.py that nobody else reads."""
+    method = quantisation_of(read_config(folder))
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
+
+
 def _refuse_quantised(found: Mapping[str, Any]) -> None:
     """Weights are read as they are, or in the formats of quantised_tensor.py."""
     method = quantisation_of(found)

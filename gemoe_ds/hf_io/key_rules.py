@@ -269,6 +269,7 @@ def _why_missing(first: str, wanted: set[str], stored: Iterable[str]) -> str:
     return ""
 
 
+EXCHANGED = "i o -> o i"  # inputs before outputs are stored
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -308,7 +309,7 @@ def expert_tables(
     transformers 4 had them.
     """
     tables = {"per expert": swiglu_experts(stored, ours, matrices)}
-    for kind, pattern in (("fused", None), ("transposed", "i o -> o i")):
+    for kind, pattern in (("fused", None), ("transposed", EXCHANGED)):
         tables[kind] = tuple(
             Rule(f"{stored}.{matrix}", f"{ours}.{matrix}", by_row=True, rearrange=pattern)
             for matrix in ("gate_up_proj", "down_proj")

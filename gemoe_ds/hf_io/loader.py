@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.allocator import LOCAL, Peers, WeightAllocator
-from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
+from gemoe_ds.hf_io.key_rules import EXCHANGED, KeyMap, Shape, StoredSlice
 from gemoe_ds.hf_io.quantised_tensor import QuantisedTensor, with_scales
 from gemoe_ds.hf_io.read_ahead import reading
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor, open_stored
@@ -73,7 +73,8 @@ Select = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PassedOn(Target):
-    """What is kept in another form: `put(select, values)` gets a piece once it is there.
+    """What is kept in another form: `put(select, values)` gets a piece once it is there, in the
+    dtype that it is stored in.
 
     `tensor` is on the meta device. `select` finds the piece in whatever begins with the same
     dimensions. What is stored in `format_name` goes to `put_stored(select, codes, scales)`.
@@ -87,7 +88,7 @@ class PassedOn(Target):
     def num_bytes(self, piece: StoredSlice, stored: StoredTensor) -> int:
         if same := self._same(piece, stored):
             return same.bytes_of(piece.stored_rows(stored.shape))
-        return super().view(piece, stored).nbytes
+        return super().view(piece, stored).numel() * stored.dtype.itemsize
 
     def view(self, piece: StoredSlice, stored: StoredTensor) -> Tensor:
         if id(piece) not in self._there:
@@ -95,7 +96,8 @@ class PassedOn(Target):
                 size = same.bytes_of(piece.stored_rows(stored.shape))
                 self._there[id(piece)] = torch.empty(size, dtype=torch.uint8)
             else:
-                self._there[id(piece)] = torch.empty_like(super().view(piece, stored), device="cpu")
+                shape = super().view(piece, stored).shape
+                self._there[id(piece)] = torch.empty(shape, dtype=stored.dtype)
         return self._there[id(piece)]
 
     def read(self, piece: StoredSlice, stored: StoredTensor) -> str | None:
@@ -104,8 +106,7 @@ class PassedOn(Target):
             return super().read(piece, stored)
         view = self.view(piece, stored)
         same.read_stored(view, rows)
-        codes, scales = same.parts(view, rows)
-        return problem_of(scales) or problem_of(same.format.values_in(codes))
+        return same.problem_of(view, rows)
 
     def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
         there, same = self._there.pop(id(piece)), self._same(piece, stored)
@@ -116,14 +117,15 @@ class PassedOn(Target):
         if same is None:
             self.put(select, there)
         else:
-            parts = same.parts(there, piece.stored_rows(stored.shape))
-            self.put_stored(select, *(piece.to_ours(part) for part in parts))
+            rows = piece.stored_rows(stored.shape)
+            self.put_stored(select, *same.parts(there, rows, piece.to_ours))
 
     def _same(self, piece: StoredSlice, stored: StoredTensor) -> QuantisedTensor | None:
         """What is stored, if it is kept as it is."""
-        if not isinstance(stored, QuantisedTensor) or piece.rule.rearrange is not None:
+        if not isinstance(stored, QuantisedTensor) or stored.format_name != self.format_name:
             return None
-        return stored if stored.format_name == self.format_name else None
+        how = piece.rule.rearrange
+        return stored if how is None or (how == EXCHANGED and stored.format.square) else None
 
 
 class Weights:

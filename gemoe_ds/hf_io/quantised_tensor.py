@@ -3,8 +3,9 @@
     float8   as DeepSeek and Qwen publish it: `X.weight` in e4m3, and in `X.weight_scale_inv` a
              scale for every 128 x 128; stacked experts `experts.gate_up_proj` have theirs in
              `experts.gate_up_proj_scale_inv`
-    int8     of `gemoe export --quantise`: `X.weight` [M, K] in int8, and in `X.weight_scale`
-    nf4      [M, ceil(K / block)] in float32; nf4 has two codes in a byte: [M, K / 2] in uint8
+    int8     of `gemoe export --quantise`: `X.weight` holds the codes row by row, [M * K] in int8,
+    nf4      or [M * K / 2] in uint8; `X.weight_scale` is float32 [M, ceil(K / block)]. Whoever
+             takes the codes for weights finds that their shape is another one
 
 Codes and scales mean what they mean in moe/experts/quantised.py. Here they are one stored tensor,
 which is read as the numbers that it stands for, or, by whoever keeps it in that format, as it is.
@@ -13,8 +14,8 @@ which is read as the numbers that it stands for, or, by whoever keeps it in that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,15 +87,31 @@ class QuantisedTensor(StoredTensor):
         self.codes.read_into(codes, rows.start if rows else 0)
         self.scales.read_into(scales, rows.start if rows and self._scaled_by_row else 0)
 
-    def parts(self, stored: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
-        """Of what was read as it is stored: codes [.., M, C], scales [.., M, B] in float32."""
-        codes, scales = self._split(stored, rows)
+    def parts(
+        self, stored: Tensor, rows: slice | None, to_ours: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> tuple[Tensor, Tensor]:
+        """Of what was read as it is stored: codes [.., M, C], scales [.., M, B] in float32.
+
+        `to_ours` rearranges both; it may exchange rows and inputs where scales are of squares.
+        """
+        codes, scales = (to_ours(part) for part in self._split(stored, rows))
         scales = scales.to(torch.float32)
         if self.format.square:
-            row_M = torch.arange(self.shape[-2])
-            row_M = row_M if self._scaled_by_row or rows is None else row_M[rows]
+            first = rows.start if rows and not self._scaled_by_row else 0
+            row_M = torch.arange(first, first + codes.shape[-2])
             scales = scales[..., row_M // BLOCK, :]
         return codes.view(self.format.codes), scales
+
+    def problem_of(self, stored: Tensor, rows: slice | None) -> str | None:
+        """What no trained weight is."""
+        codes, scales = self._split(stored, rows)
+        values = self.format.values_in(codes.view(self.format.codes))
+        low, high = (bound.item() for bound in (scales.float() * values.abs().max()).aminmax())
+        if not (values.isfinite().all() and math.isfinite(low) and math.isfinite(high)):
+            return "holds NaN or infinite numbers"
+        if low < 0:
+            return "has scales below zero"
+        return None if high > 0 else "holds nothing but zeros"
 
     def _split(self, stored: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
         codes, scales = self._codes(rows), self._scales(rows)
@@ -124,34 +141,55 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     used = set()
     for key, tensor in stored.items():
-        name = _OF_DTYPE.get(tensor.dtype)
-        scales_key = key + (OF_BLOCKS if name == "float8" else OF_ROWS)
-        scales = stored.get(scales_key)
-        if name is None or (scales is None and name != "float8"):
+        name = _format_of(tensor)
+        if name is None:
             found[key] = tensor
             continue
+        scales_key = key + (OF_BLOCKS if name == "float8" else OF_ROWS)
+        scales = stored.get(scales_key)
         if scales is None:
+            stored_in, way = _short(tensor.dtype), name
+            if name == "float8":
+                stored_in, way = name, f"blocks of {BLOCK} x {BLOCK}"
             raise CheckpointError(
-                f"{key} is stored in float8 without {scales_key}; give a folder with scales for "
-                f"blocks of {BLOCK} x {BLOCK}, or the one before it was quantised"
+                f"{key} is stored in {stored_in} without {scales_key}; give a folder with scales "
+                f"for {way}, or the one before it was quantised"
             )
-        found[key] = QuantisedTensor.of(name, tensor, scales)
-        _check_scales(key, found[key], scales_key, scales)
+        found[key] = _with_scales(name, key, tensor, scales_key, scales)
         used.add(scales_key)
     return {key: tensor for key, tensor in found.items() if key not in used}
 
 
-def _check_scales(key: str, tensor: StoredTensor, scales_key: str, scales: StoredTensor) -> None:
-    assert isinstance(tensor, QuantisedTensor)
-    wanted, block = scales_shape(tensor.format_name, tensor.shape), tensor.format.block
-    dtypes = [torch.float32] + [torch.bfloat16] * tensor.format.square
-    if scales.shape != wanted or scales.dtype not in dtypes:
-        size = f"{block} x {block}" if tensor.format.square else f"{block} inputs"
+def _format_of(stored: StoredTensor) -> str | None:
+    """Codes of ours have one dimension; other whole numbers are somebody else's."""
+    name = _OF_DTYPE.get(stored.dtype)
+    return name if name == "float8" or len(stored.shape) == 1 else None
+
+
+def _with_scales(
+    name: str, key: str, codes: StoredTensor, scales_key: str, scales: StoredTensor
+) -> QuantisedTensor:
+    one, shape, rows = FORMATS[name], codes.shape, scales.shape[:-1]
+    num_rows: int = math.prod(rows)
+    if not one.square and rows and num_rows:
+        codes = replace(codes, shape=(*rows, shape[0] // num_rows))
+    fits = len(codes.shape) in (2, 3) and codes.num_bytes == math.prod(shape)
+    tensor = QuantisedTensor.of(name, codes, scales) if fits else None
+    dtypes = [torch.float32] + [torch.bfloat16] * one.square
+    if (
+        tensor is None
+        or scales.shape != scales_shape(name, tensor.shape)
+        or scales.dtype not in dtypes
+    ):
+        size = f"{one.block} x {one.block}" if one.square else f"{one.block} inputs"
+        wanted = list(scales_shape(name, codes.shape)) if one.square else "[rows, blocks]"
         raise CheckpointError(
-            f"{scales_key} is {_name(scales)}; for blocks of {size} of {key} it would be "
-            f"{' or '.join(_short(dtype) for dtype in dtypes)} {list(wanted)}: other blocks are "
-            "not supported, give the folder before it was quantised"
+            f"{scales_key} is {_name(scales)}; for blocks of {size} of {key}, "
+            f"{_short(codes.dtype)} {list(shape)}, it would be "
+            f"{' or '.join(_short(dtype) for dtype in dtypes)} {wanted}: other blocks are not "
+            "supported, give the folder before it was quantised"
         )
+    return tensor
 
 
 def scales_shape(format_name: str, shape: Shape) -> Shape:

@@ -36,8 +36,8 @@ def rewrite(
     for key in slices:
         if isinstance(weights.stored[key], QuantisedTensor):
             raise CheckpointError(
-                f"{key} has trained and is stored in few bits in {weights.folder}; give the folder "
-                "before it was quantised"
+                f"{key} has trained and is stored in few bits in {weights.folder}; give --base the "
+                "folder before it was quantised, or --quantise float8, int8 or nf4"
             )
     files = sorted({stored.file for stored in weights.raw.values()})
     touched = {weights.stored[key].file for key in slices} | ({files[-1]} if new else set())

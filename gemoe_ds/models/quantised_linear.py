@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gemoe_ds.hf_io.loader import PassedOn, Target
 from gemoe_ds.moe.experts.quantised import QuantisedWeight
+from gemoe_ds.moe.router import Router
 
 _AT_ONCE = 2**24  # numbers of a weight
 _FEW = 8  # inputs or outputs, as a gate has them; such a map stays as it is
@@ -85,12 +86,14 @@ def _rows(weight_MK: QuantisedWeight) -> Iterator[slice]:
 
 
 def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
-    """By path those that can be quantised: not tiny, and their weight theirs alone."""
+    """By path those that can be quantised: not tiny, not a router's, their weight theirs alone."""
+    of_routers = {id(m) for r in model.modules() if isinstance(r, Router) for m in r.modules()}
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return {
         path: module
         for path, module in model.named_modules()
         if type(module) is nn.Linear
+        and id(module) not in of_routers
         and min(module.in_features, module.out_features) > _FEW
         and users[id(module.weight)] == 1
     }
@@ -101,7 +104,7 @@ def quantise_linear_maps(
 ) -> dict[str, Target]:
     """Put a `QuantisedLinear` in the place of each; targets by name for those without memory.
 
-    They are quantised from what they would be in `dtype`.
+    `dtype`: the model's.
     """
     targets: dict[str, Target] = {}
     for path, linear in linear_maps(model).items():
@@ -109,10 +112,10 @@ def quantise_linear_maps(
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
         if not linear.weight.is_meta:
-            new.quantised.put(lambda tensor: tensor, linear.weight.data.to(dtype))
+            new.quantised.put(lambda tensor: tensor, linear.weight.data)
             continue
         targets[f"{path}.weight"] = PassedOn(
-            linear.weight.data.to(dtype),
+            linear.weight.data,
             tuple(linear.weight.shape),
             put=new.quantised.put,
             put_stored=new.quantised.put_stored,

@@ -118,7 +118,8 @@ def read_described(folder: Path) -> dict[str, Any]:
         )
     if not any(key.startswith("AutoModelFor") for key in config.get("auto_map") or {}):
         raise CheckpointError(
-            f"{folder}/config.json names no model code (auto_map); export again with this version"
+            f"{folder}/config.json names no model code (auto_map), as of --code base or an older "
+            "version; export again, with --code own"
         )
     return described
 

@@ -321,3 +321,55 @@ def test_no_code_of_its_own_goes_with_a_quantised_base(setting, run, tmp_path):
     done = export(run / "config.yaml", *words)
     assert done.returncode == 2 and "is quantised, and the code that goes with" in done.stderr
     assert "give --code base" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_run_on_few_bits_goes_onto_the_base_before_or_stays_beside_them(setting):
+    """The gates of a run on a float8 base: on the whole base with code of their own, or on it."""
+    root = setting["root"]
+    recipe = root / "run/config.yaml"
+    done = export(recipe, "--quantise", "float8", "--out", root / "float8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = make_config(
+        setting,
+        root / "run_float8",
+        model__checkpoint=str(root / "float8"),
+        model__experts_dtype="float8",
+        parallel__ep_size=1,
+        train__steps=2,
+    )
+    assert run_ranks(train_all, 1, [config]) == [None]
+    trained = ("--trained", root / "run_float8")
+    recipe = root / "run_float8/config.yaml"
+    refused = export(recipe, *trained, "--out", root / "x")
+    assert "is quantised, and the code" in refused.stderr and "--base" in refused.stderr
+    beside = export(recipe, *trained, "--code", "base", "--out", root / "beside")
+    assert beside.returncode == 0, beside.stderr[-3000:]
+    onto = export(recipe, *trained, "--base", setting["hf"], "--out", root / "onto")
+    assert onto.returncode == 0, onto.stderr[-3000:]
+    base, whole = (load_all(folder) for folder in (setting["hf"], root / "onto"))
+    changed = {key for key, tensor in base.items() if not torch.equal(tensor, whole[key])}
+    assert changed and all("gate.weight" in key for key in changed)
+    there, after = load_all(root / "float8"), load_all(root / "beside")
+    assert {k for k, t in there.items() if not torch.equal(t, after[k])} == changed
+    for key in changed:
+        assert torch.equal(whole[key], after[key])
+    provenance = json.loads((root / "onto/provenance.json").read_text())
+    assert provenance["base"] == str(setting["hf"])
+    assert provenance["trained on"] == str(root / "float8")
+    few = export(recipe, *trained, "--code", "base", "--quantise", "nf4", "--out", root / "few")
+    assert few.returncode == 0, few.stderr[-3000:]
+    assert "gemoe_ds alone reads" in (root / "few/README.md").read_text()
+
+
+def test_what_is_for_a_run_alone_is_refused_without_one(setting, run):
+    for option in (("--code", "own"), ("--base", setting["hf"])):
+        done = export(run / "config.yaml", "--quantise", "nf4", *option, "--out", "x")
+        assert done.returncode == 2 and f"{option[0]} is for what has trained" in done.stderr
+
+
+def load_all(folder) -> dict[str, torch.Tensor]:
+    files = (path for path in folder.glob("*.safetensors") if path.name != "routers.safetensors")
+    tensors = {key: one for path in files for key, one in load_file(path).items()}
+    return {
+        k: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for k, t in tensors.items()
+    }

@@ -119,6 +119,16 @@ def test_stacked_experts_have_stacked_scales(tmp_path):
     assert any(key.endswith("gate_up_proj_scale_inv") for key in stored(tmp_path / "float8"))
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+    (tmp_path / "base").rename(tmp_path / "twin")
+    (tmp_path / "float8").rename(tmp_path / "base")
+    kept = load("qwen3_vl_moe", tmp_path, "float8")
+    for number, layer in enumerate(kept.moe_layers):
+        for ours, name in (("gate_up_EGD", "gate_up_EGD"), ("down_EDF", "down_EDF")):
+            weight = getattr(layer.experts, ours)
+            path = f"{kept.block_paths[number]}.experts.{name}"
+            exact = wanted[f"hf.{path}"]
+            for expert, tensor in enumerate(exact):
+                assert torch.equal(weight.dequantised(expert, torch.float32), tensor), name
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -204,6 +214,15 @@ KEY = "model.layers.0.mlp.experts.1.up_proj.weight"
         (
             lambda t, c: t.update({f"{KEY}_scale_inv": torch.full((2, 2), torch.nan)}),
             "holds NaN or infinite numbers",
+        ),
+        (
+            lambda t, c: t.update(
+                {
+                    "model.norm.weight": torch.ones(160).to(torch.float8_e4m3fn),
+                    "model.norm.weight_scale_inv": torch.ones(()),
+                }
+            ),
+            r"model.norm.weight_scale_inv is float32 \[\]; .* float8_e4m3fn \[160\]",
         ),
         (lambda t, c: t.update({"a_scale_inv": torch.ones(2, 2)}), "unexpected: a_scale_inv"),
         (

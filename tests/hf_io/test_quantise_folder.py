@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gemoe_ds.cli import export
@@ -31,7 +31,7 @@ def write_quantised(name: str, root, of_experts: str):
     backbone.save_quantised(
         model, {}, root / "base", other / "base", format_of(backbone, model, of_experts)
     )
-    (other / "tokenizer").symlink_to(root / "tokenizer")
+    (other / "tokenizer").symlink_to((root / "tokenizer").resolve())
     return other
 
 
@@ -111,6 +111,59 @@ def test_a_float8_folder_is_read_by_transformers(tmp_path):
         assert torch.equal(mine[key].to(weight.dtype), weight), key
 
 
+def test_what_is_ours_alone_transformers_refuses(tmp_path):
+    """And does not take codes for weights."""
+    write_case("olmoe", tmp_path)
+    other = write_quantised("olmoe", tmp_path, "int8")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(other / "base", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("to", REST)
+@pytest.mark.parametrize("of", ["nf4", "float8"])
+def test_a_folder_in_few_bits_goes_into_others(tmp_path, of, to):
+    write_case("olmoe", tmp_path)
+    first = write_quantised("olmoe", tmp_path, of)
+    second = write_quantised("olmoe", first, to)
+    config = json.loads((second / "base/config.json").read_text())["quantization_config"]
+    tensors = {
+        k: v for f in (second / "base").glob("*.safetensors") for k, v in load_file(f).items()
+    }
+    assert config["quant_method"] == ("fp8" if to == "float8" else "gemoe_ds")
+    if to == "float8":
+        assert not any(one.dtype in (torch.int8, torch.uint8) for one in tensors.values())
+        assert tensors["lm_head.weight"].dtype == (torch.bfloat16 if of == "nf4" else torch.float32)
+    for key, weight in weights_of(load("olmoe", first, to, dense_dtype=REST[to])).items():
+        found = weights_of(load("olmoe", second, to, dense_dtype=REST[to]))[key]
+        assert (found - weight).abs().max() <= 0.08 * weight.abs().max() + 1e-9, key
+
+
+@pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 13}, {"moe_intermediate_size": 65}])
+@pytest.mark.parametrize("of_experts", ["nf4", "int8"])
+def test_exchanged_experts_of_odd_widths(tmp_path, sizes, of_experts):
+    """Whose codes would share bytes in nf4: these stay as they are stored."""
+    write_case("qwen3_vl_moe", tmp_path, **sizes)
+    other = write_quantised("qwen3_vl_moe", tmp_path, of_experts)
+    found, plain = (load("qwen3_vl_moe", root, None) for root in (other, tmp_path))
+    for layer, exact in zip(found.moe_layers, plain.moe_layers, strict=True):
+        down, whole = layer.experts.down_EDF, exact.experts.down_EDF
+        assert torch.equal(down, whole) == (of_experts == "nf4")
+        assert (down - whole).abs().max() <= 0.01 * whole.abs().max()
+    load("qwen3_vl_moe", other, of_experts)
+
+
+def test_what_no_weight_is_is_refused_before_it_is_hidden_in_codes(tmp_path):
+    write_case("olmoe", tmp_path)
+    key = "model.layers.0.mlp.experts.0.up_proj.weight"
+    index = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())
+    file = tmp_path / "base" / index["weight_map"][key]
+    tensors = load_file(file)
+    tensors[key][1, 2] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=f"{key} holds NaN or infinite numbers"):
+        write_quantised("olmoe", tmp_path, "nf4")
+
+
 def test_files_have_a_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(quantise_folder, "_SHARD", 10_000)
     write_case("olmoe", tmp_path)
@@ -144,19 +197,19 @@ def test_scales_that_do_not_fit_are_named(tmp_path):
     (file,) = (other / "base").glob("*.safetensors")
     tensors = load_file(file)
     key = "model.layers.0.mlp.experts.0.up_proj.weight"
-    from safetensors.torch import save_file
-
+    scales = tensors[f"{key}_scale"]
     for harm, words in (
-        (torch.ones(1, 1), rf"{key}_scale is float32 \[1, 1\]; for blocks of 64 inputs of {key}"),
-        (tensors[f"{key}_scale"].bfloat16(), "it would be float32"),
-        (torch.full_like(tensors[f"{key}_scale"], torch.nan), "holds NaN or infinite numbers"),
-        (None, f"{key} is stored as uint8"),
+        (torch.ones(3, 1), rf"{key}_scale is float32 \[3, 1\]; for blocks of 64 inputs of {key}"),
+        (scales[0], rf"{key}_scale is float32 \[1\]"),
+        (scales.bfloat16(), "it would be float32"),
+        (torch.full_like(scales, torch.nan), "holds NaN or infinite numbers"),
+        (torch.full_like(scales, 3e38).fill_(torch.inf), "holds NaN or infinite numbers"),
+        (-scales, "has scales below zero"),
+        (None, f"{key} is stored in uint8 without {key}_scale"),
     ):
         harmed = {k: v for k, v in tensors.items() if k != f"{key}_scale"}
         if harm is not None:
-            harmed[f"{key}_scale"] = harm
-        else:
-            harmed[key] = torch.zeros(16, 32, dtype=torch.uint8)
+            harmed[f"{key}_scale"] = harm.contiguous()
         save_file(harmed, file)
         index = other / "base/model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": dict.fromkeys(harmed, file.name)}))

@@ -62,12 +62,12 @@ CASES = {
 }
 
 
-def write_case(name: str, folder: Path) -> tuple[Path, Path]:
-    """The model's folder and the tokenizer's."""
+def write_case(name: str, folder: Path, **options) -> tuple[Path, Path]:
+    """The model's folder and the tokenizer's. `options`: of the case's writer."""
     case = CASES[name]
     tokenizer = write_tokenizer(folder / "tokenizer", case.plain, case.specials)
     vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
-    return case.write(folder / "base", vocabulary), tokenizer
+    return case.write(folder / "base", vocabulary, **options), tokenizer
 
 
 def write_text(folder):

@@ -24,6 +24,7 @@ from gemoe_ds.moe.experts.module import QuantisedExperts
 from gemoe_ds.moe.experts.quantised import QuantisedWeight
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
+from gemoe_ds.train.checks.base_loss_check import _vocabulary
 from gemoe_ds.train.estimate import estimate
 from tests.helpers import repository, run_ranks
 from tests.models.cases import write_case
@@ -181,6 +182,15 @@ def test_a_run_goes_on_in_another_precision_and_says_so(setting, runs):
     assert losses(runs / "int8-1-1-0").keys() == set(range(1, 7))
     manifest = json.loads((runs / "int8-1-1-0/checkpoints/step-000006/manifest.json").read_text())
     assert not any("experts" in key.split(".") for key in manifest["tensors"]), "routers alone"
+
+
+def test_a_quantised_head_has_its_vocabulary(setting):
+    model = build_model(
+        run_config(setting, "head", "nf4", model__dense_dtype="int8"), ExpertShard()
+    )
+    head = model.backbone.head(model.hf)
+    assert isinstance(head, QuantisedLinear)
+    assert _vocabulary(model) == head.out_features == model.hf.config.text_config.vocab_size
 
 
 def test_the_estimate_counts_the_bits(setting):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 from gemoe_ds.models import quantised_linear
 from gemoe_ds.models.quantised_linear import QuantisedLinear, linear_maps, quantise_linear_maps
 from gemoe_ds.moe.experts.quantised import FORMATS
+from gemoe_ds.moe.router import Router
+from tests.routers.cases import SPEC, make_router
 
 
 def quantised(name: str, linear: nn.Linear) -> QuantisedLinear:
@@ -67,3 +71,9 @@ class Tied(nn.Module):
 
 def test_what_is_an_embedding_too_or_small_stays():
     assert linear_maps(Tied()).keys() == {"large"}
+
+
+@pytest.mark.parametrize("name", Router.names())
+def test_no_router_s_map_is_quantised(name):
+    router = make_router(name, {}, replace(SPEC, d_model=64, num_experts=32))
+    assert not linear_maps(nn.ModuleList([router]))

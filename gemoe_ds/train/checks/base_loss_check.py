@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.collate import Batch
@@ -145,7 +146,7 @@ def _loss(model: MoEModel, batches: Sequence[Batch], world: World) -> float | No
 
 def _vocabulary(model: MoEModel) -> int:
     head = model.backbone.head(model.hf)
-    return next(p.shape[0] for p in head.parameters() if p.dim() == 2)
+    return next(m.out_features for m in head.modules() if isinstance(m, nn.Linear))
 
 
 def _golden(model: MoEModel) -> Iterator[str]:
