@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         "--code",
         choices=("own", "base"),
         help="own (default): transformers finds the code of the trained routing, with "
-        "trust_remote_code; base: the code that the base names, if any, stays in its place (fixed k)",
+        "trust_remote_code; base: the code that the base names, if any, stays in place (fixed k)",
     )
     parser.add_argument(
         "--quantise",

@@ -323,11 +323,10 @@ def test_no_code_of_its_own_goes_with_a_quantised_base(setting, run, tmp_path):
     assert "give --code base" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_run_on_few_bits_goes_onto_the_base_before_or_stays_beside_them(setting):
+def test_a_run_on_few_bits_goes_onto_the_base_before_or_stays_beside_them(setting, run):
     """The gates of a run on a float8 base: on the whole base with code of their own, or on it."""
     root = setting["root"]
-    recipe = root / "run/config.yaml"
-    done = export(recipe, "--quantise", "float8", "--out", root / "float8")
+    done = export(run / "config.yaml", "--quantise", "float8", "--out", root / "float8")
     assert done.returncode == 0, done.stderr[-3000:]
     config = make_config(
         setting,

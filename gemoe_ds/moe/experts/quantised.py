@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 _ROWS = 128  # of a weight at a time: they stay in the cache
 _ROWS_BACK = 256  # the same on the way back
+_BINS = 64
 _TINY = torch.finfo(torch.float32).tiny
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -92,12 +93,26 @@ def _float8_pairs() -> Tensor:
 
 
 def _to_nf4(scaled_nK: Tensor) -> Tensor:
-    levels = torch.tensor(NF4)  # in float32, as their middles have to be
-    found = torch.zeros_like(scaled_nK, dtype=torch.uint8)
-    for middle in ((levels[1:] + levels[:-1]) / 2).tolist():
-        found += (scaled_nK > middle).view(torch.uint8)  # torch.bucketize takes 2.5 times as long
-    first, second = _parts(found, 2).unbind(-1)
-    return (first << 4) | second
+    """By bins, of which none has two middles of levels in it: fifteen comparisons, or
+    torch.bucketize, take four and eight times as long."""
+    below, middle = _nf4_bins()
+    bins = torch.add(scaled_nK, 1).mul_(_BINS / 2).to(torch.int32).view(-1)
+    found = below.index_select(0, bins).view(scaled_nK.shape)
+    found += (scaled_nK > middle.index_select(0, bins).view(scaled_nK.shape)).view(torch.uint8)
+    two = found.view(torch.int16)  # the first in the lower byte
+    return ((two << 4) | (two >> 8)).to(torch.uint8)
+
+
+@cache
+def _nf4_bins() -> tuple[Tensor, Tensor]:
+    """Of _BINS bins from -1 to 1, and one for 1: the code at its lower end, and the middle between
+    two levels, in float32, above which it is the next; infinite if there is none."""
+    levels = torch.tensor(NF4)
+    middles = (levels[1:] + levels[:-1]) / 2
+    ends = torch.arange(_BINS + 1) / (_BINS / 2) - 1
+    middle = torch.full((_BINS + 1,), torch.inf)
+    middle[((middles + 1) * (_BINS / 2)).long()] = middles
+    return (ends[:, None] > middles).sum(1).to(torch.uint8), middle
 
 
 def _nf4(codes_nC: Tensor, into_nK: Tensor) -> None:

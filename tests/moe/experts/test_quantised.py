@@ -73,6 +73,16 @@ def test_a_product_s_dtype_rounds_once():
         assert torch.equal(whole(weight, torch.float64), exact.to(torch.float64))
 
 
+def test_nf4_is_the_nearest_level_around_every_middle():
+    levels = torch.tensor(NF4)
+    middles = (levels[1:] + levels[:-1]) / 2
+    near = [middles, *(torch.nextafter(middles, torch.tensor(end)) for end in (-2.0, 2.0))]
+    numbers = torch.cat([*near, levels, torch.linspace(-1, 1, 4097)])
+    codes = FORMATS["nf4"].encode(nn.functional.pad(numbers, (0, numbers.numel() % 2))[None])
+    found = torch.stack([codes >> 4, codes & 15], -1).flatten()[: numbers.numel()]
+    assert torch.equal(found, (numbers[:, None] > middles).sum(1).to(torch.uint8))
+
+
 def test_nf4_is_that_of_bitsandbytes():
     """Codes and scales of bitsandbytes 0.50.2: `quantize_4bit(weight, blocksize=64)`."""
     weight = torch.sin(torch.arange(128, dtype=torch.float32) * 0.7).view(1, 1, 128) * 0.05
