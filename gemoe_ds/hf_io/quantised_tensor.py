@@ -105,7 +105,7 @@ class QuantisedTensor(StoredTensor):
     def problem_of(self, stored: Tensor, rows: slice | None) -> str | None:
         """What no trained weight is."""
         codes, scales = self._split(stored, rows)
-        values = self.format.values_in(codes.view(self.format.codes))
+        values = self.format.extremes(codes.view(self.format.codes))
         low, high = (bound.item() for bound in (scales.float() * values.abs().max()).aminmax())
         if not (values.isfinite().all() and math.isfinite(low) and math.isfinite(high)):
             return "holds NaN or infinite numbers"

@@ -49,12 +49,12 @@ class Format:
     def blocks(self, num_inputs: int) -> int:
         return -(-num_inputs // self.block)
 
-    def values_in(self, codes: Tensor) -> Tensor:
-        """Each value that occurs among codes, before scales, at least once: [1, n]."""
-        present = torch.bincount(codes.flatten().view(torch.uint8)).nonzero().flatten()
-        present = present.to(torch.uint8).view(codes.dtype).repeat(2)  # decoded two at a time
-        values = torch.empty(1, len(present) * 8 // self.bits)
-        self.decode(present[None], values)
+    def extremes(self, codes: Tensor) -> Tensor:
+        """Values of the first and the last of these codes, of float8 by their size: [1, n]. If some
+        value is NaN, one of them is; if all are 0, all of them are."""
+        ends = (codes & 0x7F if self.square else codes).aminmax()
+        values = torch.empty(1, 4 * 8 // self.bits)
+        self.decode(torch.stack([*ends, *ends])[None], values)  # an even number
         return values
 
     def num_codes(self, num_blocks: int) -> int:
