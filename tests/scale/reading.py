@@ -56,7 +56,7 @@ class _Counted(Weights):
 
     def _read(self, slices: list[StoredSlice], targets: Mapping[str, Target]) -> Iterator[None]:
         for piece in slices:
-            self.num_bytes += targets[piece.name].num_bytes(piece)
+            self.num_bytes += targets[piece.name].num_bytes(piece, self.stored[piece.key])
             yield
 
 
