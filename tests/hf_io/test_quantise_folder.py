@@ -133,9 +133,11 @@ def test_a_folder_in_few_bits_goes_into_others(tmp_path, of, to):
     if to == "float8":
         assert not any(one.dtype in (torch.int8, torch.uint8) for one in tensors.values())
         assert tensors["lm_head.weight"].dtype == (torch.bfloat16 if of == "nf4" else torch.float32)
-    for key, weight in weights_of(load("olmoe", first, to, dense_dtype=REST[to])).items():
-        found = weights_of(load("olmoe", second, to, dense_dtype=REST[to]))[key]
-        assert (found - weight).abs().max() <= 0.08 * weight.abs().max() + 1e-9, key
+    wanted, found = (
+        weights_of(load("olmoe", root, to, dense_dtype=REST[to])) for root in (first, second)
+    )
+    for key, weight in wanted.items():
+        assert (found[key] - weight).abs().max() <= 0.08 * weight.abs().max() + 1e-9, key
 
 
 @pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 13}, {"moe_intermediate_size": 65}])

@@ -72,8 +72,9 @@ def check_products(
         assert got[used:].isnan().all(), "spare rows are written"
         error = (got[:used].cpu().double() - want).abs()
         assert (error <= torch.finfo(dtype).eps / 2 * want.abs() + 3e-6 * size).all(), error.max()
-        again = product(rows, weight, ends.to(device, torch.int32))
-        assert torch.equal(got[:used], again[:used])
+        if device != "cpu":  # interpreted, programs run one after the other
+            again = product(rows, weight, ends.to(device, torch.int32))
+            assert torch.equal(got[:used], again[:used])
 
 
 def problem(
