@@ -21,10 +21,11 @@ from gemoe_ds.console import Progress
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.companions import companions, write_index
 from gemoe_ds.hf_io.key_rules import KeyMap, Shape, StoredSlice
-from gemoe_ds.hf_io.loader import Weights, problem_of
+from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.quantised_tensor import BLOCK, METHOD, OF_BLOCKS, OF_ROWS, QuantisedTensor
 from gemoe_ds.hf_io.rewriter import added, by_key, replaced
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor
+from gemoe_ds.hf_io.targets import problem_of
 from gemoe_ds.moe.experts.quantised import FORMATS, Format, encode
 
 _SHARD = 4 * 10**9  # bytes of a file, which is in memory while it is made

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemoe_ds.hf_io.loader import PassedOn, Target
+from gemoe_ds.hf_io.targets import PassedOn, Target
 from gemoe_ds.moe.experts.quantised import QuantisedWeight
 from gemoe_ds.moe.router import Router
 

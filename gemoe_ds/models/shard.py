@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.hf_io.allocator import WeightAllocator
-from gemoe_ds.hf_io.loader import PassedOn, Target, Weights
+from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.targets import PassedOn, Target
 from gemoe_ds.models.blocks import BlockSpec, BlockWeights
 from gemoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from gemoe_ds.moe.experts.module import Experts, QuantisedExperts

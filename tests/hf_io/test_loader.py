@@ -17,9 +17,10 @@ from gemoe_ds.errors import CheckpointError
 from gemoe_ds.hf_io.companions import index_files
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, swiglu_experts
-from gemoe_ds.hf_io.loader import Target, Weights, materialise
+from gemoe_ds.hf_io.loader import Weights, materialise
 from gemoe_ds.hf_io.rewriter import rewrite
 from gemoe_ds.hf_io.safetensors_reader import open_stored
+from gemoe_ds.hf_io.targets import Target
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
 from tests.helpers import repository
@@ -304,7 +305,8 @@ import resource, sys, torch
 from pathlib import Path
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule
 from gemoe_ds.hf_io.hf_config import meta_model
-from gemoe_ds.hf_io.loader import Target, Weights
+from gemoe_ds.hf_io.loader import Weights
+from gemoe_ds.hf_io.targets import Target
 
 class Big(torch.nn.Module):
     def __init__(self, _):

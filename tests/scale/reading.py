@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gemoe_ds.hf_io.allocator import Peers, Sharing, WeightAllocator
 from gemoe_ds.hf_io.key_rules import StoredSlice
-from gemoe_ds.hf_io.loader import Target, Weights
+from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.safetensors_reader import open_stored
+from gemoe_ds.hf_io.targets import Target
 from gemoe_ds.models.backbone import Backbone
 
 RANKS = 8  # of a host, which together hold all experts

@@ -19,8 +19,8 @@ from transformers import LlavaForConditionalGeneration
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.hf_config import as_checkpoint_error, read_config
 from gemoe_ds.hf_io.key_rules import KeyMap, Rule, expert_tables
-from gemoe_ds.hf_io.loader import problem_of
 from gemoe_ds.hf_io.quiet import without_report
+from gemoe_ds.hf_io.targets import problem_of
 from gemoe_ds.models.backbone import HFModel
 from gemoe_ds.models.blocks import Adapters
 from gemoe_ds.models.llava import LlavaBackbone
