@@ -133,14 +133,16 @@ def _export_trained(arguments: argparse.Namespace) -> None:
 def _quantise_base(arguments: argparse.Namespace) -> None:
     from gemoe_ds.config import load_config
     from gemoe_ds.files import check_new, whole_folder
+    from gemoe_ds.models.few_bits import format_of
     from gemoe_ds.train.assemble import named_backbone
 
     check_new(arguments.out)
     config = load_config(arguments.recipe, arguments.overrides)
     config.check_paths("model.", "data.tokenizer")
     base = _base(config)
-    backbone, formats = named_backbone(config), _format_of(config, arguments.quantise)
+    backbone = named_backbone(config)
     hf = backbone.load(base, Path(config.data.tokenizer))
+    formats = format_of(backbone, hf, arguments.quantise)
     with whole_folder(arguments.out) as folder:
         backbone.save_quantised(hf, {}, base, folder, formats)
     print(f"wrote {arguments.out}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from gemoe_ds.hf_io.key_rules import EXCHANGED, Shape, StoredSlice
 from gemoe_ds.hf_io.quantised_tensor import QuantisedTensor
 from gemoe_ds.hf_io.safetensors_reader import StoredTensor
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,15 @@ class Target:
         """Its values are there."""
 
 
-Select = Callable[[Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class PassedOn(Target):
-    """What is kept in another form: `put(select, values)` gets a piece once it is there, in the
-    dtype that it is stored in.
+    """What is kept in few bits: `weight` gets a piece once it is there, in the dtype that it is
+    stored in, or as codes and scales if it is stored in the weight's own format.
 
-    `tensor` is on the meta device. `select` finds the piece in whatever begins with the same
-    dimensions. What is stored in `format_name` goes to `put_stored(select, codes, scales)`.
+    `tensor` is on the meta device.
     """
 
-    put: Callable[[Select, Tensor], None] = field(kw_only=True)
-    put_stored: Callable[[Select, Tensor, Tensor], None] = field(kw_only=True)
-    format_name: str = field(kw_only=True)
+    weight: QuantisedWeight = field(kw_only=True)
     _there: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def num_bytes(self, piece: StoredSlice, stored: StoredTensor) -> int:
@@ -96,18 +90,18 @@ class PassedOn(Target):
     def done(self, piece: StoredSlice, stored: StoredTensor) -> None:
         there, same = self._there.pop(id(piece)), self._same(piece, stored)
 
-        def select(tensor: Tensor) -> Tensor:
+        def select(tensor: Tensor) -> Tensor:  # of what begins with the same dimensions
             return piece.ours(tensor, self.first_row)
 
         if same is None:
-            self.put(select, there)
+            self.weight.put(select, there)
         else:
             rows = piece.stored_rows(stored.shape)
-            self.put_stored(select, *same.parts(there, rows, piece.to_ours))
+            self.weight.put_stored(select, *same.parts(there, rows, piece.to_ours))
 
     def _same(self, piece: StoredSlice, stored: StoredTensor) -> QuantisedTensor | None:
         """What is stored, if it is kept as it is."""
-        if not isinstance(stored, QuantisedTensor) or stored.format_name != self.format_name:
+        if not isinstance(stored, QuantisedTensor) or stored.format_name != self.weight.name:
             return None
         how = piece.rule.rearrange
         return stored if how is None or (how == EXCHANGED and stored.format.square) else None

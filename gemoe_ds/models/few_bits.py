@@ -17,10 +17,7 @@ def format_of(backbone: Backbone, model: nn.Module, of_experts: str) -> dict[str
     blocks = backbone.moe_blocks(model)
     found = {f"{block.path}.{name}": of_experts for block in blocks for name in block.names[1:]}
     of_layers = blocks[0].path.partition(".layers.")[0] + ".layers."
-    gates = {id(block.gate_ED) for block in blocks}
-    for path, one in linear_maps(model).items():
-        if id(one.weight) in gates:
-            continue
+    for path in linear_maps(model, [block.gate_ED for block in blocks]):
         if of_experts != "float8":
             found[f"{path}.weight"] = "int8"
         elif path.startswith(of_layers):

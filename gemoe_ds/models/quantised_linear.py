@@ -8,7 +8,7 @@ Shapes: K inputs, M outputs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,8 +85,12 @@ def _rows(weight_MK: QuantisedWeight) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, num_rows, step))
 
 
-def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
-    """By path those that can be quantised: not tiny, not a router's, their weight theirs alone."""
+def linear_maps(model: nn.Module, besides: Iterable[Tensor] = ()) -> dict[str, nn.Linear]:
+    """By path those that can be quantised: not tiny, not a router's, their weight theirs alone.
+
+    `besides`: weights that are left out, as gates of blocks that are not converted yet.
+    """
+    left_out = {id(weight) for weight in besides}
     of_routers = {id(m) for r in model.modules() if isinstance(r, Router) for m in r.modules()}
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return {
@@ -94,6 +98,7 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
         for path, module in model.named_modules()
         if type(module) is nn.Linear
         and id(module) not in of_routers
+        and id(module.weight) not in left_out
         and min(module.in_features, module.out_features) > _FEW
         and users[id(module.weight)] == 1
     }
@@ -114,11 +119,7 @@ def quantise_linear_maps(
         if not linear.weight.is_meta:
             new.quantised.put(lambda tensor: tensor, linear.weight.data)
             continue
-        targets[f"{path}.weight"] = PassedOn(
-            linear.weight.data,
-            tuple(linear.weight.shape),
-            put=new.quantised.put,
-            put_stored=new.quantised.put_stored,
-            format_name=format_name,
-        )
+        weight = linear.weight.data
+        target = PassedOn(weight, tuple(weight.shape), weight=new.quantised)
+        targets[f"{path}.weight"] = target
     return targets

@@ -101,14 +101,7 @@ class QuantisedBlocks(StoredBlocks):
                 continue
             weight = QuantisedWeight(self.format_name, whole[local].shape)
             full = torch.empty(weight.shape, dtype=torch.float32, device="meta")
-            self.targets[f"{block.path}.{name}"] = PassedOn(
-                full,
-                shape,
-                local.start,
-                put=weight.put,
-                put_stored=weight.put_stored,
-                format_name=self.format_name,
-            )
+            self.targets[f"{block.path}.{name}"] = PassedOn(full, shape, local.start, weight=weight)
             made.append(weight)
         return QuantisedExperts(*made)
 

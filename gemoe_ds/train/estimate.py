@@ -307,8 +307,7 @@ def _dense_in_few_bits(
 ) -> list[nn.Linear]:
     if config.model.dense_dtype is None:
         return []
-    gates = {id(block.gate_ED) for block in blocks}
-    return [one for one in linear_maps(hf).values() if id(one.weight) not in gates]
+    return [*linear_maps(hf, [block.gate_ED for block in blocks]).values()]
 
 
 def _frozen_experts(config: RunConfig, blocks: list[BlockSpec], dtype: torch.dtype) -> int:

@@ -7,15 +7,13 @@ Interpreted in a process of its own, as tests/moe/experts/test_kernels.py says w
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from gemoe_ds.moe import monotonic
 from gemoe_ds.moe.monotonic_kernel import BLOCK, _all_pairs_kernel, all_pairs
+from tests.moe.experts.interpreter import interpreted
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 # (tokens, share of valid ones, values of H: 0 for all different, margin_constant, dtype)
@@ -52,14 +50,7 @@ def check(device: str, tokens: int, share: float, ties: int, constant: float, dt
 
 @needs_triton
 def test_interpreted_on_the_cpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.moe.test_monotonic_kernel"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{len(CASES)} checks\n"
+    assert interpreted("tests.moe.test_monotonic_kernel") == f"{len(CASES)} checks\n"
 
 
 @needs_triton

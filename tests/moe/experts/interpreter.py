@@ -1,11 +1,12 @@
-"""Triton's interpreter with bfloat16 as a GPU has it: its own truncates to it, and multiplies bits.
-
-For kernels whose products are of bfloat16; what test_kernels.py allows for truncation is left out.
-"""
+"""Kernels in Triton's interpreter, which a process must ask for before it imports Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -13,8 +14,35 @@ from unittest import mock
 import numpy as np
 
 
+def interpreted(module: str) -> str:
+    """What a module prints that runs its kernels in the interpreter, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_checks(checks: Sequence[tuple[Callable[..., None], tuple]]) -> int:
+    """Each with its case, on the CPU; how many failed."""
+    failed = 0
+    for check, case in checks:
+        try:
+            check("cpu", *case)
+        except Exception:
+            failed += 1
+            print(f"{check.__name__}{case}\n{traceback.format_exc()}")
+    print(f"{len(checks)} checks, {failed} failed")
+    return failed
+
+
 @contextmanager
 def bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """The interpreter's own truncates to it, and multiplies its bits: for kernels whose products
+    are of bfloat16. What test_kernels.py allows for truncation is left out then."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

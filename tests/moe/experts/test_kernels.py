@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.moe.experts import kernels
+from tests.moe.experts.interpreter import interpreted, run_checks
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it truncates to bf16; a GPU rounds
@@ -204,26 +203,7 @@ LARGE_CHECKS: list[Check] = [
 
 @needs_triton
 def test_interpreted_on_the_cpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.moe.experts.test_kernels"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{len(CHECKS)} checks, 0 failed\n"
-
-
-def run_interpreted() -> int:
-    failed = 0
-    for check, case in CHECKS:
-        try:
-            check("cpu", *case)
-        except Exception:
-            failed += 1
-            print(f"{check.__name__}{case}\n{traceback.format_exc()}")
-    print(f"{len(CHECKS)} checks, {failed} failed")
-    return failed
+    assert interpreted("tests.moe.experts.test_kernels") == f"{len(CHECKS)} checks, 0 failed\n"
 
 
 @needs_triton
@@ -291,4 +271,4 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_interpreted() != 0)
+    sys.exit(run_checks(CHECKS) != 0)

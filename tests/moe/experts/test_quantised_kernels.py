@@ -6,10 +6,7 @@ tests.moe.experts.test_quantised_kernels`), on a GPU where there is one, and com
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -22,7 +19,7 @@ from gemoe_ds.moe.experts import ffn, grouped, quantised_kernels
 from gemoe_ds.moe.experts.module import QuantisedExperts
 from gemoe_ds.moe.experts.quantised import FORMATS, QuantisedWeight
 from gemoe_ds.moe.triton_launch import triton
-from tests.moe.experts.interpreter import bfloat16_as_on_a_gpu
+from tests.moe.experts.interpreter import bfloat16_as_on_a_gpu, interpreted, run_checks
 from tests.moe.experts.test_kernels import (
     BF16,
     F32,
@@ -144,14 +141,10 @@ LARGE_CHECKS: list[Check] = [
 
 @needs_triton
 def test_interpreted_on_the_cpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.moe.experts.test_quantised_kernels"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
+    assert (
+        interpreted("tests.moe.experts.test_quantised_kernels")
+        == f"{len(CHECKS)} checks, 0 failed\n"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{len(CHECKS)} checks, 0 failed\n"
 
 
 @needs_triton
@@ -217,18 +210,6 @@ def test_offsets_beyond_31_bits() -> None:
             torch.testing.assert_close(got[-9:], want, rtol=0.01, atol=0.01)
 
 
-def run_interpreted() -> int:
-    failed = 0
-    with bfloat16_as_on_a_gpu():
-        for check, case in CHECKS:
-            try:
-                check("cpu", *case)
-            except Exception:
-                failed += 1
-                print(f"{check.__name__}{case}\n{traceback.format_exc()}")
-    print(f"{len(CHECKS)} checks, {failed} failed")
-    return failed
-
-
 if __name__ == "__main__":
-    sys.exit(run_interpreted() != 0)
+    with bfloat16_as_on_a_gpu():
+        sys.exit(run_checks(CHECKS) != 0)
