@@ -25,7 +25,7 @@ export DS_BUILD_OPS := 0# nothing of DeepSpeed is compiled
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume scale mutants bench data-bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
+.PHONY: results trial demo demo-seeds compare compare-quick compare-trials test test-slow test-gpu serve-env serve-test cluster-tools test-cluster faults parity resume scale mutants bench data-bench full-size full-size-gpu gpu-check check lint format setup eval-env clean
 
 # Something to try a launcher with, in a minute: runs/trial, for launch/recipes/trial.yaml.
 trial: setup
@@ -128,6 +128,11 @@ full-size-gpu: setup
 # CHECKPOINT=DIR adds a published folder beside its publishers' code, BACKBONE=NAME says whose.
 gpu-check: setup
 	$(BIN)/python -m experiments.gpu_check $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(BACKBONE),--backbone $(BACKBONE))
+
+# Everything that README and docs claim, on this source, each part committed as it ends: a day on 2
+# quiet cores. It goes on after any end; results/README.md has every claim beside its command.
+results: setup eval-env
+	DS_ACCELERATOR=cpu $(BIN)/python -m experiments.release --commit
 
 check: lint
 	$(BIN)/mypy

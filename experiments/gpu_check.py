@@ -78,7 +78,7 @@ def run(todo: list[Step]) -> dict[str, str]:
         words = [sys.executable, *step.command[1:]]
         done = subprocess.run(
             words,
-            env=environment(step),
+            env=environment(step.command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

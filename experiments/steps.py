@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -87,7 +88,7 @@ def run_steps(steps: Sequence[Step], progress: Progress) -> int:
         print(f"\n{bar.before(step)}\n$ {shlex.join(step.command)}", flush=True)
         progress.begin(step)
         try:
-            code = subprocess.run(step.command, env=environment(step)).returncode
+            code = subprocess.run(step.command, env=environment(step.command)).returncode
         except KeyboardInterrupt:
             print("\n== interrupted; run the same command to continue from here", flush=True)
             return 130
@@ -119,6 +120,15 @@ def list_or_run(
     return code
 
 
+class Timed(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def seconds(self) -> int:
+        """On two cores."""
+
+
 class Bar:
     """How far all steps are, by the seconds that they are said to take: a line before each.
 
@@ -126,19 +136,19 @@ class Bar:
     of them can be read. What is left follows the pace of the steps that this run has done.
     """
 
-    def __init__(self, steps: Sequence[Step], todo: Sequence[Step], width: int = 1) -> None:
+    def __init__(self, steps: Sequence[Timed], todo: Sequence[Timed], width: int = 1) -> None:
         self.number, self.of, self.width = len(steps) - len(todo), len(steps), width
         self.total = sum(step.seconds for step in steps)
         self.before_us = self.done = self.total - sum(step.seconds for step in todo)
         self.begun = time.monotonic()
 
-    def before(self, step: Step) -> str:
+    def before(self, step: Timed) -> str:
         return self._line(f"step {self.number + 1} of {self.of}: {step.name} ({self._times()})")
 
     def at_start(self) -> str:
         return self._line(f"{self.of - self.number} runs, {self.width} at a time: {self._times()}")
 
-    def after(self, step: Step, seconds: float) -> str:
+    def after(self, step: Timed, seconds: float) -> str:
         took = f"{step.name} took {_clock(seconds)}"
         return self._line(f"{self.number} of {self.of}: {took} ({self._times()})")
 
@@ -153,7 +163,7 @@ class Bar:
             else f"about {left} on {max(2, self.width)} cores"
         )
 
-    def finish(self, step: Step) -> None:
+    def finish(self, step: Timed) -> None:
         self.number, self.done = self.number + 1, self.done + step.seconds
 
     def at_end(self) -> str:
@@ -169,10 +179,10 @@ class Bar:
         return tqdm.format_meter(self.done, self.total, 0, ascii=plain, bar_format=form)
 
 
-def environment(step: Step) -> dict[str, str]:
+def environment(command: Sequence[str]) -> dict[str, str]:
     """This interpreter's programs first on the path; threads that do not fight over the cores."""
     cores = os.cpu_count() or 1
-    ranks = int(step.command[2]) if step.command[0] == "deepspeed" else 1
+    ranks = int(command[2]) if command[0] == "deepspeed" else 1
     defaults = {"OMP_NUM_THREADS": str(max(1, min(4, cores // ranks)))}
     if not torch.cuda.is_available():
         defaults["DS_ACCELERATOR"] = "cpu"  # DeepSpeed finds out by itself, with many warnings

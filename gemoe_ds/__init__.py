@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gemoe_ds.moe.router import Router as Router
     from gemoe_ds.train import start as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "MoELayer": "gemoe_ds.moe.layer",

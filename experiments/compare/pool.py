@@ -67,7 +67,7 @@ class Pool:
         with self._log(step).open("wb") as log:
             process = subprocess.Popen(
                 step.command,
-                env=environment(step) | alone,
+                env=environment(step.command) | alone,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gemoe_ds.config.load import config_from_dict, load_config
 from gemoe_ds.config.old_names import NEW, with_new_names
 from gemoe_ds.errors import ConfigError
+from tests.helpers import repository
 
 OLD = """
 output_dir: out
@@ -91,3 +94,15 @@ def test_a_checkpoint_s_identity_is_flat():
         "model.router": {"name": "x", "norm_topk_prob": "sum"},
         "seed": 3,
     }
+
+
+def test_the_page_on_migration_has_every_old_name_beside_its_new_one():
+    page = (repository() / "docs/migration.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    pairs = {pair for old, new in rows for pair in zip(names(old), names(new), strict=False)}
+    for old, new in NEW.items():
+        assert (old, f"{old.rpartition('.')[0]}.{new}") in pairs
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)

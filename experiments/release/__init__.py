@@ -1,0 +1,1 @@
+"""Everything that the documentation claims, measured again on one state of the source."""

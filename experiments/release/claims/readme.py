@@ -1,0 +1,153 @@
+"""The front page."""
+
+from __future__ import annotations
+
+from experiments.release.claim import Claim
+from experiments.release.results import Results, Row
+
+PAGE = "README.md"
+DEMO = "demo/results.json"
+CONTEST = "compare/standings.json"
+
+
+def above(
+    results: Results, row: str, k: int, backbone: str = "annealed", training: str = "mixed"
+) -> Row:
+    """Threshold minus a row at a mean k: value, low, high, in points."""
+    (found,) = [
+        standing
+        for standing in results.json(CONTEST)
+        if (standing["backbone"], standing["training"]) == (backbone, training)
+    ]
+    to_ours = found["at"][f"{row} {k}"]["to_ours"]
+    return {
+        "value": -100 * to_ours["value"],
+        "low": -100 * to_ours["high"],
+        "high": -100 * to_ours["low"],
+    }
+
+
+def _points(results: Results, row: str, k: int, backbone: str = "annealed") -> str:
+    return f"{above(results, row, k, backbone)['value']:.2f}"
+
+
+def _interval(results: Results, row: str, k: int) -> str:
+    found = above(results, row, k)
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _demo_row(results: Results, method: str, k: float | None, title: str, *more: float) -> str:
+    """Accuracy, mean k and share of tuned top-8; a second budget behind a semicolon."""
+    tuned = results.row(DEMO, method="top_k_tuned", k=8)["accuracy"]
+    key = "k" if method.startswith("top_k") or k is None else "budget_k"
+    rows = [results.row(DEMO, method=method, **{key: value}) for value in (k, *more)]
+    digits = 0 if method.startswith("top_k") else 2
+    cells = (
+        "; ".join(f"{100 * row['accuracy']:.1f} %" for row in rows),
+        "; ".join(f"{row['mean_k']:.{digits}f}" for row in rows),
+        "; ".join(f"{100 * row['accuracy'] / tuned:.1f} %".replace(".0 %", " %") for row in rows),
+    )
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def _demo_questions(results: Results) -> str:
+    row = results.json(DEMO)["rows"][0]
+    return f"Measured on {sum(row['num_questions_by_kind'].values()):,} test questions"
+
+
+def _contest(results: Results) -> str:
+    return (
+        f"it is above GeMoE by {_interval(results, 'gemoe', 3)} points at 3 and "
+        f"{_interval(results, 'gemoe', 4)} at 4 (three router seeds), "
+        f"above ReMoE by {_points(results, 'remoe', 3)} and {_points(results, 'remoe', 4)}, "
+        f"DynMoE by {_points(results, 'dynmoe', 3)} and {_points(results, 'dynmoe', 4)}, "
+        f"AdaMoE by {_points(results, 'adamoe', 3)} and {_points(results, 'adamoe', 4)}, "
+        f"ZEDA by {_points(results, 'zeda', 3)} and {_points(results, 'zeda', 4)}"
+    )
+
+
+def _kept(results: Results) -> str:
+    (mixed, *_) = results.json(CONTEST)
+    share = 100 * mixed["retention"]["threshold 0.55"]["value"]
+    return f"keeps {share:.1f} % of tuned top-8 at 55 % fewer experts"
+
+
+def _other_models(results: Results) -> str:
+    seed_1, plain = (_points(results, "gemoe", 3, name) for name in ("annealed_seed_1", "plain"))
+    return f"On the two other models it is above GeMoE by {seed_1} and {plain} points at 3"
+
+
+def _padding(results: Results) -> str:
+    backbones = results.json("data_cpu.json")["feeding"]["backbones"]
+    grouped = min(one["valid_grouped"] for one in backbones)
+    shuffled = [one["valid_shuffled"] for one in backbones]
+    return (
+        f"{grouped:.3f} of the tokens are valid in simulated mixtures, "
+        f"{min(shuffled):.2f} to {max(shuffled):.2f} shuffled"
+    ).replace("0.", ".")
+
+
+def _saving(results: Results) -> str:
+    shares = [
+        results.row("bench_cpu.json", suite="layer", layer="gemoe_ds", mean_k=5.1, ep=1, mode=mode)[
+            "realised_over_ideal"
+        ]
+        for mode in ("forward", "frozen")
+    ]
+    return (
+        f"With 5.1 instead of 8 experts a token, {100 * shares[0]:.0f} % of the possible saving is "
+        f"realised forward and {100 * shares[1]:.0f} % with the backward pass"
+    )
+
+
+def _answers(results: Results) -> str:
+    ours = results.rows("answers_cpu.json", contender="gemoe_ds, k 8")
+    factors = [row["speed_up"] for row in ours if not row["task"].startswith("gsm8k")]
+    return f"come {min(factors):.1f} to {max(factors):.1f} times as fast on a CPU"
+
+
+def _flips(results: Results) -> str:
+    flipped = [100 * share for share in results.json("k_flips/k_flips.json")["flipped_per_layer"]]
+    return f"bfloat16 moves k of {min(flipped):.1f} to {max(flipped):.1f} % of the tokens"
+
+
+def _few_bits(results: Results) -> str:
+    model = results.json("full_size_qwen3_vl_nf4.json")["backbones"]["qwen3_vl_moe"]
+    peak = max(
+        bytes_
+        for phase in (*model["phases"], *model["phases_resumed"])
+        for bytes_ in phase["host_bytes"]
+    )
+    return f"a step took {peak / 2**30:.1f} GiB on a CPU"
+
+
+CLAIMS = [
+    Claim(PAGE, lambda r: f"{len(r.json('parity.json')['cases'])} combinations"),
+    Claim(PAGE, _few_bits),
+    Claim(PAGE, _padding),
+    Claim(PAGE, _answers),
+    Claim(PAGE, _demo_questions),
+    Claim(PAGE, lambda r: _demo_row(r, "top_k", 8, "top-8, as pretrained")),
+    Claim(PAGE, lambda r: _demo_row(r, "top_k_tuned", 8, "top-8, routers tuned")),
+    Claim(PAGE, lambda r: _demo_row(r, "top_k", 4, "top-4, as pretrained")),
+    Claim(PAGE, lambda r: _demo_row(r, "score", 4.0, "score rule, nothing trained", 3.0)),
+    Claim(PAGE, lambda r: _demo_row(r, "gemoe", None, "GeMoE")),
+    Claim(PAGE, lambda r: _demo_row(r, "threshold", 4.0, "**threshold**, one training", 3.0)),
+    Claim(PAGE, _flips),
+    Claim(PAGE, _contest),
+    Claim(PAGE, _kept),
+    Claim(PAGE, _other_models),
+    Claim(PAGE, _saving),
+]
+
+NOT_MEASURED = {
+    PAGE: [
+        "arXiv 2606.26287",
+        "Python 3.11 or newer",
+        "One GPU of 24 GB",  # an estimate, of docs/few_bits.md
+        # `gemoe train --estimate`: tests/test_recipes.py holds them
+        "| 26 | 8.8 |",
+        "| 16.2 | 5.9 |",
+        "| 12.9 | 11.9 |",
+    ]
+}
