@@ -35,22 +35,26 @@ def turns() -> Iterator[tuple[str, str]]:
         yield f"What comes after {n} ?", f"After {n} comes {n + 1} ."
 
 
-def write_data(folder: Path, *, images: bool, num_turns: int) -> None:
+def picture(number: int, size: tuple[int, int]) -> bytes:
+    """Smooth colours of so many pixels; each number has its own."""
     import numpy as np
     from PIL import Image
 
-    from gemoe_ds.data.sample import Turn, of_turns, write_samples
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    stored = io.BytesIO()
+    Image.fromarray(pixels).resize(size).save(stored, "JPEG")
+    return stored.getvalue()
 
-    def picture(number: int) -> bytes:
-        rng = np.random.default_rng(number)
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        stored = io.BytesIO()
-        Image.fromarray(pixels).resize((480, 360)).save(stored, "JPEG")
-        return stored.getvalue()
+
+def write_data(folder: Path, *, images: bool, num_turns: int) -> None:
+    from gemoe_ds.data.sample import Turn, of_turns, write_samples
 
     every = [Turn(*turn) for turn in turns()] * 2
     samples = (
-        of_turns(f"n{i}", picture(i) if images else None, tuple(every[i : i + num_turns]))
+        of_turns(
+            f"n{i}", picture(i, (480, 360)) if images else None, tuple(every[i : i + num_turns])
+        )
         for i in range(SAMPLES)
     )
     write_samples(samples, folder, source="experiments/full_size.py")

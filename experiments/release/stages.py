@@ -71,6 +71,7 @@ STAGES = (
         20,
         ("full_size.json",),
     ),
+    Stage("estimates", "python -m experiments.estimates", 2, ("estimates.json",)),
     Stage(
         "full-size-molmoe-nf4",
         f"python -m experiments.full_size --backbones molmoe {_NF4}molmoe_nf4.json",

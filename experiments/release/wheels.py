@@ -121,7 +121,8 @@ def _commands() -> list[str]:
         "python readme.py",
         "gemoe train olmoe_gemoe_8_gpus --help",
         "gemoe train trial.yaml data.train_path=TRIAL/data/train data.tokenizer=TRIAL/tokenizer "
-        "model.checkpoint=TRIAL/pretrain/hf parallel.ep_size=1 deepspeed=zero2 train.steps=4",
+        "model.checkpoint=TRIAL/pretrain/hf parallel.ep_size=1 deepspeed=zero2 train.steps=4 "
+        "optim.warmup_steps=2",
         f"gemoe evaluate {run} --data TRIAL/data/test --out evaluated",
         f"gemoe export {run} --out exported",
     ]

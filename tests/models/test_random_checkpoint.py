@@ -30,6 +30,27 @@ def test_it_has_what_nobody_reads_too(name, tmp_path, monkeypatch):
     assert len(model.moe_layers) == 2
 
 
+@pytest.mark.parametrize(
+    "name, float8", [("molmoe", False), ("deepseek_vl2", False), ("qwen3_vl_moe", True)]
+)
+def test_headers_alone_are_those_of_the_whole_folder(name, float8, tmp_path, monkeypatch):
+    base, tokenizer = write_case(name, tmp_path)
+    backbone = Backbone.named(name)
+    small = backbone(backbone.Config()).load(base, tokenizer)
+    monkeypatch.setattr(random_checkpoint, "_NOISE", 2**12)
+    monkeypatch.setattr(backbone, "published", classmethod(lambda cls: small))
+    found = []
+    for write in (random_checkpoint.write_random_checkpoint, random_checkpoint.write_headers):
+        write(backbone, folder := tmp_path / write.__name__, shards=3, float8=float8)
+        of_files = {t.file.name for t in open_stored(folder).values()}
+        stored = {k: (t.file.name, t.shape, t.dtype) for k, t in open_stored(folder).items()}
+        rest = {p.name: p.read_text() for p in folder.iterdir() if p.name not in of_files}
+        rest.pop("model.safetensors.index.json")  # sizes with headers, which safetensors pads
+        found.append((stored, rest))
+    assert found[0] == found[1]
+    assert "config.json" in found[1][1]
+
+
 def test_in_float8_experts_are_stored_one_by_one_with_their_scales(tmp_path, monkeypatch):
     base, tokenizer = write_case("qwen3_vl_moe", tmp_path)
     backbone, router = Backbone.named("qwen3_vl_moe"), Router.named("top_k")

@@ -17,6 +17,8 @@ from typing import Any
 
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.files import write_text
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.random_checkpoint import write_headers
 from tests.helpers import repository
 from tests.scale import one_of_many, reading
 from tests.scale.page import page
@@ -64,7 +66,7 @@ def _measured(part: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
                     rows.append(one_of_many.measure(zero, ranks))
                     _say(rows[-1:])
         else:
-            reading.write_headers("olmoe", folder)
+            write_headers(Backbone.named("olmoe"), folder, shards=8)
             for hosts in (n for n in HOSTS if reading.RANKS * n <= flags.most):
                 rows.append(reading.row("olmoe", folder, hosts))
                 _say(rows[-1:])

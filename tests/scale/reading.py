@@ -6,9 +6,6 @@ what it would read is added up.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,27 +56,6 @@ class _Counted(Weights):
         for piece in slices:
             self.num_bytes += targets[piece.name].num_bytes(piece, self.stored[piece.key])
             yield
-
-
-def write_headers(name: str, folder: Path, files: int = 8) -> None:
-    """A backbone's published weights, in files of true size that hold nothing."""
-    backbone = Backbone.named(name)
-    ours = {n: tuple(p.shape) for n, p in backbone.published().named_parameters()}
-    shapes = backbone.keys.stored_shapes(ours)
-    keys, weight_map = list(shapes), {}
-    size = -(-len(keys) // files)
-    for number in range(files):
-        header, end = {}, 0
-        for key in keys[number * size : (number + 1) * size]:
-            begin, end = end, end + 2 * math.prod(shapes[key])
-            header[key] = {"dtype": "BF16", "shape": shapes[key], "data_offsets": [begin, end]}
-        path = folder / f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text)
-        os.truncate(path, 8 + len(text) + end)
-        weight_map |= dict.fromkeys(header, path.name)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
 
 
 def bytes_read(name: str, folder: Path, hosts: int, *, once: bool) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gemoe_ds.models.backbone import Backbone
+from gemoe_ds.models.random_checkpoint import write_headers
 from tests.helpers import run_ranks
 from tests.scale import reading
 from tests.scale.__main__ import exponent
@@ -26,7 +28,7 @@ def test_collectives_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 
 def test_every_byte_of_a_folder_is_read_once_by_all_hosts(tmp_path):
-    reading.write_headers("olmoe", tmp_path, files=5)
+    write_headers(Backbone.named("olmoe"), tmp_path, shards=5)
     assert reading.row("olmoe", tmp_path, 3)["read"] == 1
 
 

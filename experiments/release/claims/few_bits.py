@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from experiments.release.claim import ByHand, Claim
-from experiments.release.claims.memory import peak
+from experiments.release.claims.memory import ESTIMATES, peak
 from experiments.release.results import Results, Row
 
 PAGE = "docs/few_bits.md"
@@ -66,6 +66,20 @@ def _folder_of_molmoe(results: Results) -> str:
     return f"(MolmoE: {size:.1f} GB in {seconds:.0f} s)"
 
 
+def _estimated(results: Results, size: str) -> Row:
+    return results.row(ESTIMATES, recipe=f"qwen3_vl_gemoe_1_gpu_{size}")
+
+
+def _one_gpu(results: Results) -> str:
+    smaller, larger = (f"{_estimated(results, size)['gib']:.1f}" for size in ("24gb", "48gb"))
+    return f"gives {smaller} GiB for the recipe of 24 GB, and {larger} GiB for that of 48"
+
+
+def _beside(results: Results) -> str:
+    beside = _estimated(results, "24gb")["beside_gib"]
+    return f"{beside:.1f} GiB beside it for CUDA's context"
+
+
 def _precision(experts: str, dense: str) -> Claim:
     """A row of the demo's table."""
 
@@ -121,16 +135,8 @@ CLAIMS = [
         ),
     ),
     Claim(PAGE, _folder_of_molmoe),
-    Claim(
-        PAGE,
-        "`--estimate 1` gives 17.8 GiB for the recipe of 24 GB, and 32.3 GiB for that of 48",
-        ByHand(
-            command="gemoe train qwen3_vl_gemoe_1_gpu_24gb --estimate 1, and ..._48gb",
-            commit="a1763f0",
-            machine="none: an estimate",
-            date="2026-11-29",
-        ),
-    ),
+    Claim(PAGE, _one_gpu),
+    Claim(PAGE, _beside),
     Claim(PAGE, _layer_times),
     Claim(
         PAGE,
@@ -162,6 +168,5 @@ NOT_MEASURED = {
         # two bytes for each parameter: tests/models/qwen3_vl/test_backbone.py counts them
         "In bfloat16 the weights of Qwen3-VL alone are 58 GiB",
         "writes and removes 51 GB",  # the two folders
-        "0.5 GiB beside it for CUDA's context",  # gemoe_ds/train/estimate.py, as others report it
     ]
 }

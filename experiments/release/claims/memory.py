@@ -10,6 +10,7 @@ from experiments.release.results import Results
 
 PAGE = "docs/memory.md"
 FULL_SIZE = "full_size.json"
+ESTIMATES = "estimates.json"
 MODELS = "olmoe", "deepseek_vl2"
 
 _DRY_RUN = "gemoe train RECIPE --dry-run"
@@ -43,12 +44,33 @@ PICTURES_IN_BFLOAT16 = """
 | `tiny` 448, 4, `trainable: all` (no weights to check) | 1.72 / 1.62 |
 | `tiny` 896, 4, `trainable: all`, `activation_checkpointing` | 1.45 / 1.39 |
 """
-RECIPES = """
-| `olmoe_gemoe_*` | 38 | 20 |
-| `molmoe_gemoe_*` | 26 | 8.8 |
-| `deepseek_vl2_gemoe_*` | 16.2 | 5.9 |
-| `qwen3_vl_gemoe_*` | 12.9 | 11.9 |
-"""
+
+
+def estimated(results: Results, backbone: str) -> list[str]:
+    """GiB of a GPU, for its recipes of one node and of four."""
+    recipes = [f"{backbone}_gemoe_{machines}" for machines in ("8_gpus", "4_nodes")]
+    return [f"{results.row(ESTIMATES, recipe=recipe)['gib']:.1f}" for recipe in recipes]
+
+
+def _recipes(backbone: str) -> Claim:
+    return Claim(PAGE, lambda r: f"| `{backbone}_gemoe_*` | {' | '.join(estimated(r, backbone))} |")
+
+
+def _samples(results: Results) -> str:
+    seen, read = (
+        results.row(ESTIMATES, recipe=f"{name}_gemoe_8_gpus")["sample"]
+        for name in ("qwen3_vl", "olmoe")
+    )
+    width, height = seen["pixels"]
+    return (
+        f"a picture of {width} x {height} pixels and a text of {seen['text_tokens']} tokens; for "
+        f"OLMoE it is a text of {read['text_tokens']:,} tokens"
+    )
+
+
+def _beside(results: Results) -> str:
+    (beside,) = {row["beside_gib"] for row in results.rows(ESTIMATES) if row["ranks"] > 1}
+    return f"CUDA's context and NCCL's buffers take about {beside:.1f} GiB beside it"
 
 
 def peak(model: dict[str, Any]) -> int:
@@ -126,6 +148,9 @@ AT_FULL_SIZE = [
 ]
 
 CLAIMS = [
+    Claim(PAGE, _samples),
+    Claim(PAGE, _beside),
+    *(_recipes(name) for name in ("olmoe", "molmoe", "deepseek_vl2", "qwen3_vl")),
     *AT_FULL_SIZE,
     _measured(0, "", " and"),
     _measured(1, "", " ([results/full_size.json]"),
@@ -135,16 +160,6 @@ CLAIMS = [
     Claim(PAGE, TEXT_ONLY, _NOV_25),
     Claim(PAGE, PICTURES, _PICTURES),
     Claim(PAGE, PICTURES_IN_BFLOAT16, _NOV_28),
-    Claim(
-        PAGE,
-        RECIPES,
-        ByHand(
-            command="gemoe train RECIPE --estimate 8, and --estimate 32",
-            commit="2e65d88",
-            machine="none: an estimate",
-            date="2026-11-28",
-        ),
-    ),
     Claim(PAGE, "(10.4 against 8.7 GiB in the OLMoE of 230 million parameters below)", _NOV_25),
     Claim(PAGE, "75 MiB for DeepSpeed's engine and the first kernels", _NOV_25),
     Claim(PAGE, "0.6 to 3 MB for every new shape of a product", _NOV_28),

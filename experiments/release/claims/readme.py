@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from experiments.release.claim import Claim
+from experiments.release.claims.memory import estimated
 from experiments.release.results import Results, Row
 
 PAGE = "README.md"
@@ -121,8 +122,16 @@ def _few_bits(results: Results) -> str:
     return f"a step took {peak / 2**30:.1f} GiB on a CPU"
 
 
+def _memory(backbone: str) -> Claim:
+    """Of a GPU, for the recipes of one node and of four."""
+    return Claim(
+        PAGE, lambda r: f"| `{backbone}_gemoe_8_gpus` | {' | '.join(estimated(r, backbone))} |"
+    )
+
+
 CLAIMS = [
     Claim(PAGE, lambda r: f"{len(r.json('parity.json')['cases'])} combinations"),
+    *(_memory(name) for name in ("olmoe", "molmoe", "deepseek_vl2", "qwen3_vl")),
     Claim(PAGE, _few_bits),
     Claim(PAGE, _padding),
     Claim(PAGE, _answers),
@@ -144,10 +153,6 @@ NOT_MEASURED = {
     PAGE: [
         "arXiv 2606.26287",
         "Python 3.11 or newer",
-        "One GPU of 24 GB",  # an estimate, of docs/few_bits.md
-        # `gemoe train --estimate`: tests/test_recipes.py holds them
-        "| 26 | 8.8 |",
-        "| 16.2 | 5.9 |",
-        "| 12.9 | 11.9 |",
+        "One GPU of 24 GB",  # its size
     ]
 }
