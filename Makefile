@@ -52,8 +52,9 @@ compare-quick: setup
 compare-trials: setup
 	@$(BIN)/python -m experiments.compare --trials
 
+# The tests of a file stay with one worker, so that what they share is made once.
 test: check eval-env
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster and not serve" -n auto --maxprocesses 4
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not cluster and not serve" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup eval-env
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not cluster and not serve"

@@ -15,7 +15,6 @@ Seconds are those that the process computed, but for `reading`, whose threads wa
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +25,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks.data_sets import jpeg
 from benchmarks.timing import Timing, measure, paired
 from gemoe_ds.data.collate import Batch, Collator
 from gemoe_ds.data.lengths import measured as measured_lengths
@@ -87,7 +86,8 @@ def _written(
 ) -> SampleFolder:
     """Conversations of one to five turns, log-normal in length; a picture in most, or in none."""
     draw, rng = random.Random(0), np.random.default_rng(0)
-    shown = [_picture(rng, *SIZES[number % len(SIZES)]) for number in range(min(rows, 50))]
+    # 50 to 150 KB each; what is written behind the end of one is not read
+    shown = [jpeg(rng, *SIZES[number % len(SIZES)]) for number in range(min(rows, 50))]
 
     def said(mean: float) -> str:
         return " ".join(draw.choices(_WORDS, k=max(1, round(draw.lognormvariate(mean, 0.9)))))
@@ -102,16 +102,6 @@ def _written(
 
     write_samples(samples(), folder, source="benchmarks/data_feed.py")
     return open_samples(folder)
-
-
-def _picture(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG of 50 to 150 KB; what is written behind its end is not read."""
-    coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    pixels = (smooth + rng.normal(0, 18, (height, width, 1))).clip(0, 255).astype(np.uint8)
-    stored = io.BytesIO()
-    Image.fromarray(pixels).save(stored, "JPEG", quality=82)
-    return stored.getvalue()
 
 
 def _collator(name: str, folder: Path) -> Collator:

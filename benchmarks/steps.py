@@ -163,9 +163,9 @@ def step_batch(sequences: int, device: torch.device) -> dict[str, Any]:
         "is_valid_BS": torch.ones_like(ids_BS, dtype=torch.bool),
         "is_vision_BS": torch.zeros_like(ids_BS, dtype=torch.bool),
     }
-    blank = {"pixels": torch.zeros(1, 3, 64, 64), "feature_BS": torch.full_like(ids_BS, -1)}
+    dummy = {"pixels": torch.zeros(1, 3, 64, 64), "feature_BS": torch.full_like(ids_BS, -1)}
     return {
-        "images": {name: tensor.to(device) for name, tensor in blank.items()},
+        "images": {name: tensor.to(device) for name, tensor in dummy.items()},
         **{name: tensor.to(device) for name, tensor in batch.items()},
     }
 

@@ -56,7 +56,7 @@ def layer_suite(options: Options, world: World) -> list[dict[str, Any]]:
     for mode in options.modes:
         sweep = [k for k in options.mean_ks if k <= shape.top_k]
         if mode == "trainable":
-            sweep = [k for k in sweep if k in (PAPER_K, 8)]
+            sweep = [k for k in sweep if k in (PAPER_K, shape.top_k)]
         names = PEERS
         if mode == "trainable":
             names = ["autoep", "hf_eager", "hf_grouped", "torchtitan", "megatron"]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gemoe_ds.cluster import preflight
+
 _clock: Callable[[], float] = time.perf_counter
 
 
@@ -60,17 +62,17 @@ def paired(value: Callable[..., float], *timings: Timing) -> float:
 def measure(
     contenders: dict[str, Callable[[], Any]],
     rounds: int,
-    warm_up: int = 1,
     clock: Callable[[], float] | None = None,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Run each contender once a round. On several ranks all must call this with the same names.
+    """Run each contender once a round, after a round that does not count.
 
+    On several ranks all must call this with the same names.
     `before` is called with a contender's name, and takes no part in its time.
     """
     clock, on_gpu = clock or _clock, torch.cuda.is_available()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(warm_up + rounds):
+    for _ in range(1 + rounds):
         for name, run in contenders.items():
             before(name)
             if dist.is_initialized():
@@ -82,7 +84,7 @@ def measure(
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
-    return {name: Timing(_slowest(taken[warm_up:])) for name, taken in seconds.items()}
+    return {name: Timing(_slowest(taken[1:])) for name, taken in seconds.items()}
 
 
 def _slowest(seconds: list[float]) -> list[float]:
@@ -119,8 +121,4 @@ def _kilobytes(key: str) -> int:
 
 def free_memory() -> int:
     """Bytes that this process could still take, of the device that it computes on."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(available) * 1024
+    return preflight.free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -24,6 +24,7 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "checked")
 LETTERS = "LTIOXH"
+SIGN_CHANCE = 0.35  # that a scene has a sign
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 PROPERTIES = tuple("name home owner song food tool city game year team pet ship".split())
 SYLLABLES = tuple(c + v for c, v in itertools.product("BDFKLMPT", "aeio"))
@@ -74,11 +75,11 @@ def place(row: int, column: int) -> str:
     return f"{ROWS[row]} {COLUMNS[column]}"
 
 
-def random_scene(rng: random.Random, max_things: int = 3, sign_chance: float = 0.35) -> Scene:
+def random_scene(rng: random.Random, max_things: int = 3) -> Scene:
     """One to `max_things` objects in distinct cells, and perhaps a sign in another."""
     cells = list(itertools.product(range(len(ROWS)), range(len(COLUMNS))))
     rng.shuffle(cells)
-    sign = (rng.choice(LETTERS), *cells.pop()) if rng.random() < sign_chance else None
+    sign = (rng.choice(LETTERS), *cells.pop()) if rng.random() < SIGN_CHANCE else None
     chosen = sorted(cells[: rng.randint(1, max_things)])
     things = tuple(
         Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(TEXTURES), row, column)

@@ -27,13 +27,22 @@ BUDGETS = (5, 4, 3)
 DATA = ("convert_train", "convert_validation", "convert_test")
 
 
-def data_steps(splits: Sequence[str] = ("train", "validation", "test")) -> list[Step]:
-    """Drawn scenes, and what of them is asked for, converted."""
-    scenes = DEMO / "scenes"
-    make = f"data_prep/make_scenes.py --out {scenes} --seed 0"
-    steps = [python_step("scenes", make, scenes, seconds=18)]
+def data_steps(
+    splits: Sequence[str] = ("train", "validation", "test"),
+    root: Path = DEMO,
+    options: str = "--seed 0",
+    seconds: int = 18,
+) -> list[Step]:
+    """Drawn scenes, by `options` of make_scenes.py, and what of them is asked for, converted.
+
+    Every run of the demo and the contest is known by these commands too: another word in one of
+    them, such as the SOURCE that --json is called now, and all of them are left to run.
+    """
+    scenes = root / "scenes"
+    make = f"data_prep/make_scenes.py --out {scenes} {options}"
+    steps = [python_step("scenes", make, scenes, seconds=seconds)]
     for split in splits:
-        data = DEMO / "data" / split
+        data = root / "data" / split
         steps.append(
             python_step(
                 f"convert_{split}",

@@ -107,16 +107,19 @@ class FullSize:
         self.root = Path("runs/full_size") / name
         self.base, self.data = real or self.root / "checkpoint", self.root / "data"
         self.tokenizer = real or self.root / "tokenizer"
-        if (self.root / "run").exists():
-            raise ConfigError(f"{self.root}/run exists; remove it to measure again")
 
-    def prepare(self) -> None:
+    def prepare(self, *, again: bool = False) -> None:
+        """What is missing; the run of an earlier try goes `again`, or ends this one."""
         from gemoe_ds.models.backbone import Backbone
         from gemoe_ds.models.random_checkpoint import (
             write_random_checkpoint,
             write_stand_in_tokenizer,
         )
 
+        run = self.root / "run"
+        if run.exists() and not again:
+            raise ConfigError(f"{run} exists; remove it to measure again, or add --again")
+        shutil.rmtree(run, ignore_errors=True)
         backbone = Backbone.named(self.name)
         if not (self.base / "config.json").is_file() and not self.in_few_bits.exists():
             float8 = self.experts_dtype is not None
@@ -250,6 +253,7 @@ def main() -> int:
     )
     parser.add_argument("--no-answers", action="store_true", help="train only")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints on the disk")
+    parser.add_argument("--again", action="store_true", help="remove the run of an earlier try")
     arguments = parser.parse_or_exit()
     real = arguments.checkpoint.absolute() if arguments.checkpoint else None
     os.chdir(CHECKOUT)
@@ -269,7 +273,7 @@ def main() -> int:
                 arguments.set,
                 arguments.quantise,
             )
-            one.prepare()
+            one.prepare(again=arguments.again)
             seconds = one.quantise() if arguments.quantise else None
             measured[name] = one.measure(answers=not arguments.no_answers)
             measured[name]["seconds_to_quantise"] = seconds

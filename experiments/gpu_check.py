@@ -51,7 +51,7 @@ def steps(backbone: str, checkpoint: Path | None) -> list[Step]:
 
     folder = checkpoint or Path(f"runs/full_size/{backbone}/checkpoint")
     own = ["--checkpoint", str(folder)] if checkpoint else ["--keep"]
-    full_size = ["--backbones", backbone, "--ranks", "1", "--steps", str(STEPS), *own]
+    full_size = ["--backbones", backbone, "--ranks", "1", "--steps", str(STEPS), "--again", *own]
     full_size += ["--turns", str(TURNS), "--set", *TRAINING, "--out", f"{RUNS}/training.json"]
     bench = ["--suites", "layer", "steps", "--tokens", "16384", "--rounds", "5"]
     found = [
@@ -167,7 +167,7 @@ def _training(found: dict[str, Any]) -> Iterator[Goal]:
         yield Goal("memory", words, "0.85 to 1.15 of what is used", 0.85 <= ratio <= 1.15)
     for cost in found["generation"]:
         words = f"{cost['written_tokens_per_s']:.1f} tokens a second"
-        yield Goal(f"answers, {cost['setting']}", f"{words} at mean k {cost['mean_k_written']:.2f}")
+        yield Goal(f"answers, {cost['mode']}", f"{words} at mean k {cost['mean_k_written']:.2f}")
 
 
 def _stock(text: str) -> Iterator[Goal]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from experiments import CHECKOUT
-from experiments.demo import python_step
+from experiments.demo import data_steps, python_step
 from experiments.steps import Progress, Step, run_steps
 from gemoe_ds.parser import Parser
 
@@ -20,28 +20,9 @@ PRETRAIN = "experiments/recipes/trial_pretrain.yaml"
 
 
 def trial_steps(root: Path) -> list[Step]:
-    scenes = root / "scenes"
     places = f"data.train_path={root}/data/train data.tokenizer={root}/tokenizer"
-    steps = [
-        python_step(
-            "scenes",
-            f"data_prep/make_scenes.py --out {scenes} --train 300 --validation 20 --test 20",
-            scenes,
-            seconds=6,
-        )
-    ]
-    for split in ("train", "test"):
-        steps.append(
-            python_step(
-                f"convert_{split}",
-                f"data_prep/convert_llava.py --json {scenes}/{split}.json "
-                f"--kinds {scenes}/{split}_kinds.json --images {scenes}/images "
-                f"--out {root}/data/{split}",
-                root / "data" / split,
-                seconds=4,
-                needs=("scenes",),
-            )
-        )
+    few = "--train 300 --validation 20 --test 20"
+    steps = data_steps(("train", "test"), root, few, seconds=6)
     steps.append(
         python_step(
             "tokenizer",

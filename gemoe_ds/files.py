@@ -48,9 +48,22 @@ def whole_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def writing_into(out: Path) -> Iterator[None]:
+    """The folder `out` is made if need be; OutputError, in one line, for what the disk refuses."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if isinstance(error, GemoeError):
+            raise
+        where, why = error.filename or out, error.strerror or error
+        raise OutputError(f"{where}: {why}: choose another --out") from error
+
+
 def commit_folder(temporary: Path, final: Path) -> None:
     """Rename a filled folder once all of it is on disk: a crash leaves nothing or the whole."""
-    for path in [*temporary.iterdir(), temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         fsync_path(path)
     os.replace(temporary, final)
     fsync_path(final.parent)
@@ -62,6 +75,11 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     fsync_path(partial)
     os.replace(partial, path)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """All lines but a last one that a crash has cut."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
 
 
 def fsync_path(path: Path) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
@@ -116,6 +116,17 @@ def run_python(
         finally:
             process.kill()
         return CompletedProcess(words, code, *(path.read_text() for path in written))
+
+
+def run_here(main: Callable[[list[str]], None], *arguments: object) -> CompletedProcess[str]:
+    """`main(arguments)` in this process: what it said, and its exit code."""
+    words, code = [*map(str, arguments)], 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            main(words)
+        except SystemExit as stop:
+            code = stop.code
+    return CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def _script(words: list[str], written: list[str], environment: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,9 +13,11 @@ import torch
 import yaml
 
 import gemoe_ds
+import gemoe_ds.routers
 from gemoe_ds.config.load import as_config
 from gemoe_ds.engine.world import distributed
 from gemoe_ds.errors import ConfigError
+from gemoe_ds.moe.router import Router
 from tests.helpers import repository
 from tests.train.resuming import make_config, write_data, write_setting
 
@@ -45,12 +48,24 @@ def run(title, names):
         exec(compile(source, f"docs/api.md: {title}", "exec"), names)
 
 
-def test_a_layer_in_your_own_model(names, capsys):
+def test_a_layer_in_your_own_model(names):
     run("From Python", names)
     run("A layer in your own model", names)
     assert names["moe"].router.eap.weight.grad.any() and names["y"].shape == names["x"].shape
     listed = re.search(r"any of `Router.names\(\)`: (.*?), or your", " ".join(API.split()))
     assert sorted(listed.group(1).split(", ")) == names["Router"].names()
+
+
+def test_the_methods_that_change_between_steps_are_named():
+    page, kinds = " ".join(API.split()), {name: Router.named(name) for name in Router.names()}
+    works = {name for name, kind in kinds.items() if kind.after_step is not Router.after_step}
+    writes = {name for name, kind in kinds.items() if "assign_(" in inspect.getsource(kind)}
+    for wanted, place in (
+        (works, r"Some methods change between steps: (.*?) Call `moe.after_step"),
+        (writes, r"writes its parameters in `after_step` \((.*?)\)"),
+    ):
+        named = re.findall(r"`(\w+)`", re.search(place, page).group(1))
+        assert {*named} & kinds.keys() == wanted
 
 
 def test_a_transformers_model_under_pytorch_trainer_and_deepspeed(names, tmp_path, monkeypatch):

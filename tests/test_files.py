@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
+from gemoe_ds import files
 from gemoe_ds.errors import ConfigError, OutputError
-from gemoe_ds.files import check_new, sha256_of, whole_folder, write_text
+from gemoe_ds.files import check_new, sha256_of, whole_folder, write_text, writing_into
 
 
 def test_a_folder_is_there_once_it_is_whole(tmp_path):
@@ -17,6 +18,16 @@ def test_a_folder_is_there_once_it_is_whole(tmp_path):
         assert not (tmp_path / "new/out").exists()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert (tmp_path / "new/out/a").read_text() == "1"
+
+
+def test_everything_in_it_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    there, synced = tmp_path / "out", []
+    monkeypatch.setattr(files, "fsync_path", lambda path: synced.append((path, there.exists())))
+    with whole_folder(there) as folder:
+        (folder / "a/b").mkdir(parents=True)
+        (folder / "a/b/c").write_text("1")
+    before = {path.relative_to(folder).as_posix() for path, is_named in synced if not is_named}
+    assert before == {".", "a", "a/b", "a/b/c"} and synced[-1] == (tmp_path, True)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +84,16 @@ def test_a_text_replaces_the_one_before(tmp_path):
         assert (tmp_path / "file").read_bytes() == text.encode()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert sha256_of(tmp_path / "file").startswith("b5a3c107")
+
+
+def test_a_folder_that_cannot_be_written_into_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: File exists: choose another --out"):
+        with writing_into(tmp_path / "file"):
+            pass
+    for raised, words in (
+        (OSError("of a library"), "new: of a library: choose"),
+        (OutputError("x"), "^x$"),
+    ):
+        with pytest.raises(OutputError, match=words), writing_into(tmp_path / "new"):
+            raise raised

@@ -73,9 +73,11 @@ def installed(wheel) -> Path:
 def test_it_holds_the_package_and_its_files_alone(wheel, installed):
     names = set(zipfile.ZipFile(wheel).namelist())
     root = repository() / "gemoe_ds"
-    for folder, pattern in (("recipes", "*.yaml"), ("ds_configs", "*.json"), ("slurm", "*")):
+    for folder, pattern in (("recipes", "*.yaml"), ("ds_configs", "*.json")):
         files = {f"gemoe_ds/{folder}/{path.name}" for path in (root / folder).glob(pattern)}
         assert len(files) > 4 and files <= names
+    scripts = {Path(name).name for name in names if name.startswith("gemoe_ds/slurm/")}
+    assert scripts == {"train.sbatch", "run.sh", "site.sh"}, "the others want a checkout"
     modules = {f"gemoe_ds/{path.relative_to(root)}" for path in root.rglob("*.py")}
     assert modules <= names and "gemoe_ds/py.typed" in names
     (info,) = installed.glob("*.dist-info")

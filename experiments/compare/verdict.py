@@ -20,11 +20,11 @@ def verdict(grid: Grid, main: Standings, others: Sequence[Standings]) -> list[st
     return [sentence for sentence in said if sentence]
 
 
-def interval(estimate: Estimate, scale: float = 100, sign: bool = True) -> str:
+def interval(estimate: Estimate, sign: bool = True) -> str:
     """A figure in percent or points, and its 95 % interval."""
     form = "{:+.2f}" if sign else "{:.2f}"
     value, low, high = (
-        form.format(scale * x + 0.0) for x in (estimate.value, estimate.low, estimate.high)
+        form.format(100 * x + 0.0) for x in (estimate.value, estimate.low, estimate.high)
     )
     return f"{value} [{low}, {high}]"
 

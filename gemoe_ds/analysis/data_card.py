@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from gemoe_ds.analysis import html
 from gemoe_ds.analysis.drawing import DASHED, FAINT, IMAGE, INK, STYLE, TEXT, legend_above
 from gemoe_ds.analysis.results import FigureFile
+from gemoe_ds.analysis.tables import aligned
 
 Card = dict[str, Any]
 Draw = Callable[[Card], Figure | None]
@@ -44,14 +45,8 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
 
 def as_text(card: Card) -> str:
     """For a terminal."""
-    lines = [f"{card['folder']}, made from {card['made_from']}", *facts(card), ""]
-    cells = sources(card)
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        first, *rest = line
-        numbers = (text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
-    return "\n".join(lines) + "\n"
+    title = f"{card['folder']}, made from {card['made_from']}"
+    return "\n".join([title, *facts(card), "", *aligned(sources(card))]) + "\n"
 
 
 def as_html(card: Card, folder: Path, figures: list[FigureFile]) -> str:

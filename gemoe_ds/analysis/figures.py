@@ -21,6 +21,7 @@ from gemoe_ds.analysis.results import BASELINE, FigureFile, Group, Results, Row
 Tokens = Mapping[Key, TokenSample]  # by EvalRecord.key
 Draw = Callable[[Results, Tokens], Figure | None]
 FIGURES: dict[str, tuple[str, Draw]] = {}  # file stem -> caption, function
+FEWEST = 10  # tokens of a bin whose mean is drawn
 
 
 def figure(caption: str) -> Callable[[Draw], Draw]:
@@ -266,13 +267,13 @@ def k_histogram(results: Results, tokens: Tokens) -> Figure | None:
 
 
 def binned_mean(
-    x_N: np.ndarray, y_N: np.ndarray, edges: np.ndarray, fewest: int = 10
+    x_N: np.ndarray, y_N: np.ndarray, edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Middle and mean y of every bin of x that holds at least `fewest` tokens."""
+    """Middle and mean y of every bin of x that holds tokens enough."""
     bins_N = np.clip(np.digitize(x_N, edges) - 1, 0, edges.size - 2)
     counts = np.bincount(bins_N, minlength=edges.size - 1)
     sums = np.bincount(bins_N, weights=y_N, minlength=edges.size - 1)
-    enough = counts >= fewest
+    enough = counts >= FEWEST
     return ((edges[:-1] + edges[1:]) / 2)[enough], sums[enough] / counts[enough]
 
 

@@ -68,13 +68,11 @@ def render_report(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main_table(
-    results: Results, groups: list[Group] | None = None, *, for_terminal: bool = False
-) -> list[list[str]]:
-    """A row for each of `groups`, by default for all."""
+def main_table(results: Results, *, for_terminal: bool = False) -> list[list[str]]:
+    """A row for each group."""
     columns = _columns(results)
     table = [["Method", *(column.heading for column in columns)]]
-    for group in results.groups if groups is None else groups:
+    for group in results.groups:
         seeds = f" ({len(group.rows)} seeds)" if len(group.rows) > 1 else ""
         cells = [_number(group, c.value, c.decimals) for c in columns]
         if for_terminal:  # which may not know the sign

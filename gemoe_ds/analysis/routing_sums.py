@@ -185,32 +185,9 @@ class RoutingSums:
         return idle_L
 
     @property
-    def mean_k_prompt_D(self) -> np.ndarray:
-        return _ratio(self.k_prompt_D, self.prompt_tokens_D * self.num_layers)
-
-    @property
-    def mean_k_written_D(self) -> np.ndarray:
-        return _ratio(self.k_written_D, self.written_tokens_D * self.num_layers)
-
-    @property
-    def mean_k_D(self) -> np.ndarray:
-        return _ratio(self.k_prompt_D + self.k_written_D, self._visits_D)
-
-    @property
-    def mean_entropy_prompt_D(self) -> np.ndarray:
-        return _ratio(self.entropy_prompt_D, self.prompt_tokens_D * self.num_layers)
-
-    @property
-    def mean_entropy_written_D(self) -> np.ndarray:
-        return _ratio(self.entropy_written_D, self.written_tokens_D * self.num_layers)
-
-    @property
     def mean_entropy_D(self) -> np.ndarray:
-        return _ratio(self.entropy_prompt_D + self.entropy_written_D, self._visits_D)
-
-    @property
-    def _visits_D(self) -> np.ndarray:
-        return (self.prompt_tokens_D + self.written_tokens_D) * self.num_layers
+        visits_D = (self.prompt_tokens_D + self.written_tokens_D) * self.num_layers
+        return _ratio(self.entropy_prompt_D + self.entropy_written_D, visits_D)
 
     def check(self) -> None:
         """ValueError unless shapes, types and counts agree."""

@@ -129,14 +129,15 @@ def combined_checksum(folder: Path, of_files: Mapping[Path, str]) -> str:
 
 
 def candidates(output: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, whole or not."""
-    return sorted((output / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+    """The checkpoints of a run, newest first, whole or not; no copy that a user has put there."""
+    found = [p for p in (output / "checkpoints").glob("step-*") if step_of(p) >= 0]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
     """The step in a folder's name; -1 for a name that is none of ours."""
     number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def read(folder: Path) -> Checkpoint:

@@ -27,7 +27,7 @@ from gemoe_ds.engine.read_once import peers_by
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.engine.zero import MOMENTS, Engine, full_value, set_moments
 from gemoe_ds.errors import CheckpointError
-from gemoe_ds.hf_io.allocator import ALONE, Peers
+from gemoe_ds.hf_io.allocator import NO_PEERS, Peers
 from gemoe_ds.models.moe_model import MoEModel
 
 
@@ -89,7 +89,7 @@ def load_trained_weights(model: MoEModel, folder: Path, world: World | None = No
 def _peers(model: MoEModel, world: World | None) -> Iterator[tuple[Peers, Peers]]:
     """The ranks that keep the same dense tensors, and the same experts. Collective."""
     if world is None:
-        yield ALONE, ALONE
+        yield NO_PEERS, NO_PEERS
         return
     with peers_by(None, world) as all_ranks, peers_by(model.shard.rank, world) as copies:
         yield all_ranks, copies

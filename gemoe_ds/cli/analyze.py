@@ -6,8 +6,6 @@ import argparse
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gemoe_ds.analysis.ablation import read_ablation
@@ -21,8 +19,8 @@ from gemoe_ds.analysis.record import (
 )
 from gemoe_ds.analysis.report import render_report, terminal_table
 from gemoe_ds.analysis.results import BASELINE, Results, build_results, read_results
-from gemoe_ds.errors import ConfigError, exit_on_error
-from gemoe_ds.files import write_text
+from gemoe_ds.errors import exit_on_error
+from gemoe_ds.files import write_text, writing_into
 from gemoe_ds.parser import Parser
 
 
@@ -44,22 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give evaluation folders, or --results FILE")
     if flags.results and (flags.tensorboard or flags.command or flags.seconds is not None):
         parser.error("--results renders what is in the file: it goes with --out alone")
-    with exit_on_error(), writing(flags.out):
+    with exit_on_error(), writing_into(flags.out):
         results = _render_again(flags) if flags.results else _analyze(flags, argv)
         write_text(flags.out / "report.md", render_report(results))
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print(terminal_table(results, width), end="")
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """A folder that cannot be written is the caller's error: one line."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        where = error.filename or out
-        raise ConfigError(f"{where}: {error.strerror}: choose another --out") from error
 
 
 def _analyze(flags: argparse.Namespace, argv: list[str]) -> Results:

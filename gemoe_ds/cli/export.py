@@ -133,6 +133,7 @@ def _export_trained(arguments: argparse.Namespace) -> None:
 def _quantise_base(arguments: argparse.Namespace) -> None:
     from gemoe_ds.config import load_config
     from gemoe_ds.files import check_new, whole_folder
+    from gemoe_ds.hf_io.rewriter import DISK_ERRORS
     from gemoe_ds.models.few_bits import format_of
     from gemoe_ds.train.assemble import named_backbone
 
@@ -143,7 +144,7 @@ def _quantise_base(arguments: argparse.Namespace) -> None:
     backbone = named_backbone(config)
     hf = backbone.load(base, Path(config.data.tokenizer))
     formats = format_of(backbone, hf, arguments.quantise)
-    with whole_folder(arguments.out) as folder:
+    with whole_folder(arguments.out, DISK_ERRORS) as folder:
         backbone.save_quantised(hf, {}, base, folder, formats)
     print(f"wrote {arguments.out}")
 

@@ -15,9 +15,12 @@ samples are split over ranks.
 
 from __future__ import annotations
 
+import math
+
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.evaluation.arguments import check_routing, session_parser
+from gemoe_ds.parser import at_least_one
 
 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None:
@@ -25,14 +28,17 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
         stop = StopRequest().listen()
     parser = session_parser(__doc__)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="limit of an answer (default: 64)"
+        "--max-new-tokens", type=at_least_one, default=64, help="limit of an answer (default: 64)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="of sampling (default: 0, greedy)"
     )
-    parser.add_argument("--limit", type=int, help="use only the first samples, this many")
+    parser.add_argument("--limit", type=at_least_one, help="use only the first samples, this many")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="how often each routing is timed (default: 1)"
+        "--rounds",
+        type=at_least_one,
+        default=1,
+        help="how often each routing is timed (default: 1)",
     )
     parser.add_argument(
         "--cuda-graph",
@@ -42,11 +48,7 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
     arguments = parser.parse_or_exit(argv)
     with exit_on_error():
         check_routing(arguments)
-        if min(arguments.max_new_tokens, arguments.rounds, arguments.batch) < 1:
-            raise ConfigError("--max-new-tokens, --rounds and --batch are 1 at least")
-        if arguments.limit is not None and arguments.limit < 1:
-            raise ConfigError("--limit is 1 at least")
-        if arguments.temperature < 0:
+        if not 0 <= arguments.temperature < math.inf:
             raise ConfigError("--temperature is 0 or more")
         from gemoe_ds.evaluation.answers import generate_all
 

@@ -85,13 +85,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check(flags: argparse.Namespace) -> None:
     from gemoe_ds.errors import CheckpointError
-    from gemoe_ds.serving.check import Options, serve_check, verdict, write_result
+    from gemoe_ds.serving.check import Options, disagreements, serve_check, write_result
 
     options = Options(**{f.name: getattr(flags, f.name) for f in fields(Options)})
     rows = serve_check(flags.folder, options, lambda text: print(text, flush=True))
     if flags.out:
         write_result(flags.out, flags.folder, rows, options)
-    wrong = verdict(rows, options)
+    wrong = disagreements(rows, options)
     for text in wrong[1:]:
         print(f"also: {text}", file=sys.stderr)
     if wrong:

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.launcher == "srun":
             _submit(arguments, job, output)
         else:
-            _launch(arguments, job)
+            _launch(arguments, job, output)
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -133,18 +133,21 @@ def _submit(arguments: argparse.Namespace, job: Job, output: Path) -> None:
     print(done.stdout.strip())
 
 
-def _launch(arguments: argparse.Namespace, job: Job) -> None:
+def _launch(arguments: argparse.Namespace, job: Job, output: Path) -> None:
     on_each = arguments.launcher == "torchrun" and job.nodes > 1
-    if arguments.launcher == "deepspeed" and job.hosts and not arguments.dry_run:
-        Path("hostfile").write_text(job.hostfile(), encoding="utf-8")
+    reads_hostfile = arguments.launcher == "deepspeed" and bool(job.hosts)
+    hostfile = output.with_name(f"{output.name}.hostfile")
+    command = job.command(arguments.launcher, hostfile=str(hostfile))
     if arguments.dry_run or on_each:
-        if arguments.launcher == "deepspeed" and job.hosts:
-            print(f"# hostfile\n{job.hostfile()}")
+        if reads_hostfile:
+            print(f"# {hostfile}\n{job.hostfile()}")
         if not on_each:
-            print(f"$ {shlex.join(job.command(arguments.launcher))}")
+            print(f"$ {shlex.join(command)}")
         _print_environments(arguments.launcher, job, commands=on_each)
         return
-    command = job.command(arguments.launcher)
+    if reads_hostfile:
+        hostfile.parent.mkdir(parents=True, exist_ok=True)
+        hostfile.write_text(job.hostfile(), encoding="utf-8")
     try:
         os.execvp(command[0], command)
     except FileNotFoundError as error:

@@ -85,8 +85,8 @@ class Job:
         words = shlex.join([self.recipe, *self.overrides])
         return template.replace('"$@"', words)
 
-    def command(self, launcher: str, node: int = 0) -> list[str]:
-        """What is typed on the first host, with torchrun on each."""
+    def command(self, launcher: str, node: int = 0, hostfile: str = "hostfile") -> list[str]:
+        """What is typed on the first host, with torchrun on each. `hostfile`: for deepspeed."""
         master = self.hosts[0] if self.hosts else "127.0.0.1"
         ranks = self.nodes * self.ranks_per_node
         if launcher == "torchrun":
@@ -100,7 +100,7 @@ class Job:
             return ["torchrun", *own, f"--nproc-per-node={self.ranks_per_node}", *self.words]
         if launcher == "deepspeed":
             where = (
-                ["--hostfile", "hostfile", "--master_addr", master]
+                ["--hostfile", hostfile, "--master_addr", master]
                 if self.hosts
                 else [f"--num_gpus={self.ranks_per_node}"]
             )

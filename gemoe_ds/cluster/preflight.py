@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -190,8 +190,19 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
+def ranks_by_host() -> Counter[str]:
+    """How many ranks each host has, by its name. Collective."""
+    return Counter(gather_objects(socket.gethostname()))
+
+
+def free_for_a_rank(device: torch.device, ranks_of_host: int) -> int:
+    """Bytes of its own GPU, or its part of what the host has for all of its ranks."""
+    return free_memory(device) // (1 if device.type == "cuda" else ranks_of_host)
+
+
 def free_host_memory(root: Path = Path("/")) -> int:
-    """Bytes that this host has left, or the control group that holds a job to its `--mem`."""
+    """Bytes that this host has left, or a control group that this process is in: SLURM holds a
+    job to its `--mem` by one above the process's own."""
     free = psutil.virtual_memory().available
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -207,14 +218,19 @@ def free_host_memory(root: Path = Path("/")) -> int:
                 "total_active_file",
             )
             mount /= "memory"
-        group = mount / path.strip("/")
-        with suppress(OSError, ValueError):  # no limit, or not to be seen from here
-            limit, used = (int((group / name).read_text()) for name in names[:2])
-            words = (group / "memory.stat").read_text().split()
-            of = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-            cached = sum(of.get(name, 0) for name in names[2:])  # given back when asked for
-            free = min(free, max(limit - used + cached, 0))
+        own = Path(path.strip("/"))
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError):  # no limit, or not to be seen from here
+                free = min(free, _free_of_group(mount / group, names))
     return free
+
+
+def _free_of_group(group: Path, names: Sequence[str]) -> int:
+    """Its limit, without what is used; files of that are cached are given back when asked for."""
+    limit, used = (int((group / name).read_text()) for name in names[:2])
+    words = (group / "memory.stat").read_text().split()
+    of = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    return max(limit - used + sum(of.get(name, 0) for name in names[2:]), 0)
 
 
 def _existing(output: Path) -> Path:

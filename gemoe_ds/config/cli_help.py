@@ -25,7 +25,6 @@ from gemoe_ds.parser import Parser, at_least_one, positive_number
 class Flags:
     """What the command line asks for beside the run itself."""
 
-    recipe: str
     dry_run: bool
     print_config: bool
     estimate: int | None = None
@@ -50,7 +49,6 @@ def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
     ]
     config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
     return config, Flags(
-        arguments.recipe,
         arguments.dry_run,
         arguments.print_config,
         arguments.estimate,

@@ -9,6 +9,7 @@ import base64
 import difflib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def in_base64(text: str) -> str | None:
 
 def _text_of(path: Path) -> str:
     said = f"deepspeed={path}"
-    if path.is_dir():
+    if os.path.isdir(path):  # which knows names that are too long
         inside = ", ".join(sorted(p.name for p in path.glob("*.json"))[:8])
         holds = f"; it holds {inside}" if inside else ""
         raise ConfigError(f"{said}: is a folder; give the JSON file{holds}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from gemoe_ds.config.deepspeed import check_deepspeed
+from gemoe_ds.config.deepspeed_file import in_base64
 from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
@@ -49,5 +50,5 @@ def validate_evaluation(config: RunConfig) -> None:
     """The same for a run that is only read: on other ranks than it trained on, and perhaps on
     another machine, where neither its data nor its DeepSpeed file need be."""
     config.check_paths("model.", "data.tokenizer")
-    if Path(config.deepspeed).exists():
+    if in_base64(config.deepspeed) or os.path.exists(config.deepspeed):
         check_deepspeed(config, None)

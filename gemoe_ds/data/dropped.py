@@ -10,6 +10,7 @@ from typing import Any
 from gemoe_ds.errors import DataError
 
 LISTED_DROPS = 1000
+MAX_BAD_FRACTION = 0.2  # of the rows, unless somebody says otherwise
 DUPLICATE = "duplicate"  # a group that was asked for: no fault of the rows
 
 

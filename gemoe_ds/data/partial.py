@@ -32,13 +32,13 @@ Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Tally:
+class RowCounts:
     """What was met in the rows up to a place of the source; one of a shard, or of several."""
 
     dropped: DropList = field(default_factory=DropList)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: RowCounts) -> None:
         self.dropped.add(other.dropped)
         self.notes.update(other.notes)
 
@@ -48,7 +48,7 @@ class FinishedShard(WrittenShard):
     """A shard with its sidecar."""
 
     num_rows: int  # of the source, from its first one to the last one of this shard
-    tally: Tally
+    counts: RowCounts
     contents: list[str]  # digests of its samples, if duplicates are looked for
     size: int
     sha256: str
@@ -79,16 +79,16 @@ class PartialFolder:
         return self.path / f"part-{len(self.shards):05d}.arrow"
 
     def finish(
-        self, shard: WrittenShard, num_rows: int, tally: Tally, contents: list[str]
+        self, shard: WrittenShard, num_rows: int, counts: RowCounts, contents: list[str]
     ) -> FinishedShard:
         """Put a shard on disk for good: it, then its sidecar."""
         fsync_path(shard.path)
         size, sha256 = shard.path.stat().st_size, sha256_of(shard.path)
         finished = FinishedShard(
-            shard.path, shard.group_sizes, num_rows, tally, contents, size, sha256
+            shard.path, shard.group_sizes, num_rows, counts, contents, size, sha256
         )
         said = {"groups": shard.group_sizes, "num_rows": num_rows, "bytes": size, "sha256": sha256}
-        said |= {"notes": tally.notes, "dropped": tally.dropped.state(), "contents": contents}
+        said |= {"notes": counts.notes, "dropped": counts.dropped.state(), "contents": contents}
         write_text(shard.path.with_suffix(".json"), json.dumps(said))
         fsync_path(self.path)
         self.shards.append(finished)
@@ -101,10 +101,10 @@ class PartialFolder:
                 break
             with suppress(OSError, ValueError, KeyError, TypeError):
                 said = json.loads(sidecar.read_text(encoding="utf-8"))
-                tally = Tally(DropList.of_state(said["dropped"]), Counter(said["notes"]))
+                counts = RowCounts(DropList.of_state(said["dropped"]), Counter(said["notes"]))
                 path, size, sha256 = self.next_path(), said["bytes"], said["sha256"]
                 if path.stat().st_size == size and sha256_of(path) == sha256:
-                    rest = (said["num_rows"], tally, said["contents"], size, sha256)
+                    rest = (said["num_rows"], counts, said["contents"], size, sha256)
                     self.shards.append(FinishedShard(path, said["groups"], *rest))
                     continue
             break

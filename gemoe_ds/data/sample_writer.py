@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gemoe_ds.data.dropped import DropList, Dropped
+from gemoe_ds.data.dropped import MAX_BAD_FRACTION, DropList, Dropped
 from gemoe_ds.data.schema import COLUMNS, MANIFEST, SCHEMA, StoredPictures, batch_of, row_of
 from gemoe_ds.data.turn import Sample, fault
 from gemoe_ds.files import sha256_of, whole_folder
@@ -56,15 +56,12 @@ def write_samples(
     *,
     source: str,
     shard_size: int = 4096,
-    max_bad_fraction: float = 0.2,
-    notes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write a folder of samples and return its manifest; reads `samples` once, a group at a time.
 
     A sample that breaks a rule (`turn.fault`) is dropped by name. Raises ConfigError if `out`
     exists, and DataError, leaving nothing behind, if no sample is left or more than
-    `max_bad_fraction` of the rows were dropped. `notes`, counted while the samples are read, go
-    into the manifest.
+    `MAX_BAD_FRACTION` of the rows were dropped.
     """
     with whole_folder(out) as folder:
         dropped, stored = DropList(), StoredPictures()
@@ -76,8 +73,8 @@ def write_samples(
                 write_shard(some, folder / f"part-{len(shards):05d}", num_samples, stored)
             )
             num_samples += shards[-1].num_samples
-        dropped.check(source, num_samples + len(dropped), max_bad_fraction)
-        manifest = manifest_of(shards, dropped, source, notes or {})
+        dropped.check(source, num_samples + len(dropped), MAX_BAD_FRACTION)
+        manifest = manifest_of(shards, dropped, source, {})
         for shard, entry in zip(shards, manifest["shards"], strict=True):
             shard.path.rename(folder / entry["file"])
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -15,7 +15,6 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -41,11 +40,6 @@ def full_value(parameter: Tensor) -> Tensor:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter; ZeRO 3 leaves an empty tensor in its place between steps."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def full_gradient(parameter: nn.Parameter) -> Tensor:
-    """The reduced gradient, between the last backward and the step. Collective."""
-    return safe_get_full_grad(parameter)
 
 
 def is_held(engine: Engine, parameter: nn.Parameter) -> bool:

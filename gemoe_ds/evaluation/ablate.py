@@ -24,7 +24,6 @@ from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.data.bad_samples import BadSample
 from gemoe_ds.data.collate import IGNORE, Batch
 from gemoe_ds.data.sample import SampleFolder, open_samples
-from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
@@ -40,7 +39,6 @@ from gemoe_ds.progress import EVALUATE
 
 def ablate_all(arguments: Namespace, stop: StopRequest | None) -> None:
     """The pairs of the samples with every routing; a table and two files each. Collective."""
-    adopt_launcher()
     config = session_config(arguments)
     if config.ep_size > 1:
         raise ConfigError("gemoe ablate has all experts on every rank: leave parallel.ep_size out")

@@ -26,8 +26,13 @@ from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.engine.world import ALL_RANKS, any_over_ranks, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
-from gemoe_ds.evaluation.fixed_step import why_no_graph
-from gemoe_ds.evaluation.generate import GenerationStats, Written, alone, generate
+from gemoe_ds.evaluation.generate import (
+    GenerationStats,
+    Written,
+    alone,
+    generate,
+    may_use_graph,
+)
 from gemoe_ds.evaluation.routing import RoutingCounter, over_ranks
 from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
 from gemoe_ds.evaluation.throughput import Cost, as_json, as_markdown
@@ -56,10 +61,9 @@ def generate_all(arguments: Namespace, stop: StopRequest | None) -> None:
         session = EvalSession(arguments, config, world, stop)
         session.check_budgets(asked)
         if arguments.cuda_graph:
-            why_not = why_no_graph(session.model, arguments.batch, recorded=False)
-            if why_not:
-                session.say(f"no CUDA graph: {why_not}; answers are written without")
-            arguments.cuda_graph = why_not is None
+            arguments.cuda_graph = may_use_graph(
+                session.model, arguments.batch, recorded=False, say=session.say
+            )
         found = {mode: ModeResult() for mode in asked}
         routes = session.routes(asked)
         for number in range(arguments.rounds + 1):

@@ -52,7 +52,7 @@ def add_routing(parser: Parser) -> None:
         "--trained", type=Path, help="run folder, or one checkpoint; its trained weights are loaded"
     )
     parser.add_argument(
-        "--k", type=int, nargs="+", help="fixed k of the base model, one or several"
+        "--k", type=at_least_one, nargs="+", help="fixed k of the base model, one or several"
     )
     parser.add_argument(
         "--router",

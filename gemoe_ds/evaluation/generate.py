@@ -130,11 +130,17 @@ def generate(
         model.train(was_training)
 
 
-def may_use_graph(model: MoEModel, num_sequences: int, *, recorded: bool) -> bool:
+def may_use_graph(
+    model: MoEModel,
+    num_sequences: int,
+    *,
+    recorded: bool,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> bool:
     """Whether nothing is known to stand against it; else one line says what."""
     why_not = why_no_graph(model, num_sequences, recorded=recorded)
     if why_not:
-        print(f"no CUDA graph: {why_not}; answers are written without", file=sys.stderr)
+        say(f"no CUDA graph: {why_not}; answers are written without")
     return not why_not
 
 

@@ -27,7 +27,6 @@ from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.token_kinds import TOKEN_KINDS
-from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import distributed, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import (
@@ -97,7 +96,6 @@ def evaluate(
         if batch < 1:
             raise ConfigError(f"batch={batch}: must be at least 1")
         arguments.batch = batch
-    adopt_launcher()
     check_evaluation(arguments)
     return {
         os.path.relpath(folder, out): read_record(folder)[0]

@@ -27,6 +27,7 @@ from gemoe_ds.data.holdout import open_held_out
 from gemoe_ds.data.mixture import SampleList
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.stream import EvalStream
+from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.gpu import check_dtype
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.read_once import weight_memory
@@ -231,8 +232,10 @@ def chosen_routers(arguments: argparse.Namespace) -> dict[str, Chosen]:
 def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     """The recipe, with a static router where nothing trained is loaded.
 
-    Every rank has all experts unless it says otherwise: then there is nothing to exchange.
+    Every rank has all experts unless it says otherwise: then there is nothing to exchange. What
+    the launcher says of this rank is taken over first: some things one rank alone says.
     """
+    adopt_launcher()
     chosen = chosen_routers(arguments)
     overrides = list(arguments.overrides)
     if not arguments.trained:

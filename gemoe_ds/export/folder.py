@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,9 +20,12 @@ from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
 from gemoe_ds.hf_io.hf_config import in_own_format
 from gemoe_ds.hf_io.renamed import Renamed
+from gemoe_ds.hf_io.rewriter import DISK_ERRORS
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
 from gemoe_ds.models.images import ImageLayout, SquareImages
 from gemoe_ds.models.moe_model import MoEModel
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def export(
@@ -45,7 +47,7 @@ def export(
     in few bits, and there is no own code. Raises ConfigError if `out` exists.
     """
     code = code_of(model) if own_code else None
-    with whole_folder(out, (OSError, SafetensorError)) as folder:  # the latter for a full disk, too
+    with whole_folder(out, DISK_ERRORS) as folder:
         trains = model.trainable()  # what does not stays as the base stores it
         weights = model.stock_tensors(Renamed(trained, {n: n for n in trained if n in trains}))
         if format_of is None:
@@ -71,6 +73,11 @@ def export(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -94,32 +101,46 @@ def _extend_configs(
 
 def _name_processor(folder: Path, settings: dict[str, Any]) -> None:
     """In every file in which transformers looks for a processor, and finds the base's first."""
-    path = folder / "preprocessor_config.json"
-    kind = {} if path.exists() else {"image_processor_type": "OwnImageProcessor"}
-    _extend(path, kind | settings)
-    path = folder / "processor_config.json"
+    path = folder / PREPROCESSOR
+    if not path.exists():
+        _write_json(path, {"image_processor_type": "OwnImageProcessor"})
+    _change_image_processor(folder, lambda found: settings)
+    path = folder / PROCESSOR
     if path.exists():
-        inner = json.loads(path.read_text(encoding="utf-8")).get("image_processor")
-        nested = {"image_processor": inner | settings} if isinstance(inner, dict) else {}
-        _extend(path, {"auto_map": settings["auto_map"]} | nested)
+        _extend(path, {"auto_map": settings["auto_map"]})
 
 
 def _keep_picture_sizes(folder: Path, model: MoEModel) -> None:
     """What the run has set of the base's own image processor (Qwen3-VL's pixels)."""
     options = model.backbone.config.model_dump(exclude_none=True)
     wanted = {k: v for k, v in options.items() if k in ("min_pixels", "max_pixels")}
-    if wanted:
-        path = folder / "preprocessor_config.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
-        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        sizes = {edges[name]: value for name, value in wanted.items()}
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    sizes = {edges[name]: value for name, value in wanted.items()}
+
+    def change(found: dict[str, Any]) -> dict[str, Any]:
         stated = {name: value for name, value in wanted.items() if name in found}
-        _extend(path, {"size": found.get("size", {}) | sizes} | stated)
+        return {"size": found.get("size", {}) | sizes} | stated
+
+    if wanted:
+        _change_image_processor(folder, change)
+
+
+def _change_image_processor(
+    folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """In both files that may describe it: transformers prefers what is nested in the second."""
+    path = folder / PREPROCESSOR
+    if path.exists():
+        _extend(path, change(_read_json(path)))
+    path = folder / PROCESSOR
+    inner = _read_json(path).get("image_processor") if path.exists() else None
+    if isinstance(inner, dict):
+        _extend(path, {"image_processor": inner | change(inner)})
 
 
 def _extend(path: Path, content: dict[str, Any]) -> None:
     """A JSON file of the base, or a new one, with these keys changed."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = _read_json(path) if path.exists() else {}
     _write_json(path, found | content)
 
 

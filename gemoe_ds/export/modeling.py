@@ -6,6 +6,7 @@ folder; there it needs torch, transformers and pydantic, but neither gemoe_ds no
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration as Stock
 from transformers.utils.hub import cached_file
 
+from gemoe_ds.export.hub import where
 from gemoe_ds.export.image_rows import aligned
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import LocalDispatcher, known_sizes
 from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.padding import valid_tokens
 from gemoe_ds.moe.router import Router, RoutingSpec
 
 ROUTERS = "routers.safetensors"  # every router's parameters, float32
@@ -34,6 +37,7 @@ class GemoeForConditionalGeneration(Stock):
 
     ctx: TokenContext
     _batch_size: int
+    _names: list[str]  # of what its forward takes by position
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,8 +53,9 @@ class GemoeForConditionalGeneration(Stock):
         if not described.get("enabled", True):
             return loaded
         model.__class__ = cls
-        where = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
-        file = cached_file(folder, ROUTERS, **where)
+        file = cached_file(
+            folder, ROUTERS, subfolder=kwargs.get("subfolder") or "", **where(kwargs)
+        )
         assert file is not None  # or it has raised
         model.attach_routers(load_file(file))
         return loaded
@@ -72,6 +77,7 @@ class GemoeForConditionalGeneration(Stock):
             block.gemoe_router = router
             block.gemoe_experts = _BlockExperts(block, entry["gate_up"], entry["down"])
             block.forward = MethodType(_block_forward(self.ctx, entry.get("shared")), block)
+        self._names = list(inspect.signature(self.forward).parameters)
         self.register_forward_pre_hook(_begin, with_kwargs=True)
 
     @property
@@ -81,26 +87,29 @@ class GemoeForConditionalGeneration(Stock):
         return [mask.sum(1).view(self._batch_size, -1) for mask in masks if mask is not None]
 
 
+@torch.compiler.disable
 def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tell the layers which tokens of this forward are padding and which are of an image.
 
     With a cache only the new tokens come; the mask covers the old ones too.
     """
-    ids = args[0] if args else kwargs.get("input_ids")
-    shape = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
-    device = (ids if ids is not None else kwargs["inputs_embeds"]).device
-    mask = kwargs.get("attention_mask")
-    if mask is None or mask.dim() != 2:  # generate may prepare a 4-D one, of valid tokens
-        is_valid_BS = torch.ones(shape, dtype=torch.bool, device=device)
-    else:
-        is_valid_BS = mask[:, -shape[1] :].to(device=device, dtype=torch.bool)
-    is_vision_BS = torch.zeros_like(is_valid_BS)
-    if (rows := kwargs.get("image_rows")) is not None:
+    given = dict(zip(model._names, args, strict=False)) | kwargs
+    ids = given.get("input_ids")
+    tokens = given["inputs_embeds"] if ids is None else ids
+    shape, device = tokens.shape[:2], tokens.device
+    is_valid_BS = valid_tokens(given, shape, "give one with a number for each, [batch, tokens]")
+    is_vision_BS = torch.zeros(shape, dtype=torch.bool, device=device)
+    if (rows := given.get("image_rows")) is not None:
         is_vision_BS = aligned(rows.to(device), shape[1]) != -1
-    elif ids is not None and (tokens := model.config.gemoe.get("image_tokens")):
-        is_vision_BS = torch.isin(ids, torch.tensor(tokens, device=device))
+    elif image_tokens := model.config.gemoe.get("image_tokens"):
+        if ids is None:
+            raise RuntimeError(
+                "a vision-language model is called with inputs_embeds alone: give input_ids, "
+                "which say what is of an image"
+            )
+        is_vision_BS = torch.isin(ids, torch.tensor(image_tokens, device=device))
     model._batch_size = shape[0]
-    model.ctx.begin(is_valid_BS, is_vision_BS)
+    model.ctx.begin(None if is_valid_BS is None else is_valid_BS.to(device), is_vision_BS)
 
 
 def _block_forward(ctx: TokenContext, shared: str | None) -> Any:

@@ -34,6 +34,9 @@ class OwnConfig(PreTrainedConfig):
         return Described.from_json(self.to_dict())
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
-        """That of the language model, by which transformers makes its caches."""
+        """That of the language model, by which transformers makes its caches and its masks: none,
+        whatever is padding, unless it says by what attention is computed."""
         described = self.described()
-        return described.text() if callable(described.text) else described.text
+        text = described.text() if callable(described.text) else described.text
+        text._attn_implementation = self._attn_implementation
+        return text

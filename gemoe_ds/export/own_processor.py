@@ -38,21 +38,21 @@ class OwnImageProcessor(ImageProcessingMixin):
         self.layout = layout or {}
 
     @property
-    def lay(self) -> Any:
+    def image_layout(self) -> Any:
         return Layout(**self.layout)
 
     def __call__(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
         """The pictures of ONE prompt, joined: `pixel_values` [N, ...] and what goes with them."""
-        laid = self.processed(images if isinstance(images, list | tuple) else [images])
-        found = {"pixel_values": np.concatenate([image.pixels for image in laid])}
-        for name in laid[0].extras:
-            found[f"image_{name}"] = np.concatenate([image.extras[name] for image in laid])
+        processed = self.processed(images if isinstance(images, list | tuple) else [images])
+        found = {"pixel_values": np.concatenate([image.pixels for image in processed])}
+        for name in processed[0].extras:
+            found[f"image_{name}"] = np.concatenate([image.extras[name] for image in processed])
         return BatchFeature(found, tensor_type=return_tensors)
 
     def processed(self, pictures: Sequence[Any]) -> list[ProcessedImage]:
         """Each with its tokens; how one is cut depends on how many there are, in some models."""
-        lay = self.lay
-        return [lay(as_picture(picture), len(pictures)) for picture in pictures]
+        layout = self.image_layout
+        return [layout(as_picture(picture), len(pictures)) for picture in pictures]
 
 
 class OwnProcessor(ProcessorMixin):
@@ -76,8 +76,8 @@ class OwnProcessor(ProcessorMixin):
         assert prompts is not None, "made by from_pretrained"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.prompts = prompts
-        lay = image_processor.lay
-        self.collator = Collator(tokenizer, lay, prompts.chat, max_length=_NEVER_CUT)
+        layout = image_processor.image_layout
+        self.collator = Collator(tokenizer, layout, prompts.chat, max_length=_NEVER_CUT)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

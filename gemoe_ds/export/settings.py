@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from gemoe_ds.export.hub import where
 from gemoe_ds.models.chat import ChatTemplate
 
 NOT_SAVED = (
     "its files are written by `gemoe export` only, under the names of the base; copy the exported "
     "folder, or train on with it as model.checkpoint"
 )
-_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def settings_of(folder: Path) -> PromptSettings:
 
 def local_folder(name: Any, options: Mapping[str, Any], patterns: Sequence[str]) -> Path:
     """The exported folder; of a name on the Hub its files of these patterns are downloaded."""
+    inner = options.get("subfolder") or ""
     if Path(name).is_dir():
-        return Path(name)
-    chosen = {k: options[k] for k in _HUB if options.get(k) is not None}
-    return Path(snapshot_download(str(name), allow_patterns=[*patterns], **chosen))
+        return Path(name, inner)
+    wanted = [str(PurePosixPath(inner, pattern)) for pattern in patterns]
+    return Path(snapshot_download(str(name), allow_patterns=wanted, **where(options)), inner)

@@ -21,16 +21,16 @@ class Peers:
         """The tensor of peer `source`, in place. Collective."""
 
 
-ALONE = Peers()
+NO_PEERS = Peers()
 
 
 @dataclass(frozen=True)
 class Sharing:
     """Which ranks keep what this rank keeps, by kind."""
 
-    whole: Peers = ALONE  # tensors that every rank has for itself
-    rows: Peers = ALONE  # of experts
-    common: Peers = ALONE  # this rank's part of what the ranks of its host have in common:
+    whole: Peers = NO_PEERS  # tensors that every rank has for itself
+    rows: Peers = NO_PEERS  # of experts
+    common: Peers = NO_PEERS  # this rank's part of what the ranks of its host have in common:
     part: tuple[int, int] = (0, 1)  # which one, of how many
 
 

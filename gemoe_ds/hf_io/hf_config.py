@@ -136,6 +136,15 @@ def in_own_format(folder: Path) -> bool:
     return isinstance(method, dict) and method.get("quant_method") == METHOD
 
 
+def refuse_others(
+    found: Mapping[str, Any], fixed: Mapping[str, Any], whose: str, section: str = ""
+) -> None:
+    """CheckpointError for a key of `fixed` that is there with another value."""
+    for key, value in fixed.items():
+        if found.get(key, value) != value:
+            raise CheckpointError(f"{section}{key}={found[key]}, {whose} has {value}")
+
+
 def _refuse_quantised(found: Mapping[str, Any]) -> None:
     """Weights are read as they are, or in the formats of quantised_tensor.py."""
     method = quantisation_of(found)

@@ -56,8 +56,8 @@ def quantise_folder(
             source = _Source(weights, key, slices.get(key, []), changed)
             name = source.format(format_of)
             if name is None:
-                whole.append(key)
-                _add_as_it_is(shards, source, only_float8=formats == {"float8"})
+                if _add_as_it_is(shards, source, only_float8=formats == {"float8"}):
+                    whole.append(key)
             elif source.is_exchanged:
                 for new_key, matrix in source.matrices(keys.one_expert_each):
                     if not shards.add_quantised(new_key, name, iter([matrix]), matrix.shape):
@@ -72,7 +72,8 @@ def quantise_folder(
     say_quantised(out / "config.json", formats, whole)
 
 
-def _add_as_it_is(shards: _Shards, source: _Source, *, only_float8: bool) -> None:
+def _add_as_it_is(shards: _Shards, source: _Source, *, only_float8: bool) -> bool:
+    """Whether what is written is whole numbers, not codes."""
     stored = source.stored
     if not isinstance(stored, QuantisedTensor) or source.of_changed:
         shards.add(source.key, replaced(stored, source.of_changed, source.changed))
@@ -81,6 +82,8 @@ def _add_as_it_is(shards: _Shards, source: _Source, *, only_float8: bool) -> Non
     else:
         codes, scales = stored.codes.read(), stored.scales.read()
         shards.add_codes(source.key, stored.format, codes, scales)
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from gemoe_ds.hf_io.key_rules import Shape, StoredSlice
 from gemoe_ds.hf_io.loader import Weights
 from gemoe_ds.hf_io.quantised_tensor import QuantisedTensor
 from gemoe_ds.hf_io.safetensors_reader import INDEX, StoredTensor
+
+DISK_ERRORS = (OSError, SafetensorError)  # of a full disk: `save_file` raises the latter
 
 
 def rewrite(

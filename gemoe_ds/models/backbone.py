@@ -95,7 +95,7 @@ class Backbone(Registered):
         return find_moe_blocks(model, self.block_adapters)
 
     def context_length(self, model: nn.Module) -> int | None:
-        """Positions that the language model of `hf` knows; None: unknown."""
+        """Positions that the language model of `model` knows; None: unknown."""
         blocks = self.moe_blocks(model)
         root = blocks[0].path.partition(".layers.")[0] if blocks else ""
         config: Any = getattr(model.get_submodule(root), "config", None)

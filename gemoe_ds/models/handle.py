@@ -1,6 +1,6 @@
 """MoEHandle: what is asked of a converted model beside its outputs.
 
-Shapes: B sequences, S tokens, P tokens of forwards before, D model.
+Shapes: B sequences, S tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.after_step import after_step
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.layer import MoELayer
+from gemoe_ds.moe.padding import valid_tokens
 from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router
 from gemoe_ds.moe.step_context import Assign, Read
 from gemoe_ds.moe.step_counts import StepCounts
+
+_WAY_OUT = "call handle.begin(is_valid) before the model"
 
 
 class MoEHandle:
@@ -101,7 +104,7 @@ class MoEHandle:
     def begin(self, is_valid: Tensor, is_vision: Tensor | None = None) -> None:
         """Say for the next forward which tokens are no padding, and which are of an image.
 
-        Only where its own arguments do not: bool [B, S] both.
+        Only where its own arguments do not: bool [B, S] both. Without `is_vision` these do.
         """
         self._given = is_valid, is_vision
 
@@ -150,10 +153,12 @@ class MoEHandle:
             )
         shape, device = tokens.shape[:2], tokens.device
         if self._given is None:
-            is_valid_BS, is_vision_BS = valid_tokens(given, shape), self._vision(given, shape)
+            is_valid_BS, is_vision_BS = valid_tokens(given, shape, _WAY_OUT), None
         else:
             is_valid_BS, is_vision_BS = self._given
             self._given = None
+        if is_vision_BS is None:
+            is_vision_BS = self._vision(given, shape)
         if is_vision_BS is None:
             is_vision_BS = torch.zeros(shape, dtype=torch.bool, device=device)
         for mask in (is_valid_BS, is_vision_BS):
@@ -187,31 +192,6 @@ class MoEHandle:
                 "handle.begin(is_valid, is_vision) before, which says what is of an image"
             )
         return torch.isin(ids_BS, torch.tensor(known, device=ids_BS.device))
-
-
-def valid_tokens(given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """bool [B, S] of what an attention mask says; None: there is no padding.
-
-    With a cache the mask covers the P tokens before as well. A mask [B, 1, S, P + S] (with a static
-    cache wider) says what sees what, and padding does not see itself.
-    """
-    mask = given.get("attention_mask")
-    if mask is None:
-        return None
-    num_tokens, past = shape[1], given.get("past_key_values")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= num_tokens:
-        return mask[:, -num_tokens:] != 0
-    before = 0 if past is None else int(past.get_seq_length())
-    wide = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == num_tokens
-    if wide and mask.shape[3] >= before + num_tokens:
-        itself_BS = mask[:, 0].diagonal(before, dim1=1, dim2=2)
-        sees_BS = itself_BS if mask.dtype == torch.bool else itself_BS == 0
-        return sees_BS[:, :num_tokens].expand(shape)
-    said = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-    raise RuntimeError(
-        f"attention_mask {said} does not say which of {list(shape)} tokens are padding: call "
-        "handle.begin(is_valid) before the model"
-    )
 
 
 def _from_layer(name: str) -> str:

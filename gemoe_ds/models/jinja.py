@@ -87,8 +87,8 @@ def chat_jinja(chat: ChatTemplate, image_mark: str) -> str:
         "MARK": json.dumps(image_mark),
     }
     text = _LAYOUT
-    for name in sorted(found, key=len, reverse=True):  # QUESTION is the end of NO_QUESTION
-        text = text.replace(f"@{name}", found[name])
+    for name, expression in found.items():
+        text = text.replace(f"@{name}", expression)
     return text
 
 

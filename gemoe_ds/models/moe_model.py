@@ -84,7 +84,7 @@ class MoEModel(nn.Module):
         experts_dtype: str | None = None,
         dense_dtype: str | None = None,
         shard: ExpertShard | None = None,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
         pack_experts: bool = False,
         memory: WeightAllocator = LOCAL,
         show_progress: bool = False,
@@ -127,7 +127,7 @@ class MoEModel(nn.Module):
             layer.register_forward_pre_hook(_say_where)
         own = (p for layer in layers for p in layer.router.param_groups()["predictor"])
         model.num_added_parameters = sum(p.numel() for p in own)
-        if recompute:
+        if activation_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return model
 

@@ -234,8 +234,8 @@ class MoELayer(nn.Module):
     ) -> None:
         """Call after `optimizer.step()`: the routers with a controller or a schedule work here.
 
-        Without it remoe, dynmoe, adamoe, dtop_p, evolve and ada_k stay as they start; others
-        ignore it.
+        Without it a router that overrides `Router.after_step` stays as it starts (docs/api.md
+        names them); others ignore it.
 
         Args:
             step: counted from 1.

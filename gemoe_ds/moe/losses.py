@@ -31,13 +31,6 @@ def load_balance(scores_TE: Tensor, mask_TE: Tensor, valid_T: Tensor) -> Tensor:
     return scores_TE.shape[1] * (share_E * mean_score_E).sum()
 
 
-def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
-    """mean_t logsumexp(z_t)^2 (ST-MoE Eq. 5): keeps the logits small."""
-    logits_TE = torch.where(valid_T[:, None], logits_TE, 0)
-    total = (logits_TE.logsumexp(-1).square() * valid_T).sum()
-    return total / valid_T.sum().clamp_min(1)
-
-
 def average_ranks(values_N: Tensor) -> Tensor:
     """Ranks 0..N-1 as float64, ties sharing their average."""
     _, group_N, counts_G = torch.unique(values_N, return_inverse=True, return_counts=True)

@@ -67,11 +67,15 @@ def divides_by_sum(how: str, spec: RoutingSpec) -> bool:
     return how == "sum" or (how == "backbone" and spec.norm_topk_prob)
 
 
-def fixed_k(k: int | None, spec: RoutingSpec) -> int:
-    """`model.router.k`, by default the backbone's own; ConfigError if there are fewer experts."""
+def fixed_k(k: int | None, spec: RoutingSpec, free: int = 0) -> int:
+    """`model.router.k`, by default the backbone's own; ConfigError if there are fewer experts,
+    with `free` ones beside the backbone's."""
     k = spec.top_k if k is None else k
-    if k > spec.num_experts:
-        raise ConfigError(f"model.router.k={k} exceeds the backbone's {spec.num_experts} experts")
+    if k > spec.num_experts + free:
+        others = f" + {free} free" if free else ""
+        raise ConfigError(
+            f"model.router.k={k} exceeds the backbone's {spec.num_experts} experts{others}"
+        )
     return k
 
 

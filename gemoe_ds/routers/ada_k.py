@@ -181,12 +181,13 @@ class AdaKRouter(Router):
 
     @property
     def max_k(self) -> int:
-        return self.k_high
+        """In training the default k is among those that are chosen, be it above k_high."""
+        return max(self.k_high, self.spec.top_k) if self.training else self.k_high
 
     @property
     def peak_mean_k(self) -> float:
         """The default k, or that of an allocator that prefers none."""
-        return max(self.spec.top_k, (self.k_low + self.k_high) / 2)
+        return min(self.max_k, max(self.spec.top_k, (self.k_low + self.k_high) / 2))
 
 
 def _warm_mean_k(config: AdaKRouter.Config, k_low: int, k_high: int, spec: RoutingSpec) -> float:

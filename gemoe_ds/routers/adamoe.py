@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
-from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask
+from gemoe_ds.moe.free_top_k import FreeTopK
+from gemoe_ds.moe.router import Decision, RoutingSpec
+from gemoe_ds.moe.selection import divides_by_sum
 from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.registry import ConfigModel
 
 
-class AdaMoERouter(Router):
+class AdaMoERouter(FreeTopK):
     """Top-k over E true and M null experts: a token uses 0 to k true ones."""
 
     name: ClassVar[str] = "adamoe"
@@ -53,12 +53,7 @@ class AdaMoERouter(Router):
     config: Config
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
-        super().__init__(config, spec, ["zero"] * config.nulls)
-        self.k = spec.top_k if config.k is None else config.k
-        if self.k > spec.num_experts + config.nulls:
-            raise ConfigError(
-                f"model.router.k={self.k} exceeds {spec.num_experts} experts + {config.nulls} nulls"
-            )
+        super().__init__(config, spec, ["zero"] * config.nulls, config.k)
         self.register_buffer("balance", torch.tensor(config.balance_weight))
 
     @torch.no_grad()
@@ -69,19 +64,13 @@ class AdaMoERouter(Router):
         copied_M = torch.arange(self.config.nulls) * gate_ED.shape[0] // self.config.nulls
         self.free_gate.weight.copy_(gate_ED[copied_M])
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        scores_TN = logits_TE.softmax(-1)
-        mask_TN = top_k_mask(scores_TN, self.k)
-        return Decision(scores_TN, mask_TN, self._weights(scores_TN, mask_TN))
-
-    def _weights(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
+    def weigh(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
         how = self.config.norm_topk_prob
-        if how == "backbone":
-            how = "sum" if self.spec.norm_topk_prob else "none"
         if how == "all":
             return scores_TN / (scores_TN * mask_TN).sum(1, keepdim=True)
         true_TE, chosen_TE = self.split(scores_TN)[0], self.split(mask_TN)[0]
-        total_T1 = (true_TE if how == "none" else true_TE * chosen_TE).sum(1, keepdim=True)
+        counted_TE = true_TE * chosen_TE if divides_by_sum(how, self.spec) else true_TE
+        total_T1 = counted_TE.sum(1, keepdim=True)
         return scores_TN / total_T1.clamp_min(1e-20)
 
     def losses(
@@ -100,7 +89,3 @@ class AdaMoERouter(Router):
     def after_step(self, step_context: StepContext) -> None:
         if step_context.progress >= 0.5:
             self.balance.fill_(self.config.balance_weight_end)
-
-    @property
-    def max_k(self) -> int:
-        return min(self.k, self.spec.num_experts)

@@ -1,12 +1,13 @@
 """MoE++: zero, copy and constant experts among the FFNs, and routers that see the layer before.
 
-Jin et al. (ICLR 2025); released code: inference only. From the paper: the three kinds (moe/
-free_experts.py), the gating residual, the heterogeneous balance loss (Eq. 7), raw softmax weights
-(Eq. 1). From the code, as a switch: zero experts get weight 0 and the rest is divided by its sum.
-Left out, as for a pretrained backbone they would change it: the two-layer gate, the input scaled by
-k, the capacity limits. Our reading: two experts of each kind as in GeMoE's comparison, whose rows
-start at the mean of the pretrained ones, so that they are seldom chosen until training says so
-(`free_rows: copies`: as often as others, at once); the gating residual starts at zero.
+Jin et al. (ICLR 2025); released code: inference only. From the paper: the three kinds
+(moe/experts/zero_computation.py), the gating residual, the heterogeneous balance loss (Eq. 7), raw
+softmax weights (Eq. 1). From the code, as a switch: zero experts get weight 0 and the rest is
+divided by its sum. Left out, as for a pretrained backbone they would change it: the two-layer gate,
+the input scaled by k, the capacity limits. Our reading: two experts of each kind as in GeMoE's
+comparison, whose rows start at the mean of the pretrained ones, so that they are seldom chosen
+until training says so (`free_rows: copies`: as often as others, at once); the gating residual
+starts at zero.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from gemoe_ds.moe.experts.zero_computation import ZeroComputationKind
+from gemoe_ds.moe.free_top_k import FreeTopK
 from gemoe_ds.moe.linear import RouterLinear
-from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask
+from gemoe_ds.moe.router import Decision, RoutingSpec
+from gemoe_ds.moe.selection import divides_by_sum
 from gemoe_ds.registry import ConfigModel
 
 
-class MoEPlusPlusRouter(Router):
+class MoEPlusPlusRouter(FreeTopK):
     """Top-k over E routed and M free experts."""
 
     name: ClassVar[str] = "moepp"
@@ -69,13 +71,8 @@ class MoEPlusPlusRouter(Router):
             raise ConfigError(
                 "model.router: zero, copies and constant are all 0; use top_k instead"
             )
-        super().__init__(config, spec, kinds)
+        super().__init__(config, spec, kinds, config.k)
         self.num_columns = spec.num_experts + len(kinds)
-        self.k = spec.top_k if config.k is None else config.k
-        if self.k > self.num_columns:
-            raise ConfigError(
-                f"model.router.k={self.k} exceeds {spec.num_experts} experts + {len(kinds)} free"
-            )
         self.residual: RouterLinear | None = None
         if config.gating_residual and spec.slot > 0:
             self.residual = RouterLinear(self.num_columns, self.num_columns)
@@ -102,16 +99,13 @@ class MoEPlusPlusRouter(Router):
         residual_TN: Tensor = self.residual(before_TN)
         return logits_TN + residual_TN
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        scores_TN = logits_TE.softmax(-1)
-        mask_TN = top_k_mask(scores_TN, self.k)
-        how = self.config.norm_topk_prob
-        if how == "none" or (how == "backbone" and not self.spec.norm_topk_prob):
-            return Decision(scores_TN, mask_TN, scores_TN)
+    def weigh(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
+        if not divides_by_sum(self.config.norm_topk_prob, self.spec):
+            return scores_TN
         is_zero_N = torch.zeros(self.num_columns, dtype=torch.bool, device=scores_TN.device)
         is_zero_N[self.spec.num_experts :][: self.config.zero] = True
         kept_TN = scores_TN * (mask_TN & ~is_zero_N)
-        return Decision(scores_TN, mask_TN, kept_TN / kept_TN.sum(1, keepdim=True).clamp_min(1e-20))
+        return kept_TN / kept_TN.sum(1, keepdim=True).clamp_min(1e-20)
 
     def losses(
         self, decision: Decision, logits_TE: Tensor, ctx: TokenContext
@@ -125,7 +119,3 @@ class MoEPlusPlusRouter(Router):
         mean_score_N = (decision.scores_TE * valid_T[:, None]).sum(0) / count
         balance = (eta_N * share_N.to(eta_N.dtype) * mean_score_N).sum()
         return {"load_balance": LossTerm(balance, self.config.balance_weight)}
-
-    @property
-    def max_k(self) -> int:
-        return min(self.k, self.spec.num_experts)

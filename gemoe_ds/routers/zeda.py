@@ -21,14 +21,14 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.context import LossTerm, TokenContext
-from gemoe_ds.moe.router import Decision, Router, RoutingSpec
-from gemoe_ds.moe.selection import top_k_mask
+from gemoe_ds.moe.free_top_k import FreeTopK
+from gemoe_ds.moe.router import Decision, RoutingSpec
+from gemoe_ds.moe.selection import divides_by_sum
 from gemoe_ds.registry import ConfigModel
 
 
-class ZEDARouter(Router):
+class ZEDARouter(FreeTopK):
     """Top-k over E real and M zero experts: a token uses 0 to k real ones."""
 
     name: ClassVar[str] = "zeda"
@@ -60,13 +60,8 @@ class ZEDARouter(Router):
 
     def __init__(self, config: Config, spec: RoutingSpec) -> None:
         zeros = max(1, spec.num_experts // 2) if config.zeros is None else config.zeros
-        super().__init__(config, spec, ["zero"] * zeros)
+        super().__init__(config, spec, ["zero"] * zeros, config.k)
         self.weighted_zeros = config.zero_weight * zeros
-        self.k = spec.top_k if config.k is None else config.k
-        if self.k > spec.num_experts + zeros:
-            raise ConfigError(
-                f"model.router.k={self.k} exceeds {spec.num_experts} experts + {zeros} zero experts"
-            )
 
     @torch.no_grad()
     def adopt_gate(self, gate_ED: Tensor) -> None:
@@ -78,16 +73,11 @@ class ZEDARouter(Router):
         drawn_MD = torch.randn(self.free_gate.weight.shape, device=gate_ED.device)
         self.free_gate.weight.copy_(gate_ED.mean(0) + std_D * drawn_MD)
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, ctx: TokenContext) -> Decision:
-        scores_TN = logits_TE.softmax(-1)
-        mask_TN = top_k_mask(scores_TN, self.k)
-        return Decision(scores_TN, mask_TN, self._weights(scores_TN, mask_TN))
-
-    def _weights(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
+    def weigh(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:
         how = self.config.norm_topk_prob
         if how == "raw":
             return scores_TN
-        if how == "all" or (how == "backbone" and self.spec.norm_topk_prob):
+        if how == "all" or divides_by_sum(how, self.spec):
             total_T1 = (scores_TN * mask_TN).sum(1, keepdim=True)
         else:
             total_T1 = self.split(scores_TN)[0].sum(1, keepdim=True)
@@ -109,7 +99,3 @@ class ZEDARouter(Router):
             balance = balance + mask_TG.sum() / count * (scores_TG * valid_T1).sum() / count / size
         balance = balance * (sum(sizes) / self.k)
         return {"group_balance": LossTerm(balance, self.config.balance_weight)}
-
-    @property
-    def max_k(self) -> int:
-        return min(self.k, self.spec.num_experts)

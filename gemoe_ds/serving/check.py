@@ -197,7 +197,7 @@ def line_of(row: Row) -> str:
         )
         if a.other_prompts:
             words.append(f"{a.other_prompts} prompts read as other tokens")
-    return "; ".join([*words, *row.served.notes])
+    return "; ".join(words)
 
 
 def _speed(served: Served) -> str:
@@ -207,7 +207,7 @@ def _speed(served: Served) -> str:
     return f"{served.tokens_per_second:.4g} tokens/s{low}"
 
 
-def verdict(rows: list[Row], options: Options) -> list[str]:
+def disagreements(rows: list[Row], options: Options) -> list[str]:
     """What is wrong, a sentence each; nothing where every server agrees with transformers."""
     if options.allowed is None:
         return []
@@ -238,7 +238,7 @@ def write_result(path: Path, folder: Path, rows: list[Row], options: Options) ->
         "dtype": options.dtype,
         "tolerance": options.allowed,
         "batch": options.batch,
-        "agree": None if options.allowed is None else not verdict(rows, options),
+        "agree": None if options.allowed is None else not disagreements(rows, options),
         "servers": [
             asdict(row) | {"mean_k": row.mean_k, "tokens_per_second": row.served.tokens_per_second}
             for row in rows

@@ -57,7 +57,6 @@ class Served:
     load_seconds: float
     mean_k: list[float] | None = None  # of every MoE layer, over all tokens; None: not known
     ids: list[list[int]] | None = None  # of the prompts, for other servers: see `Job.ids`
-    notes: list[str] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:

@@ -46,7 +46,7 @@ def build_model(
         experts_dtype=config.model.experts_dtype,
         dense_dtype=config.model.dense_dtype,
         shard=shard,
-        recompute=config.model.activation_checkpointing,
+        activation_checkpointing=config.model.activation_checkpointing,
         pack_experts=config.model.pack_experts,
         memory=memory,
         show_progress=show_progress,

@@ -140,7 +140,7 @@ def estimate(
             parts["kernels that oneDNN keeps"] = _kernels(blocks, shape)
         if config.zero_stage:
             parts["left behind by DeepSpeed"] = weights["weights that train"]
-        stored = activation_bytes(backbone, hf, blocks, replace(shape, recompute=False))
+        stored = activation_bytes(backbone, hf, blocks, shape.without_checkpointing)
         held = _HELD[config.model.trainable] if at_once(blocks[0], shape) else _HELD_ONE_BY_ONE
         parts["free, but held by the C library"] = round(held * sum(stored.values()))
     return Estimate(
@@ -193,7 +193,7 @@ def _largest_step(
         k=max(router.peak_mean_k for router in routers),
         ep_size=config.ep_size,
         train=config.model.trainable,
-        recompute=config.model.activation_checkpointing,
+        activation_checkpointing=config.model.activation_checkpointing,
         on_gpu=on_gpu,
         quantised=config.model.experts_dtype is not None,
     )
@@ -233,7 +233,7 @@ def _with_images(
         batch.model_inputs,
         dtype,
         trains=shape.train == "all",
-        recompute=shape.recompute,
+        activation_checkpointing=shape.activation_checkpointing,
     )
     there = image_bytes(batch) if shape.on_gpu else 0
     return replace(shape, images_at_most=most + there, images_kept=kept + there)
@@ -264,24 +264,28 @@ def _weights(
     gates = sum(b.gate_ED.numel() for b in blocks)
     rest = sum(p.numel() for p in hf.parameters()) - experts * ep_size - gates
     of_routers = [p for router in routers for p in router.parameters()]
-    trained = sum(p.numel() for p in of_routers if p.requires_grad)
-    kept = _frozen_experts(config, blocks, dtype) // ep_size
+    others = sum(p.numel() for p in of_routers if p.requires_grad)
     whole, few_bits = _frozen_rest(config, hf, blocks, rest, dtype)
-    frozen = whole + few_bits + kept + gates * WEIGHT  # as they were
-    if config.model.trainable != "routers":
-        trained, frozen = trained + experts, whole + few_bits
-    if config.model.trainable == "all":
-        trained, frozen = trained + rest, 0
-    sharers = num_ranks // (ep_size if config.model.trainable != "routers" else 1)
-    parts = num_ranks if stage == 3 else 1
-    if config.model.trainable == "routers" and stage == 3:  # few bits and frozen experts never are
-        frozen = whole // parts + few_bits + kept + gates * WEIGHT
+    # ZeRO 3 divides what is whole; neither what is in few bits nor frozen experts
+    frozen = whole // (num_ranks if stage == 3 else 1) + few_bits
+    if config.model.trainable == "routers":
+        kept = _frozen_experts(config, blocks, dtype) // ep_size
+        experts, frozen = 0, frozen + kept + gates * WEIGHT  # as they were
+    elif config.model.trainable == "all":
+        others, frozen = others + rest, 0
+    trained = experts + others
+
+    def held(size: int, *, is_divided: bool) -> int:
+        """Bytes of what trains. ZeRO divides a shard of the experts among the ranks that have the
+        same one, the rest among all: that is an equal part of everything for each."""
+        return (experts * ep_size + others) * size // num_ranks if is_divided else trained * size
+
     states = 2 * MOMENT + (MASTER if stage else 0)
     return {
         "frozen weights": frozen,
-        "weights that train": trained * WEIGHT // parts,
-        "their gradients": trained * GRADIENT // (sharers if stage >= 2 else 1),
-        "their optimizer states": trained * states // (sharers if stage else 1),
+        "weights that train": held(WEIGHT, is_divided=stage == 3),
+        "their gradients": held(GRADIENT, is_divided=stage >= 2),
+        "their optimizer states": held(states, is_divided=stage >= 1),
         "copy for the first step's check": trained * WEIGHT,
         "buckets of gradients": _buckets(
             config, num_ranks, blocks[0].routing.d_model, trained, on_gpu

@@ -8,14 +8,13 @@ fits into their memory, inside a host.
 from __future__ import annotations
 
 import socket
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gemoe_ds.cluster.preflight import free_memory
+from gemoe_ds.cluster.preflight import free_for_a_rank, ranks_by_host
 from gemoe_ds.config import RunConfig
 from gemoe_ds.config.deepspeed_file import AUTO
 from gemoe_ds.data.mixture import SampleList, open_training
@@ -32,9 +31,9 @@ from gemoe_ds.models.cost.layer_time import (
     Layer,
     h100,
 )
+from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import collator_of, named_backbone
-from gemoe_ds.train.checks.samples import Checked, check_samples
-from gemoe_ds.train.checks.selection import cut_of
+from gemoe_ds.train.checks.samples import Checked, check_samples, mean_length
 from gemoe_ds.train.estimate import CONNECTIONS, Estimate, estimate
 from gemoe_ds.train.profiling import resident_memory
 
@@ -50,10 +49,9 @@ def with_ep_size(
     """`config` with a number for `parallel.ep_size: auto`, and why. Collective."""
     if config.parallel.ep_size != AUTO:
         return config, ""
-    found = gather_objects((socket.gethostname(), free_memory(world.device)))
-    on_host = Counter(host for host, _ in found)
+    on_host = ranks_by_host()
     shared = 1 if world.device.type == "cuda" else max(on_host.values())
-    free = min(memory for _, memory in found) // shared
+    free = min(gather_objects(free_for_a_rank(world.device, on_host[socket.gethostname()])))
 
     def choose() -> tuple[int, int]:
         """The number, and the bytes that a rank needs with it."""
@@ -114,13 +112,17 @@ def print_layouts(config: RunConfig, num_ranks: int, gpu_gib: float | None = Non
     blocks = backbone.moe_blocks(hf)
     collator = collator_of(config, backbone, hf)
     checked = check_samples(config, samples, collator, num_ranks=num_ranks)
-    assert checked is not None and checked.lengths is not None, "this is the first rank"
-    tokens = float(cut_of(checked.lengths, config).length_N.mean()) * config.train.micro_batch_size
+    assert checked is not None, "this is the first rank"
+    tokens = config.train.micro_batch_size * mean_length(config, checked, num_ranks)
     gpu = torch.device("cuda")
     free = (gpu_gib or _present_gib()) * GIB
     num_parameters = sum(p.numel() for p in hf.parameters())
     rows = []
-    for ep_size in _sizes(blocks, num_ranks, min(num_ranks, 8 * GPUS_OF_A_HOST)):
+    sizes = set(_sizes(blocks, num_ranks, min(num_ranks, 8 * GPUS_OF_A_HOST)))
+    if config.parallel.ep_size != AUTO:  # is shown, however large; ConfigError as in a run
+        ExpertShard(num_ranks=config.ep_size).local(blocks[0].routing.num_experts)
+        sizes.add(config.ep_size)
+    for ep_size in sorted(sizes):
         for stage in _STAGES:
             laid = config.with_ep_size(ep_size).with_deepspeed(stage)
             expected = estimate(laid, samples, num_ranks, gpu, checked)
@@ -177,7 +179,7 @@ def _taken(config: RunConfig, rows: Sequence[Row], free: float) -> Row:
     stage = stage if stage in _STAGES else "zero2"
     mine = [row for row in rows if row.stage == stage]
     if config.parallel.ep_size != AUTO:
-        return next((r for r in mine if r.ep_size == config.parallel.ep_size), mine[0])
+        return next(row for row in mine if row.ep_size == config.ep_size)
     inside = [row for row in mine if row.ep_size <= GPUS_OF_A_HOST]
     return next((row for row in inside if row.needed <= free), inside[-1])
 
@@ -200,8 +202,10 @@ def _table(
 
 
 def _why(rows: Sequence[Row], taken: Row, free: float) -> str:
-    auto = next((r for r in rows if r.stage == taken.stage and r.needed <= free), None)
+    inside = (r for r in rows if r.stage == taken.stage and r.ep_size <= GPUS_OF_A_HOST)
+    auto = next((r for r in inside if r.needed <= free), None)
     if auto is None:
-        return "none fits: take smaller micro-batches, recomputation, or GPUs with more memory"
+        way_out = "take smaller micro-batches, recomputation, or GPUs with more memory"
+        return f"parallel.ep_size=auto: none inside a host fits: {way_out}"
     why = "fewer ranks that share experts exchange fewer rows, and inside a host"
     return f"parallel.ep_size=auto takes {auto.ep_size}, the smallest that fits: {why}"

@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.errors import ConfigError, writing_to
+from gemoe_ds.files import whole_lines
 from gemoe_ds.train.hooks import Hook, StepResult, Training
 from gemoe_ds.train.monitor import METRICS
-from gemoe_ds.train.sample_log import whole_lines
 
 Values = Mapping[str, float | Tensor]  # scalars, and counts of the values 0..N-1
 

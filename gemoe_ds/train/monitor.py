@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.checkpoint.manifest import MANIFEST, read
+from gemoe_ds.files import whole_lines
 from gemoe_ds.moe.context import Stat, TokenContext
 from gemoe_ds.moe.metrics import layer_stats
 
@@ -68,5 +69,5 @@ def seconds_in(run: Path) -> float | None:
         run, last = run.resolve().parent.parent, read(run).step
     if not (run / METRICS).is_file():
         return None
-    lines = map(json.loads, (run / METRICS).read_text().splitlines())
+    lines = map(json.loads, whole_lines(run / METRICS))
     return sum(line.get("throughput/seconds", 0.0) for line in lines if line["step"] <= last)

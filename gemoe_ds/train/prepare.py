@@ -98,7 +98,7 @@ def prepare(
         lambda: estimate(config, samples, world.size, world.device, checked), world
     )
     needed = still_needed(expected, memory.num_ranks, world.device)
-    needed = max(gather_objects(needed))  # so that all ranks come to one verdict
+    needed = max(gather_objects(needed))  # so that all ranks decide alike
     most = config.checkpoint.keep + 1 + bool(config.checkpoint.keep_best)
     for line in filter(None, [why, memory.note, *check_deepspeed(config, world.size)]):
         say(world, line)

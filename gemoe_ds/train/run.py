@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from gemoe_ds.checkpoint import manifest, state
 from gemoe_ds.checkpoint.identity import check_identity, run_identity
 from gemoe_ds.checkpoint.manifest import Checkpoint
@@ -27,6 +25,7 @@ from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gath
 from gemoe_ds.engine.zero import Engine
 from gemoe_ds.errors import CheckpointError, ConfigError, writing_to
 from gemoe_ds.hf_io.companions import index_files
+from gemoe_ds.hf_io.rewriter import DISK_ERRORS
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.train.assemble import build_collator, build_model, collator_of, named_backbone
 from gemoe_ds.train.checks.base_loss_check import base_loss_check
@@ -316,7 +315,7 @@ def _save_pretrained(
     problem = None
     try:
         model.backbone.save_trained(model.hf, tensors, base, folder, (world.rank, world.size))
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+    except DISK_ERRORS as error:
         problem = str(error)
     for rank, said in enumerate(gather_objects(problem)):
         if said:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.errors import writing_to
-from gemoe_ds.files import write_text
+from gemoe_ds.files import whole_lines, write_text
 from gemoe_ds.train.hooks import Hook, Training
 
 FOLDER = "sample_log"
@@ -62,20 +62,3 @@ def forget_after(output: Path, step: int, share: tuple[int, int] = (0, 1)) -> No
         kept = "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step)
         if kept != text:
             write_text(path, kept)
-
-
-def read_sample_log(output: Path) -> dict[int, list[str]]:
-    """Step -> ids of its samples, in the order of the run's one endless shuffled list."""
-    blocks: dict[int, dict[int, list[str]]] = {}
-    for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
-        for line in map(json.loads, whole_lines(path)):
-            blocks.setdefault(line["step"], {})[line["micro_batch"]] = line["ids"]
-    return {
-        step: [i for _, ids in sorted(of_step.items()) for i in ids]
-        for step, of_step in sorted(blocks.items())
-    }
-
-
-def whole_lines(path: Path) -> list[str]:
-    """All lines but a last one that a crash has cut."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]

@@ -1,4 +1,4 @@
-"""The training loop: data, loss, DeepSpeed step, upkeep, metrics, hooks, in reading order."""
+"""The training loop: data, loss, DeepSpeed step, routers, metrics, hooks, in reading order."""
 
 from __future__ import annotations
 
@@ -157,14 +157,14 @@ class Trainer:
     def _give_up(self) -> NoReturn:
         limit = self.config.train.max_skipped_steps
         error = DataError(
-            f"step {self.step}: the gradient is not finite (NaN or Inf), the {self.skipped}th "
-            f"time, and train.max_skipped_steps={limit}; look at the samples of that step "
-            "(monitor.sample_log=true) or lower optim.lr"
+            f"step {self.step}: the gradient is not finite (NaN or Inf); steps skipped for that: "
+            f"{self.skipped}, and train.max_skipped_steps={limit}; look at the samples of that "
+            "step (monitor.sample_log=true) or lower optim.lr"
         )
         self.end_with(error)
 
     def _after_update(self, step: int) -> None:
-        """Count it, and let the routers do their upkeep; all ranks must come here."""
+        """Count it, and call the routers' `after_step`; all ranks must come here."""
         layers, model = self.step_counts.reduced(sum_over_ranks)
         if not self.engine.was_step_applied():
             self.skipped += 1

@@ -206,7 +206,7 @@ def test_figures_with_nothing_to_show_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["accuracy_against_k.png"]
 
 
-def test_two_adaptive_methods_have_their_own_panels_and_colours(tmp_path: Path) -> None:
+def test_two_adaptive_methods_have_their_own_panels_and_colours() -> None:
     made = [evaluation("top_k", 8, 0), evaluation("gemoe", None, 1), evaluation("zeta", None, 2)]
     results = build_results([record for record, _ in made], command="")
     samples = {record.key: TokenSample.of(sums) for record, sums in made}

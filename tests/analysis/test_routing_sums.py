@@ -56,7 +56,7 @@ def test_numbers_of_no_token_are_none_or_nan():
     sums.check()
     assert np.isnan(sums.mean_k_ML).all() and np.isnan(sums.mean_k_L).all()
     assert sums.spearman_L == sums.load_max_over_mean_L == [None] * 3
-    assert sums.idle_experts_L == [4] * 3 and sums.mean_k_D.shape == (0,)
+    assert sums.idle_experts_L == [4] * 3 and sums.mean_entropy_D.shape == (0,)
     same_sums(sums + sums, sums)
 
 

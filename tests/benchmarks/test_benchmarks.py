@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import timing
-from tests.helpers import run_python
+from benchmarks import suites, timing
+from benchmarks.__main__ import main
+from gemoe_ds.engine.world import World
+from tests.helpers import run_here, run_python
 
 FAST = ["--shape", "demo", "--tokens", "96", "--rounds", "1"]
 
@@ -88,9 +90,18 @@ def test_the_trace_shows_the_shared_expert_between_start_and_wait(results):
     ],
 )
 def test_bad_flags_cost_one_line(flags, words):
-    done = run_python("-m", "benchmarks", "--suites", "layer", *flags)
+    done = run_here(main, "--suites", "layer", *flags)
     assert done.returncode == 2 and words in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("shape, own", [("olmoe", 8), ("deepseek_vl2_tiny", 6)])
+def test_of_trainable_experts_the_backbone_s_own_k_is_timed_too(monkeypatch, shape, own):
+    timed = {}
+    monkeypatch.setattr(suites, "_layer", lambda *given: timed.update({given[6]: given[5]}) or [])
+    options = suites.Options(shape, 96, torch.float32, 1)
+    suites.layer_suite(options, World(0, 1, torch.device("cpu")))
+    assert timed["trainable"] == [5.1, own] and max(timed["frozen"]) == own
 
 
 def test_cpu_seconds_leave_waiting_out(monkeypatch):

@@ -10,7 +10,7 @@ from benchmarks import data
 
 
 @pytest.mark.slow
-def test_figures_of_every_part(tmp_path, capsys):
+def test_figures_of_every_part(tmp_path):
     out = tmp_path / "data.json"
     small = ["--rows", "9", "--large", "300", "--rounds", "1", "--out", str(out)]
     data.main(["--parts", "conversion", "cold", *small])

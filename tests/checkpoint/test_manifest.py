@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -149,6 +150,16 @@ def test_old_ones_go_and_the_order_is_by_number(tmp_path):
     for step in (999_998, 999_999, 1_000_000):
         save(tmp_path, step)
     assert [manifest.step_of(p) for p in candidates(tmp_path)] == [1_000_000, 999_999]
+
+
+def test_a_copy_that_a_user_has_put_there_stays(output):
+    copy = output / "checkpoints/step-000006-good"
+    shutil.copytree(output / "checkpoints/step-000006", copy)
+    assert [p.name for p in candidates(output)] == ["step-000006", "step-000003"]
+    save(output, 9, keep=1)
+    assert [p.name for p in candidates(output)] == ["step-000009"]
+    set_aside(output, 0)
+    assert verify(copy).step == 6 and candidates(output) == []
 
 
 def test_a_save_that_turns_out_damaged_deletes_nothing(output):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from gemoe_ds.analysis.ablation import write_ablation
 from gemoe_ds.analysis.record import write_record
 from gemoe_ds.cli.analyze import main
 from tests.analysis.evaluations import ablation_of, evaluation, pairs_of
-from tests.helpers import repository
+from tests.helpers import run_here
 
 
 @pytest.fixture
@@ -99,12 +97,7 @@ def test_a_missing_baseline_is_one_line_and_leaves_nothing(
 ) -> None:
     out = tmp_path / "out"
     chosen = [folder for folder in folders if not folder.endswith("top_k_8")]
-    done = subprocess.run(
-        [sys.executable, "launch/analyze.py", *chosen, "--out", str(out)],
-        cwd=repository(),
-        capture_output=True,
-        text=True,
-    )
+    done = run_here(main, *chosen, "--out", out)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

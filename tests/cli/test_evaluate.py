@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.helpers import run_python, run_ranks
+from gemoe_ds.cli.evaluate import main
+from tests.helpers import run_here, run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
 
@@ -15,11 +16,21 @@ def setting(tmp_path_factory):
     return write_setting(tmp_path_factory.mktemp("evaluate"))
 
 
+@pytest.fixture(scope="module")
+def runs(setting):
+    """By dtype."""
+    folder = {dtype: setting["root"] / dtype for dtype in ("bfloat16", "float32")}
+    configs = [
+        make_config(setting, run, model__dtype=dtype, parallel__ep_size=1)
+        for dtype, run in folder.items()
+    ]
+    assert run_ranks(train_all, 1, configs) == [None]
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_flips_against_float32_are_counted(setting, tmp_path, dtype):
-    run = tmp_path / "run"
-    config = make_config(setting, run, model__dtype=dtype, parallel__ep_size=1)
-    assert run_ranks(train_all, 1, [config]) == [None]
+def test_flips_against_float32_are_counted(setting, runs, tmp_path, dtype):
+    run = runs[dtype]
     command = ["launch/evaluate.py", run / "config.yaml"]
     command += ["--trained", run, "--data", setting["data"], "--out", tmp_path / "out", "--flips"]
     done = run_python(*command)
@@ -32,11 +43,9 @@ def test_flips_against_float32_are_counted(setting, tmp_path, dtype):
     assert dtype == "bfloat16" or shares == [0.0, 0.0]
 
 
-def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
+def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, runs, tmp_path):
     """--mean-k 2.5 on the data of the evaluation; then the printed shift as an override."""
-    run = tmp_path / "run"
-    config = make_config(setting, run, parallel__ep_size=1)
-    assert run_ranks(train_all, 1, [config]) == [None]
+    run = runs["float32"]
     command = ["launch/evaluate.py", run / "config.yaml"]
     command += ["--trained", run, "--data", setting["data"]]
     budgets = ["--out", tmp_path / "out", "--mean-k", "2.5", "3"]
@@ -63,14 +72,12 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, tmp_path):
     ],
 )
 def test_wrong_options_are_refused(options, message, setting, tmp_path):
-    command = ["launch/evaluate.py", "unused.yaml", *options]
-    command += ["--data", setting["data"], "--out", tmp_path / "out"]
-    done = run_python(*command)
+    command = ["unused.yaml", *options, "--data", setting["data"], "--out", tmp_path / "out"]
+    done = run_here(main, *command)
     assert done.returncode == 2 and message in done.stderr
 
 
 def test_flips_of_a_static_k_are_refused(setting, tmp_path):
-    command = ["launch/evaluate.py", "unused.yaml", "--k", "2"]
-    command += ["--data", setting["data"], "--out", tmp_path / "out", "--flips"]
-    done = run_python(*command)
+    command = ["unused.yaml", "--k", "2", "--flips"]
+    done = run_here(main, *command, "--data", setting["data"], "--out", tmp_path / "out")
     assert done.returncode == 2 and "a static k never flips" in done.stderr

@@ -15,16 +15,17 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.checkpoint.state import load_trained_weights
+from gemoe_ds.cli.export import main
 from gemoe_ds.config.load import load_config
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_model
-from tests.helpers import run_python, run_ranks
+from tests.helpers import run_here, run_python, run_ranks
 from tests.tiny import model_inputs, random_batch
 from tests.train.resuming import make_config, train_all, write_setting
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess:
-    return run_python("launch/export.py", *arguments)
+    return run_here(main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +34,43 @@ def setting(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(setting):
-    """GeMoE trained a few steps on the tiny base; k must differ between tokens."""
-    output = setting["root"] / "run"
-    options = {"name": "gemoe", "k_low": 0, "k_high": 6}
-    config = make_config(
-        setting, output, model__router=options, parallel__ep_size=1, optim__predictor_lr=0.1
-    )
-    assert run_ranks(train_all, 1, [config]) == [None]
-    return output
+def coarse(setting):
+    """The tiny base in bfloat16 and in shards."""
+    folder = setting["root"] / "coarse"
+    model = LlavaForConditionalGeneration.from_pretrained(setting["hf"], dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(setting, coarse):
+    """A few steps each on the tiny base, in one process group."""
+    root = setting["root"]
+    gemoe = {"name": "gemoe", "k_low": 0, "k_high": 6}  # k must differ between tokens
+    changes = {
+        "gemoe": {"model__router": gemoe, "optim__predictor_lr": 0.1},
+        "moepp": {"model__router": {"name": "moepp", "free_rows": "copies"}},
+        "on_coarse": {"model__checkpoint": str(coarse)},
+        "all": {"model__trainable": "all"},
+    }
+    configs = [
+        make_config(setting, root / name, parallel__ep_size=1, **of) for name, of in changes.items()
+    ]
+    assert run_ranks(train_all, 1, configs) == [None]
+    return {name: root / name for name in changes}
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return runs["gemoe"]
 
 
 @pytest.fixture(scope="module")
 def exported(setting, run):
+    """As the file writes it."""
     out = setting["root"] / "exported"
-    done = export(run / "config.yaml", "--trained", run, "--out", out)
+    done = run_python("launch/export.py", run / "config.yaml", "--trained", run, "--out", out)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -167,19 +190,15 @@ def test_its_own_code_gives_the_logits_and_the_k_of_training(run, alone):
         assert k_LT.unique().numel() > 2, "tokens differ, else nothing is shown"
 
 
-def test_free_experts_and_what_a_layer_hands_to_the_next_go_along(setting, tmp_path):
+def test_free_experts_and_what_a_layer_hands_to_the_next_go_along(runs, tmp_path):
     """MoE++: copies and constants beside the experts, logits of the layer before."""
-    options = {"name": "moepp", "free_rows": "copies"}
-    config = make_config(setting, tmp_path / "run", model__router=options, parallel__ep_size=1)
-    assert run_ranks(train_all, 1, [config]) == [None]
-    done = export(
-        tmp_path / "run/config.yaml", "--trained", tmp_path / "run", "--out", tmp_path / "hf"
-    )
+    run = runs["moepp"]
+    done = export(run / "config.yaml", "--trained", run, "--out", tmp_path / "hf")
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "hf", trust_remote_code=True
     ).eval()
-    ours = trained_model(tmp_path / "run")
+    ours = trained_model(run)
     for batch in BATCHES:
         with torch.no_grad():
             logits = theirs(**stock_inputs(batch)).logits[batch["is_valid_BS"]]
@@ -197,7 +216,6 @@ def test_the_predictor_decides_k_in_the_exported_model(exported):
         for name, parameter in model.named_parameters():
             if name.endswith("eap.weight"):
                 parameter.neg_()
-        assert not torch.equal(torch.stack(model.k_per_layer), torch.zeros_like(k))
         after = model(**inputs).logits
     assert not torch.equal(torch.stack(model.k_per_layer), k) and not torch.equal(before, after)
 
@@ -247,19 +265,9 @@ def unmoved(rank, config):
     return train_all(rank, [config])
 
 
-def test_a_base_in_bfloat16_and_in_shards_keeps_dtype_and_bits(setting, run, tmp_path):
-    coarse = tmp_path / "coarse"
-    model = LlavaForConditionalGeneration.from_pretrained(setting["hf"], dtype=torch.bfloat16)
-    model.save_pretrained(coarse, max_shard_size="20KB")
-    assert (coarse / "model.safetensors.index.json").exists()
-    config = make_config(setting, tmp_path / "run", model__checkpoint=str(coarse))
-    config = config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"ep_size": 1})}
-    )
-    assert run_ranks(train_all, 1, [config]) == [None]
-    done = export(
-        tmp_path / "run/config.yaml", "--trained", tmp_path / "run", "--out", tmp_path / "out"
-    )
+def test_a_base_in_bfloat16_and_in_shards_keeps_dtype_and_bits(runs, coarse, tmp_path):
+    run = runs["on_coarse"]
+    done = export(run / "config.yaml", "--trained", run, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = stored(coarse), stored(tmp_path / "out")
     frozen = [k for k in before if not k.endswith("mlp.gate.weight")]
@@ -269,10 +277,8 @@ def test_a_base_in_bfloat16_and_in_shards_keeps_dtype_and_bits(setting, run, tmp
     )
 
 
-def test_a_run_that_trained_everything_is_exported_too(setting, tmp_path):
-    output = tmp_path / "run"
-    config = make_config(setting, output, model__trainable="all", parallel__ep_size=1)
-    assert run_ranks(train_all, 1, [config]) == [None]
+def test_a_run_that_trained_everything_is_exported_too(runs, tmp_path):
+    output = runs["all"]
     done = export(output / "config.yaml", "--trained", output, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = stored(tmp_path / "out"), stored(output / "hf")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gemoe_ds.analysis.routing_sums import RoutingSums
-from tests.helpers import repository, run_python, run_ranks
+from gemoe_ds.cli.generate import main
+from tests.helpers import repository, run_here, run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_data, write_setting
 
 
@@ -23,10 +24,13 @@ def trained(tmp_path_factory):
     return run, few, setting["data"]
 
 
-def generate(trained, out, *options, launcher=()):
+def words_of(trained, out, *options):
     run, few, data = trained
-    command = ["launch/generate.py", run / "config.yaml", "--data", few]
-    command += ["--out", out, "--calibrate", data, *options]
+    return [run / "config.yaml", "--data", few, "--out", out, "--calibrate", data, *options]
+
+
+def generate(trained, out, *options, launcher=()):
+    command = ["launch/generate.py", *words_of(trained, out, *options)]
     if not launcher:
         return run_python(*command)
     command = [sys.executable, *launcher, *map(str, command)]
@@ -90,12 +94,17 @@ def test_a_budget_is_met_in_every_round(trained, tmp_path):
     [
         ([], "(static) or --router NAME"),
         (["--k", "2", "--mean-k", "3"], "--mean-k goes with --trained RUN"),
-        (["--k", "2", "--rounds", "0"], "are 1 at least"),
-        (["--k", "2", "--temperature", "-1"], "--temperature"),
-        (["--k", "9"], "exceeds the backbone's 8 experts"),
+        (["--k", "2", "--rounds", "0"], "argument --rounds: 0 is not a number from 1 to"),
+        (["--k", "2", "--temperature", "nan"], "--temperature is 0 or more"),
     ],
 )
 def test_wrong_options_are_refused(options, message, trained, tmp_path):
-    done = generate(trained, tmp_path / "out", *options)
+    done = run_here(main, *words_of(trained, tmp_path / "out", *options))
     assert done.returncode == 2 and message in done.stderr, done.stderr[-500:]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_k_that_the_backbone_has_not_is_refused(trained, tmp_path):
+    done = generate(trained, tmp_path / "out", "--k", "9")
+    assert done.returncode == 2 and "exceeds the backbone's 8 experts" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -70,6 +70,21 @@ def test_from_another_folder_the_checkout_s_scripts_and_templates_are_named(
     assert f" {repository()}/launch/train.py {RECIPE}" in capsys.readouterr().out
 
 
+def test_the_hosts_are_written_beside_the_run_and_not_over_a_file_of_the_user(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemoe_ds.config.validate_run", lambda *_, **__: None)
+    started = []
+    monkeypatch.setattr(os, "execvp", lambda program, words: started.append(words))
+    (tmp_path / "hostfile").write_text("mine")
+    main(CASES["deepspeed"])
+    path = "runs/molmoe_gemoe.hostfile"
+    assert started[0][:3] == ["deepspeed", "--hostfile", path]
+    assert (tmp_path / path).read_text() == "".join(f"n{n} slots=8\n" for n in (1, 2, 3, 4))
+    assert (tmp_path / "hostfile").read_text() == "mine"
+
+
 @pytest.mark.parametrize("path", sorted((repository() / "launch/slurm").iterdir()), ids=str)
 def test_templates_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)

@@ -14,16 +14,13 @@ import yaml
 
 from gemoe_ds.cli.train import main
 from tests.cluster.launches import TRAIN, ranks
-from tests.helpers import free_port, repository, run_python
-from tests.tiny import write_base
-from tests.train.resuming import make_config, write_data
+from tests.helpers import free_port, repository, run_python, run_ranks
+from tests.train.resuming import make_config, train_all, write_setting
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    root = tmp_path_factory.mktemp("launch")
-    hf, tokenizer = write_base(root)
-    return {"root": root, "hf": hf, "tokenizer": tokenizer, "data": write_data(root / "data")}
+    return write_setting(tmp_path_factory.mktemp("launch"))
 
 
 @pytest.fixture
@@ -113,13 +110,6 @@ def test_alone_deepspeed_and_torchrun_start_the_same_run(recipe, tmp_path):
     assert losses["deepspeed"] == pytest.approx(losses["alone"], rel=1e-5)
 
 
-def test_dry_run_takes_a_step_and_writes_nothing(recipe):
-    done = run_python(TRAIN, recipe, "--dry-run")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dry run: one step of" in done.stdout and "router" in done.stdout
-    assert not (recipe.parent / "run").exists()
-
-
 def two_ranks(folder, recipe, *changes) -> tuple[int, str]:
     """The exit code, and what was said: like a launcher, once the first has failed or both end."""
     with ranks(folder, recipe, 2, *changes) as started:
@@ -127,9 +117,19 @@ def two_ranks(folder, recipe, *changes) -> tuple[int, str]:
         return code, started.log(0) + started.log(1)
 
 
+@pytest.fixture(scope="module")
+def run_of_two(setting):
+    """The recipe of the tests above after two steps on two ranks."""
+    train = {"steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    output = setting["root"] / "run of two"
+    config = make_config(setting, output, train=train, checkpoint__every=2)
+    assert run_ranks(train_all, 2, [config]) == [None, None]
+    return output
+
+
 @pytest.mark.parametrize("harm", ["experts", "foreign", "damaged"])
 def test_two_ranks_refuse_together_without_a_hang(
-    setting, recipe, tmp_path, tmp_path_factory, harm
+    setting, recipe, run_of_two, tmp_path, tmp_path_factory, harm
 ):
     logs = tmp_path_factory.mktemp("logs")
     changes = ["parallel.ep_size=2", "train.steps=2"]
@@ -137,8 +137,7 @@ def test_two_ranks_refuse_together_without_a_hang(
         changes = ["parallel.ep_size=2", f"model.checkpoint={odd_experts(setting, tmp_path, 5)}"]
         words = "ep_size=2 does not divide the backbone's 5 experts"
     else:
-        code, said = two_ranks(logs, recipe, *changes)
-        assert code == 0, said[-2000:]
+        shutil.copytree(run_of_two, recipe.parent / "run")
         step = recipe.parent / "run/checkpoints/step-000002"
         if harm == "foreign":
             changes += [f"resume={step}", "model.router.k_low=2", "train.steps=4"]

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.errors import REQUEUE
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
+from tests.train.sample_logs import read_sample_log
 
 RESULTS = repository() / "results/faults.json"
 WATCH, STOP = "tests/cluster/test_watchdog.py", "tests/cluster/test_signals.py"
@@ -124,7 +124,8 @@ FAULTS = [
         "broken and missing images",
         "dropped when data are converted, left out when they break later; listed, order kept",
         [
-            "tests/data/sources/test_llava.py",
+            "tests/data/sources/test_convert.py",
+            "tests/data/sources/test_pictures.py",
             "tests/data/test_stream.py",
             "tests/train/test_bad_samples.py",
         ],

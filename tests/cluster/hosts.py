@@ -13,7 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from tests.cluster import programs
 
 PROGRAMS = ("ip", "nsenter", "unshare", "pdsh", "ssh-keygen", "/usr/sbin/sshd")
 SWITCH = "gemoe-sw"
@@ -26,11 +29,7 @@ exec "$@"
 """
 
 
-def why_not() -> str:
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed: make cluster-tools"
-    return "" if os.geteuid() == 0 else "needs root"
+why_not = partial(programs.why_not, PROGRAMS)
 
 
 class Hosts:

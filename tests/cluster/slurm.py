@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from tests.cluster import programs
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 ENDED = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 GRACE = 20  # seconds between a preemption's SIGTERM and its SIGKILL
 
 
-def why_not() -> str:
-    """What is missing to run one here; empty if nothing is."""
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed: make cluster-tools"
-    return "" if os.geteuid() == 0 else "needs root"
+why_not = partial(programs.why_not, PROGRAMS)
 
 
 class Slurm:

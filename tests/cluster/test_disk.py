@@ -12,9 +12,9 @@ import pytest
 
 from gemoe_ds.checkpoint.manifest import newest, step_of
 from gemoe_ds.errors import MISTAKE
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics, ranks, write_recipe
 from tests.train.resuming import write_setting
+from tests.train.sample_logs import read_sample_log
 
 pytestmark = [
     pytest.mark.cluster,

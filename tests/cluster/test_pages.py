@@ -46,7 +46,7 @@ def clone(tmp_path):
     return folder
 
 
-def meta_model(clone: Path, lines: list[str]) -> list[str]:
+def in_bash(clone: Path, lines: list[str]) -> list[str]:
     return ["bash", "-ec", "\n".join([f"cd {clone}", *lines])]
 
 
@@ -65,7 +65,7 @@ def steps_of(run: Path) -> int:
 
 def test_alone(clone):
     page = repository() / "docs/launching/alone.md"
-    said = run(clone, meta_model(clone, [what for block in blocks(page) for _, what in block]))
+    said = run(clone, in_bash(clone, [what for block in blocks(page) for _, what in block]))
     assert "nothing written" in said
     assert steps_of(clone / "runs/trial/run") == 120
     assert (clone / "runs/trial/eval/eval.json").exists()
@@ -95,7 +95,7 @@ def test_one_host_and_two(clone, tmp_path, launcher):
                 if re.match("source|export", what):
                     kept.append(what)
                     continue
-                command = two.command(name_of[where or "node1"], *meta_model(clone, [*kept, what]))
+                command = two.command(name_of[where or "node1"], *in_bash(clone, [*kept, what]))
                 if where:
                     started.append(subprocess.Popen(command, env=variables))
                 else:
@@ -114,7 +114,7 @@ def test_slurm(clone, tmp_path):
         variables = {"SLURM_CONF": str(cluster.config), "MASTER_ADDR": socket.gethostname()}
         said = run(
             clone,
-            meta_model(clone, [what for block in blocks(page) for _, what in block]),
+            in_bash(clone, [what for block in blocks(page) for _, what in block]),
             **variables,
         )
         assert "#SBATCH --nodes=2" in said and "RANK='0'" in said

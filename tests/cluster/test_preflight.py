@@ -15,8 +15,10 @@ from gemoe_ds.cluster.preflight import (
     FREE_DISK,
     RankReport,
     errors,
+    free_for_a_rank,
     free_host_memory,
     preflight,
+    ranks_by_host,
     warnings,
 )
 from gemoe_ds.engine.world import World, distributed
@@ -89,6 +91,8 @@ def test_expert_groups_that_cross_hosts(hosts, ep_size, words):
     "line, folder, limit, used, prefix",
     [
         ("0::/job_7", "job_7", "memory.max", "memory.current", ""),
+        ("0::/job_7/step_0/task_0", "job_7", "memory.max", "memory.current", ""),  # as SLURM has it
+        ("0::/job_7", "", "memory.max", "memory.current", ""),  # as seen in a container
         (
             "4:memory:/job_7",
             "memory/job_7",
@@ -102,6 +106,9 @@ def test_memory_is_what_the_job_was_given(tmp_path, line, folder, limit, used, p
     """Control groups of both versions; what files are cached counts as free."""
     group = tmp_path / "sys/fs/cgroup" / folder
     group.mkdir(parents=True)
+    own = tmp_path / "sys/fs/cgroup/job_7/step_0/task_0"
+    own.mkdir(parents=True)
+    (own / "memory.max").write_text("max\n")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n{line}\n")
     (group / used).write_text("5000000\n")
@@ -112,6 +119,16 @@ def test_memory_is_what_the_job_was_given(tmp_path, line, folder, limit, used, p
     assert free_host_memory(tmp_path) == 4_000_930
     (group / limit).write_text("max\n" if limit == "memory.max" else "9223372036854771712\n")
     assert free_host_memory(tmp_path) > 2**27, "the host's own"
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", [30, 30, 30, 90]), ("cuda", [90] * 4)])
+def test_ranks_of_a_host_share_its_memory_alone(monkeypatch, device, expected):
+    """Four ranks, of which three are on one host; each has a GPU of its own."""
+    hosts = ["a", "a", "a", "b"]
+    monkeypatch.setattr(module, "gather_objects", lambda own: hosts)
+    monkeypatch.setattr(module, "free_memory", lambda device: 90)
+    on_host = ranks_by_host()
+    assert [free_for_a_rank(torch.device(device), on_host[host]) for host in hosts] == expected
 
 
 def in_a_world(rank: int, output: str, case: str) -> list[str] | str:

@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gemoe_ds.checkpoint.manifest import newest
 from gemoe_ds.errors import REQUEUE
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import STEPS, metrics, ranks, write_recipe
 from tests.train.resuming import write_data, write_setting
+from tests.train.sample_logs import read_sample_log
 
 
 @pytest.fixture(scope="module")

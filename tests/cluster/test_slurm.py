@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import metrics
 from tests.cluster.slurm import slurm, why_not
 from tests.cluster.trial import RECIPE, options, write_trial
 from tests.helpers import repository
+from tests.train.sample_logs import read_sample_log
 
 pytestmark = [
     pytest.mark.cluster,

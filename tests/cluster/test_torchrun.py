@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.cluster.launches import harmed, metrics, ranks, write_recipe
 from tests.helpers import repository
 from tests.train.resuming import write_setting
+from tests.train.sample_logs import read_sample_log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_restarted(tmp_path, victim, record_property):
+def test_restarted(tmp_path, victim):
     setting = write_setting(tmp_path / "setting")
     recipe, output = write_recipe(setting, tmp_path / "whole")
     with ranks(tmp_path / "logs", recipe, 2) as running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_whoever_is_gone_is_named_by_all_others(ranks, victim, number, words):
     for other in {0, 1, 2, 3} - {victim}:
         assert ranks.processes[other].wait(3 * BOUND + 10) == STALLED, ranks.said(other)
         assert f"error: rank {victim} (host " in ranks.said(other)
+        assert re.search(words, ranks.said(other))
         assert "it was last seen at: step 7, forward and backward" in ranks.said(other)
     assert time.monotonic() - began < 2 * BOUND + 10
 

@@ -39,6 +39,11 @@ def test_base64_is_read_and_is_no_path(tmp_path: Path) -> None:
     config.check_paths("deepspeed")
 
 
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read it: File name too long"):
+        check_deepspeed(loaded(tmp_path, {}, f"deepspeed={'x' * 300}"), 2)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -33,7 +33,7 @@ def recipe(tmp_path, monkeypatch):
     return path
 
 
-def test_an_old_recipe_is_read_as_it_was_meant(recipe, capsys):
+def test_an_old_recipe_is_read_as_it_was_meant(recipe):
     config = load_config(recipe)
     assert (config.model.trainable, config.model.activation_checkpointing) == ("all", True)
     assert config.model.router.flat(only_set=True) == {"name": "top_k", "norm_topk_prob": "sum"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,16 @@ def test_one_validation_for_training_and_one_for_evaluation(tmp_path: Path) -> N
     validate_evaluation(config)
     with pytest.raises(ConfigError, match="train_batch_size=64 contradicts"):
         validate_run(config, 2)
+
+
+def test_a_long_file_in_base64_is_checked_too(tmp_path: Path) -> None:
+    content = {"gradient_clipping": 0.5, "_why": "x" * 300}  # a path may have 255 characters
+    text = base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+    for name in ("tokenizer", "base"):
+        (tmp_path / name).mkdir()
+    paths = [f"data.tokenizer={tmp_path}/tokenizer", f"model.checkpoint={tmp_path}/base"]
+    with pytest.raises(ConfigError, match="gradient_clipping=0.5 contradicts"):
+        validate_evaluation(loaded(tmp_path, {}, f"deepspeed={text}", *paths))
 
 
 @pytest.mark.parametrize("router", ["ada_k", "evolve", "remoe"])

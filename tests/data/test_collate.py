@@ -56,7 +56,7 @@ def test_a_sequence_by_hand(tokenizer):
     torch.testing.assert_close(batch.images["pixels"], red[None, :, None, None].expand(1, 3, 4, 4))
 
 
-def test_padding_stands_right_and_text_only_samples_see_a_blank_image(tokenizer):
+def test_padding_stands_right_and_text_only_samples_see_a_dummy_image(tokenizer):
     collator = make(tokenizer)
     samples = [of_turns("t", None, TWO[:1]), of_turns("i", image(size=(9, 7)), TWO)]
     batch = collator.batch([collator.encode(i, s) for i, s in enumerate(samples)])

@@ -18,7 +18,7 @@ from transformers import Qwen3VLProcessor
 
 from gemoe_ds.data.prompts import PromptEncoder, Question
 from gemoe_ds.errors import ConfigError, ImageError, SampleError
-from tests.models.collators import make_collator, picture
+from tests.models.collators import make_collator, picture, shown
 
 GOLDEN = json.loads(
     (Path(__file__).parent.parent / "models/golden/prompts.json").read_text(encoding="utf-8")
@@ -36,10 +36,6 @@ def encoder(tmp_path_factory):
     return cache(
         lambda name: PromptEncoder(make_collator(name, tmp_path_factory.mktemp("own") / name))
     )
-
-
-def shown(width: int, height: int) -> Image.Image:
-    return Image.open(io.BytesIO(picture(width, height)))
 
 
 def unpacked(runs) -> list[int]:

@@ -13,14 +13,9 @@ from gemoe_ds.engine.compile import check_compiler, compile_dense
 from gemoe_ds.errors import ConfigError
 from tests.engine.parity import FLOAT32_BOUND, Case, is_equal, references, run_cases, run_config
 from tests.helpers import run_ranks
-from tests.tiny import make_model, random_batch, write_base
+from tests.tiny import make_model, random_batch
 
 REGIONS = ["self_attn", "input_layernorm", "post_attention_layernorm"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +36,9 @@ def step(model, optimizer, batch):
 
 
 def check(base, recompute, backend):
-    pair = [make_model(base, train="all", recompute=recompute).train() for _ in range(2)]
+    pair = [
+        make_model(base, train="all", activation_checkpointing=recompute).train() for _ in range(2)
+    ]
     names = compile_dense(pair[1], backend)
     layers = "hf.model.language_model.layers"
     assert set(names) == {"hf.model.vision_tower.encoder.layers.0"} | {

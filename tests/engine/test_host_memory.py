@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -27,42 +27,61 @@ from tests.helpers import run_ranks
 MB = 2**20
 
 
+@contextmanager
 def memory_of(world, how: str):
     """As it is on one host; on two; where a rank cannot have files without a name, or see those of
     another."""
-    if how == "two hosts":
-        module._this_host = lambda: f"host {world.rank // 2}"
-    if how == "no memfd" and world.rank == 0:
-        os.memfd_create = lambda *_: os.open("/nowhere", os.O_RDWR)
-    if how == "cannot open" and world.rank == 1:
-        module._mapped = lambda *_: open("/proc/nobody")  # noqa: SIM115
-    return module.HostMemory.of(world)
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "two hosts":
+            patch.setattr(module, "_this_host", lambda: f"host {world.rank // 2}")
+        if how == "no memfd" and world.rank == 0:
+            patch.setattr(os, "memfd_create", lambda *_: os.open("/nowhere", os.O_RDWR))
+        if how == "cannot open" and world.rank == 1:
+            patch.setattr(module, "_mapped", lambda *_: open("/proc/nobody"))  # noqa: SIM115
+        yield module.HostMemory.of(world)
 
 
-def written(rank: int, how: str) -> tuple[int, int, list[list[float]]]:
+def written(rank: int, hows: list[str]) -> dict[str, tuple[int, int, list[list[float]]]]:
     """What every rank reads after each has written its number into a row of its own."""
+    found = {}
     with distributed() as world:
-        memory = memory_of(world, how)
-        tensors = memory.allocate([(4, 3), (4, 1)], torch.float32)
-        if memory.rank == 0:
-            for tensor in tensors:
-                tensor.fill_(-1)
-        gather_objects(None)
+        for how in hows:
+            with memory_of(world, how) as memory:
+                found[how] = written_to(memory, rank)
+    return found
+
+
+def written_to(memory, rank: int) -> tuple[int, int, list[list[float]]]:
+    tensors = memory.allocate([(4, 3), (4, 1)], torch.float32)
+    if memory.rank == 0:
         for tensor in tensors:
-            tensor[rank] = rank
-        gather_objects(None)
-        return memory.rank, memory.num_ranks, [tensor[:, 0].tolist() for tensor in tensors]
+            tensor.fill_(-1)
+    gather_objects(None)
+    for tensor in tensors:
+        tensor[rank] = rank
+    gather_objects(None)
+    return memory.rank, memory.num_ranks, [tensor[:, 0].tolist() for tensor in tensors]
 
 
-@pytest.mark.parametrize("how", ["one host", "two hosts", "no memfd", "cannot open"])
-def test_what_one_rank_writes_the_others_of_its_host_read(how):
-    found = run_ranks(written, 4, how)
-    hosts = {"one host": [[0, 1, 2, 3]], "two hosts": [[0, 1], [2, 3]]}.get(
-        how, [[0], [1], [2], [3]]
-    )
-    for ranks in hosts:
+EACH_ALONE = [[0], [1], [2], [3]]
+HOSTS = {
+    "one host": [[0, 1, 2, 3]],
+    "two hosts": [[0, 1], [2, 3]],
+    "no memfd": EACH_ALONE,
+    "cannot open": EACH_ALONE,
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_ranks(written, 4, list(HOSTS))
+
+
+@pytest.mark.parametrize("how", HOSTS)
+def test_what_one_rank_writes_the_others_of_its_host_read(found, how):
+    for ranks in HOSTS[how]:
         for place, rank in enumerate(ranks):
-            at, size, columns = found[rank]
+            at, size, columns = found[rank][how]
             assert (at, size) == (place, len(ranks))
             for column in columns:
                 assert [column[r] for r in ranks] == ranks
@@ -118,7 +137,7 @@ def test_it_is_there_once_and_goes_with_its_last_tensor():
 
 
 def test_a_process_alone_allocates_as_ever():
-    ((_, size, _),) = run_ranks(written, 1, "one host")
+    (((_, size, _),),) = (found.values() for found in run_ranks(written, 1, ["one host"]))
     assert size == 1 and LOCAL.first_error("a problem") == "a problem"
 
 

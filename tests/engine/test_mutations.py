@@ -11,7 +11,6 @@ import pytest
 from gemoe_ds.moe.context import LossTerm, TokenContext
 from tests.engine.parity import Case, is_equal, references, run_cases
 from tests.helpers import run_ranks
-from tests.tiny import write_base
 from tests.train.resuming import CUT, Setup, cut_run, setup_config, train_all, write_setting
 
 TRAINABLE = Case(0, ep_size=2, train="all")
@@ -94,11 +93,6 @@ def a_weight_is_not_the_stored_one() -> None:
 def with_fault(rank: int, plant, function, *args):
     plant()
     return function(rank, *args)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_a_missing_expert_stops_at_start_up(base):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.engine.parity import Case, is_equal, references, run_cases
 from tests.helpers import run_ranks
-from tests.tiny import write_base
 
 CASES = [  # on two ranks; `make parity` runs all of them on four
     Case(0, ep_size=2, train="all"),
@@ -26,11 +23,6 @@ CASES = [  # on two ranks; `make parity` runs all of them on four
     Case(2, ep_size=2, dtype="bfloat16", router="top_k"),
     Case(3, ep_size=2, train="all", dtype="bfloat16", router="top_k"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_two_ranks_equal_the_reference(base):

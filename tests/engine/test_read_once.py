@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ from gemoe_ds.hf_io import loader
 from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.hf_io.key_rules import KeyMap
 from gemoe_ds.hf_io.loader import Weights, materialise
-from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
 from tests.helpers import run_ranks
 from tests.models.cases import write_case
+from tests.scale.reading import stored_bytes
 
 
 def memory_of(world, hosts: str, *, once: bool = True):
@@ -59,52 +60,63 @@ def digest(model: nn.Module) -> str:
     return of_all.hexdigest()
 
 
-def loaded(rank: int, folder: str, name: str, hosts: str, train: str, dtype: str, ep_size: int):
+@dataclass(frozen=True)
+class Case:
+    name: str
+    hosts: str  # a letter a rank
+    train: str
+    dtype: str
+    ep_size: int
+
+
+def loaded(rank: int, root: Path, cases: list[Case]) -> list[tuple[list[str], list[int]]]:
     """Digests of the model as each host reads it and as one of them does; the bytes of both."""
     loader._WORTH_SHARING = 256  # bytes: the models are small
     read = count_bytes()
     with distributed() as world:
-        shard = expert_shard(ep_size, world)
-        found, sizes = [], []
-        for once in (False, True):
-            torch.manual_seed(0)
-            read.clear()
-            model = MoEModel.from_checkpoint(
-                Backbone.named(name)(Backbone.named(name).Config()),
-                Path(folder) / "base",
-                Path(folder) / "tokenizer",
-                (Router.named("gemoe"), Router.named("gemoe").Config()),
-                train=train,
-                dtype=getattr(torch, dtype),
-                shard=shard,
-                memory=memory_of(world, hosts, once=once),
-            )
-            found.append(digest(model))
-            sizes.append(sum(read))
-        return found, sizes
+        return [loaded_twice(case, root / case.name, world, read) for case in cases]
 
 
-def stored_bytes(folder: Path) -> int:
-    return sum(tensor.num_bytes for tensor in open_stored(folder).values())
+def loaded_twice(case: Case, folder: Path, world, read: list[int]) -> tuple[list[str], list[int]]:
+    shard = expert_shard(case.ep_size, world)
+    found, sizes = [], []
+    for once in (False, True):
+        torch.manual_seed(0)
+        read.clear()
+        model = MoEModel.from_checkpoint(
+            Backbone.named(case.name)(Backbone.named(case.name).Config()),
+            folder / "base",
+            folder / "tokenizer",
+            (Router.named("gemoe"), Router.named("gemoe").Config()),
+            train=case.train,
+            dtype=getattr(torch, case.dtype),
+            shard=shard,
+            memory=memory_of(world, case.hosts, once=once),
+        )
+        found.append(digest(model))
+        sizes.append(sum(read))
+    return found, sizes
 
 
-@pytest.mark.parametrize(
-    "name, hosts, train, dtype, ep_size",
-    [
-        ("olmoe", "aabb", "routers", "bfloat16", 2),
-        pytest.param("qwen3_vl_moe", "aaab", "all", "float32", 4, marks=pytest.mark.slow),
-        ("deepseek_vl2", "abab", "experts", "bfloat16", 1),
-        ("molmoe", "abcd", "routers", "float32", 2),
-    ],
-)
-def test_every_byte_is_read_once(tmp_path, name, hosts, train, dtype, ep_size):
-    write_case(name, tmp_path)
-    found = run_ranks(loaded, 4, str(tmp_path), name, hosts, train, dtype, ep_size)
-    for (each, once), _ in found:
-        assert each == once
-    stored = stored_bytes(tmp_path / "base")
-    by_each, once = (sum(sizes[n] for _, sizes in found) for n in (0, 1))
-    assert once <= stored < by_each
+QUICK = [
+    Case("olmoe", "aabb", "routers", "bfloat16", 2),
+    Case("deepseek_vl2", "abab", "experts", "bfloat16", 1),
+    Case("molmoe", "abcd", "routers", "float32", 2),
+]
+SLOW = [Case("qwen3_vl_moe", "aaab", "all", "float32", 4)]
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+def test_every_byte_is_read_once(tmp_path, cases):
+    for case in cases:
+        write_case(case.name, tmp_path / case.name)
+    found = run_ranks(loaded, 4, tmp_path, cases)
+    for case, by_rank in zip(cases, zip(*found, strict=True), strict=True):
+        for (each, once), _ in by_rank:
+            assert each == once, case
+        stored = stored_bytes(tmp_path / case.name / "base")
+        by_each, once = (sum(sizes[n] for _, sizes in by_rank) for n in (0, 1))
+        assert once <= stored < by_each, case
 
 
 class Matrices(nn.Module):

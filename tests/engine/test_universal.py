@@ -1,8 +1,8 @@
 """Why checkpoints are our own: what DeepSpeed's universal checkpoint loses under ZeRO 3.
 
 Two groups with other learning rates are saved, converted and loaded by DeepSpeed alone. If a test
-here fails, DeepSpeed has been mended, and docs/checkpoints.md and engine/writer.py may be thought
-over again.
+here fails, DeepSpeed has been mended, and docs/checkpoints.md and gemoe_ds/checkpoint/writer.py
+may be thought over again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from tests.helpers import run_ranks
 
+pytestmark = pytest.mark.slow  # it is DeepSpeed alone that runs
 RATES = (1e-2, 1e-4)
 
 

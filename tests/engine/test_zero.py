@@ -37,6 +37,13 @@ def probe(rank: int, base, cases: list[Case]) -> None:
                 MovedCheck(model, config.optim).check()
             params = model.trainable()
 
+            # of a shard of the experts nobody else has a part: that is what estimate.py counts
+            if case.zero == 3:
+                alone = model.sharded_parameters() if case.train != "routers" else {}
+                for name, p in model.named_parameters():
+                    parts = 1 if any(p is expert for expert in alone.values()) else 2
+                    assert p.ds_tensor.ds_numel == -(-p.ds_numel // parts), (case, name)
+
             # moments that are set are the moments that are read, whole and in place
             g = torch.Generator().manual_seed(0)
             shapes = {n: full_value(p).shape for n, p in params.items()}

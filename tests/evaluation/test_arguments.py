@@ -13,6 +13,8 @@ from gemoe_ds.evaluation.arguments import modes, session_parser
     "given, words",
     [
         (["--batch", "0"], "argument --batch: 0 is not a number from 1 to"),
+        (["--k", "8", "0"], "argument --k: 0 is not a number from 1 to"),
+        (["--k", "-1"], "argument --k: -1 is not a number from 1 to"),
         (["--out", __file__], "is a file; give a folder"),
     ],
 )

@@ -113,16 +113,11 @@ def check(sums: RoutingSums, tokens: list[Token]) -> None:
     for d, doc in enumerate(sums.doc_id_D.tolist()):
         prompt, written, k_prompt, k_written, h_prompt, h_written = rows[doc]
         assert (sums.prompt_tokens_D[d], sums.written_tokens_D[d]) == (prompt, written)
-        for mean, total, number in (
-            (sums.mean_k_prompt_D, k_prompt, prompt),
-            (sums.mean_k_written_D, k_written, written),
-            (sums.mean_k_D, k_prompt + k_written, prompt + written),
-            (sums.mean_entropy_prompt_D, h_prompt, prompt),
-            (sums.mean_entropy_written_D, h_written, written),
-            (sums.mean_entropy_D, h_prompt + h_written, prompt + written),
-        ):
-            expected = total / number / LAYERS if number else math.nan
-            assert mean[d] == pytest.approx(expected, nan_ok=True)
+        assert (sums.k_prompt_D[d], sums.k_written_D[d]) == (k_prompt, k_written)
+        assert sums.entropy_prompt_D[d] == pytest.approx(h_prompt)
+        assert sums.entropy_written_D[d] == pytest.approx(h_written)
+        mean = (h_prompt + h_written) / (prompt + written) / LAYERS
+        assert sums.mean_entropy_D[d] == pytest.approx(mean)
 
 
 def kinds(rng: np.random.Generator, sequences: int, length: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from experiments import gpu_check
 from experiments.gpu_check import Goal, goals, page, steps
 from gemoe_ds.analysis.provenance import provenance
+from gemoe_ds.evaluation.throughput import Cost
 from tests.helpers import repository
 from tests.models.cases import write_case
 
@@ -45,6 +46,7 @@ def test_the_layer_as_the_benchmark_writes_it(tmp_path):
 def test_training_as_full_size_writes_it(tmp_path):
     report = json.loads((repository() / "results/full_size.json").read_text())
     one = report["backbones"]["olmoe"]
+    assert {name for cost in one["generation"] for name in cost} == set(Cost.__annotations__)
     one |= {"estimated_bytes_per_rank": 11 * 2**30, "device": "NVIDIA H100 80GB HBM3"}
     one["phases"][-1]["device_bytes"] = [10 * 2**30]
     (tmp_path / "training.json").write_text(json.dumps(report))
@@ -72,6 +74,8 @@ def test_the_commands_are_those_of_the_modules_that_they_name(tmp_path):
     names = [step.command[2] for step in steps("olmoe", tmp_path)]
     assert names == ["pytest", "benchmarks", "experiments.full_size", "benchmarks.beside_stock"]
     assert len(steps("olmoe", None)) == 3
+    (training,) = (step for step in steps("olmoe", None) if step.name == "training")
+    assert "--again" in training.command, "or a part that has failed midway never goes on"
 
 
 def test_without_a_gpu_it_is_a_line(capsys):

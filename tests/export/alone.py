@@ -73,6 +73,7 @@ def answers(folder, asked):
         greedy = {"max_new_tokens": 4, "do_sample": False}
         found["written"] = model.generate(**batch, **greedy)
         found["without cache"] = model.generate(**batch, **greedy, use_cache=False)
+        found["static cache"] = model.generate(**batch, **greedy, cache_implementation="static")
         found["beams"] = model.generate(**alone[0], **greedy, num_beams=2, num_return_sequences=2)
         found["names"] = [name for name, _ in model.named_parameters()]
         config = AutoConfig.from_pretrained(folder, **TRUST)

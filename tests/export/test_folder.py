@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import gemoe_ds.export.folder as module
 from gemoe_ds.errors import OutputError
@@ -17,6 +18,7 @@ from tests.hf_io.folders import as_links, below, tensors
 from tests.models.cases import CASES, write_case
 from tests.models.small import make_model
 
+PROCESSORS = PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INDEX = "model.safetensors.index.json"
 AUTO = {"olmoe": "AutoModelForCausalLM"}
 
@@ -83,15 +85,23 @@ def test_the_code_of_the_base_may_stay_in_its_place(tmp_path):
     assert not (out / "preprocessor_config.json").exists()
 
 
-def test_qwen3_vl_keeps_the_sizes_of_the_run_and_what_stood_for_an_image(tmp_path):
+# As published; as transformers 5 saves it; and what it saves beside what was published.
+@pytest.mark.parametrize("files", [PROCESSORS[:1], PROCESSORS[1:], PROCESSORS])
+def test_qwen3_vl_keeps_the_sizes_of_the_run_and_what_stood_for_an_image(tmp_path, files):
     base, tokenizer = write_case("qwen3_vl_moe", tmp_path)
+    before = json.loads((base / PREPROCESSOR).read_text())
+    (base / PROCESSOR).write_text(json.dumps({"image_processor": before}))
+    for name in {*PROCESSORS} - {*files}:
+        (base / name).unlink()
     model = make_model("qwen3_vl_moe", base, "gemoe", backbone={"max_pixels": 4096})
     options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
-    before = json.loads((base / "preprocessor_config.json").read_text())
     export(model, {}, router={"name": "gemoe"}, out=tmp_path / "out", **options)
-    after = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
-    assert after["size"] == before["size"] | {"longest_edge": 4096}
-    assert "auto_map" not in after, "the base's own processor"
+    found = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out")
+    assert dict(found.size) == before["size"] | {"longest_edge": 4096}
+    for name in files:
+        after = json.loads((tmp_path / "out" / name).read_text())
+        assert after.get("image_processor", after)["size"]["longest_edge"] == 4096
+        assert "auto_map" not in after, "the base's own processor"
     config = json.loads((tmp_path / "out/config.json").read_text())
     # the image's token, and those that begin and end it: so does training count
     assert config["gemoe"]["image_tokens"] == [32, 33, 34]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,21 @@ def test_a_float8_folder_is_read_by_transformers(tmp_path):
         assert torch.equal(mine[key].to(weight.dtype), weight), key
 
 
+def test_codes_that_stay_as_they_are_are_not_listed_as_whole(tmp_path):
+    """The linear maps of a float8 folder, where the experts alone are asked for."""
+    write_case("olmoe", tmp_path)
+    first = write_quantised("olmoe", tmp_path, "float8") / "base"
+    backbone = load("olmoe", tmp_path, None).backbone
+    model = backbone.load(first, tmp_path / "tokenizer")
+    formats = {n: f for n, f in format_of(backbone, model, "float8").items() if "experts" in n}
+    backbone.save_quantised(model, {}, first, tmp_path / "again", formats)
+    before, after = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (first, tmp_path / "again")
+    )
+    assert after == before
+
+
 def test_what_is_ours_alone_transformers_refuses(tmp_path):
     """And does not take codes for weights."""
     write_case("olmoe", tmp_path)
@@ -178,13 +195,19 @@ def test_files_have_a_bounded_size(tmp_path, monkeypatch):
     load("olmoe", other, "nf4")
 
 
-def test_the_command_writes_a_base_that_trains(tmp_path, capsys):
+def test_the_command_writes_a_base_that_trains(tmp_path, capsys, monkeypatch):
     write_case("olmoe", tmp_path)
     recipe = repository() / "gemoe_ds/recipes/olmoe_gemoe_8_gpus.yaml"
     options = [f"model.checkpoint={tmp_path / 'base'}", f"data.tokenizer={tmp_path / 'tokenizer'}"]
     options += ["data.train_path=x", "output_dir=x"]
     out = tmp_path / "other/base"
-    export.main([str(recipe), *options, "--quantise", "nf4", "--out", str(out)])
+    command = [str(recipe), *options, "--quantise", "nf4", "--out", str(out)]
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(quantise_folder, "save_file", Mock(side_effect=full))
+        export.main(command)
+    assert f"error: {out} cannot be written: I/O error: No space" in capsys.readouterr().err
+    export.main(command)
     assert f"wrote {out}" in capsys.readouterr().out
     config = json.loads((out / "config.json").read_text())
     said = {"quant_method": "gemoe_ds", "formats": ["int8", "nf4"]}

@@ -41,3 +41,7 @@ def picture(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(grey[..., None].repeat(3, -1)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def shown(width: int, height: int) -> Image.Image:
+    return Image.open(io.BytesIO(picture(width, height)))

@@ -1,4 +1,4 @@
-"""Stock models of every family that convert() takes, tiny and with random weights."""
+"""Stock models of every family that convert() takes, tiny and with random weights; a batch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+
+from gemoe_ds.models.convert import convert
 
 SIZES = {
     "vocab_size": 99,
@@ -121,3 +123,19 @@ def _stock(name):
 
 def stock(name="olmoe"):
     return copy.deepcopy(_stock(name))
+
+
+def converted(router="gemoe", name="olmoe", seed=1, **options):
+    model = stock(name).train()
+    torch.manual_seed(seed)
+    return model, convert(model, router, **options)
+
+
+def batch(seed=0, labels=True):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 80, (2, 7), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    both = {"input_ids": ids, "attention_mask": mask}
+    return both | ({"labels": ids.masked_fill(mask == 0, -100)} if labels else {})

@@ -21,29 +21,14 @@ from gemoe_ds.models.convert import convert
 from gemoe_ds.moe.router import Router
 from tests.models.stock import (
     FAMILIES,
-    IMAGE,
     SIZES,
+    batch,
+    converted,
     deepseek_v2,
     mixtral,
     olmoe,
     stock,
 )
-
-
-def converted(router="gemoe", name="olmoe", seed=1, **options):
-    model = stock(name).train()
-    torch.manual_seed(seed)
-    return model, convert(model, router, **options)
-
-
-def batch(seed=0, labels=True):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 80, (2, 7), generator=g)
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    ids = ids.masked_fill(mask == 0, 0)
-    both = {"input_ids": ids, "attention_mask": mask}
-    return both | ({"labels": ids.masked_fill(mask == 0, -100)} if labels else {})
 
 
 def outputs(model, **given):
@@ -260,14 +245,6 @@ def test_generation_tells_cache_and_left_padding():
     assert [k.shape for k in handle.k_per_layer] == [(1, 1), (1, 1)]
 
 
-def test_a_static_cache_changes_nothing():
-    model, handle = converted()
-    given = {n: t.flip(1) for n, t in batch(labels=False).items()}  # padding on the left
-    options = given | {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    want = model.eval().generate(**options)
-    assert torch.equal(model.generate(**options, cache_implementation="static"), want)
-
-
 @pytest.mark.slow  # for what torch.compile is
 def test_a_compiled_model_has_the_same_gradients():
     want = step(*converted())
@@ -276,39 +253,6 @@ def test_a_compiled_model_has_the_same_gradients():
     (compiled(**batch()).loss + handle.aux_loss()).backward()
     for name, p in handle.trainable_parameters().items():
         assert torch.equal(p.grad, want[name])
-
-
-def test_images_are_told_by_their_token():
-    model, handle = converted("ltdr", "qwen3_vl", k=1, tail_k=8)
-    given = batch(labels=False)
-    given["input_ids"][0, 2:5] = IMAGE
-    with torch.no_grad():
-        handle.begin(given["attention_mask"], given["input_ids"] == IMAGE)
-        model(
-            **given | {"input_ids": given["input_ids"].masked_fill(given["input_ids"] == IMAGE, 5)}
-        )
-    assert handle.ctx.is_vision_T.sum() == 3
-    many = torch.stack(handle.k_per_layer).amax(0) > 1
-    assert many.any() and not many[given["input_ids"] != IMAGE].any()
-    with pytest.raises(RuntimeError, match="inputs_embeds alone: call handle.begin"):
-        model(inputs_embeds=torch.zeros(1, 3, 32))
-
-
-def test_masks_say_the_same_in_two_and_in_four_dimensions():
-    model, handle = converted()
-    given = batch(labels=False)
-    valid = given["attention_mask"].bool()
-    causal = torch.ones(7, 7, dtype=torch.bool).tril()
-    four = causal & valid[:, None, None, :]
-    with torch.no_grad():
-        model(**given)
-        want = handle.k_per_layer
-        low = torch.finfo(torch.float32).min
-        for mask in (four, torch.zeros(four.shape).masked_fill(~four, low)):
-            model(given["input_ids"], mask)
-            assert all(map(torch.equal, handle.k_per_layer, want))
-        with pytest.raises(RuntimeError, match=r"\[2, 1, 1, 7\] does not say.*handle.begin"):
-            model(given["input_ids"], four[:, :, :1])
 
 
 def test_a_forward_that_cannot_be_what_is_meant_is_refused():

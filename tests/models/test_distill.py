@@ -7,14 +7,9 @@ import torch
 from torch.nn.functional import kl_div
 
 from gemoe_ds.models.distill import Distill, divergence
-from tests.tiny import make_model, model_inputs, num_targets, random_batch, write_base
+from tests.tiny import make_model, model_inputs, num_targets, random_batch
 
 TOKENS = ("answers", "text", "all")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def by_hand(tokens: str, batch: dict) -> list[tuple[int, int]]:
@@ -89,7 +84,7 @@ def test_loss_and_gradients_are_those_of_two_models(base, router, tokens, images
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teacher_stays_what_it_was_to_the_bit(base, dtype):
     """The student has trained, is in training mode and recomputes; its records are another's."""
-    student = make_model(base, "gemoe", {}, dtype=dtype, recompute=True).train()
+    student = make_model(base, "gemoe", {}, dtype=dtype, activation_checkpointing=True).train()
     student.distill = Distill(tokens="all")
     batch = random_batch(7)
     optimizer = torch.optim.AdamW(student.trainable().values(), lr=0.1)

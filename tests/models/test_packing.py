@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -19,27 +18,10 @@ from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
 from tests.data.ragged import ragged
-from tests.models.cases import CASES, write_case
-from tests.models.upcycled.small import write_dense
-from tests.tiny import WORDS, write_base, write_tokenizer
+from tests.models.cases import CASES
+from tests.tiny import WORDS
 
 ROWS = (3, 1, 2)  # documents of each row
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A model's folder and a tokenizer's, of every backbone that there is."""
-
-    @cache
-    def written(name):
-        root = tmp_path_factory.mktemp(name)
-        if name == "tiny":
-            return write_base(root)
-        if name == "upcycled":
-            return write_dense(root / "dense"), write_tokenizer(root / "tokenizer")
-        return write_case(name, root)
-
-    return written
 
 
 def build(folders, name, router="top_k", train="all") -> tuple[MoEModel, Collator]:

@@ -22,7 +22,7 @@ from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.router import Router
 from gemoe_ds.train.assemble import build_model
-from tests.helpers import run_python, run_ranks
+from tests.helpers import run_ranks
 from tests.models.cases import CASES, write_case, write_text
 from tests.train.resuming import losses, make_config, train_all, write_data
 
@@ -32,33 +32,61 @@ TOP_K = (Router.named("top_k"), Router.named("top_k").Config())
 ALIKE = pytest.param("moe_llava_qwen", marks=pytest.mark.slow)  # but for its layout: moe_llava_*
 
 
+def write_setting_of(name: str, folder: Path) -> dict[str, Path]:
+    base, tokenizer = write_case(name, folder)
+    data = (write_data if CASES[name].sees else write_text)(folder / "data")
+    return {"hf": base, "tokenizer": tokenizer, "data": data}
+
+
+def evaluate_all(rank, commands):
+    from launch import evaluate
+
+    for arguments in commands:
+        evaluate.main([str(word) for word in arguments])
+
+
+def _is_scored(item: pytest.Item) -> bool:
+    return "runs" in getattr(item, "fixturenames", ()) and item.path == Path(__file__)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """By backbone its setting and its folder, with a run on two ranks (whole), one that was cut and
+    went on on one rank (cut), and the scores of the first (out). A process group for each part."""
+    asked = {i.callspec.params["name"] for i in request.session.items if _is_scored(i)}
+    made, whole, rest, scored = {}, [], [], []
+    for name in (name for name in CASES if name in asked):
+        root = tmp_path_factory.mktemp(name)
+        setting = write_setting_of(name, root)
+        changes = {
+            "model__backbone": {"name": name},
+            "train": {"steps": 3, "micro_batch_size": 1, "global_batch_size": 4},
+            "checkpoint__every": 1,
+            "data__max_length": 400,
+        }
+        resumed = {"parallel__ep_size": 1, "resume": "auto"}
+        whole.append(make_config(setting, root / "whole", **changes))
+        rest.append(make_config(setting, root / "cut", **resumed, **changes))
+        command = [root / "whole/config.yaml", "--trained", root / "whole"]
+        scored.append([*command, "--data", setting["data"], "--out", root / "out"])
+        made[name] = setting, root
+    assert run_ranks(train_all, 2, whole, timeout=280) == [None] * 2
+    for _, root in made.values():
+        shutil.copytree(root / "whole", root / "cut")
+        shutil.rmtree(newest(root / "cut"))
+    assert run_ranks(train_all, 1, rest, timeout=200) == [None]
+    run_ranks(evaluate_all, 1, scored, timeout=200)
+    return made
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n != "moe_llava_qwen"] + [ALIKE])
-def test_trains_resumes_is_scored_and_exported(name, tmp_path):
-    base, tokenizer = write_case(name, tmp_path)
-    write_samples_of = write_data if CASES[name].sees else write_text
-    data = write_samples_of(tmp_path / "data")
-    setting = {"hf": base, "tokenizer": tokenizer, "data": data}
-    changes = {
-        "model__backbone": {"name": name},
-        "train": {"steps": 3, "micro_batch_size": 1, "global_batch_size": 4},
-        "checkpoint__every": 1,
-        "data__max_length": 400,
-    }
-    whole = make_config(setting, tmp_path / "whole", **changes)
-    assert run_ranks(train_all, 2, [whole]) == [None] * 2
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(newest(tmp_path / "cut"))
-    rest = make_config(setting, tmp_path / "cut", parallel__ep_size=1, resume="auto", **changes)
-    assert run_ranks(train_all, 1, [rest]) == [None]
-    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    command = ["launch/evaluate.py", tmp_path / "whole/config.yaml", "--out", tmp_path / "out"]
-    done = run_python(*command, "--trained", tmp_path / "whole", "--data", setting["data"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 0 < json.loads((tmp_path / "out/eval.json").read_text())["mean_k"] <= 3
-    exported = tmp_path / "exported"
-    config = tmp_path / "whole/config.yaml"
-    export([str(config), "--trained", str(config.parent), "--out", str(exported)])
-    is_the_trained_model(name, tmp_path / "whole", exported, tokenizer)
+def test_trains_resumes_is_scored_and_exported(name, runs, tmp_path):
+    setting, root = runs[name]
+    assert losses(root / "cut") == pytest.approx(losses(root / "whole"), rel=1e-5)
+    assert 0 < json.loads((root / "out/eval.json").read_text())["mean_k"] <= 3
+    config = root / "whole/config.yaml"
+    export([str(config), "--trained", str(config.parent), "--out", str(tmp_path / "exported")])
+    is_the_trained_model(name, root / "whole", tmp_path / "exported")
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +96,10 @@ def trained_whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("all")
     configs = {}
     for name in CASES:
-        base, tokenizer = write_case(name, root / name)
-        data = (write_data if CASES[name].sees else write_text)(root / name / "data")
-        setting = {"hf": base, "tokenizer": tokenizer, "data": data}
+        setting = write_setting_of(name, root / name)
         backbone: dict = {"name": name}
         if name == "moe_llava_qwen":  # whose tower comes from elsewhere, and trains too
-            backbone["vision_tower"] = str(move_tower_out(base, root / "clip"))
+            backbone["vision_tower"] = str(move_tower_out(setting["hf"], root / "clip"))
         configs[name] = make_config(
             setting,
             root / name / "run",
@@ -117,7 +143,7 @@ def test_what_trained_everything_is_a_folder_of_the_same_kind(name, trained_whol
     assert sum(not torch.equal(found[n], before[n]) for n in found) > len(found) / 2
 
 
-def is_the_trained_model(name, run, exported, tokenizer):
+def is_the_trained_model(name, run, exported):
     """Its own code, where it has some, gives the logits and the k of the run; else our adapter
     reads it as a base with the trained gates."""
     config = load_config(run / "config.yaml", [])

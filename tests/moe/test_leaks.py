@@ -82,7 +82,7 @@ def count(
     with distributed() as world:
         shards = {ep_size: expert_shard(ep_size, world) for ep_size in (1, 2)}
         for name, ep_size, recompute in cases:
-            options = {"shard": shards[ep_size], "recompute": recompute}
+            options = {"shard": shards[ep_size], "activation_checkpointing": recompute}
             if name in CASES:
                 model, batch = of_backbone(name, folder / name, options)
             else:

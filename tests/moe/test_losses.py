@@ -51,12 +51,6 @@ def test_balance_without_any_assignment_is_zero():
     assert losses.load_balance(scores, ~none, torch.zeros(4, dtype=torch.bool)) == 0
 
 
-def test_z_loss_ignores_padding():
-    logits = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
-    value = losses.z_loss(logits, torch.tensor([True, False]))
-    assert math.isclose(value.item(), math.log(2) ** 2, rel_tol=1e-6)
-
-
 @pytest.mark.parametrize("filling", [torch.nan, torch.inf, 1e30])
 def test_padding_may_hold_anything(filling):
     """In value and gradient; a factor of 0 would make NaN of NaN."""
@@ -64,7 +58,6 @@ def test_padding_may_hold_anything(filling):
     mask = torch.ones(3, 2, dtype=torch.bool)
     for loss in (
         lambda x: losses.load_balance(x, mask, valid),
-        lambda x: losses.z_loss(x, valid),
         lambda x: monotonic_loss(x[:, 0], x[:, 1], valid),
     ):
         outcomes = []

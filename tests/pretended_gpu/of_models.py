@@ -24,7 +24,7 @@ from tests.models.cases import CASES, write_case, write_text
 from tests.models.qwen3_vl import small as qwen3_vl
 from tests.pretended_gpu.gpu import on_gpu, pretended_gpu, real
 from tests.pretended_gpu.of_layer import RANKS, assert_close, gradients, loopback
-from tests.tiny import make_model, random_batch, write_base
+from tests.tiny import make_model, random_batch
 from tests.train.resuming import write_data
 
 # Waits of the host beside one a layer, in the forward and in the backward pass.
@@ -136,7 +136,7 @@ def test_steps_of_an_answer_could_be_one_graph(base, experts_dtype, monkeypatch)
 def test_nothing_stays_alive_after_a_step(base, recompute, ranks):
     """All of a model's layers; those of one layer alone: of_layer.py."""
     shard = ExpertShard(0, ranks, lambda: AllToAllDispatcher(loopback, 0, ranks))
-    model = make_model(base, shard=shard, recompute=recompute, dtype=torch.bfloat16)
+    model = make_model(base, shard=shard, activation_checkpointing=recompute, dtype=torch.bfloat16)
     gc.disable()
     alive = []
     with pretended_gpu() as gpu:
@@ -181,8 +181,3 @@ def test_rollouts(base):
         model(**batch, rolled_out=rolled_out)["loss"].backward()
     assert not gpu.mixed and not gpu.uploads
     assert not [place for place in gpu.waits if "/routers/" in place], gpu.waits
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("tiny"))

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "ada_k": {
         "default": {"warm_steps": 2, "k_high": 6, "warm_mean_k": 3.0},
         "token": {"warm_steps": 0, "credit": "token", "updates": 3, "gamma": 0.9},
+        "below": {"k_high": 2},  # the backbone's k, which the warm-up takes
     },
     "zeda": {"raw": {"norm_topk_prob": "raw", "zeros": 9, "zero_weight": 0.5}},
     "dtop_p": {"standardise": {"normalize": "standardise", "target_k": 2.5}},

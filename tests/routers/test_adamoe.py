@@ -96,5 +96,5 @@ def test_coefficient_falls_at_half_time():
 
 
 def test_more_choices_than_there_are():
-    with pytest.raises(ConfigError, match="exceeds 4 experts"):
+    with pytest.raises(ConfigError, match=r"k=6 exceeds the backbone's 4 experts \+ 1 free"):
         make_router("adamoe", {"nulls": 1, "k": 6}, SPEC)

@@ -165,7 +165,7 @@ def test_k_low_zero_allows_tokens_without_experts():
     assert router(torch.eye(4)[:3], ctx).token_ids_A.numel() == 0
 
 
-def test_renormalise_switch():
+def test_norm_topk_prob_switch():
     x = torch.randn(3, 4)
     router, ctx = make(norm_topk_prob="sum")
     plan = router(x, ctx)

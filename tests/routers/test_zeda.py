@@ -113,5 +113,5 @@ def test_rows_of_zero_experts_are_drawn_dimension_by_dimension():
 
 
 def test_more_choices_than_there_are():
-    with pytest.raises(ConfigError, match=r"k=6 exceeds 4 experts \+ 1 zero"):
+    with pytest.raises(ConfigError, match=r"k=6 exceeds the backbone's 4 experts \+ 1 free"):
         make_router("zeda", {"zeros": 1, "k": 6}, SPEC)

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemoe_ds.serving.check as check
 from gemoe_ds.cli.serve_check import main
-from gemoe_ds.serving.ask_transformers import serve
-from gemoe_ds.serving.check import Options, Row, line_of, serve_check, verdict
-from gemoe_ds.serving.exchange import STATIC, TRAINED, Answer, Served, read_job, write_job
+from gemoe_ds.serving.check import Options, Row, disagreements, line_of, serve_check
+from gemoe_ds.serving.exchange import STATIC, TRAINED, Answer, Served
 from gemoe_ds.serving.servers import Server
 from tests.export.test_folder import written
 from tests.helpers import run_python
@@ -37,18 +36,6 @@ def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in PROMPTS))
     return path
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Importing torch and transformers anew takes 11 seconds of a core for each way to route; the
-    processes are tested in test_servers.py and, whole, in the slow test below."""
-
-    def run(server, job, work):
-        write_job(job, work / "job.json")
-        return serve(read_job(work / "job.json"))
-
-    monkeypatch.setattr(check, "run", run)
 
 
 def by_hand(folder, trust):
@@ -89,7 +76,7 @@ def test_answers_and_k_are_those_of_a_forward_without_a_cache(
     assert 1 < trained.mean_k < 3, "k varies, else nothing is shown"
     assert static.agreement.equal < len(PROMPTS), "the two ways to route differ"
     assert f"trained k: mean k {trained.mean_k:.2f}" in said and "static k: mean k 3.00" in said
-    assert verdict([trained, static], options) == [], "the contrast is no fault"
+    assert disagreements([trained, static], options) == [], "the contrast is no fault"
 
 
 def rows_with_vllm(change, rows=3):
@@ -111,25 +98,25 @@ def rows_with_vllm(change, rows=3):
 
 def test_a_server_that_agrees_is_fine_and_its_speed_is_told():
     rows = rows_with_vllm(lambda answers, other: answers)
-    assert verdict(rows, Options()) == []
+    assert disagreements(rows, Options()) == []
     said = line_of(rows[2])
     assert "mean k not told; 4 tokens/s (slowest round 2); 3 of 3 answers equal to" in said
 
 
 def test_a_server_that_keeps_the_static_k_is_found_out():
     rows = rows_with_vllm(lambda answers, other: other)
-    (wrong,) = verdict(rows, Options())
+    (wrong,) = disagreements(rows, Options())
     assert wrong.startswith("vllm, trained k, does not answer as transformers, trained k: 0 of 3")
     assert wrong.endswith("; its answers are those of the static k")
-    assert verdict(rows, Options(dtype="bfloat16")) == [], "nothing is judged"
-    assert verdict(rows, Options(dtype="bfloat16", tolerance=1.0)) != []
+    assert disagreements(rows, Options(dtype="bfloat16")) == [], "nothing is judged"
+    assert disagreements(rows, Options(dtype="bfloat16", tolerance=1.0)) != []
 
 
 def test_log_probabilities_that_are_off_are_told():
     def off(answers, other):
         return [replace(a, logprobs=[-0.5, -0.49]) for a in answers]
 
-    (wrong,) = verdict(rows_with_vllm(off), Options())
+    (wrong,) = disagreements(rows_with_vllm(off), Options())
     assert "3 of 3 equal, log-probabilities 1.0e-02 apart, 0.0001 is allowed" in wrong
     assert "static" not in wrong
 

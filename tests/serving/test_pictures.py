@@ -10,11 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import gemoe_ds.serving.check as check
 from gemoe_ds.export.code_record import check_code
-from gemoe_ds.serving.ask_transformers import serve
 from gemoe_ds.serving.check import Options, serve_check
-from gemoe_ds.serving.exchange import read_job, write_job
 from gemoe_ds.serving.prompts import draw
 from tests.export.families import FAMILIES, write_exported
 
@@ -46,12 +43,7 @@ def by_hand(folder, picture):
 @pytest.mark.parametrize(
     "name", [n if n == IN_CI else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
-def test_every_family_is_asked_about_pictures(name, tmp_path, monkeypatch):
-    def run(server, job, work):  # here: a process of its own takes 11 seconds to start
-        write_job(job, work / "job.json")
-        return serve(read_job(work / "job.json"))
-
-    monkeypatch.setattr(check, "run", run)
+def test_every_family_is_asked_about_pictures(name, in_this_process, tmp_path):
     folder = write_exported(name, tmp_path).folder
     check_code(folder)
     picture = draw(tmp_path / "picture.png", 1)

@@ -175,26 +175,28 @@ def worst_loss(whole: Path, output: Path) -> float:
     return max(abs(found[s] - expected[s]) / abs(expected[s]) for s in expected if s > CUT)
 
 
-def go_on(setting, pairs: list[tuple[Setup, Setup]], train: str) -> list[float]:
-    """Run the sources whole, cut them, go on as the targets: `worst_loss` of every pair."""
-    for ranks, some in itertools.groupby(
-        sorted({source for source, _ in pairs}, key=str), key=lambda setup: setup.ranks
-    ):
-        configs = [whole_run(setting, setup, train)[1] for setup in some]
+Move = tuple[str, Setup, Setup]  # what trains, from where, to where
+
+
+def go_on(setting, moves: list[Move]) -> list[float]:
+    """Run the sources whole, cut them, go on as the targets: `worst_loss` of every move."""
+    sources = sorted({(source.ranks, str(source), train, source) for train, source, _ in moves})
+    for ranks, some in itertools.groupby(sources, key=lambda one: one[0]):
+        configs = [whole_run(setting, source, train)[1] for *_, train, source in some]
         _expect_nothing(run_ranks(train_all, ranks, configs, timeout=900))
-    results: dict[tuple[Setup, Setup], float] = {}
-    for ranks, some in itertools.groupby(
-        sorted(pairs, key=lambda pair: str(pair[1])), key=lambda pair: pair[1].ranks
-    ):
+    results: dict[Move, float] = {}
+    by_target = sorted(moves, key=lambda move: (move[2].ranks, str(move[2])))
+    for ranks, some in itertools.groupby(by_target, key=lambda move: move[2].ranks):
         some = list(some)
         for batch in (some[i : i + 40] for i in range(0, len(some), 40)):
-            runs = [cut_run(setting, source, target, train) for source, target in batch]
+            runs = [cut_run(setting, source, target, train) for train, source, target in batch]
             _expect_nothing(run_ranks(train_all, ranks, [c for _, c in runs], timeout=900))
-            for pair, (output, _) in zip(batch, runs, strict=True):
-                results[pair] = worst_loss(whole_run(setting, pair[0], train)[0], output)
-                print(*pair, results[pair], flush=True)
+            for move, (output, _) in zip(batch, runs, strict=True):
+                train, source, _ = move
+                results[move] = worst_loss(whole_run(setting, source, train)[0], output)
+                print(*move, results[move], flush=True)
                 shutil.rmtree(output)
-    return [results[pair] for pair in pairs]
+    return [results[move] for move in moves]
 
 
 def _expect_nothing(refusals: list) -> None:
@@ -210,7 +212,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = write_setting(Path(folder))
         for train in tqdm(("routers", "all")):
-            for (source, target), worst in zip(pairs, go_on(setting, pairs, train), strict=True):
+            found = go_on(setting, [(train, *pair) for pair in pairs])
+            for (source, target), worst in zip(pairs, found, strict=True):
                 rows.append(
                     {"train": train, "from": asdict(source), "to": asdict(target), "worst": worst}
                 )

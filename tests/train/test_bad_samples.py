@@ -9,10 +9,10 @@ import pytest
 
 from gemoe_ds.data.bad_samples import FILE
 from gemoe_ds.data.sample import Turn, open_samples, write_samples
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.data.turns import cut_image, with_turns
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
+from tests.train.sample_logs import read_sample_log
 
 EMPTY = {2: ["s9", "s7", "s17", "s6"]}  # the samples of step 2 of the run below, all of them bad
 BROKEN, LONG = (9, 7), (17, 6)  # their rows

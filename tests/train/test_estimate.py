@@ -77,8 +77,10 @@ def test_what_a_host_has_once(setting, tmp_path, train, stage):
     assert estimate(config, samples, 2, torch.device("cuda")).common == 0
 
 
-def test_zero_divides_what_it_divides(setting, tmp_path):
-    """Gradients from stage 2 on, optimizer states from stage 1 on, weights in stage 3."""
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_zero_divides_what_it_divides(setting, tmp_path, ep_size):
+    """Gradients from stage 2 on, optimizer states from stage 1 on, weights in stage 3: a shard of
+    the experts among the ranks that have it, so that each has a quarter of all."""
     samples = open_samples(setting["data"])
     found = {}
     for stage in range(4):
@@ -86,16 +88,34 @@ def test_zero_divides_what_it_divides(setting, tmp_path):
             setting,
             tmp_path,
             model__trainable="all",
-            parallel__ep_size=1,
+            parallel__ep_size=ep_size,
             deepspeed=str(repository() / f"ds_configs/zero{stage}.json"),
         )
         found[stage] = estimate(config, samples, 4, torch.device("cuda")).parts
     one = found[0]["weights that train"]
-    assert [found[s]["weights that train"] for s in range(4)] == [one, one, one, one // 4]
-    assert [found[s]["their gradients"] for s in range(4)] == [one, one, one // 4, one // 4]
+    model = build_model(config, ExpertShard())
+    part = sum(p.numel() for p in model.trainable().values())  # 4 bytes each, of 4 ranks
+    assert one == 4 * part if ep_size == 1 else 2 * part < one < 4 * part
+    assert [found[s]["weights that train"] for s in range(4)] == [one, one, one, part]
+    assert [found[s]["their gradients"] for s in range(4)] == [one, one, part, part]
     states = [found[s]["their optimizer states"] for s in range(4)]
-    assert states == [2 * one, *[3 * one // 4] * 3]
+    assert states == [2 * one, *[3 * part] * 3]
     assert [found[s]["buckets of gradients"] for s in range(3)] == [0, 200_000_000, 200_000_000]
+
+
+@pytest.mark.parametrize("train, experts", [("routers", "frozen"), ("experts", "none")])
+def test_zero_3_divides_what_is_frozen_but_experts(setting, tmp_path, train, experts):
+    samples, found = open_samples(setting["data"]), []
+    for stage in (2, 3):
+        path = str(repository() / f"ds_configs/zero{stage}.json")
+        config = make_config(setting, tmp_path, model__trainable=train, deepspeed=path)
+        found.append(estimate(config, samples, 4, torch.device("cuda")).parts["frozen weights"])
+    model = build_model(config, ExpertShard(0, config.ep_size))
+    routers = {id(p) for layer in model.moe_layers for p in layer.router.parameters()}
+    frozen = (p for p in model.parameters() if not p.requires_grad and id(p) not in routers)
+    rest = sum(p.numel() * p.itemsize for p in frozen)
+    assert found[0] - found[1] == rest - rest // 4
+    assert (found[0] == rest) == (experts == "none")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +163,8 @@ def test_a_teacher_is_listened_to_at_so_many_positions(setting, tmp_path, tokens
     assert parts["distillation"] == numbers * 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dry_run_says_what_was_estimated_and_what_was_needed(setting, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_a_dry_run_says_what_was_estimated_and_needed_and_writes_nothing(setting, tmp_path, dtype):
     """On a machine like those that the process's share was measured on."""
     config = make_config(setting, tmp_path / "out", parallel__ep_size=1, model__dtype=dtype)
     recipe = tmp_path / "recipe.yaml"
@@ -156,6 +176,7 @@ def test_a_dry_run_says_what_was_estimated_and_what_was_needed(setting, tmp_path
     measured, estimated = map(float, line.groups())
     assert estimated == pytest.approx(measured, rel=0.1)
     assert "Python and its packages" in done.stdout
+    assert "dry run: one step of" in done.stdout and "router" in done.stdout
     assert "tokenizer: ids up to 25, the model has 26 rows: each has its row" in done.stdout
     assert not (tmp_path / "out").exists()
 

@@ -23,9 +23,9 @@ from gemoe_ds.data.sample import open_samples, write_samples
 from gemoe_ds.errors import CheckpointError
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks
 from tests.train.resuming import make_config, train_all, write_data, write_setting
+from tests.train.sample_logs import read_sample_log
 
 NAMES = ("few", "many", "half")
 

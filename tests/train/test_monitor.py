@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gemoe_ds.moe.context import Stat
-from gemoe_ds.train.monitor import StatSum
+from gemoe_ds.train.monitor import METRICS, StatSum, seconds_in
 
 
 def test_a_mean_is_over_what_was_counted_and_a_sum_over_all():
@@ -20,3 +20,10 @@ def test_a_mean_is_over_what_was_counted_and_a_sum_over_all():
     assert values.keys() == {"mean_k", "load"}
     assert values["mean_k"] == 1.5 and values["load"].tolist() == [6, 10]
     assert stats.reduced(two_ranks, torch.device("cpu")) == {}, "a fresh start"
+
+
+def test_seconds_of_a_run_whose_last_line_a_crash_has_cut(tmp_path):
+    assert seconds_in(tmp_path) is None
+    lines = ['{"step": 1, "throughput/seconds": 2.0}', '{"step": 2, "throughput/seconds": 0.5}']
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 3, "throu')
+    assert seconds_in(tmp_path) == 2.5

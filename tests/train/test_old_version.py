@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_python
+from tests.train.sample_logs import read_sample_log
 
 GOLDEN = Path(__file__).parent / "golden/v0_1"
 

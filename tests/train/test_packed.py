@@ -18,10 +18,10 @@ from gemoe_ds.train.assemble import build_model, check_attention, meta_collator
 from gemoe_ds.train.checks.samples import check_samples
 from gemoe_ds.train.estimate import estimate
 from gemoe_ds.train.run import train
-from gemoe_ds.train.sample_log import read_sample_log
 from tests.helpers import run_ranks
 from tests.models.cases import write_text
 from tests.train.resuming import make_config, one_group, train_all, write_setting
+from tests.train.sample_logs import read_sample_log
 
 ROOM = 24
 

@@ -10,7 +10,7 @@ import pytest
 from gemoe_ds.checkpoint.manifest import Checkpoint
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
 from tests.helpers import repository, run_ranks
-from tests.train.resuming import make_config, train_all, write_setting
+from tests.train.resuming import make_config, one_group, write_setting
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +105,26 @@ def test_every_recipe_stays(setting, tmp_path):
     }
 
 
-def train_aloud(rank: int, config) -> str:
-    """What the first rank prints."""
+def train_aloud(rank: int, configs: list) -> list[str]:
+    """What the first rank prints in each run."""
     import contextlib
     import io
 
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert train_all(rank, [config]) is None
-    return said.getvalue()
+    import gemoe_ds.train.run as module
+
+    heard = []
+    with one_group(module):
+        for config in configs:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                module.train(config)
+            heard.append(said.getvalue())
+    return heard
 
 
 def test_a_resumed_run_says_it_once(setting, tmp_path):
     options = {"parallel__ep_size": 1, "optim__warmup_steps": 0}
-    run_ranks(train_aloud, 1, make_config(setting, tmp_path, train__steps=1, **options))
+    short = make_config(setting, tmp_path, train__steps=1, **options)
     longer = make_config(setting, tmp_path, train__steps=2, resume="auto", **options)
-    (said,) = run_ranks(train_aloud, 1, longer)
+    ((_, said),) = run_ranks(train_aloud, 1, [short, longer])
     assert said.count("has changed since step 1") == 1 and said.count(" -> ") == 1
     assert "train.steps" in said and (tmp_path / "config-until-step-000001.yaml").exists()

@@ -7,13 +7,8 @@ import os
 
 import pytest
 
-from gemoe_ds.train.sample_log import (
-    FOLDER,
-    SampleLog,
-    adopt_old_name,
-    forget_after,
-    read_sample_log,
-)
+from gemoe_ds.train.sample_log import FOLDER, SampleLog, adopt_old_name, forget_after
+from tests.train.sample_logs import read_sample_log
 
 
 def test_ranks_are_put_in_order_and_a_lost_stretch_is_dropped(tmp_path):

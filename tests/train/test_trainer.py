@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gemoe_ds.data.sample import open_samples
+from gemoe_ds.files import whole_lines
 from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.train.assemble import build_collator, build_model
-from gemoe_ds.train.sample_log import whole_lines
 from gemoe_ds.train.trainer import micro_batch_seed
 from tests.helpers import run_ranks
-from tests.train.resuming import make_config, train_all, write_setting
+from tests.train.resuming import make_config, one_group, train_all, write_setting
 
 LR, PREDICTOR_LR = 3e-4, 2e-2
 COSINE = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
@@ -127,7 +127,7 @@ def test_a_step_is_logged_with_the_rates_that_it_used(report):
 SKIPPED_UPDATE = 2  # counted from 0
 
 
-def train_with_a_skip(rank: int, config) -> list[float]:
+def train_with_a_skip(module, config, patch) -> list[float]:
     """One update's gradient is not finite; the predictor's rate in every update."""
     from gemoe_ds.engine.optimizer import GlobalNormAdamW
 
@@ -139,23 +139,15 @@ def train_with_a_skip(rank: int, config) -> list[float]:
         updates.append(self.param_groups[0]["lr"])
         step(self, closure)
 
-    GlobalNormAdamW.step = spoiled
-    assert train_all(rank, [config]) is None
+    patch.setattr(GlobalNormAdamW, "step", spoiled)
+    module.train(config)
     return updates
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_a_skipped_update_moves_no_rate(setting, updates):
+def test_a_skipped_update_moves_no_rate(alone, updates):
     """The schedule counts what was not skipped; of several updates of a step the last is logged."""
-    router = {"name": "ada_k", "updates": updates, "warm_steps": 0}
-    config = config_of(
-        setting,
-        f"skip {updates}",
-        model__router=router,
-        parallel__ep_size=1,
-        deepspeed="ds_configs/zero0.json",
-    )
-    (used,) = run_ranks(train_with_a_skip, 1, config)
+    config, used = alone[f"skip {updates}"]
     lines = metrics(config)
     steps = {1: [0, 1, 2, 2], 2: [0, 1, 2, 3]}[updates]  # of the schedule
     expected = [PREDICTOR_LR * COSINE[step] for step in steps]
@@ -168,7 +160,7 @@ def test_a_skipped_update_moves_no_rate(setting, updates):
         assert not math.isfinite(lines[skipped_in]["grad_norm"]), "not that of the step before"
 
 
-def train_by_a_clock(rank: int, config) -> list[int]:
+def train_by_a_clock(module, config, patch) -> list[int]:
     """Every step takes a second, the first one ten; a checkpoint takes a hundred. Returns the
     random state of every forward pass."""
     from gemoe_ds.train import saving, trainer
@@ -192,18 +184,43 @@ def train_by_a_clock(rank: int, config) -> list[int]:
         clock.now += 100
         save(self, trainer, **options)
 
-    trainer.time = saving.time = clock
-    trainer.Trainer.train_step, saving.Saving._save = timed_step, timed_save
-    assert train_all(rank, [config]) is None
+    patch.setattr(trainer, "time", clock)
+    patch.setattr(saving, "time", clock)
+    patch.setattr(trainer.Trainer, "train_step", timed_step)
+    patch.setattr(saving.Saving, "_save", timed_save)
+    module.train(config)
     return seeds
 
 
-def test_throughput_is_that_of_training(setting):
+def train_each(rank: int, configs: dict) -> dict[str, list]:
+    """Every run with what goes wrong in it, or is measured, in one process group."""
+    import gemoe_ds.train.run as module
+
+    found = {}
+    with one_group(module):
+        for name, config in configs.items():
+            with pytest.MonkeyPatch.context() as patch:
+                train = train_by_a_clock if name == "clock" else train_with_a_skip
+                found[name] = train(module, config, patch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(setting):
+    """By name the recipe of a run on one rank, and what was seen in it."""
+    clock = {"train__steps": 5, "checkpoint__every": 1, "monitor__every": 2}
+    configs = {"clock": config_of(setting, "clock", parallel__ep_size=1, **clock)}
+    for updates in (1, 2):
+        name, router = f"skip {updates}", {"name": "ada_k", "updates": updates, "warm_steps": 0}
+        one = {"parallel__ep_size": 1, "deepspeed": "ds_configs/zero0.json"}
+        configs[name] = config_of(setting, name, model__router=router, **one)
+    (found,) = run_ranks(train_each, 1, configs)
+    return {name: (config, found[name]) for name, config in configs.items()}
+
+
+def test_throughput_is_that_of_training(alone):
     """Without the step that warms up and without saving, which is a number of its own."""
-    config = config_of(
-        setting, "clock", parallel__ep_size=1, train__steps=5, checkpoint__every=1, monitor__every=2
-    )
-    (seeds,) = run_ranks(train_by_a_clock, 1, config)
+    config, seeds = alone["clock"]
     assert seeds == [micro_batch_seed(config.seed, block) for block in range(5 * 2)]
     _, encoded = encoded_samples(config, build_model(config, ExpertShard()))
     tokens = dict.fromkeys(range(1, 6), 0)

@@ -164,15 +164,15 @@ def _captions(results: Results) -> str:
 
 
 def _free_experts(results: Results) -> str:
-    """The mean k that MoE++ comes down to, and what the free experts cost in training."""
+    """The mean k that MoE++ comes down to, and what its zero-computation experts cost to train."""
     where = {"backbone": "annealed", "training": "mixed", "seed": 0}
     rows = results.rows(MEASURED, "measured", row="moepp", **where)
     least, *_, most = sorted(rows, key=lambda row: float(row["mean_k"]))
     few, many = (one["value"].removeprefix("free_") for one in (most, least))
     longer = least["train_seconds"] / most["train_seconds"]
     return (
-        f"MoE++ comes down to k {least['mean_k']:.2f} with {many} free experts, which train "
-        f"{longer:.1f} times as long as {few}"
+        f"MoE++ comes down to k {least['mean_k']:.2f} with {many} zero-computation experts, "
+        f"which train {longer:.1f} times as long as {few}"
     )
 
 

@@ -13,8 +13,6 @@ model. Runs alone or under any launcher; ranks share experts if parallel.ep_size
 
 from __future__ import annotations
 
-import os
-
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.errors import exit_on_error
 from gemoe_ds.evaluation.benchmarks.answer_arguments import answer_parser, find_run
@@ -25,12 +23,15 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
         stop = StopRequest().listen()
     arguments = answer_parser(__doc__).parse_or_exit(argv)
     with exit_on_error():
+        from gemoe_ds.engine.adopt_launcher import adopt_launcher
+
+        start = adopt_launcher()
         find_run(arguments)
         from gemoe_ds.evaluation.benchmarks.answer_modes import answer_all, task_options
         from gemoe_ds.evaluation.benchmarks.load_tasks import load_tasks, resolve
         from gemoe_ds.evaluation.benchmarks.needs import unmet_needs
 
-        if os.environ.get("RANK", "0") == "0":
+        if start.rank == 0:
             leaves = [one.leaf for one in resolve(arguments.tasks)]
             for need in unmet_needs(leaves, may_run_code=False, judge=None):
                 print(f"note: {need} to `gemoe benchmark score`", flush=True)

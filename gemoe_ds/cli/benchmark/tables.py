@@ -23,9 +23,8 @@ from gemoe_ds.analysis.benchmarks.groups import Model, models_of
 from gemoe_ds.analysis.benchmarks.report import render_report, table_csv, terminal_tables
 from gemoe_ds.analysis.benchmarks.results import BenchmarkResults
 from gemoe_ds.analysis.benchmarks.tables import build_results
-from gemoe_ds.cli.analyze import writing
 from gemoe_ds.errors import CheckpointError, exit_on_error
-from gemoe_ds.files import write_text
+from gemoe_ds.files import write_text, writing_into
 from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = read_modes(flags.runs)
         command = shlex.join(["gemoe", "benchmark", "tables", *argv])
         results = build_results(runs, command=command)
-        with writing(flags.out):
+        with writing_into(flags.out):
             write_report(results, models_of(runs), flags)
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print(terminal_tables(results, width), end="")

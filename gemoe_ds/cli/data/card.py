@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemoe_ds.errors import OutputError, exit_on_error
+from gemoe_ds.errors import exit_on_error
 from gemoe_ds.parser import Parser
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _card(flags: argparse.Namespace) -> None:
     from gemoe_ds.analysis import data_card
     from gemoe_ds.data.card import card_of
     from gemoe_ds.data.sample import open_samples
-    from gemoe_ds.files import write_text
+    from gemoe_ds.files import write_text, writing_into
 
     samples = open_samples(flags.data)
     tokens = None
@@ -48,13 +48,10 @@ def _card(flags: argparse.Namespace) -> None:
         tokens = _by_tokenizer(samples, flags.tokenizer)
     card = card_of(samples, tokens)
     out = flags.out or flags.data / "card"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing_into(out):
         write_text(out / "card.json", json.dumps(card, indent=1))
         figures = data_card.write_figures(card, out)
         write_text(out / "card.html", data_card.as_html(card, out, figures))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}; choose another --out") from error
     print(data_card.as_text(card), end="")
     print(f"{out}/card.html: the same with figures")
 

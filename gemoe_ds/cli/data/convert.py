@@ -10,8 +10,9 @@ import argparse
 import os
 from pathlib import Path
 
+from gemoe_ds.data.dropped import MAX_BAD_FRACTION
 from gemoe_ds.errors import exit_on_error
-from gemoe_ds.parser import Parser
+from gemoe_ds.parser import Parser, at_least_one
 
 _MOST_WORKERS = 8  # what Python itself does is one thread's: more gain nothing
 
@@ -19,9 +20,6 @@ _MOST_WORKERS = 8  # what Python itself does is one thread's: more gain nothing
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_or_exit(argv)
-    for option in ("shard_size", "min_image_size", "workers"):
-        if getattr(arguments, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
     if not 0 <= arguments.max_bad_fraction <= 1:
         parser.error("--max-bad-fraction must be from 0 to 1")
     if (arguments.json is None) == (arguments.path is None):
@@ -52,16 +50,21 @@ def _parser() -> Parser:
     )
     add("--kinds", type=Path, help='JSON: {"<id>": [kind of each question, ...]}')
     add("--dedup", choices=("exact",), help="drop samples of the same messages and pictures")
-    add("--shard-size", type=int, default=4096, help="samples per shard (4096)")
-    add("--min-image-size", type=int, default=4, help="pixels of the shorter side (4)")
+    add("--shard-size", type=at_least_one, default=4096, help="samples per shard (4096)")
+    add("--min-image-size", type=at_least_one, default=4, help="pixels of the shorter side (4)")
     add(
         "--max-bad-fraction",
         type=float,
-        default=0.2,
+        default=MAX_BAD_FRACTION,
         help="stop if a larger share of rows is dropped (0.2)",
     )
     workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
-    add("--workers", type=int, default=workers, help="threads (default: cores, at most 8)")
+    add(
+        "--workers",
+        type=at_least_one,
+        default=workers,
+        help="threads (default: cores, at most 8)",
+    )
     add("--json", type=Path, help="SOURCE, as earlier versions called it")
     return parser
 

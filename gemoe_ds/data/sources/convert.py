@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gemoe_ds import __version__
-from gemoe_ds.data.dropped import DUPLICATE, Dropped
-from gemoe_ds.data.partial import Identity, PartialFolder, Tally, fingerprint_of, open_partial
+from gemoe_ds.data.dropped import DUPLICATE, MAX_BAD_FRACTION, Dropped
+from gemoe_ds.data.partial import Identity, PartialFolder, RowCounts, fingerprint_of, open_partial
 from gemoe_ds.data.sample_writer import WrittenShard, manifest_of, write_shard
 from gemoe_ds.data.schema import SCHEMA, StoredPictures
 from gemoe_ds.data.shards import ArrowShard
@@ -54,7 +54,7 @@ class Settings:
     documents: str = "file"
     shard_size: int = 4096
     min_image_size: int = 4
-    max_bad_fraction: float = 0.2
+    max_bad_fraction: float = MAX_BAD_FRACTION
     drop_duplicates: bool = False
     workers: int = 2
 
@@ -107,7 +107,7 @@ def _filled(
     def rows_from(start: int) -> Generator[Converted, None, None]:
         return converted(reader, start, settings.workers, total)
 
-    shards, tally = _write(partial, rows_from, settings)
+    shards, counts = _write(partial, rows_from, settings)
     if fingerprint_of(_files_of(settings, reader)) != files:
         raise DataError(
             f"{name}: its files have changed while they were read; remove {partial.path}, and "
@@ -115,8 +115,8 @@ def _filled(
         )
     num_samples = sum(shard.num_samples for shard in shards)
     try:
-        num_rows = num_samples + len(tally.dropped)
-        tally.dropped.check(name, num_rows, settings.max_bad_fraction)
+        num_rows = num_samples + len(counts.dropped)
+        counts.dropped.check(name, num_rows, settings.max_bad_fraction)
     except DataError as error:
         if not partial.shards:
             raise
@@ -124,10 +124,10 @@ def _filled(
             f"{error}; {partial.path} stays: the same command with another --max-bad-fraction goes "
             "on; to convert other rows remove it"
         ) from None
-    notes = tally.notes
+    notes = counts.notes
     if again := repeated_ids(shards):
         notes = Counter({_AGAIN: again}) + notes
-    manifest = manifest_of(shards, tally.dropped, name, notes)
+    manifest = manifest_of(shards, counts.dropped, name, notes)
     partial.commit(manifest, settings.out)
     return manifest
 
@@ -136,12 +136,12 @@ def _write(
     partial: PartialFolder,
     rows_from: Callable[[int], Generator[Converted, None, None]],
     settings: Settings,
-) -> tuple[list[WrittenShard], Tally]:
+) -> tuple[list[WrittenShard], RowCounts]:
     """All shards, behind those that are finished, and what was met in all rows."""
-    whole, stored = Tally(), StoredPictures()
+    whole, stored = RowCounts(), StoredPictures()
     row = 0
     for finished in partial.shards:
-        whole.add(finished.tally)
+        whole.add(finished.counts)
         _remember(ArrowShard(finished.path, finished.group_sizes), row, stored)
         row += finished.num_samples
     known = {digest for shard in partial.shards for digest in shard.contents}
@@ -152,15 +152,15 @@ def _write(
             part = _Part(rows, num_rows, known if settings.drop_duplicates else None)
             kept = part.samples(settings.shard_size)
             if (first := next(kept, None)) is None:
-                whole.add(part.tally)
+                whole.add(part.counts)
                 return shards, whole
             some = itertools.chain([first], kept)
             shard = write_shard(some, partial.next_path(), first_row, stored)
-            whole.add(part.tally)
+            whole.add(part.counts)
             num_rows, first_row = part.num_rows, first_row + shard.num_samples
             if shard.num_samples < settings.shard_size:  # the last one
                 return [*shards, shard], whole
-            shards.append(partial.finish(shard, num_rows, part.tally, part.contents))
+            shards.append(partial.finish(shard, num_rows, part.counts, part.contents))
 
 
 def _remember(shard: ArrowShard, row: int, stored: StoredPictures) -> None:
@@ -180,7 +180,7 @@ class _Part:
 
     def __init__(self, rows: Iterator[Converted], num_rows: int, known: set[str] | None) -> None:
         self.rows, self.num_rows, self.known = rows, num_rows, known
-        self.tally = Tally()
+        self.counts = RowCounts()
         self.contents: list[str] = []
 
     def samples(self, limit: int) -> Iterator[Sample]:
@@ -190,9 +190,9 @@ class _Part:
             self.num_rows += 1
             result = self._first_of_its_kind(row.result)
             if isinstance(result, Dropped):
-                self.tally.dropped.append(result)
+                self.counts.dropped.append(result)
                 continue
-            self.tally.notes.update(row.notes)
+            self.counts.notes.update(row.notes)
             found += 1
             yield result
             if found == limit:

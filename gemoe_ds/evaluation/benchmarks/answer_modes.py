@@ -21,7 +21,6 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.data.chat_template import FolderTemplate
 from gemoe_ds.data.mixture import paths_of
 from gemoe_ds.data.sample import open_samples
-from gemoe_ds.engine.adopt_launcher import adopt_launcher
 from gemoe_ds.engine.world import World, broadcast_from_first, distributed, gather_objects
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.evaluation.arguments import RoutingMode, modes
@@ -105,7 +104,6 @@ def answer_all(
     stop: StopRequest | None,
 ) -> None:
     """All tasks with every routing. What is there already stays. Collective."""
-    adopt_launcher()
     config = session_config(arguments)
     asked_modes = modes(arguments, chosen_routers(arguments))
     check_static(arguments, config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import psutil
+import socket
+
 import torch
 
+from gemoe_ds.cluster.preflight import free_for_a_rank, ranks_by_host
 from gemoe_ds.engine.world import World, gather_objects
 from gemoe_ds.models.moe_model import MoEModel
 
@@ -18,11 +20,9 @@ _MOST = {"cuda": 131_072, "cpu": 8_192}
 def tokens_that_fit(model: MoEModel, max_length: int, world: World) -> int:
     """On the rank with the least memory, one sequence at least. Collective."""
     kind = world.device.type
-    if kind == "cuda":
-        free = torch.cuda.mem_get_info(world.device)[0]
+    free = free_for_a_rank(world.device, ranks_by_host()[socket.gethostname()])
+    if kind == "cuda":  # torch has some of it in reserve
         free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    else:
-        free = psutil.virtual_memory().available // world.size
     fitting = int(free * _SHARE.get(kind, 0.3) / bytes_per_token(model))
     return max(min([_MOST.get(kind, 8_192), *gather_objects(fitting)]), max_length)
 

@@ -227,7 +227,7 @@ class LmEvalTask:
             num_fewshot=stock.config.num_fewshot,
             system_instruction=None,
             apply_chat_template=applies,
-            fewshot_as_multiturn=options.fewshot_as_multiturn,
+            fewshot_as_multiturn=True,  # examples are turns of their own, if there is a template
             chat_template=options.chat_template,
             gen_prefix=stock.doc_to_prefix(document),
         )

@@ -87,17 +87,16 @@ def _score_mode(
         leaf = leaves[one.harness, one.name]
         if one.harness == LMMS_EVAL:
             style = PromptStyle.named(one.choices.get("prompt_style", "default"))()
-            judge = options.judge if needs_judge(leaf) else None
-            yield score_vision(one, leaf, style, judge)
+            yield score_vision(one, leaf, style, options.judge)
         else:
             alike = str(sorted(one.choices.items()))
             by_group.setdefault((one.group, alike), []).append((one, leaf))
     for (group, _), parts in by_group.items():
         if group is not None and _is_whole(group, parts):
-            yield from score_language(parts, group)
+            yield from score_language(parts, group, judge=options.judge)
         else:
             for part in parts:
-                yield from score_language([part], None)
+                yield from score_language([part], None, judge=options.judge)
 
 
 def _is_whole(group: str, parts: Sequence[tuple[AnsweredTask, Any]]) -> bool:

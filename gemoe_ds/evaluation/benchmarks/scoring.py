@@ -31,6 +31,7 @@ from gemoe_ds.evaluation.benchmarks.answered import AnsweredTask
 from gemoe_ds.evaluation.benchmarks.code_metric import code_may_run
 from gemoe_ds.evaluation.benchmarks.harnesses import label, quiet_and_seeded
 from gemoe_ds.evaluation.benchmarks.lm_eval_tasks import LmEvalNames, configure
+from gemoe_ds.evaluation.benchmarks.needs import needs_judge
 from gemoe_ds.evaluation.benchmarks.replay import LmEvalReplay, LmmsEvalReplay, Recorder
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.files import write_text
@@ -51,7 +52,8 @@ class Scored:
 def score_language(
     parts: Sequence[tuple[AnsweredTask, Any]], group: str | None, *, judge: str | None = None
 ) -> Iterator[Scored]:
-    """Tasks of lm-eval, answered and their leaves; all of `group`, if it is not None."""
+    """Tasks of lm-eval, answered and their leaves; all of `group`, if it is not None. `judge`: of
+    those that have one."""
     groups: dict[str, Any] = {}
     if group is None:
         tasks = {answered.name: leaf.load_stock() for answered, leaf in parts}
@@ -60,6 +62,7 @@ def score_language(
         tasks = {task.task_name: task for task in loaded.get_all_tasks()}
         groups = {one.name: one for one in (loaded, *loaded.get_all_groups())}
     by_name = {answered.name: answered for answered, _ in parts}
+    judges = {answered.name: judge for answered, leaf in parts if needs_judge(leaf)}
     for name, task in tasks.items():
         shots = by_name[name].choices["num_fewshot"]
         configure(task, TaskOptions(num_fewshot=shots), shots)
@@ -82,7 +85,7 @@ def score_language(
     for name, task in tasks.items():
         filters = [one.name for one in task._filters]
         rows = _by_filter(recorders[name].rows, filters, by_name[name].num_documents)
-        yield _written(by_name[name], results, task, rows, recorders[name].drew, judge)
+        yield _written(by_name[name], results, task, rows, recorders[name].drew, judges.get(name))
 
 
 def score_vision(answered: AnsweredTask, leaf: Any, style: Any, judge: str | None) -> Scored:
@@ -110,7 +113,9 @@ def score_vision(answered: AnsweredTask, leaf: Any, style: Any, judge: str | Non
             f"{answered.name}: the judge {judge} gave no answer for {unjudged} documents, which "
             "the harness counts as 0: nothing is written; look at its key, its URL and its limits"
         )
-    return _written(answered, results, task, rows, recorder.drew, judge)
+    return _written(
+        answered, results, task, rows, recorder.drew, judge if needs_judge(leaf) else None
+    )
 
 
 def _was_not_judged(value: Any) -> bool:

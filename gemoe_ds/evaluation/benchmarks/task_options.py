@@ -18,7 +18,6 @@ class TaskOptions:
     limit: int | None = None  # the first so many documents of every leaf task
     # Renders messages, as data/chat_template.py does; None: plain text, as lm-eval's default.
     chat_template: Callable[..., str] | None = None
-    fewshot_as_multiturn: bool = True  # with a chat template: examples are turns of their own
     data: DataPlaces = DataPlaces()
     style: PromptStyle = field(default_factory=DefaultStyle)  # of vision tasks
 
@@ -27,6 +26,6 @@ class TaskOptions:
         """For `choices`."""
         if self.chat_template is None:
             return "none"
-        told = "examples as turns" if self.fewshot_as_multiturn else "examples in one turn"
+        told = "examples as turns"
         drops = getattr(self.chat_template, "drops_system", False)
         return f"{told}, system messages left out" if drops else told

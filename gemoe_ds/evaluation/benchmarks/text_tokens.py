@@ -18,11 +18,6 @@ class Pair:
     continuation: tuple[int, ...]
     cut: int = 0  # tokens, on the left of the context
 
-    @property
-    def num_inputs(self) -> int:
-        """Tokens that go through the model: the last one is only predicted."""
-        return len(self.context) + len(self.continuation) - 1
-
 
 class TextTokens:
     """A special token that is written out in a text is that token, as in lm-eval."""

@@ -8,7 +8,7 @@ Shapes: T tokens of a micro-batch, D model, F expert width, E experts, k experts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class StepShape:
     k: float  # experts a token
     ep_size: int = 1
     train: str = "routers"
-    recompute: bool = False
+    activation_checkpointing: bool = False
     on_gpu: bool = False
     images_at_most: int = 0  # bytes, before the language model or, if the tower trains, behind it
     distilled: int = 0  # positions, targets among them
@@ -44,6 +44,10 @@ class StepShape:
     def is_cast(self) -> bool:
         """Whether products are of narrower numbers than what trains, which is float32."""
         return self.itemsize < WIDE
+
+    @property
+    def without_checkpointing(self) -> StepShape:
+        return replace(self, activation_checkpointing=False)
 
     def copies(self, products: int) -> int:
         """Of what several products read: each casts it for itself."""
@@ -67,10 +71,10 @@ def activation_bytes(
             own += _of_block(block, shape)
             seen = True
         largest = max(largest, own)
-        if shape.recompute:
+        if shape.activation_checkpointing:
             own = d_model * shape.itemsize if seen else 0.0
         kept += own
-    kept += WIDE * d_model + (largest if shape.recompute else 0.0)
+    kept += WIDE * d_model + (largest if shape.activation_checkpointing else 0.0)
     vocabulary = sum(p.shape[0] for p in backbone.head(hf).parameters() if p.dim() == 2)
     # logits, their gradient, log-probabilities and theirs
     loss = shape.targets * vocabulary * (3 * WIDE + shape.itemsize)

@@ -84,14 +84,14 @@ def tower_bytes(
     dtype: torch.dtype,
     *,
     trains: bool,
-    recompute: bool,
+    activation_checkpointing: bool,
 ) -> tuple[int, int]:
     """At most at once, and while the language model runs; on these inputs.
 
     The batch itself is not counted. `trains`: with all that the backward pass needs, and with it.
     """
     model, text = _meta_model_of(hf, text, dtype, trains)
-    if trains and recompute:
+    if trains and activation_checkpointing:
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _InOneKernel())}
         model.gradient_checkpointing_enable(again)  # type: ignore[operator]
     images = dict(inputs.images)

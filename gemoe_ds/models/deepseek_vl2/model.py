@@ -16,6 +16,7 @@ from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import Deepse
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.hf_config import refuse_others
 from gemoe_ds.models.deepseek_vl2.images import resolutions
 from gemoe_ds.models.vision_language import VisionLanguageModel
 
@@ -66,9 +67,7 @@ class DeepseekVl2Config:
             "attention_bias": False,
             "tie_word_embeddings": False,
         }
-        for key, value in fixed.items():
-            if text.get(key, value) != value:
-                raise CheckpointError(f"language_config.{key}={text[key]}, Tiny has {value}")
+        refuse_others(text, fixed, "Tiny", "language_config.")
         if (
             text.get("num_key_value_heads", text["num_attention_heads"])
             != text["num_attention_heads"]
@@ -80,9 +79,7 @@ class DeepseekVl2Config:
             "global_view_pos": "head",
             "candidate_resolutions": [list(size) for size in resolutions(image_size)],
         }
-        for key, value in built_in.items():
-            if found.get(key, value) != value:
-                raise CheckpointError(f"{key}={found[key]}, Tiny has {value}")
+        refuse_others(found, built_in, "Tiny")
         width = vision.get("width", 1152)
         return cls(
             vocab_size=int(text["vocab_size"]),

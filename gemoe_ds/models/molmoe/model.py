@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, OlmoeConfig, OlmoeForCausalLM
 
 from gemoe_ds.errors import CheckpointError
+from gemoe_ds.hf_io.hf_config import refuse_others
 from gemoe_ds.models.images import add_features
 from gemoe_ds.models.molmoe.connector import Pooling, Projector
 from gemoe_ds.models.vision_language import VisionLanguageModel
@@ -78,9 +79,7 @@ class MolmoeConfig:
         }
         if "vision_layers" not in found:
             fixed["vit_layers"] = [-2, -9]
-        for key, value in fixed.items():
-            if found.get(key, value) != value:
-                raise CheckpointError(f"{key}={found[key]}, backbone 'molmoe' has {value}")
+        refuse_others(found, fixed, "backbone 'molmoe'")
         d_model, num_heads = found["d_model"], found["n_heads"]
         if found.get("n_kv_heads") not in (None, num_heads):
             raise CheckpointError(f"n_kv_heads={found['n_kv_heads']}, 'molmoe' has {num_heads}")

@@ -126,8 +126,9 @@ class Qwen3VLBackbone(Backbone):
             processor = Qwen2VLImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of any kind, from a file that is missing or damaged
             raise CheckpointError(
-                f"model.checkpoint={folder}: preprocessor_config.json: {error}; without the "
-                "model's own file images would be cut into patches of another size"
+                f"model.checkpoint={folder}: preprocessor_config.json or processor_config.json: "
+                f"{error}; without the model's own file images would be cut into patches of "
+                "another size"
             ) from error
         size, wanted = processor.size, self.config
         processor.size = {

@@ -27,6 +27,7 @@ from gemoe_ds.models.llava import LlavaBackbone
 from gemoe_ds.models.upcycled.model import (
     UpcycledLlavaForConditionalGeneration,
     UpcycledMoEBlock,
+    by_new_names,
 )
 from gemoe_ds.moe.layer import MoELayer
 from gemoe_ds.moe.router import RoutingSpec
@@ -187,4 +188,4 @@ class UpcycledBackbone(LlavaBackbone):
 def _stored(folder: Path) -> dict[str, object] | None:
     """`config.upcycled` of a folder; None for a dense model."""
     found = read_config(folder).get("upcycled")
-    return found if isinstance(found, dict) else None
+    return by_new_names(found) if isinstance(found, dict) else None

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 
+def by_new_names(upcycled: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says under `upcycled`; folders of 0.1 have an older name."""
+    return {{"renormalise": "norm_topk_prob"}.get(k, k): v for k, v in upcycled.items()}
+
+
 class UpcycledExperts(nn.Module):
     """E stacked SwiGLU FFNs, in the layout of transformers' MoE models."""
 
@@ -28,7 +33,7 @@ class UpcycledMoEBlock(nn.Module):
     def __init__(self, config: dict[str, Any], d_model: int, width: int) -> None:
         super().__init__()
         self.top_k = int(config["top_k"])
-        self.norm_topk_prob = bool(config.get("norm_topk_prob", config.get("renormalise")))
+        self.norm_topk_prob = bool(config.get("norm_topk_prob"))
         self.gate = nn.Linear(d_model, int(config["num_experts"]), bias=False)
         self.experts = UpcycledExperts(int(config["num_experts"]), d_model, width)
 
@@ -53,7 +58,8 @@ class UpcycledLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         text: Any = config.text_config
         for layer in config.upcycled["layers"]:
-            block = UpcycledMoEBlock(config.upcycled, text.hidden_size, text.intermediate_size)
+            sizes = text.hidden_size, text.intermediate_size
+            block = UpcycledMoEBlock(by_new_names(config.upcycled), *sizes)
             self.model.language_model.layers[layer].mlp = block
 
     @classmethod

@@ -35,6 +35,8 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y_ND in the sum's dtype; kept, if asked: the projections [n, G] of every busy expert."""
     plan, counts = plan.without_spare(), plan.counts_on_host
+    if not plan.token_ids_A.numel():  # every entry was spare
+        return _sums_like(x_ND), []
     few = max(counts, default=0) <= _FEW_ROWS and not expert_weights.one_by_one
     if few and not keep:
         return _forward_few(x_ND, plan, counts, expert_weights), []

@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+_EXPECTED_ROWS = 512
+
 
 def usable(tensor: Tensor) -> bool:
     """float32, or bfloat16 where the CPU has instructions for it."""
@@ -57,9 +59,9 @@ def linear(rows_nK: Tensor, weight_MK: Tensor) -> Tensor:
     return product
 
 
-def packed(weight_MK: Tensor, expected_rows: int = 512) -> Tensor:
-    """The weight in oneDNN's own layout for products of about so many rows."""
+def packed(weight_MK: Tensor) -> Tensor:
+    """The weight in oneDNN's own layout, for products of about `_EXPECTED_ROWS`."""
     reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-        weight_MK.contiguous(), expected_rows
+        weight_MK.contiguous(), _EXPECTED_ROWS
     )
     return reordered

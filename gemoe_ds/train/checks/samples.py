@@ -175,7 +175,7 @@ def report(
             f"  dropped: {is_dropped_N.sum():,} samples of more than data.max_length="
             f"{data.max_length} tokens (data.too_long=drop)"
         )
-    length_E = _in_order(cut.length_N, config, selection, num_ranks)
+    length_E = _of_an_epoch(cut.length_N, config, selection, num_ranks)
     if number := len(length_E) // batch:
         length_RB = length_E[: number * batch].reshape(number, batch)
         padding = 1 - length_RB.sum() / (length_RB.max(1).sum() * batch)
@@ -185,10 +185,19 @@ def report(
         yield line
 
 
-def _in_order(
+def mean_length(config: RunConfig, checked: Checked, num_ranks: int) -> float:
+    """Tokens of a row of a micro-batch: of a sample, or of the samples that are packed into it."""
+    assert checked.lengths is not None, "this is the first rank"
+    length_N, row_M = cut_of(checked.lengths, config).length_N, checked.selection.row_M
+    length_M = length_N if row_M is None else length_N[row_M]
+    return float(_of_an_epoch(length_M, config, checked.selection, num_ranks).mean())
+
+
+def _of_an_epoch(
     length_M: np.ndarray, config: RunConfig, selection: Selection, num_ranks: int
 ) -> np.ndarray:
-    """The lengths of samples, or of packed rows, as an epoch sees them."""
+    """The lengths of an epoch's samples, or packed rows, in its order; but of samples that are
+    only shuffled in another random order, which is as good and takes no time."""
     if selection.row_tokens:
         return order_of_rows(config, selection, num_ranks).lengths
     endless = endless_of(selection, len(length_M), config.seed)

@@ -3,4 +3,4 @@
 NOT RUN: written from reading SGLang 0.5.23, whose wheels need CUDA. Tested is what needs no SGLang.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

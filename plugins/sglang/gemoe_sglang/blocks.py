@@ -7,8 +7,7 @@ Imports no SGLang: what is used of it are these names.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,15 +71,3 @@ def _install(block: Any, routing: Routing, layer: int) -> None:
     config.renormalize = False  # the router has said what the weights are
     config.routed_scaling_factor = None
     block.gate = NoGate()
-
-
-def others(
-    weights: Iterable[tuple[str, Tensor]], layers: Container[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """What the stock model loads: without the gates of these layers, which are in the routers, and
-    without the routers, which come along where a folder has no index."""
-    for name, tensor in weights:
-        of_router = re.match(r"\d+\.", name)
-        of_gate = name.endswith(".mlp.gate.weight") and layer_of(name) in layers
-        if not of_router and not of_gate:
-            yield name, tensor

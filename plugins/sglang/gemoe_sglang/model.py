@@ -18,11 +18,10 @@ from gemoe_sglang._gemoe.errors import ConfigError
 from gemoe_sglang._served import described
 from gemoe_sglang._served.options import Options
 from gemoe_sglang._served.routing import Routing, ServedContext
-from gemoe_sglang.blocks import SLOTS, install, others
+from gemoe_sglang.blocks import SLOTS, install
 
 logger = logging.getLogger("sglang.gemoe")
 
-FILE = "routers.safetensors"
 MOST_TOKENS = 1 << 16  # of a forward; more make the context's buffers anew
 
 
@@ -53,6 +52,7 @@ class Gemoe:
         )
         self.gemoe = routers
         self.gemoe_folder = config._name_or_path
+        self.gemoe_commit = getattr(config, "_commit_hash", None)  # None: no name on the Hub
         first = next(iter(routers.values()))
         logger.warning(  # SGLang shows nothing below by default
             "gemoe: router %s in %d layers, k up to %d, slots: %s",
@@ -63,7 +63,9 @@ class Gemoe:
         if self.gemoe is None:
             return super().load_weights(weights, *args)  # type: ignore[misc]
         # SGLang reads what the index lists, and this file is not in it.
-        file = cached_file(self.gemoe_folder, FILE)
+        file = cached_file(self.gemoe_folder, described.FILE, revision=self.gemoe_commit)
         assert file is not None  # or it has raised
         described.load(self.gemoe, load_file(file))
-        return super().load_weights(others(weights, set(self.gemoe)), *args)  # type: ignore[misc]
+        return super().load_weights(  # type: ignore[misc]
+            described.others(weights, set(self.gemoe)), *args
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Architecture in config.json -> where its class is. A folder without `gemoe` in its config.json is
 # served by the same class as if the plugin was not there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from gemoe_vllm._gemoe.errors import ConfigError
 from gemoe_vllm._gemoe.moe.router import Router, RoutingSpec
 from gemoe_vllm.options import Options
 
+FILE = "routers.safetensors"  # in the exported folder
 FACTOR = "k_scale"  # the factor on k that some routers have beside their dial
 
 
@@ -52,7 +53,7 @@ def layer_of(path: str) -> int:
 
 
 def load(routers: Mapping[int, Router], tensors: Mapping[str, Tensor]) -> None:
-    """The state of all routers from routers.safetensors; ConfigError if it is not there whole."""
+    """The state of all routers from FILE; ConfigError if it is not there whole."""
     for slot, (layer, router) in enumerate(routers.items()):
         prefix = f"{slot}."
         own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -60,10 +61,22 @@ def load(routers: Mapping[int, Router], tensors: Mapping[str, Tensor]) -> None:
         unknown = sorted(own.keys() - router.state_dict().keys())
         if missing or unknown:
             raise ConfigError(
-                f"routers.safetensors does not fit layer {layer}: missing {missing}, unknown "
-                f"{unknown}; export the run again"
+                f"{FILE} does not fit layer {layer}: missing {missing}, unknown {unknown}; export "
+                "the run again"
             )
         router.load_state_dict(own)
+
+
+def others(
+    weights: Iterable[tuple[str, Tensor]], layers: Container[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """What the stock model loads: without the gates of these layers, which are in the routers, and
+    without the routers, which come along where a folder has no index."""
+    for name, tensor in weights:
+        of_router = re.match(r"\d+\.", name)
+        of_gate = name.endswith(".mlp.gate.weight") and layer_of(name) in layers
+        if not of_router and not of_gate:
+            yield name, tensor
 
 
 def _check_dial(kind: type[Router], options: Options) -> None:
@@ -92,6 +105,6 @@ def _check_servable(router: Router) -> None:
     if router.free is not None and not router.free.all_zero:
         kinds = ", ".join(sorted(set(router.free.kinds) - {"zero"}))
         raise ConfigError(
-            f"router {router.name} with {kinds} experts cannot be served: vLLM adds nothing to "
-            "what its experts give; use the folder's own code with transformers"
+            f"router {router.name} with {kinds} experts cannot be served: this server adds nothing "
+            "to what its experts give; use the folder's own code with transformers"
         )

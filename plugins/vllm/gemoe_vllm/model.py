@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -23,8 +22,6 @@ from gemoe_vllm.options import Options
 from gemoe_vllm.routing import Routing, ServedContext
 
 logger = init_logger("vllm.gemoe")  # what vLLM shows
-
-FILE = "routers.safetensors"
 
 
 class Gemoe:
@@ -72,7 +69,7 @@ class Gemoe:
             return super().load_weights(weights)  # type: ignore[misc]
         routers, _ = self.gemoe
         described.load(routers, load_file(self.gemoe_file))
-        return super().load_weights(_others(weights, set(routers)))  # type: ignore[misc]
+        return super().load_weights(described.others(weights, set(routers)))  # type: ignore[misc]
 
     def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
         if self.gemoe is not None:
@@ -80,22 +77,11 @@ class Gemoe:
         return super().compute_logits(*args, **kwargs)  # type: ignore[misc]
 
 
-def _others(
-    weights: Iterable[tuple[str, Tensor]], layers: set[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Without what our routing has instead: the stock gates, and, of an export without an index,
-    the routers, as vLLM then takes every *.safetensors."""
-    for name, tensor in weights:
-        is_gate = name.endswith(".mlp.gate.weight") and described.layer_of(name) in layers
-        if not is_gate and not re.match(r"\d+\.", name):
-            yield name, tensor
-
-
 def _routers_file(vllm_config: VllmConfig) -> str:
     """In the folder, or fetched as its other files are."""
     model = vllm_config.model_config
     options = {"revision": model.revision, "cache_dir": vllm_config.load_config.download_dir}
-    found = cached_file(model.model, FILE, token=model.hf_token, **options)
+    found = cached_file(model.model, described.FILE, token=model.hf_token, **options)
     assert found is not None  # or it has raised
     return found
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from unittest import mock
 
 import pytest
 
 from gemoe_ds.analysis.benchmarks.files import read_mode
 from gemoe_ds.cli.benchmark.answer import main
 from gemoe_ds.cluster.stopping import StopRequest
+from gemoe_ds.evaluation.benchmarks import answer_modes
 from tests.evaluation.benchmarks.conftest import miniature  # noqa: F401  (a fixture)
 from tests.evaluation.benchmarks.hand_made import write_recipe
 from tests.helpers import run_ranks
@@ -31,6 +34,23 @@ def refused(capsys, *words):
     assert left.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_says_what_scoring_will_need(
+    run,
+    miniature,  # noqa: F811
+    capsys,
+    monkeypatch,
+    rank,
+):
+    """Under mpirun, whose ranks have no RANK of their own."""
+    monkeypatch.setattr(answer_modes, "answer_all", lambda *_: None)
+    own = {f"OMPI_COMM_WORLD_{name}": str(rank) for name in ("RANK", "LOCAL_RANK")}
+    own |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with mock.patch.dict(os.environ, own):
+        main([str(run), "--data-root", str(miniature), "--k", "2", "--tasks", "mmvet"])
+    assert ("note: mmvet is scored by another model" in capsys.readouterr().out) == (rank == 0)
 
 
 def test_a_run_answers_tasks_of_both_harnesses(run, miniature, capsys):  # noqa: F811

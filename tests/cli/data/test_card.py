@@ -125,7 +125,7 @@ def test_texts_by_a_tokenizer_and_one_page_of_it(folder):
         (["none"], "no manifest.json there"),
         (["data", "--recipe", "a", "--tokenizer", "b"], "--recipe or --tokenizer, not both"),
         (["data", "data.max_length=3"], "data.max_length=3: an option of a recipe"),
-        (["data", "--out", "file/card"], "cannot be written"),
+        (["data", "--out", "file/card"], "Not a directory: choose another --out"),
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, words, said):

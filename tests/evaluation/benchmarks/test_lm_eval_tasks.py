@@ -36,7 +36,7 @@ def stock_requests(name: str, options: TaskOptions, shots: int | None) -> list[A
     stock.build_all_requests(
         limit=options.limit,
         apply_chat_template=options.chat_template is not None,
-        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        fewshot_as_multiturn=True,
         chat_template=options.chat_template,
     )
     return stock.instances
@@ -52,11 +52,7 @@ CASES = [
     ("gsm8k", 2, TaskOptions(num_fewshot=2, limit=3, chat_template=template)),
     ("mmlu_anatomy", 5, TaskOptions(num_fewshot=5)),
     ("mmlu_virology", 1, TaskOptions(num_fewshot=1, chat_template=template)),
-    (
-        "bbh_cot_fewshot_navigate",
-        None,
-        TaskOptions(limit=2, chat_template=template, fewshot_as_multiturn=False),
-    ),
+    ("bbh_cot_fewshot_navigate", None, TaskOptions(limit=2, chat_template=template)),
     ("hellaswag", 4, TaskOptions(num_fewshot=4)),
     ("hellaswag", 0, TaskOptions()),
 ]

@@ -17,6 +17,7 @@ from gemoe_ds.analysis.benchmarks.collect import read_modes
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS
 from gemoe_ds.analysis.benchmarks.files import MODE, SCORES, read_scored, read_scores
 from gemoe_ds.errors import ConfigError, DataError
+from gemoe_ds.evaluation.benchmarks import needs
 from gemoe_ds.evaluation.benchmarks.answered import ANSWERS
 from gemoe_ds.evaluation.benchmarks.load_tasks import SETS
 from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
@@ -255,6 +256,19 @@ def test_a_judge_scores_mm_vet(bench: Bench, judge_url: None) -> None:
     assert bench.right("mmvet") == [0.5] * 3 + [1.0] * 4
 
 
+def test_a_judge_of_language_tasks_is_told_where_it_is_asked(
+    bench: Bench, judge_url: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if `exact_match` asked one: no language task of today's harness does."""
+    monkeypatch.setattr(needs, "_JUDGED", ("exact_match",))
+    bench.answer("gsm8k", "mmlu_anatomy")
+    bench.score(judge="a-judge")
+    told = {
+        one: read_scores(bench.out / "trained" / one).choices for one in ("gsm8k", "mmlu_anatomy")
+    }
+    assert told["gsm8k"]["judge"] == "a-judge" and "judge" not in told["mmlu_anatomy"]
+
+
 def test_without_a_judge_nothing_is_scored(bench: Bench, monkeypatch: Any) -> None:
     bench.answer("mmvet", "gqa")
     with pytest.raises(ConfigError, match="mmvet is scored by another model: give --judge"):
@@ -300,7 +314,7 @@ def test_other_data_than_was_answered_is_refused(bench: Bench, tmp_path: Path) -
         bench.score()
 
 
-def test_nothing_to_score(bench: Bench, tmp_path: Path) -> None:
+def test_nothing_to_score(bench: Bench) -> None:
     with pytest.raises(DataError, match="is not there"):
         bench.score()
     bench.answer("gqa")

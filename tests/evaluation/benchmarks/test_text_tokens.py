@@ -73,7 +73,7 @@ def test_pairs_are_those_of_lm_eval(begins):
             continue
         (pair,) = tokens.pairs(ask(context, continuation))
         assert list(pair.context + pair.continuation[:-1]) == inputs
-        assert list(pair.continuation) == after and pair.num_inputs == len(inputs)
+        assert list(pair.continuation) == after
         num_cut += pair.cut > 0
     assert num_cut > 30
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from gemoe_ds.errors import ConfigError, SampleError
 from gemoe_ds.evaluation.benchmarks.prompt_styles.style import PromptStyle, has_options
 from gemoe_ds.evaluation.benchmarks.requests import Request
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
 from tests.helpers import repository
-from tests.models.collators import make_collator, picture
+from tests.models.collators import make_collator, shown
 
 GOLDEN = json.loads((repository() / "tests/models/golden/prompts.json").read_text("utf-8"))
 
@@ -28,10 +26,6 @@ def collators(tmp_path_factory):
 
 def style(name: str) -> PromptStyle:
     return PromptStyle.named(name)()
-
-
-def shown(width: int, height: int) -> Image.Image:
-    return Image.open(io.BytesIO(picture(width, height)))
 
 
 def asks(task: str, text: str, *sizes: tuple[int, int]) -> Request:

@@ -11,7 +11,7 @@ from gemoe_ds.models.cost.activations import StepShape, activation_bytes
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.experts import ffn, onednn, weights
 from gemoe_ds.moe.router import Router
-from tests.models.cases import CASES, write_case
+from tests.models.cases import CASES
 
 LENGTH, ROWS = 64, 2
 
@@ -36,21 +36,21 @@ def kept_bytes(model, batch, labels) -> int:
 @pytest.mark.parametrize("train", ["routers", "experts", "all"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_kept_activations_are_those_of_autograd(name, dtype, train, tmp_path):
-    check_kept(name, dtype, train, tmp_path)
+def test_kept_activations_are_those_of_autograd(name, dtype, train, folders):
+    check_kept(name, dtype, train, folders)
 
 
 @pytest.mark.parametrize("train", ["routers", "experts", "all"])
-def test_kept_projections_are_wide_where_bfloat16_has_no_instructions(train, tmp_path, monkeypatch):
+def test_kept_projections_are_wide_where_bfloat16_has_no_instructions(train, folders, monkeypatch):
     """The experts' products then run in float32; experts count as large here."""
     monkeypatch.setattr(onednn, "_has_bfloat16", lambda: False)
     for module in (ffn, weights):
         monkeypatch.setattr(module, "SMALL_FFN", 0)
-    check_kept("olmoe", "bfloat16", train, tmp_path)
+    check_kept("olmoe", "bfloat16", train, folders)
 
 
-def check_kept(name, dtype, train, tmp_path):
-    base = write_case(name, tmp_path)
+def check_kept(name, dtype, train, folders):
+    base = folders(name)
     backbone = Backbone.named(name)
     backbone = backbone(backbone.Config())
     router = Router.named("top_k")

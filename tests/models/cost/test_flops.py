@@ -11,7 +11,7 @@ from gemoe_ds.models.cost.flops import flops_per_token
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
-from tests.models.cases import CASES, write_case
+from tests.models.cases import CASES
 
 LENGTH = 24
 PRODUCTS = {  # of which torch's counter does not know
@@ -26,9 +26,9 @@ PRODUCTS = {  # of which torch's counter does not know
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("router_name", ["top_k", "gemoe"])
-def test_flops_are_those_that_torch_counts(name, router_name, tmp_path):
+def test_flops_are_those_that_torch_counts(name, router_name, folders):
     backbone, router = Backbone.named(name), Router.named(router_name)
-    base = write_case(name, tmp_path)
+    base = folders(name)
     torch.manual_seed(0)
     model = MoEModel.from_checkpoint(
         backbone(backbone.Config()), *base, (router, router.Config())

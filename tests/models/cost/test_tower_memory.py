@@ -12,7 +12,7 @@ from gemoe_ds.models.cost.tower_memory import tower_bytes
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.moe.router import Router
-from tests.models.cases import CASES, write_case
+from tests.models.cases import CASES
 
 SEE = [name for name, case in CASES.items() if case.sees]
 # Bytes of kernels for themselves, whatever the picture; those without AVX-512 take more.
@@ -55,8 +55,8 @@ def allocated(model, text, inputs, *, trains):
 
 @pytest.mark.parametrize("train", ["routers", "all"])
 @pytest.mark.parametrize("name", SEE)
-def test_bytes_are_those_that_the_tower_allocates(name, train, tmp_path):
-    folder, tokenizer = write_case(name, tmp_path)
+def test_bytes_are_those_that_the_tower_allocates(name, train, folders):
+    folder, tokenizer = folders(name)
     backbone = Backbone.named(name)
     backbone = backbone(backbone.Config())
     router = Router.named("top_k")
@@ -83,7 +83,7 @@ def test_bytes_are_those_that_the_tower_allocates(name, train, tmp_path):
         inputs,
         torch.float32,
         trains=trains,
-        recompute=False,
+        activation_checkpointing=False,
     )
     text = model.hf.get_submodule(path)
     text.embed_tokens.requires_grad_(False)

@@ -101,5 +101,5 @@ def test_tiles_and_features_against_loops(width, height):
     assert image.feature_P.tolist() == expected
 
 
-def test_a_blank_image_is_small():
+def test_a_dummy_image_is_small():
     assert len(LAYOUT.dummy().input_ids) == 421

@@ -144,5 +144,5 @@ def test_tiling_by_its_words(height, width):
     assert LAYOUT.tiling(height, width) == best_tiling(height, width)
 
 
-def test_a_blank_image_is_small():
+def test_a_dummy_image_is_small():
     assert LAYOUT.dummy().num_features == 288

@@ -115,7 +115,7 @@ def test_full_shape_has_the_published_number_of_parameters():
     )
 
 
-def test_a_conversation_in_its_words(folder, tmp_path):
+def test_a_conversation_in_its_words(tmp_path):
     tokenizer = _tokenizer(tmp_path)
     collator = Collator(tokenizer, None, OlmoeBackbone.chat, max_length=99)
     encoded = collator.encode(0, of_turns("x", None, (Turn("a b", "c"), Turn("d", "e"))))
@@ -126,7 +126,7 @@ def test_a_conversation_in_its_words(folder, tmp_path):
     assert collator.batch([encoded]).images == {}
 
 
-def test_images_are_refused(folder, tmp_path):
+def test_images_are_refused(tmp_path):
     collator = Collator(_tokenizer(tmp_path), None, OlmoeBackbone.chat, max_length=99)
     with pytest.raises(DataError, match="sample x has an image, and this backbone reads text only"):
         collator.encode(0, of_turns("x", b"...", (Turn("a", "b"),)))

@@ -44,7 +44,7 @@ def rope_index(folder):
     return make(folder).hf.model.get_rope_index
 
 
-def blank_images(shape):
+def dummy_images(shape):
     return {
         "pixels": torch.zeros(16, 3 * 2 * 2 * 2),
         "feature_BS": torch.full(shape, -1),
@@ -62,7 +62,7 @@ def logits_of(model, ids_BS, valid_BS, images):
 def test_text_is_that_of_the_formulas(folder):
     """Grouped queries, norms per head, positions by halves, renormalised top-k."""
     ids = torch.randint(0, 29, (1, 9), generator=torch.Generator().manual_seed(1))
-    ours = logits_of(make(folder), ids, ids >= 0, blank_images(ids.shape))[0]
+    ours = logits_of(make(folder), ids, ids >= 0, dummy_images(ids.shape))[0]
     all_weights = reference.read(folder)
     weights = reference.under(all_weights, "model.language_model.")
     x = weights["embed_tokens.weight"][ids[0]]
@@ -189,7 +189,7 @@ def test_text_alone_trains_the_routers(folder):
     model = make(folder, "gemoe")
     ids = torch.randint(0, 29, (2, 7))
     valid = torch.ones_like(ids, dtype=torch.bool)
-    model(ids, ids, valid, ~valid, blank_images(ids.shape))["loss"].backward()
+    model(ids, ids, valid, ~valid, dummy_images(ids.shape))["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable().values())
 
 

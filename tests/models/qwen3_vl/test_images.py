@@ -72,5 +72,5 @@ def test_a_stripe_is_widened_rather_than_refused():
     assert image.num_features == len(image.pixels) // 4 > 0
 
 
-def test_a_blank_image_is_small():
+def test_a_dummy_image_is_small():
     assert layout().dummy().num_features == 64

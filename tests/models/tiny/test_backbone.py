@@ -8,12 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.models.tiny.backbone import TinyBackbone
-from tests.tiny import make_model, model_inputs, random_batch, stock_logits, write_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
+from tests.tiny import make_model, model_inputs, random_batch, stock_logits
 
 
 @pytest.mark.parametrize("images", [True, False])

@@ -63,13 +63,16 @@ def test_other_ffns_are_refused(setting, tmp_path):
         load(setting | {"biased": folder}, "biased")
 
 
-def test_an_upcycled_folder_brings_its_own_shape(setting, tmp_path):
+@pytest.mark.parametrize("norm", ["norm_topk_prob", "renormalise"])  # the latter until 0.1
+def test_an_upcycled_folder_brings_its_own_shape(setting, tmp_path, norm):
     model = UpcycledLlavaForConditionalGeneration.from_dense(
         LlavaForConditionalGeneration.from_pretrained(setting["dense"], dtype=torch.float32),
-        {"layers": [1], "num_experts": 3, "top_k": 1, "norm_topk_prob": False},
+        {"layers": [1], "num_experts": 3, "top_k": 1, norm: True},
     )
     model.save_pretrained(tmp_path / "up")
     loaded = load(setting, tmp_path / "up")
-    assert [spec.num_experts for spec in loaded.routing] == [3]
+    assert [(spec.num_experts, spec.norm_topk_prob) for spec in loaded.routing] == [(3, True)]
     with pytest.raises(ConfigError, match=r"num_experts=4, but .* is upcycled already, with 3"):
         load(setting, tmp_path / "up", num_experts=4)
+    with pytest.raises(ConfigError, match=r"norm_topk_prob=False, but .* already, with True"):
+        load(setting, tmp_path / "up", norm_topk_prob=False)

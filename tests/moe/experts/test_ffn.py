@@ -10,6 +10,7 @@ import torch
 from gemoe_ds.moe.dispatch import LocalDispatcher
 from gemoe_ds.moe.experts import by_expert, ffn, grouped, onednn
 from gemoe_ds.moe.experts.module import Experts
+from gemoe_ds.moe.plan import RoutingPlan
 from tests.moe.oracle import dense_moe, dispatch, grads_of, ragged_problem
 
 
@@ -51,6 +52,19 @@ def test_a_few_rows_an_expert_are_written_as_many_are(tokens, share, pack, in_ti
         narrow = Experts(*stored, trainable=False, pack=pack)
         got16 = dispatch(LocalDispatcher(), x.bfloat16(), mask, weights.float(), narrow)
     assert (got16 - want).norm() <= 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_spare_entries_of_a_plan_add_nothing(share):
+    """A bound on their number stands for it on a GPU; no token may have chosen any expert."""
+    x, mask, weights, gate_up, down = (
+        t.detach() for t in ragged_problem(5, 3, 8, share, d=16, f=24)
+    )
+    size = int(mask.sum()) + 2
+    plan = RoutingPlan.from_mask(mask, weights, num_assignments=size, may_have_spare=True)
+    with patch.object(ffn, "path_for", lambda *_: by_expert):
+        got = Experts(gate_up, down, trainable=False)(x, plan)
+    torch.testing.assert_close(got, dense_moe(x, mask, weights, gate_up, down))
 
 
 @pytest.mark.parametrize(

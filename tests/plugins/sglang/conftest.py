@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import repository
-from tests.wheels import build_wheel, unpacked
+from tests.wheels import plugin_wheel, unpacked
 
 
 @pytest.fixture(scope="session")
 def sglang_wheel(tmp_path_factory) -> Path:
-    """Built from a copy of the repository's folders, as the build writes into them."""
-    folder = tmp_path_factory.mktemp("sglang_plugin")
-    without = shutil.ignore_patterns("__pycache__", "_gemoe", "_served", "build", "*.egg-info")
-    for name in ("gemoe_ds", "plugins/vllm", "plugins/sglang"):
-        shutil.copytree(repository() / name, folder / "source" / name, ignore=without)
-    return build_wheel(folder / "source/plugins/sglang", folder)
+    return plugin_wheel("sglang", tmp_path_factory.mktemp("sglang_plugin"), "plugins/vllm")
 
 
 @pytest.fixture(scope="session")

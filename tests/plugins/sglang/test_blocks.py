@@ -134,7 +134,7 @@ def test_options_name_what_sglang_calls_them():
 
 
 def test_the_stock_model_gets_neither_gates_nor_routers():
-    from gemoe_sglang.blocks import others
+    from gemoe_sglang._served.described import others
 
     weight = torch.zeros(1)
     names = [

@@ -8,6 +8,7 @@ from importlib.metadata import PathDistribution
 import pytest
 from packaging.requirements import Requirement
 
+from gemoe_ds import __version__
 from tests.helpers import repository
 from tests.test_rooms import imported
 
@@ -36,8 +37,12 @@ def test_the_routing_code_is_that_of_training_and_of_the_other_plugin(sglang_ins
 
 def test_it_asks_for_neither_sglang_nor_the_project(sglang_wheel, sglang_installed):
     (info,) = sglang_installed.glob("*.dist-info")
-    names = {Requirement(line).name for line in PathDistribution(info).requires or ()}
+    found = PathDistribution(info)
+    names = {Requirement(line).name for line in found.requires or ()}
     assert names == {"torch", "numpy", "pydantic", "safetensors"}
+    import gemoe_sglang
+
+    assert found.version == gemoe_sglang.__version__ == __version__, "of the code that it carries"
 
 
 def test_no_part_imports_the_project_and_few_import_sglang(sglang_installed):

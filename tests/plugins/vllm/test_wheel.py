@@ -9,6 +9,7 @@ from importlib.metadata import PathDistribution
 import pytest
 from packaging.requirements import Requirement
 
+from gemoe_ds import __version__
 from gemoe_ds.export.sources import closure
 from tests.helpers import repository
 
@@ -27,6 +28,7 @@ def test_the_routing_code_is_that_of_training(installed):
 def test_it_asks_for_neither_vllm_nor_the_project(wheel, installed):
     (info,) = installed.glob("*.dist-info")
     found = PathDistribution(info)
+    assert found.version == __version__, "of the routing code that it carries"
     (entry,) = found.entry_points
     assert (entry.group, entry.value) == ("vllm.general_plugins", "gemoe_vllm:register")
     names = {Requirement(line).name for line in found.requires or ()}
@@ -37,6 +39,8 @@ def test_it_runs_where_the_project_is_not(installed):
     code = """
 import sys
 import gemoe_vllm
+from importlib.metadata import version
+assert gemoe_vllm.__version__ == version("gemoe-vllm")
 assert "torch" not in sys.modules
 from gemoe_vllm import counts, described, options, padding, routing, versions
 assert not {"gemoe_ds", "deepspeed", "transformers", "vllm"} & sys.modules.keys()

@@ -12,7 +12,6 @@ from gemoe_ds.data.sources.packed import open_unpacked
 from gemoe_ds.data.sources.stores.base import Store, with_suffix
 from gemoe_ds.errors import DataError
 
-DOCUMENTS = ("file", "paragraph", "line")
 _BLANK = re.compile(r"\n[ \t]*\n")
 
 

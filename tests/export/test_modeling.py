@@ -1,0 +1,79 @@
+"""What the exported model is told of its tokens, and where it takes its routers from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from gemoe_ds.export import settings
+from gemoe_ds.export.settings import local_folder
+from tests.export.families import write_exported
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_exported("upcycled", tmp_path_factory.mktemp("modeling")).folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def test_padding_is_told_by_masks_of_every_kind_however_they_are_given(model):
+    ids = torch.randint(5, 12, (2, 7), generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(7) >= torch.tensor([[0], [3]])
+    wide = torch.ones(7, 7, dtype=torch.bool).tril() & valid[:, None, None]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=valid.long())
+        wanted = model.k_per_layer
+        assert all(torch.equal(k > 0, valid) for k in wanted)
+        for mask in (valid.long(), wide):
+            for args, named in (((ids,), {"attention_mask": mask}), ((ids, None, mask), {})):
+                model(*args, **named)
+                assert all(map(torch.equal, model.k_per_layer, wanted))
+        with pytest.raises(RuntimeError, match="does not say .* padding: give one with a number"):
+            model(ids, attention_mask=wide[:, :, :1])
+
+
+def test_embeddings_alone_do_not_say_what_is_of_an_image(model):
+    embedded = model.get_input_embeddings()(torch.tensor([[5, 6]]))
+    with pytest.raises(RuntimeError, match="inputs_embeds alone: give input_ids"):
+        model(inputs_embeds=embedded)
+
+
+WHERE = {"revision": "abc", "local_files_only": True, "force_download": False}
+
+
+def test_the_routers_come_from_where_the_weights_do(folder, model, monkeypatch):
+    asked = []
+
+    def cached_file(name, file, **where):
+        asked.append((name, where))
+        return folder / file
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "cached_file", cached_file)
+    type(model).from_pretrained(folder.parent, subfolder=folder.name, **WHERE)
+    assert asked == [(folder.parent, {"subfolder": folder.name} | WHERE)]
+
+
+def test_so_do_the_files_of_a_model_that_is_ours(folder, monkeypatch):
+    options = {"subfolder": "inner", "dtype": "auto"} | WHERE
+    assert local_folder(folder, options, ("*.json",)) == folder / "inner"
+    asked = []
+
+    def snapshot_download(name, **where):
+        asked.append((name, where))
+        return "there"
+
+    monkeypatch.setattr(settings, "snapshot_download", snapshot_download)
+    assert local_folder("org/name", options, ("*.json",)) == Path("there/inner")
+    assert local_folder("org/name", {}, ("*.json",)) == Path("there")
+    assert asked == [
+        ("org/name", {"allow_patterns": ["inner/*.json"]} | WHERE),
+        ("org/name", {"allow_patterns": ["*.json"]}),
+    ]

@@ -1,0 +1,57 @@
+"""MoEHandle: what a converted model is told of its tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gemoe_ds.routers  # noqa: F401  (registers every router)
+from tests.models.stock import IMAGE, batch, converted
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2"])  # a mask, and a mask for each kind of layer
+def test_a_static_cache_changes_nothing(name):
+    model, handle = converted(name=name)
+    given = {n: t.flip(1) for n, t in batch(labels=False).items()}  # padding on the left
+    options = given | {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    want = model.eval().generate(**options)
+    assert torch.equal(model.generate(**options, cache_implementation="static"), want)
+
+
+def test_images_are_told_by_their_token():
+    model, handle = converted("ltdr", "qwen3_vl", k=1, tail_k=8)
+    given = batch(labels=False)
+    given["input_ids"][0, 2:5] = IMAGE
+    with torch.no_grad():
+        handle.begin(given["attention_mask"])  # the rest is as ever
+        model(**given)
+        assert handle.ctx.is_vision_T.sum() == 3
+        handle.begin(given["attention_mask"], given["input_ids"] == IMAGE)
+        model(
+            **given | {"input_ids": given["input_ids"].masked_fill(given["input_ids"] == IMAGE, 5)}
+        )
+    assert handle.ctx.is_vision_T.sum() == 3
+    many = torch.stack(handle.k_per_layer).amax(0) > 1
+    assert many.any() and not many[given["input_ids"] != IMAGE].any()
+    with pytest.raises(RuntimeError, match="inputs_embeds alone: call handle.begin"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+    handle.begin(torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match="inputs_embeds alone: call handle.begin"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_masks_say_the_same_in_two_and_in_four_dimensions():
+    model, handle = converted()
+    given = batch(labels=False)
+    valid = given["attention_mask"].bool()
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    four = causal & valid[:, None, None, :]
+    with torch.no_grad():
+        model(**given)
+        want = handle.k_per_layer
+        low = torch.finfo(torch.float32).min
+        for mask in (four, torch.zeros(four.shape).masked_fill(~four, low)):
+            model(given["input_ids"], mask)
+            assert all(map(torch.equal, handle.k_per_layer, want))
+        with pytest.raises(RuntimeError, match=r"\[2, 1, 1, 7\] does not say.*handle.begin"):
+            model(given["input_ids"], four[:, :, :1])
