@@ -9,7 +9,7 @@ import pytest
 from gemoe_ds.data.collate import Collator
 from tests.data.ragged import ragged
 from tests.models.cases import CASES
-from tests.models.test_packing import alike, build, folders, gradients  # noqa: F401  (a fixture)
+from tests.models.test_packing import alike, build, gradients
 
 LM = {"auxiliary_weight": 0.0}  # others are means over a batch
 

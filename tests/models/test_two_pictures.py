@@ -21,7 +21,7 @@ from tests.data.test_pictures import by_processor, published
 from tests.models import reference
 from tests.models.deepseek_vl2 import test_model as deepseek
 from tests.models.moe_llava import test_model as llava
-from tests.models.test_packing import build, folders  # noqa: F401  (a fixture)
+from tests.models.test_packing import build
 
 SEEN = -1  # in the place of a picture
 
