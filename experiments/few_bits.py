@@ -8,6 +8,7 @@ paired interval over pictures, the answers that change, and for how many tokens 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -21,6 +22,8 @@ from gemoe_ds.analysis.paired import NO_SEED, Bootstrap
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.analysis.record import RECORD, ROUTING, read_questions, read_record
 from gemoe_ds.analysis.routing_sums import RoutingSums
+from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.data.schema import MANIFEST
 from gemoe_ds.errors import ConfigError, exit_on_error
 from gemoe_ds.parser import Parser
 
@@ -65,6 +68,12 @@ def compared(folder: Path, whole: Path) -> dict[str, Any]:
     }
 
 
+def _identity(run: Path, data: Path) -> str:
+    """A folder's name for this run on this data: another one is evaluated anew."""
+    parts = (str(newest(run)), (data / MANIFEST).read_text(encoding="utf-8"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
 def main() -> int:
     parser = Parser("python -m experiments.few_bits", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
@@ -73,13 +82,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/few_bits.json"))
     arguments = parser.parse_or_exit()
     with exit_on_error():
-        found = {}
+        found, runs = {}, arguments.runs / _identity(arguments.run, arguments.data)
         for precision in PRECISIONS:
             name = f"experts {precision[0] or 'whole'}, the rest {precision[1] or 'whole'}"
-            folder = arguments.runs / "_".join(one or "whole" for one in precision)
+            folder = runs / "_".join(one or "whole" for one in precision)
             if not (folder / RECORD).exists():
                 evaluate(arguments.run, arguments.data, folder, precision)
-            found[name] = compared(folder, arguments.runs / "whole_whole")
+            found[name] = compared(folder, runs / "whole_whole")
             print(f"{name}: {found[name]}", flush=True)
         report = {"precisions": found} | provenance()
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

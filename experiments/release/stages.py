@@ -37,6 +37,7 @@ WANTED: Mapping[str, tuple[Callable[[], bool], str]] = {
     "cluster": (lambda: shutil.which("slurmctld") is not None, "make cluster-tools"),
     "eval-env": (lambda: _can_import("lm_eval"), "make eval-env"),
     "serve-env": (Path(".venv-serve/bin/python").exists, "make serve-env"),
+    "trial": (Path("runs/trial/pretrain/hf").exists, "make trial"),
     "peers": (lambda: _can_import("torchtitan"), "docs/performance.md says how"),
     "a GPU": (torch.cuda.is_available, "on a machine that has one"),
 }
@@ -60,6 +61,7 @@ STAGES = (
     Stage("trials", "make compare-trials", 180),
     Stage("compare", "make compare", 480, ("compare",)),
     Stage("few-bits", f"python -m experiments.few_bits {_GEMOE}", 10, ("few_bits.json",)),
+    Stage("wheels", "python -m experiments.release.wheels", 8, ("wheels.json",), ("trial",)),
     Stage("parity", "make parity", 20, ("parity.json",)),
     Stage("resume", "make resume", 65, ("resume.json",)),
     Stage("faults", "make faults", 20, ("faults.json",), ("root", "cluster")),

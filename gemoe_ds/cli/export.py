@@ -80,6 +80,7 @@ def _export_trained(arguments: argparse.Namespace) -> None:
     from gemoe_ds.checkpoint.state import load_trained, load_trained_weights
     from gemoe_ds.config import load_config
     from gemoe_ds.export.folder import export
+    from gemoe_ds.export.other_base import check_other_base
     from gemoe_ds.files import check_new
     from gemoe_ds.hf_io.hf_config import quantisation_of, read_config
     from gemoe_ds.train.assemble import build_model
@@ -95,11 +96,15 @@ def _export_trained(arguments: argparse.Namespace) -> None:
         raise ConfigError("--base is another folder of model.checkpoint, which is null")
     own_code = arguments.code != "base"
     if own_code and (arguments.quantise or (onto and quantisation_of(read_config(onto)))):
-        what = f"--quantise {arguments.quantise}" if arguments.quantise else f"{onto} is quantised"
+        what, way_out = f"{onto} is quantised", "--base the folder before it was quantised"
+        if arguments.quantise:
+            what, way_out = f"--quantise {arguments.quantise}", "leave out --quantise"
         raise ConfigError(
             f"{what}, and the code that goes with an export computes with whole weights; give "
-            "--code base, for who reads such folders, or --base the folder before it was quantised"
+            f"--code base, for who reads such folders, or {way_out}"
         )
+    if arguments.base and base:
+        check_other_base(arguments.base, base)
     stored = found.manifest["identity"].get("base checkpoint")
     actual = manifest.checksum_folder(base)
     if stored != actual:

@@ -18,7 +18,7 @@ from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
-from gemoe_ds.hf_io.hf_config import in_own_format
+from gemoe_ds.hf_io.hf_config import in_own_format, quantisation_of, read_config
 from gemoe_ds.hf_io.renamed import Renamed
 from gemoe_ds.hf_io.rewriter import DISK_ERRORS
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
@@ -69,7 +69,7 @@ def export(
         ours = {n: sum_ for n, sum_ in checksums(folder).items() if of_base.get(n) != sum_}
         made = {"gemoe_ds": __version__, KEY: ours, MADE_FROM: code and code.made_from}
         _write_json(folder / PROVENANCE, provenance | made)
-        card = _card(router, provenance, model, code, in_own_format(folder))
+        card = _card(router, provenance, model, code, _few_bits(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -180,7 +180,7 @@ def _card(
     provenance: dict[str, Any],
     model: MoEModel,
     code: Code | None,
-    own_format: bool,
+    few_bits: str | None,
 ) -> str:
     options = "\n".join(f"    {key}: {value}" for key, value in router.items())
     return f"""# {router["name"]} on {provenance["base"]}
@@ -189,9 +189,16 @@ Trained with gemoe_ds. Router:
 
 {options}
 
-{_IN_OWN_FORMAT if own_format else f"{_use(model, code)}{chr(10)}{_SERVERS}"}
+{few_bits or f"{_use(model, code)}{chr(10)}{_SERVERS}"}
 {_about_images(model.image_layout, code)}`provenance.json` says what this was made from.
 """
+
+
+def _few_bits(folder: Path) -> str | None:
+    """Who reads the folder, if its weights are in few bits."""
+    if in_own_format(folder):
+        return _IN_OWN_FORMAT
+    return _IN_FLOAT8 if quantisation_of(read_config(folder)) else None
 
 
 def _use(model: MoEModel, code: Code | None) -> str:
@@ -250,10 +257,18 @@ model's fixed number of experts. `routers.safetensors` holds the state of the ro
 in training, use the run with gemoe_ds (`gemoe generate RECIPE --trained RUN`), or export it again
 without `--code base`.
 """
-_IN_OWN_FORMAT = """\
-Its weights are in 8 and 4 bits in a format that gemoe_ds alone reads (docs/few_bits.md there): give
-the folder as `model.checkpoint`. transformers and servers stop at the shape of its codes.
+_ROUTES_IN_A_RUN = """\
+The number of experts is the base model's. To route as in training, give the folder as
+`model.checkpoint` beside `--trained RUN`: `gemoe generate RUN/config.yaml --trained RUN
+model.checkpoint=FOLDER`.
 """
+_IN_OWN_FORMAT = f"""\
+Its weights are in 8 and 4 bits in a format that gemoe_ds alone reads (docs/few_bits.md there).
+transformers and servers stop at the shape of its codes. {_ROUTES_IN_A_RUN}"""
+_IN_FLOAT8 = f"""\
+Its weights are in float8 with scales for blocks of 128 x 128, as Qwen and DeepSeek publish it. Not
+every class of transformers reads that (docs/few_bits.md of gemoe_ds): some leave out the scales of
+experts with no more than a report of unexpected keys. {_ROUTES_IN_A_RUN}"""
 _SERVERS = """\
 A server that has the base model's class of its own, such as vLLM, loads this folder as the base
 model: without a plugin it serves the fixed number of experts, with no warning. With the plugin

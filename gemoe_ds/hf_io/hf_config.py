@@ -17,6 +17,7 @@ from torch import nn
 from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.hf_io.quantised_tensor import BLOCK, METHOD
 from gemoe_ds.hf_io.safetensors_reader import read_json, refuse_dead_links
+from gemoe_ds.moe.experts.quantised import FORMATS
 
 _SIZES = {
     *("vocab_size", "embedding_size", "hidden_size", "d_model", "width", "head_dim"),
@@ -154,9 +155,16 @@ def _refuse_quantised(found: Mapping[str, Any]) -> None:
     blocks = method.get("weight_block_size") if isinstance(method, dict) else None
     if name != METHOD and (name != "fp8" or blocks != [BLOCK, BLOCK]):
         raise CheckpointError(
-            f"quantization_config says {name}; fp8 with a weight_block_size of [{BLOCK}, {BLOCK}] "
-            "is supported; give the folder before it was quantised, or remove the section if its "
-            "weights are not"
+            f"quantization_config says {name}{f' with blocks of {blocks}' if blocks else ''}; fp8 "
+            f"with a weight_block_size of [{BLOCK}, {BLOCK}] is supported, and what gemoe export "
+            "--quantise writes; give the folder before it was quantised (model.experts_dtype "
+            "quantises it), or remove the section if its weights are not"
+        )
+    formats = method.get("formats", []) if isinstance(method, dict) and name == METHOD else []
+    if unknown := sorted({*formats} - FORMATS.keys()):
+        raise CheckpointError(
+            f"quantization_config has the formats {', '.join(unknown)}; "
+            f"{', '.join(sorted(FORMATS))} are known to this version"
         )
 
 

@@ -171,6 +171,16 @@ def test_exchanged_experts_of_odd_widths(tmp_path, sizes, of_experts):
     load("qwen3_vl_moe", other, of_experts)
 
 
+def test_a_format_of_a_later_version_is_refused(tmp_path):
+    write_case("olmoe", tmp_path)
+    path = write_quantised("olmoe", tmp_path, "int8") / "base/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["formats"] = ["int3", "int8"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has the formats int3; float8, int8, nf4 are known"):
+        load("olmoe", tmp_path / "other", "int8")
+
+
 def test_what_no_weight_is_is_refused_before_it_is_hidden_in_codes(tmp_path):
     write_case("olmoe", tmp_path)
     key = "model.layers.0.mlp.experts.0.up_proj.weight"

@@ -96,7 +96,7 @@ def _to_nf4(scaled_nK: Tensor) -> Tensor:
     """By bins, of which none has two middles of levels in it: fifteen comparisons, or
     torch.bucketize, take four and eight times as long."""
     below, middle = _nf4_bins()
-    bins = torch.add(scaled_nK, 1).mul_(_BINS / 2).to(torch.int32).view(-1)
+    bins = torch.add(scaled_nK, 1).mul_(_BINS / 2).to(torch.int32).reshape(-1)
     found = below.index_select(0, bins).view(scaled_nK.shape)
     found += (scaled_nK > middle.index_select(0, bins).view(scaled_nK.shape)).view(torch.uint8)
     two = found.view(torch.int16)  # the first in the lower byte

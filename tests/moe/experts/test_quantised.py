@@ -27,6 +27,16 @@ def blocks_of(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return padded.reshape(*tensor.shape[:-1], -1, size)
 
 
+@pytest.mark.parametrize("num_inputs", [1, 63, 64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_view_is_quantised_as_what_it_shows(name, num_inputs):
+    """Stacks that are stored with inputs before outputs come as exchanged views."""
+    weight = torch.randn(2, num_inputs, 150).mT
+    found, plain = (QuantisedWeight.of(name, one) for one in (weight, weight.contiguous()))
+    assert torch.equal(found.codes_EMC, plain.codes_EMC)
+    assert torch.equal(found.scales_EMB, plain.scales_EMB)
+
+
 @pytest.mark.parametrize("num_inputs", [1, 63, 64, 128, 200, 256])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_is_as_near_as_its_format_can_be(name, num_inputs):
