@@ -129,7 +129,13 @@ def _memory(backbone: str) -> Claim:
     )
 
 
+def _wheels(results: Results) -> str:
+    *first, last = (row["python"] for row in results.rows("wheels.json"))
+    return f"installed from nothing and used on Python {', '.join(first)} and {last}."
+
+
 CLAIMS = [
+    Claim(PAGE, _wheels),
     Claim(
         PAGE,
         "make test # everything that CI checks: 9 to 14 minutes on 2 CPU cores",
