@@ -131,7 +131,8 @@ gpu-check: setup
 	$(BIN)/python -m experiments.gpu_check $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 # Everything that README and docs claim, on this source, each part committed as it ends: a day on 2
-# quiet cores. It goes on after any end; results/README.md has every claim beside its command.
+# quiet cores. It goes on after any end; results/README.md has every claim beside its command. On a
+# new source it removes runs/demo and the contest's answers, which are then made anew.
 results: setup eval-env
 	DS_ACCELERATOR=cpu $(BIN)/python -m experiments.release --commit
 

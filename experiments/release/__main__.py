@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from experiments import CHECKOUT
 from experiments.release.claim import state
 from experiments.release.claims import all_claims
 from experiments.release.page import page
-from experiments.release.ran import beginning, note_ran, read_ran
+from experiments.release.ran import Ran, has_ended, note_begun, note_ended, read_ran
 from experiments.release.source import source_hash
 from experiments.release.stages import STAGES, Stage, lacking
 from experiments.steps import Bar, environment
@@ -54,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     todo = [
         stage
         for stage in chosen(arguments.only)
-        if arguments.again or stage.name not in ran or ran[stage.name].source != source
+        if arguments.again or not has_ended(ran, stage, source)
     ]
     able = [stage for stage in todo if not lacking(stage)]
     for stage in todo:
@@ -77,19 +78,19 @@ def chosen(names: Sequence[str] | None) -> list[Stage]:
 
 
 def measure(stages: Sequence[Stage], source: str, *, commit: bool) -> int:
-    """Run stages in order, each noted as it ends; the exit code of the first that fails, or 0."""
-    bar = Bar(stages, stages)
+    """Run stages in order, each noted as it ends. One that fails is named, and the others run.
+
+    Gives 0, the exit code of the first that failed, or 130 where it was interrupted.
+    """
+    bar, failed = Bar(stages, stages), dict[str, int]()
     for stage in stages:
         print(f"\n{bar.before(stage)}\n$ {stage.command}", flush=True)
-        begun, started, command = beginning(), time.monotonic(), command_of(stage)
+        row, started, command = begin(stage, source), time.monotonic(), command_of(stage)
         try:
             code = subprocess.run(command, env=environment(command)).returncode
         except KeyboardInterrupt:
             print("\n== interrupted; run the same command to go on from here", flush=True)
             return 130
-        if code != 0:
-            print(f"== {stage.name} failed (exit code {code}); what ended is kept", file=sys.stderr)
-            return code
         if source_hash(CHECKOUT) != source:
             print(
                 f"== the source changed while {stage.name} ran: its results count for neither "
@@ -97,12 +98,27 @@ def measure(stages: Sequence[Stage], source: str, *, commit: bool) -> int:
                 file=sys.stderr,
             )
             return 1
-        note_ran(RESULTS, stage, source, begun, time.monotonic() - started)
+        if code != 0:
+            failed[stage.name] = code
+            print(f"== {stage.name} failed (exit code {code})", file=sys.stderr, flush=True)
+            continue
+        note_ended(RESULTS, stage, row, time.monotonic() - started)
         if commit:
             _commit(stage, source)
         bar.finish(stage)
     print(f"\n{bar.at_end()}", flush=True)
-    return 0
+    if failed:
+        print(f"== failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
+    return next(iter(failed.values()), 0)
+
+
+def begin(stage: Stage, source: str) -> Ran:
+    """Note the stage; on its first try on this source nothing is left to go on from."""
+    before = read_ran(RESULTS).get(stage.name)
+    if before is None or before.source != source:
+        for path in map(Path, stage.anew):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return note_begun(RESULTS, stage, source)
 
 
 def command_of(stage: Stage) -> list[str]:

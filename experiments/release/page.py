@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.release.claim import ByHand, Stated
 from experiments.release.origin import Origin, origin
-from experiments.release.ran import Ran
+from experiments.release.ran import Ran, has_ended
 from experiments.release.stages import STAGES, Stage, stage_of
 
 _LONGEST = 240  # characters of a claim that are shown
@@ -34,10 +34,10 @@ def told(root: Path, claim: Stated, ran: dict[str, Ran], source: str) -> list[To
 def _told(root: Path, file: str, ran: dict[str, Ran], source: str) -> Told:
     stage = stage_of(file)
     row = ran.get(stage.name) if stage else None
-    if row is None:
+    if stage is None or row is None or row.seconds is None:
         return Told(file, origin(root, file), is_new=False)
     where = Origin(row.command, row.commit, row.machine, row.date[:10])
-    return Told(file, where, is_new=row.source == source)
+    return Told(file, where, is_new=has_ended(ran, stage, source))
 
 
 def page(root: Path, claims: Sequence[Stated], ran: dict[str, Ran], source: str) -> str:
@@ -75,9 +75,18 @@ def page(root: Path, claims: Sequence[Stated], ran: dict[str, Ran], source: str)
 def _stage_row(stage: Stage, row: Ran | None, source: str) -> list[str]:
     made = ", ".join(f"[{name}]({name})" for name in stage.makes)
     command = f"`{stage.command}`"
-    if row is None:
+    if row is None or row.seconds is None:
         wants = f"; wants {', '.join(stage.wants)}" if stage.wants else ""
-        return [stage.name, command, "", f"has not run{wants}", "", "", "", made]
+        return [
+            stage.name,
+            command,
+            "",
+            f"{'has begun' if row else 'has not run'}{wants}",
+            "",
+            "",
+            "",
+            made,
+        ]
     state = "this one" if row.source == source else f"`{row.source}`"
     took = f"{row.seconds / 60:.0f} min"
     return [

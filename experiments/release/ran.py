@@ -18,14 +18,14 @@ FILE = "stages.json"
 
 @dataclass(frozen=True)
 class Ran:
-    """One stage's last whole run."""
+    """One stage's last run. seconds: none while it has not ended."""
 
     source: str
     command: str
     commit: str
     machine: str
     date: str
-    seconds: float
+    seconds: float | None = None
 
 
 def read_ran(folder: Path) -> dict[str, Ran]:
@@ -39,17 +39,29 @@ def read_ran(folder: Path) -> dict[str, Ran]:
         raise DataError(f"{path} is no record of stages: {error}; remove it") from error
 
 
-def note_ran(
-    folder: Path, stage: Stage, source: str, begun: Mapping[str, str], seconds: float
-) -> None:
-    """Add a stage, with the provenance of its beginning."""
-    where = {key: begun[key] for key in ("commit", "machine", "date")}
-    ran = Ran(source, stage.command, **where, seconds=round(seconds, 1))
-    rows = read_ran(folder) | {stage.name: ran}
-    told = {name: dataclasses.asdict(row) for name, row in rows.items()}
+def has_ended(ran: Mapping[str, Ran], stage: Stage, source: str) -> bool:
+    """Whether a stage has run to its end on this source."""
+    row = ran.get(stage.name)
+    return row is not None and row.source == source and row.seconds is not None
+
+
+def note_begun(folder: Path, stage: Stage, source: str) -> Ran:
+    """The stage's row from now on, with the provenance of its first try on this source."""
+    row = read_ran(folder).get(stage.name)
+    if row is None or row.source != source:
+        begun = provenance()
+        commit, machine, date = (str(begun[key] or "") for key in ("commit", "machine", "date"))
+        row = Ran(source, stage.command, commit, machine, date)
+        _write(folder, stage, row)
+    return row
+
+
+def note_ended(folder: Path, stage: Stage, row: Ran, seconds: float) -> None:
+    """`seconds`: of the last try."""
+    _write(folder, stage, dataclasses.replace(row, seconds=round(seconds, 1)))
+
+
+def _write(folder: Path, stage: Stage, row: Ran) -> None:
+    told = {name: dataclasses.asdict(one) for name, one in read_ran(folder).items()}
+    told[stage.name] = dataclasses.asdict(row)
     write_text(folder / FILE, json.dumps(told, indent=1) + "\n")
-
-
-def beginning() -> dict[str, str]:
-    """Commit, machine and date, before a stage's own results make the checkout dirty."""
-    return {key: str(value or "") for key, value in provenance().items()}

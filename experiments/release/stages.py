@@ -14,10 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, which goes on by itself from what an earlier try of it has left.
+    """One command.
 
     minutes: on two cores, about. makes: the files and folders of results/ that it writes.
     wants: names of `WANTED`; where one is lacking the stage is left out.
+    anew: what the command would go on from, removed when a stage begins on a source.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Stage:
     minutes: int
     makes: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
+    anew: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> int:
@@ -43,14 +45,21 @@ WANTED: Mapping[str, tuple[Callable[[], bool], str]] = {
 }
 
 _GEMOE = "runs/demo/compare/annealed_seed_1/mixed/gemoe_seed_0 --data runs/demo/data/validation"
+_TRIALS = "experiments/grids/contest_trials.json"
 _NF4 = (
-    "--ranks 1 --steps 1 --quantise nf4 --no-answers "
+    "--again --ranks 1 --steps 1 --quantise nf4 --no-answers "
     "--set model.activation_checkpointing=true train.micro_batch_size=1 --out results/full_size_"
 )
 
 STAGES = (
     Stage("test", "make test", 12, wants=("eval-env",)),
-    Stage("demo", "python -m experiments.demo --report results/demo", 12, ("demo",)),
+    Stage(
+        "demo",
+        "python -m experiments.demo --report results/demo",
+        12,
+        ("demo",),
+        anew=("runs/demo",),
+    ),
     Stage(
         "k-flips",
         "gemoe evaluate runs/demo/gemoe/config.yaml model.dtype=bfloat16 --trained runs/demo/gemoe "
@@ -58,9 +67,15 @@ STAGES = (
         2,
         ("k_flips",),
     ),
-    Stage("trials", "make compare-trials", 180),
-    Stage("compare", "make compare", 480, ("compare",)),
-    Stage("few-bits", f"python -m experiments.few_bits {_GEMOE}", 10, ("few_bits.json",)),
+    Stage("trials", "make compare-trials", 180, anew=(_TRIALS, "runs/demo/compare")),
+    Stage("compare", "make compare", 480, ("compare",), anew=("results/compare",)),
+    Stage(
+        "few-bits",
+        f"python -m experiments.few_bits {_GEMOE}",
+        10,
+        ("few_bits.json",),
+        anew=("runs/few_bits",),
+    ),
     Stage("wheels", "python -m experiments.release.wheels", 8, ("wheels.json",), ("trial",)),
     Stage("parity", "make parity", 20, ("parity.json",)),
     Stage("resume", "make resume", 65, ("resume.json",)),
@@ -69,7 +84,7 @@ STAGES = (
     Stage("test-slow", "make test-slow", 60, wants=("eval-env",)),
     Stage(
         "full-size",
-        "python -m experiments.full_size --backbones olmoe deepseek_vl2",
+        "python -m experiments.full_size --again --backbones olmoe deepseek_vl2",
         20,
         ("full_size.json",),
     ),

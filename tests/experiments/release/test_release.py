@@ -13,7 +13,7 @@ from experiments.release import __main__ as release
 from experiments.release.claim import ByHand, Claim, state
 from experiments.release.origin import origin
 from experiments.release.page import page
-from experiments.release.ran import read_ran
+from experiments.release.ran import has_ended, read_ran
 from experiments.release.source import source_hash
 from experiments.release.stages import STAGES, WANTED, Stage, lacking, stage_of
 from gemoe_ds.errors import ConfigError, DataError
@@ -90,20 +90,40 @@ def test_a_stage_runs_once_for_a_source_is_noted_and_committed(
     assert "all done" in capsys.readouterr().out
 
 
-def test_a_stage_that_fails_is_not_noted_and_ends_the_row(checkout: Path) -> None:
+def test_a_stage_that_fails_has_not_ended_and_the_others_run(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stages = [
         writing("first", "results/a.json"),
         Stage("second", 'python -c "raise SystemExit(3)"', 1),
         writing("third", "results/b.json"),
     ]
-    assert release.measure(stages, source_hash(checkout), commit=False) == 3
-    assert list(read_ran(checkout / "results")) == ["first"]
-    assert not (checkout / "results/b.json").exists()
+    source = source_hash(checkout)
+    assert release.measure(stages, source, commit=False) == 3
+    assert "failed: second" in capsys.readouterr().err
+    ran = read_ran(checkout / "results")
+    assert [has_ended(ran, stage, source) for stage in stages] == [True, False, True]
+    assert (checkout / "results/b.json").exists()
+
+
+def test_a_stage_begins_anew_on_another_source_and_goes_on_on_the_same(checkout: Path) -> None:
+    count = "import pathlib; p = pathlib.Path('kept'); p.mkdir(exist_ok=True); "
+    count += "(p / str(len(list(p.iterdir())))).touch(); raise SystemExit(1)"
+    stage = Stage("a", f'python -c "{count}"', 1, anew=("kept", "no_such_file"))
+    (checkout / "kept").mkdir()
+    (checkout / "kept/of_another_source").touch()
+    for tries in (1, 2):
+        release.measure([stage], source_hash(checkout), commit=False)
+        assert {path.name for path in (checkout / "kept").iterdir()} == {*map(str, range(tries))}
+    (checkout / "code.py").write_text("one = 2\n")
+    release.measure([stage], source_hash(checkout), commit=False)
+    assert [path.name for path in (checkout / "kept").iterdir()] == ["0"]
 
 
 def test_a_stage_in_which_the_source_changes_counts_for_no_source(checkout: Path) -> None:
     assert release.measure([writing("x", "code.py")], source_hash(checkout), commit=False) == 1
-    assert read_ran(checkout / "results") == {}
+    ran = read_ran(checkout / "results")
+    assert ran["x"].seconds is None
 
 
 def test_the_source_is_code_and_no_prose(checkout: Path) -> None:
