@@ -138,7 +138,7 @@ CLAIMS = [
     Claim(PAGE, _wheels),
     Claim(
         PAGE,
-        "make test # everything that CI checks: 9 to 14 minutes on 2 CPU cores",
+        "make test # everything that CI checks: 8 to 14 minutes on 2 CPU cores",
         ByHand("make test", "5c8ffb9", "2 CPU cores", "2026-11-30"),
     ),
     Claim(PAGE, lambda r: f"{len(r.json('parity.json')['cases'])} combinations"),
