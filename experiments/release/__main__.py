@@ -57,10 +57,11 @@ def _run(arguments: argparse.Namespace) -> int:
         for stage in chosen(arguments.only)
         if arguments.again or not has_ended(ran, stage, source)
     ]
-    able = [stage for stage in todo if not lacking(stage)]
-    for stage in todo:
-        if missing := lacking(stage):
-            print(f"== {stage.name} is left out: this machine lacks {', '.join(missing)}")
+    missing = {stage: lacking(stage) for stage in todo}
+    able = [stage for stage in todo if not missing[stage]]
+    for stage, lacked in missing.items():
+        if lacked:
+            print(f"== {stage.name} is left out: this machine lacks {', '.join(lacked)}")
     if arguments.list:
         print("\n".join(f"{stage.name}: {stage.command}" for stage in able))
         return 0
@@ -113,11 +114,12 @@ def measure(stages: Sequence[Stage], source: str, *, commit: bool) -> int:
 
 
 def begin(stage: Stage, source: str) -> Ran:
-    """Note the stage; on its first try on this source nothing is left to go on from."""
+    """Its row. On the first try on this source nothing is left to go on from."""
     before = read_ran(RESULTS).get(stage.name)
-    if before is None or before.source != source:
-        for path in map(Path, stage.anew):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if before is not None and before.source == source:
+        return before
+    for path in map(Path, stage.anew):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return note_begun(RESULTS, stage, source)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.release.claim import ByHand, Stated
+from experiments.release.claim import Stated
 from experiments.release.origin import Origin, origin
 from experiments.release.ran import Ran, has_ended
 from experiments.release.stages import STAGES, Stage, stage_of
@@ -25,8 +25,7 @@ class Told:
 
 def told(root: Path, claim: Stated, ran: dict[str, Ran], source: str) -> list[Told]:
     """One for each file that a claim reads."""
-    if isinstance(claim.by_hand, ByHand):
-        hand = claim.by_hand
+    if hand := claim.by_hand:
         return [Told("", Origin(hand.command, hand.commit, hand.machine, hand.date), is_new=False)]
     return [_told(root, file, ran, source) for file in claim.files]
 
@@ -77,16 +76,8 @@ def _stage_row(stage: Stage, row: Ran | None, source: str) -> list[str]:
     command = f"`{stage.command}`"
     if row is None or row.seconds is None:
         wants = f"; wants {', '.join(stage.wants)}" if stage.wants else ""
-        return [
-            stage.name,
-            command,
-            "",
-            f"{'has begun' if row else 'has not run'}{wants}",
-            "",
-            "",
-            "",
-            made,
-        ]
+        state = f"{'has begun' if row else 'has not run'}{wants}"
+        return [stage.name, command, "", state, "", "", "", made]
     state = "this one" if row.source == source else f"`{row.source}`"
     took = f"{row.seconds / 60:.0f} min"
     return [

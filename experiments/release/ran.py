@@ -46,13 +46,11 @@ def has_ended(ran: Mapping[str, Ran], stage: Stage, source: str) -> bool:
 
 
 def note_begun(folder: Path, stage: Stage, source: str) -> Ran:
-    """The stage's row from now on, with the provenance of its first try on this source."""
-    row = read_ran(folder).get(stage.name)
-    if row is None or row.source != source:
-        begun = provenance()
-        commit, machine, date = (str(begun[key] or "") for key in ("commit", "machine", "date"))
-        row = Ran(source, stage.command, commit, machine, date)
-        _write(folder, stage, row)
+    """The stage's row from now on, with the provenance of this moment."""
+    begun = provenance()
+    commit, machine, date = (str(begun[key] or "") for key in ("commit", "machine", "date"))
+    row = Ran(source, stage.command, commit, machine, date)
+    _write(folder, stage, row)
     return row
 
 

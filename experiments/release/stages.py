@@ -76,7 +76,7 @@ STAGES = (
         ("few_bits.json",),
         anew=("runs/few_bits",),
     ),
-    Stage("wheels", "python -m experiments.release.wheels", 8, ("wheels.json",), ("trial",)),
+    Stage("wheels", "python -m experiments.wheels", 8, ("wheels.json",), ("trial",)),
     Stage("parity", "make parity", 20, ("parity.json",)),
     Stage("resume", "make resume", 65, ("resume.json",)),
     Stage("faults", "make faults", 20, ("faults.json",), ("root", "cluster")),

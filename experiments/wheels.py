@@ -44,7 +44,7 @@ class Tried:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("python -m experiments.release.wheels", description=__doc__)
+    parser = Parser("python -m experiments.wheels", description=__doc__)
     parser.add_argument("--pythons", nargs="+", default=PYTHONS, metavar="PYTHON")
     parser.add_argument("--out", type=Path, default=Path("results/wheels.json"))
     arguments = parser.parse_or_exit(argv)
