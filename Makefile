@@ -82,7 +82,7 @@ SERVE := .venv-serve
 
 serve-env: setup
 	@test -d $(SERVE) || $(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(SERVE_VLLM)'
+	$(SERVE)/bin/python -m pip install timm $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(SERVE_VLLM)'
 	$(SERVE)/bin/python -m pip install --no-deps --force-reinstall ./plugins/vllm
 	$(SERVE)/bin/python plugins/vllm/env/prepare.py
 

@@ -15,6 +15,7 @@ from typing import Any
 from gemoe_ds.data.conversation import ConversationTokenizer
 from gemoe_ds.export.settings import PromptSettings
 from gemoe_ds.export.sources import MODELING, PACKAGE, write_sources
+from gemoe_ds.models.chat import ChatTemplate
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.models.vision_language import VisionLanguageModel
@@ -80,13 +81,17 @@ def processor_map() -> dict[str, str]:
     }
 
 
+def image_mark(chat: ChatTemplate) -> str:
+    """What stands for a picture in a prompt that is text."""
+    return "<|image|>" if "<|image|>" in chat.added else "<image>"
+
+
 def prompt_section(model: MoEModel, tokenizer: Path) -> dict[str, Any]:
     """What config.json says under `gemoe` of prompts, and of the tokens that end an answer."""
     chat, layout = model.backbone.chat, model.image_layout
     token = None if layout is None else layout.token
     loaded: Any = load_tokenizer(tokenizer, chat, token)
-    mark = "<|image|>" if "<|image|>" in chat.added else "<image>"
-    settings = PromptSettings(chat, token, mark, model.context_length)
+    settings = PromptSettings(chat, token, image_mark(chat), model.context_length)
     return {
         "prompts": settings.to_json(),
         "stop_ids": sorted(ConversationTokenizer(loaded, chat).end_ids),

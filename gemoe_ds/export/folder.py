@@ -13,17 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemoe_ds import __version__
-from gemoe_ds.export.code import Code, code_of, processor_map, prompt_section
+from gemoe_ds.export.code import Code, code_of, image_mark, processor_map, prompt_section
 from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
 from gemoe_ds.export.modeling import ROUTERS
 from gemoe_ds.files import whole_folder
-from gemoe_ds.hf_io.companions import TOKENIZER, companions, write_index
+from gemoe_ds.hf_io.companions import TEMPLATES, TOKENIZER, companions, write_index
 from gemoe_ds.hf_io.hf_config import in_own_format, quantisation_of, read_config
 from gemoe_ds.hf_io.renamed import Renamed
 from gemoe_ds.hf_io.rewriter import DISK_ERRORS
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_stored
 from gemoe_ds.models.images import ImageLayout, SquareImages
+from gemoe_ds.models.jinja import chat_jinja
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.models.tokenizer import load_tokenizer
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
@@ -61,6 +63,7 @@ def export(
             path.unlink()
         for path in companions(tokenizer, TOKENIZER):
             shutil.copyfile(path, folder / path.name)
+        _write_chat_template(folder, model)
         save_file(_router_tensors(model), folder / ROUTERS)
         of_base = checksums(folder)
         if code is not None:
@@ -97,6 +100,21 @@ def _extend_configs(
         place = "gemoe_export_own_tokenizer.OwnTokenizer"
         _extend(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, place]}})
     _extend(folder / "config.json", {"gemoe": section, "auto_map": code.auto_map})
+
+
+def _write_chat_template(folder: Path, model: MoEModel) -> None:
+    """That of training, where the tokenizer brings none: or a server has none, or makes one up.
+
+    Where transformers has the processor, what stands for a picture is its business.
+    """
+    layout, chat = model.image_layout, model.backbone.chat
+    described = folder / "tokenizer_config.json"
+    brings = described.exists() and _read_json(described).get("chat_template")
+    if brings or companions(folder, TEMPLATES) or hasattr(layout, "processor"):
+        return
+    loaded: Any = load_tokenizer(folder, chat, None if layout is None else layout.token)
+    text = chat_jinja(chat, image_mark(chat), (loaded.bos_token, loaded.eos_token))
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
 def _name_processor(folder: Path, settings: dict[str, Any]) -> None:

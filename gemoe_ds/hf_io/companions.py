@@ -10,7 +10,8 @@ from pathlib import Path
 from gemoe_ds.hf_io.safetensors_reader import INDEX, open_file
 
 _TOKENIZER = ("tokeniz*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
-TOKENIZER = (*_TOKENIZER, "chat_template*", "*.jinja", "*.model", "*.tiktoken")
+TEMPLATES = ("chat_template*", "*.jinja")
+TOKENIZER = (*_TOKENIZER, *TEMPLATES, "*.model", "*.tiktoken")
 # The base's own code goes along as text, for whoever runs the base; nothing of it is run here.
 _NEEDED = ("*.json", "*.py", "LICENSE*", "LICENCE*", "NOTICE*", *TOKENIZER)
 _LEFTOVERS = (

@@ -62,8 +62,10 @@ _LAYOUT = """\
 """
 
 
-def chat_jinja(chat: ChatTemplate, image_mark: str) -> str:
+def chat_jinja(chat: ChatTemplate, image_mark: str, ends: tuple[str, str] | None = None) -> str:
     """For `apply_chat_template`; `image_mark` stands where a picture does.
+
+    `ends`: bos and eos as text, for a tokenizer whose own may be others than those of training.
 
     Messages are OpenAI's: role system, user or assistant, and content that is text or a list of
     {"type": "text", "text": ...} and {"type": "image"}. The question ends where an answer begins,
@@ -89,6 +91,9 @@ def chat_jinja(chat: ChatTemplate, image_mark: str) -> str:
     text = _LAYOUT
     for name, expression in found.items():
         text = text.replace(f"@{name}", expression)
+    if ends is not None:
+        for name, token in zip(("bos_token", "eos_token"), ends, strict=True):
+            text = text.replace(name, json.dumps(token, ensure_ascii=False))
     return text
 
 

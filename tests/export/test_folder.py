@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import gemoe_ds.export.folder as module
 from gemoe_ds.errors import OutputError
 from gemoe_ds.export.folder import export
+from gemoe_ds.models.olmoe.backbone import OlmoeBackbone
+from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.hf_io.folders import as_links, below, tensors
 from tests.models.cases import CASES, write_case
 from tests.models.small import make_model
@@ -83,6 +86,22 @@ def test_the_code_of_the_base_may_stay_in_its_place(tmp_path):
     assert found["auto_map"] == config["auto_map"] and found["gemoe"]["blocks"]
     assert {path.name for path in out.glob("*.py")} == {"modeling_own.py"}
     assert not (out / "preprocessor_config.json").exists()
+
+
+def test_chats_are_written_as_in_training_unless_the_tokenizer_has_a_template(tmp_path):
+    base, tokenizer = write_case("olmoe", tmp_path)
+    out = written("olmoe", base, tokenizer, tmp_path / "out")
+    asked = [{"role": "user", "content": "a b"}]
+    found = AutoTokenizer.from_pretrained(out)
+    loaded = load_tokenizer(tokenizer, OlmoeBackbone.chat)
+    expected = f"{loaded.bos_token}<|user|>\na b\n<|assistant|>\n"
+    assert found.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == expected
+    config = tokenizer / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "its own"}))
+    again = written("olmoe", base, tokenizer, tmp_path / "again")
+    found = AutoTokenizer.from_pretrained(again)
+    assert found.apply_chat_template(asked, tokenize=False) == "its own"
+    assert not (again / "chat_template.jinja").exists()
 
 
 # As published; as transformers 5 saves it; and what it saves beside what was published.

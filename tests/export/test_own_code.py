@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from gemoe_ds.evaluation.generate import generate
+from gemoe_ds.export.own_tokenizer import OwnTokenizer
 from gemoe_ds.export.settings import settings_of
 from gemoe_ds.models.jinja import chat_jinja
 from gemoe_ds.routers.top_k import TopKRouter
@@ -137,3 +139,14 @@ def test_the_tokenizer_carries_the_template(case):
     one, found = case
     settings = settings_of(one.folder)
     assert found["tokenizer"] == ["left", chat_jinja(settings.chat, settings.image_mark)]
+
+
+def test_the_folder_has_the_template_for_whoever_runs_no_code_of_it(case):
+    """As servers do: the tokenizer's file, read by a class that knows nothing of the model."""
+    one, _ = case
+    text = (one.folder / "chat_template.jinja").read_text(encoding="utf-8")
+    ours = OwnTokenizer.from_pretrained(one.folder)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(one.folder / "tokenizer.json"))
+    for messages, _ in one.conversations():
+        prompt = theirs.apply_chat_template(messages, chat_template=text, tokenize=False)
+        assert prompt == ours.apply_chat_template(messages, tokenize=False)

@@ -16,12 +16,12 @@ from gemoe_ds.models.shard import ExpertShard
 from gemoe_ds.moe.router import Router
 
 
-def write_random(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Path:
+def write_random(shapes: Mapping[str, tuple[int, ...]], folder: Path, std: float = 0.3) -> Path:
     """Random tensors of these keys and shapes, norms about 1."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for key, shape in shapes.items():
-        tensors[key] = torch.randn(shape, generator=generator) * 0.3
+        tensors[key] = torch.randn(shape, generator=generator) * std
         if ("norm" in key or "ln_" in key) and key.endswith("weight"):
             tensors[key] += 1
     save_file(tensors, folder / "model.safetensors")

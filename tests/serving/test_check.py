@@ -44,7 +44,9 @@ def by_hand(folder, trust):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found, k = [], []
     for text in PROMPTS:
-        ids = prompt = tokenizer(text, return_tensors="pt").input_ids
+        chat = [{"role": "user", "content": text}]
+        asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        ids = prompt = asked["input_ids"]
         logprobs = []
         for _ in range(NEW):
             with torch.no_grad():

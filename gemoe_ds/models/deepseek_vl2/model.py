@@ -107,6 +107,14 @@ class DeepseekVl2Config:
         language = {
             "model_type": "deepseek_v2",
             "use_mla": False,
+            "q_lora_rank": None,
+            "kv_lora_rank": None,
+            "qk_nope_head_dim": 0,
+            "qk_rope_head_dim": 0,
+            "v_head_dim": 0,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
             "vocab_size": self.vocab_size,
             "hidden_size": self.d_model,
             "num_hidden_layers": self.num_layers,
@@ -131,8 +139,12 @@ class DeepseekVl2Config:
         }
         return {
             "model_type": self.model_type,
+            "tile_tag": "2D",
+            "global_view_pos": "head",
+            "candidate_resolutions": [list(size) for size in resolutions(self.image_size)],
             "language_config": language,
             "vision_config": vision,
+            "projector_config": {"n_embed": self.d_model},
         }
 
     def text(self) -> DeepseekOcr2TextConfig:

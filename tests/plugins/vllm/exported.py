@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gemoe_ds.cli import export as export_command
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.data.sample import Sample, Turn, of_turns, write_samples
 from gemoe_ds.export.folder import export
+from gemoe_ds.hf_io.hf_config import meta_model
+from gemoe_ds.models.deepseek_vl2.backbone import DeepseekVl2Backbone
+from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
+from gemoe_ds.models.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
 from gemoe_ds.moe.router import Router
 from tests.helpers import repository, run_ranks
 from tests.models.olmoe.small import write_olmoe
 from tests.models.qwen3_vl.small import write_qwen3_vl
-from tests.models.small import make_model
+from tests.models.small import make_model, write_random
 from tests.tiny import WORDS, write_tokenizer
 from tests.train.resuming import train_all
 
@@ -103,6 +109,35 @@ def export_qwen3_vl(root: Path) -> Path:
     return export_untrained("qwen3_vl_moe", base, tokenizer, root / "exported", {"name": "gemoe"})
 
 
+def export_deepseek_vl2(root: Path) -> Path:
+    """DeepSeek-VL2 with a small language model under a tower of the published size: vLLM builds no
+    other. The router is as before training."""
+    base, tokenizer = root / "base", root / "tokenizer"
+    base.mkdir()
+    chat = DeepseekVl2Backbone.chat
+    write_tokenizer(tokenizer, PLAIN, dict(chat.added) | {chat.pad: VOCABULARY})
+    sizes = DeepseekVl2Config(
+        d_model=64,
+        num_layers=3,
+        num_heads=2,
+        dense_width=64,
+        num_experts=8,
+        top_k=3,
+        expert_width=32,
+    )
+    (base / "config.json").write_text(json.dumps(sizes.to_json()))
+    processor = DeepseekVl2Images().settings | {
+        "processor_class": "DeepseekVLV2Processor",
+        "pad_token": chat.pad,
+    }
+    (base / "processor_config.json").write_text(json.dumps(processor))
+    model = meta_model(DeepseekVl2Model, sizes)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = DeepseekVl2Backbone.keys.stored_shapes(shapes)
+    write_random(stored | DeepseekVl2Backbone.published_unused, base, std=0.1)
+    return export_untrained("deepseek_vl2", base, tokenizer, root / "exported", {"name": "gemoe"})
+
+
 def export_untrained(name: str, base: Path, tokenizer: Path, out: Path, router: dict) -> Path:
     model = make_model(name, base, router["name"])
     options = {"base": base, "tokenizer": tokenizer, "provenance": {"base": str(base)}}
@@ -131,6 +166,31 @@ def own_answers(folder: Path, asked: list[list[int]], *, own_code: bool = True) 
 
 
 @torch.no_grad()
+def own_log_p_of_processor(
+    folder: Path, picture: Image.Image, text: str, answer: Answer
+) -> tuple[list[float], list[int]]:
+    """As `own_log_p`, by the folder's own processor. AssertionError if it makes another prompt."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+    inputs = processor(text=prompt, images=[picture])
+    assert inputs["input_ids"].tolist() == [answer.prompt]
+    more, number = torch.tensor([answer.tokens]), len(answer.tokens)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+    inputs["attention_mask"] = pad(inputs["attention_mask"], (0, number), value=1)
+    inputs["image_rows"] = pad(inputs["image_rows"], (0, number), value=-1)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    return of_answer(model(**inputs).logits, answer)
+
+
+def of_answer(logits_BSV: Tensor, answer: Answer) -> tuple[list[float], list[int]]:
+    """Log-probabilities of the answer's tokens, and the best one in each place."""
+    log_p = logits_BSV.float().log_softmax(-1)[0, len(answer.prompt) - 1 : -1]
+    tokens = torch.tensor(answer.tokens)
+    return log_p.gather(1, tokens[:, None])[:, 0].tolist(), log_p.argmax(-1).tolist()
+
+
+@torch.no_grad()
 def own_log_p(folder: Path, picture: Image.Image, answer: Answer) -> tuple[list[float], list[int]]:
     """Of a served answer about a picture: what the folder's own code says of its tokens, and the
     tokens that it would have chosen after the same ones."""
@@ -140,6 +200,4 @@ def own_log_p(folder: Path, picture: Image.Image, answer: Answer) -> tuple[list[
     ids = torch.tensor([answer.prompt + answer.tokens])
     kinds = (ids == model.config.image_token_id).long()
     logits = model(ids, mm_token_type_ids=kinds, attention_mask=ids > -1, **seen).logits
-    log_p = logits.float().log_softmax(-1)[0, len(answer.prompt) - 1 : -1]
-    tokens = torch.tensor(answer.tokens)
-    return log_p.gather(1, tokens[:, None])[:, 0].tolist(), log_p.argmax(-1).tolist()
+    return of_answer(logits, answer)

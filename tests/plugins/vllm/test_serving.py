@@ -12,9 +12,11 @@ import pytest
 
 from tests.models.small import noise
 from tests.plugins.vllm.exported import (
+    export_deepseek_vl2,
     export_qwen3_vl,
     own_answers,
     own_log_p,
+    own_log_p_of_processor,
     prompts,
     train_olmoe,
 )
@@ -56,6 +58,7 @@ def trained(tmp_path_factory):
         ("gemoe", (EAGER, *told(slots="ragged"))),
         ("gemoe", (EAGER, *told(slots="zero"))),
         ("threshold", (EAGER,)),
+        ("threshold", (EAGER, *told(slots="ragged"))),
         ("none", (EAGER,)),
         ("none", (EAGER, *told(slots="ragged"))),
         ("gemoe", ("--tensor-parallel-size", "2", EAGER)),
@@ -109,6 +112,25 @@ def test_pictures(tmp_path):
             assert best == answer.tokens
             assert max(abs(a - b) for a, b in zip(log_p, answer.log_p, strict=True)) < BOUND
         assert 1 < server.metrics()["gemoe_mean_k"] < 3
+
+
+def test_deepseek_vl2_answers_text_and_a_picture(tmp_path):
+    """With the chat template of the folder, and vLLM's own processor for pictures."""
+    folder, picture = export_deepseek_vl2(tmp_path), noise(384, 384)
+    expected = own_answers(folder, prompts())
+    options = ("--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 1}')
+    with serving(folder, tmp_path / "log", EAGER, "--skip-mm-profiling", *options) as server:
+        served = server.complete_all(prompts())
+        counted = server.metrics()
+        answer = server.look(picture, "w3 w4 w5")
+    equal, most = worst(served, expected)
+    assert equal == len(expected) and most < BOUND
+    tokens = sum(len(one.prompt) + len(one.tokens) - 1 for one in expected)
+    used = sum(one.used for one in expected)
+    assert counted["gemoe_mean_k"] == pytest.approx(used / tokens / 2, rel=1e-3)
+    log_p, best = own_log_p_of_processor(folder, picture, "w3 w4 w5", answer)
+    assert best == answer.tokens
+    assert max(abs(a - b) for a, b in zip(log_p, answer.log_p, strict=True)) < BOUND
 
 
 def test_a_folder_without_gemoe_is_served_as_before(trained, tmp_path):
