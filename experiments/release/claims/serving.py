@@ -19,6 +19,12 @@ SERVED = ByHand(
     date="2026-11-29",
 )
 SERVED_AGAIN = ByHand(SERVED.command, commit="b0cd24d", machine="CPU", date="2026-11-29")
+SERVED_PICTURES = ByHand(
+    "make serve-env; python -m pytest -m serve tests/plugins/vllm -k deepseek",
+    commit="b0f5f2d",
+    machine="2 x Intel(R) Xeon(R) Processor",
+    date="2026-11-30",
+)
 LOADED = ByHand(
     "gemoe export of small random models, loaded as the row says",
     commit="446c8f2",
@@ -124,6 +130,11 @@ CLAIMS = [
         SERVED_AGAIN,
     ),
     *(Claim(SERVING, words, SERVED) for words in _SERVED),
+    Claim(
+        SERVING,
+        "eager: text; a picture | 20 of 20; 32 of 32 tokens | 1e-5, the test's bound |",
+        SERVED_PICTURES,
+    ),
     Claim(SERVING, _speed_conditions),
     *(
         Claim(SERVING, partial(_speed_row, slots=slots, k=k))
