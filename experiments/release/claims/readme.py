@@ -8,7 +8,7 @@ from experiments.release.results import Results, Row
 
 PAGE = "README.md"
 DEMO = "demo/results.json"
-CONTEST = "compare/standings.json"
+CONTEST, MEASURED = "compare/standings.json", "compare/contest.json"
 
 
 def above(
@@ -69,18 +69,16 @@ def _contest(results: Results) -> str:
 
 
 def _beam(results: Results) -> str:
-    rows = results.rows(
-        "compare/contest.json", "measured", row="beam_dial", backbone="annealed", budget=3.0
+    """Accuracies at a mean k of 3, by seed."""
+    where = {"backbone": "annealed", "training": "mixed", "budget": 3.0}
+    beam, ours = (
+        [row["accuracy"] for row in results.rows(MEASURED, "measured", row=row, **where)]
+        for row in ("beam_dial", "threshold")
     )
-    *first, last = [f"{100 * row['accuracy']:.1f}" for row in rows]
-    ours = results.rows(
-        *("compare/contest.json", "measured"),
-        **{"row": "threshold", "backbone": "annealed", "training": "mixed", "budget": 3.0},
-    )
-    least, most = (f"{100 * f(row['accuracy'] for row in ours):.1f}" for f in (min, max))
+    *first, last = [f"{100 * accuracy:.1f}" for accuracy in beam]
     return (
-        f"{', '.join(first)} and {last} % at 3 with the three seeds, `threshold` has {least} to "
-        f"{most} %"
+        f"{', '.join(first)} and {last} % at 3 with the three seeds, `threshold` has "
+        f"{100 * min(ours):.1f} to {100 * max(ours):.1f} %"
     )
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments.release.claim import ByHand, Claim
-from experiments.release.claims.readme import CONTEST
+from experiments.release.claims.readme import CONTEST, MEASURED
 from experiments.release.results import Results, Row
 
 PAGE, ANALYSIS = "docs/routers.md", "docs/analysis.md"
-MEASURED = "compare/contest.json"
 
 
 def _standings(results: Results) -> list[Row]:

@@ -59,13 +59,17 @@ def changed(**changes):
 def write_deepseek_vl2(folder, vocabulary=None):
     """All keys of the public folder, those that nobody reads included, with random weights."""
     config = changed(vocab_size=max(vocabulary.values()) + 1 if vocabulary else VOCABULARY)
+    return write_described(config, folder, {"vision.attn_pool.latent": (1, 1, 16)})
+
+
+def write_described(config, folder, unused, std=0.3):
+    """What such a config.json says, with random weights; `unused`: shapes that nobody reads."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     model = meta_model(DeepseekVl2Model, DeepseekVl2Config.from_json(config))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stored = DeepseekVl2Backbone.keys.stored_shapes(shapes)
-    stored["vision.attn_pool.latent"] = (1, 1, 16)
-    return write_random(stored, folder)
+    return write_random(stored | unused, folder, std)
 
 
 make = partial(make_model, "deepseek_vl2")

@@ -19,15 +19,15 @@ from gemoe_ds.cli import export as export_command
 from gemoe_ds.config.load import config_from_dict
 from gemoe_ds.data.sample import Sample, Turn, of_turns, write_samples
 from gemoe_ds.export.folder import export
-from gemoe_ds.hf_io.hf_config import meta_model
 from gemoe_ds.models.deepseek_vl2.backbone import DeepseekVl2Backbone
 from gemoe_ds.models.deepseek_vl2.images import DeepseekVl2Images
-from gemoe_ds.models.deepseek_vl2.model import DeepseekVl2Config, DeepseekVl2Model
+from gemoe_ds.models.deepseek_vl2.model import DeepseekVl2Config
 from gemoe_ds.moe.router import Router
 from tests.helpers import repository, run_ranks
+from tests.models.deepseek_vl2.small import write_described
 from tests.models.olmoe.small import write_olmoe
 from tests.models.qwen3_vl.small import write_qwen3_vl
-from tests.models.small import make_model, write_random
+from tests.models.small import make_model
 from tests.tiny import WORDS, write_tokenizer
 from tests.train.resuming import train_all
 
@@ -44,6 +44,12 @@ class Answer:
     tokens: list[int]
     log_p: list[float]
     used: int = 0  # over all layers; the last token is not routed
+
+
+def routed(answers: list[Answer]) -> tuple[int, int]:
+    """Tokens that were routed, and the experts that they used in all layers."""
+    tokens = sum(len(one.prompt) + len(one.tokens) - 1 for one in answers)
+    return tokens, sum(one.used for one in answers)
 
 
 def prompts(number: int = 20) -> list[list[int]]:
@@ -113,7 +119,6 @@ def export_deepseek_vl2(root: Path) -> Path:
     """DeepSeek-VL2 with a small language model under a tower of the published size: vLLM builds no
     other. The router is as before training."""
     base, tokenizer = root / "base", root / "tokenizer"
-    base.mkdir()
     chat = DeepseekVl2Backbone.chat
     write_tokenizer(tokenizer, PLAIN, dict(chat.added) | {chat.pad: VOCABULARY})
     sizes = DeepseekVl2Config(
@@ -125,16 +130,12 @@ def export_deepseek_vl2(root: Path) -> Path:
         top_k=3,
         expert_width=32,
     )
-    (base / "config.json").write_text(json.dumps(sizes.to_json()))
+    write_described(sizes.to_json(), base, DeepseekVl2Backbone.published_unused, std=0.1)
     processor = DeepseekVl2Images().settings | {
         "processor_class": "DeepseekVLV2Processor",
         "pad_token": chat.pad,
     }
     (base / "processor_config.json").write_text(json.dumps(processor))
-    model = meta_model(DeepseekVl2Model, sizes)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stored = DeepseekVl2Backbone.keys.stored_shapes(shapes)
-    write_random(stored | DeepseekVl2Backbone.published_unused, base, std=0.1)
     return export_untrained("deepseek_vl2", base, tokenizer, root / "exported", {"name": "gemoe"})
 
 

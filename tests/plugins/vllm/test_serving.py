@@ -18,6 +18,7 @@ from tests.plugins.vllm.exported import (
     own_log_p,
     own_log_p_of_processor,
     prompts,
+    routed,
     train_olmoe,
 )
 from tests.plugins.vllm.servers import refused, serving, worst
@@ -73,8 +74,7 @@ def test_answers_are_those_of_the_folders_own_code(trained, router, options, tmp
         counted = server.metrics()
     equal, most = worst(served, expected)
     assert equal == len(expected) and most < BOUND
-    tokens = sum(len(one.prompt) + len(one.tokens) - 1 for one in expected)
-    used = sum(one.used for one in expected)
+    tokens, used = routed(expected)
     for layer in range(2):
         assert counted[f'gemoe_routed_tokens_total{{layer="{layer}"}}'] == tokens
     assert counted["gemoe_mean_k"] == pytest.approx(used / tokens / 2, rel=1e-3)
@@ -82,8 +82,8 @@ def test_answers_are_those_of_the_folders_own_code(trained, router, options, tmp
 
 def test_the_dial_of_a_server_moves_the_mean_k(trained, tmp_path):
     folder, expected = trained("gemoe")
-    tokens = sum(len(one.prompt) + len(one.tokens) - 1 for one in expected)
-    usual = sum(one.used for one in expected) / tokens / 2
+    tokens, used = routed(expected)
+    usual = used / tokens / 2
     with serving(folder, tmp_path / "log", EAGER, *told(k_shift=-2)) as server:
         served = server.complete_all(prompts())
         mean_k = server.metrics()["gemoe_mean_k"]
@@ -125,8 +125,7 @@ def test_deepseek_vl2_answers_text_and_a_picture(tmp_path):
         answer = server.look(picture, "w3 w4 w5")
     equal, most = worst(served, expected)
     assert equal == len(expected) and most < BOUND
-    tokens = sum(len(one.prompt) + len(one.tokens) - 1 for one in expected)
-    used = sum(one.used for one in expected)
+    tokens, used = routed(expected)
     assert counted["gemoe_mean_k"] == pytest.approx(used / tokens / 2, rel=1e-3)
     log_p, best = own_log_p_of_processor(folder, picture, "w3 w4 w5", answer)
     assert best == answer.tokens
