@@ -227,7 +227,8 @@ KEY = "model.layers.0.mlp.experts.1.up_proj.weight"
         (lambda t, c: t.update({"a_scale_inv": torch.ones(2, 2)}), "unexpected: a_scale_inv"),
         (
             lambda t, c: c["quantization_config"].update(weight_block_size=[64, 64]),
-            r"says fp8 with blocks of \[64, 64\]; fp8 with a weight_block_size of \[128, 128\] is supported",
+            r"says fp8 with blocks of \[64, 64\]; fp8 with a weight_block_size of \[128, 128\] is "
+            "supported",
         ),
         (
             lambda t, c: c["quantization_config"].update(quant_method="gptq"),
