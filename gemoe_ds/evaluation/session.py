@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gemoe_ds.analysis.routing_sums import MAX_TOKENS
-from gemoe_ds.checkpoint.manifest import newest
+from gemoe_ds.checkpoint.manifest import newest, read
 from gemoe_ds.checkpoint.state import load_trained_weights
 from gemoe_ds.cluster.signals import until_stopped
 from gemoe_ds.cluster.stopping import StopRequest
@@ -42,6 +42,7 @@ from gemoe_ds.moe.router import Router
 from gemoe_ds.progress import EVALUATE
 from gemoe_ds.train.assemble import build_collator, build_model
 from gemoe_ds.train.checks.samples import leave_out_known
+from gemoe_ds.train.recipe_changes import model_changes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class EvalSession:
         if self.checkpoint:
             load_trained_weights(self.model, self.checkpoint, world)
             self.say(f"trained parts from {self.checkpoint}")
+            if changes := model_changes(read(self.checkpoint), config):
+                self.say(changes)
         self.others = {name: self._on_gates(one) for name, one in chosen_routers(arguments).items()}
         self.collator = build_collator(config, self.model)
         self._logs: dict[Path | str, BadSampleLog] = {}

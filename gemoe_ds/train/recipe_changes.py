@@ -1,8 +1,11 @@
-"""What a run that goes on does otherwise than before, and every recipe that it has had."""
+"""What a run that goes on does otherwise than before, and every recipe that it has had.
+
+What an evaluation of it does otherwise, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +41,29 @@ def changes(found: Checkpoint, config: RunConfig, num_ranks: int) -> str:
     before = found.manifest.get("written by", {}).get("ranks", num_ranks)
     old, new = _flat(recipe | {"ranks": before}), _flat(new | {"ranks": num_ranks})
     given = _flat(config.model_dump(mode="json", exclude_unset=True)) | {"ranks": num_ranks}
-    known = [k for k in new if k in old or k in given or k.startswith(_DEEPSPEED)]
-    keys = [k for k in (*known, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
-    if not keys:
+    asked = [key for key in new if key in given or key.startswith(_DEEPSPEED)]
+    return _table(f"the recipe has changed since step {found.step}:", old, new, asked)
+
+
+def model_changes(found: Checkpoint, config: RunConfig) -> str:
+    """A line for each option of the model, its router's too, that is not the checkpoint's; "" if
+    none differs. What its folders hold is not compared."""
+    recipe = _recipe_of(found)
+    if not isinstance(recipe.get("model"), dict):
         return ""
+    old = _flat({"model": recipe["model"]})
+    new = _flat({"model": config.model.model_dump(mode="json")})
+    given = _flat({"model": config.model.model_dump(mode="json", exclude_unset=True)})
+    return _table(f"the model is not as it was trained in {found.folder}:", old, new, given)
+
+
+def _table(title: str, old: dict[str, Any], new: dict[str, Any], given: Container[str]) -> str:
+    """What differs; what the version of then did not have counts only if it is in `given`."""
+    known = [key for key in new if key in old or key in given]
+    keys = [k for k in (*known, *sorted(old.keys() - new.keys())) if old.get(k) != new.get(k)]
     pairs = [(k, *(as_written(side.get(k, _MISSING)) for side in (old, new))) for k in keys]
     rows = [f"  {key:<34} {was} -> {now}" for key, was, now in pairs]
-    return "\n".join([f"the recipe has changed since step {found.step}:", *rows])
+    return "\n".join([title, *rows]) if rows else ""
 
 
 def keep_recipes(output: Path, config: RunConfig, start_step: int) -> None:

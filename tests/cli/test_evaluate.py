@@ -10,6 +10,8 @@ from gemoe_ds.cli.evaluate import main
 from tests.helpers import run_here, run_python, run_ranks
 from tests.train.resuming import make_config, train_all, write_setting
 
+OTHERWISE = "the model is not as it was trained"
+
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
@@ -52,7 +54,7 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, runs, tmp_
     done = run_python(*command, *budgets)
     assert done.returncode == 0, done.stderr[-2000:]
     settings = [w for w in done.stdout.split() if w.startswith("model.router.k_")]
-    assert len(settings) == 4
+    assert len(settings) == 4 and OTHERWISE not in done.stdout
     for index, target in enumerate((2.5, 3.0)):
         record = json.loads((tmp_path / f"out/mean_k_{target:g}/eval.json").read_text())
         assert record["mean_k"] == pytest.approx(target, rel=0.02)
@@ -60,6 +62,8 @@ def test_budgets_are_met_and_their_settings_work_in_a_recipe(setting, runs, tmp_
         again = [*command, *settings[2 * index : 2 * index + 2], "--out", tmp_path / "again"]
         done = run_python(*again)
         assert done.returncode == 0, done.stderr[-2000:]
+        shift = settings[2 * index + 1].split("=")[0]
+        assert OTHERWISE in done.stdout and shift in done.stdout
         same = json.loads((tmp_path / "again/eval.json").read_text())
         assert same["mean_k_per_layer"] == record["mean_k_per_layer"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemoe_ds.checkpoint.manifest import Checkpoint
-from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
+from gemoe_ds.train.recipe_changes import changes, described, keep_recipes, model_changes
 from tests.helpers import repository, run_ranks
 from tests.train.resuming import make_config, one_group, write_setting
 
@@ -58,6 +58,21 @@ def test_an_option_that_is_new_counts_only_if_it_is_set(setting, tmp_path):
     assert changes(found, config, 2) == ""
     again = make_config(setting, tmp_path, train__max_skipped_steps=3)
     assert rows(changes(found, again, 2)) == ["train.max_skipped_steps not set -> 3"]
+
+
+def test_an_evaluation_says_what_its_model_has_otherwise(setting, tmp_path):
+    """And nothing of what is not the model's."""
+    config = make_config(setting, tmp_path)
+    found = found_of(config, tmp_path)
+    assert model_changes(found, make_config(setting, tmp_path / "moved", optim__lr=1.0)) == ""
+    here = {"model__checkpoint": "elsewhere", "model__dtype": "bfloat16"}
+    other = make_config(setting, tmp_path, model__router__k_high=3, **here)
+    assert sorted(rows(model_changes(found, other))) == [
+        f"model.checkpoint {config.model.checkpoint} -> elsewhere",
+        "model.dtype float32 -> bfloat16",
+        "model.router.k_high null -> 3",
+    ]
+    assert model_changes(Checkpoint(tmp_path / "no/checkpoints", 1, 1, {}), other) == "", "unknown"
 
 
 def test_nothing_changed_is_silent(setting, tmp_path):

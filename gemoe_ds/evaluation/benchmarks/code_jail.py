@@ -18,7 +18,7 @@ PASSED, FAILED, NOT_ALONE = 96, 95, 97
 # Of linux/sched.h, linux/mount.h and linux/fcntl.h.
 NEW_MOUNTS, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x20000, 0x10000000, 0x20000000, 0x40000000
 BIND, RECURSIVE, PRIVATE = 0x1000, 0x4000, 0x40000
-MOUNT_SETATTR, HERE, WITH_ALL_BELOW, READ_ONLY = 442, -100, 0x8000, 1
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY = 442, -100, 0x8000, 1
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,7 +33,7 @@ def leave_all_others() -> bool:
     done = (
         libc.mount(none, b"/", none, ctypes.c_ulong(RECURSIVE | PRIVATE), none) == 0
         and libc.mount(folder, folder, none, ctypes.c_ulong(BIND), none) == 0
-        and change(b"/", WITH_ALL_BELOW, READ_ONLY, 0)
+        and change(b"/", AT_RECURSIVE, READ_ONLY, 0)
         and change(folder, 0, 0, READ_ONLY)
     )
     os.chdir(folder)  # into what is mounted there now
@@ -42,7 +42,7 @@ def leave_all_others() -> bool:
 
 def change(path: bytes, flags: int, attributes: int, without: int) -> bool:
     told = struct.pack("4Q", attributes, without, 0, 0)
-    return libc.syscall(MOUNT_SETATTR, HERE, path, flags, told, ctypes.c_size_t(len(told))) == 0
+    return libc.syscall(MOUNT_SETATTR, AT_FDCWD, path, flags, told, ctypes.c_size_t(len(told))) == 0
 
 
 def run(program: str, seconds: str, memory: str, file: str) -> None:
