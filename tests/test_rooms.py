@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from setuptools import find_namespace_packages
 
 from tests.helpers import repository
+from tests.imports import at_once, files_of, imported, owner, reachable
 
 PACKAGE = "gemoe_ds"
 
@@ -64,30 +65,6 @@ EVIDENCE = ("benchmarks", "experiments")
 SCRIPTS = ("launch", "data_prep", *EVIDENCE)
 
 
-def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of every import, in functions too, and of import_module("...").
-
-    `from a import b` gives `a.b`: b may be a module. `package` resolves relative imports.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, base] if base else parents)
-            for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
-        elif isinstance(node, ast.Call) and node.args:
-            function = node.func
-            name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
-            first = node.args[0]
-            if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
-                yield node.lineno, str(first.value)
-
-
 def violations(root: Path) -> list[str]:
     """Every import under `root` that breaks the rules above, as `file:line: reason`."""
     found = []
@@ -132,35 +109,14 @@ def circles(root: Path) -> list[list[str]]:
     Imports inside functions do not count: they run when all is there. Those under TYPE_CHECKING do:
     two files that need each other's types are one idea in two places.
     """
-    files = {module_of(path.relative_to(root)): path for path in (root / PACKAGE).rglob("*.py")}
-    imports = {}
-    for module, path in files.items():
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                node.body = []
-        package = module if path.stem == "__init__" else module.rpartition(".")[0]
-        names = {name for _, name in imported(tree, package)}
-        owners = {name if name in files else name.rpartition(".")[0] for name in names}
-        imports[module] = owners & files.keys() - {module}
+    files = files_of(root, PACKAGE)
+    imports = {
+        module: {owner(name, files) for name in at_once(module, path)} & files.keys() - {module}
+        for module, path in files.items()
+    }
     reached = {module: reachable(module, imports) for module in files}
     groups = {frozenset(m for m in reached[module] if module in reached[m]) for module in files}
     return sorted(sorted(group) for group in groups if group)
-
-
-def module_of(file: Path) -> str:
-    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
-
-
-def reachable(start: str, imports: dict[str, set[str]]) -> set[str]:
-    """What `start` imports, directly or not; itself only if it is in a circle."""
-    found: set[str] = set()
-    waiting = [start]
-    while waiting:
-        new = imports[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
 
 
 def test_imports_run_one_way() -> None:

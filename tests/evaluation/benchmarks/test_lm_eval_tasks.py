@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval.models.utils import normalize_gen_kwargs
 
 from gemoe_ds.errors import ConfigError, DataError
-from gemoe_ds.evaluation.benchmarks import lm_eval_tasks
-from gemoe_ds.evaluation.benchmarks.lm_eval_tasks import LmEvalNames, LmEvalTask, as_requests
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.writing import writing_of
 from tests.evaluation.benchmarks.miniature import write_miniature
@@ -22,8 +19,15 @@ def in_miniature(miniature: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(miniature)
 
 
+def ours() -> Any:
+    """The module that is tested. It needs the harness, which not all who collect tests have."""
+    from gemoe_ds.evaluation.benchmarks import lm_eval_tasks
+
+    return lm_eval_tasks
+
+
 def leaf(name: str) -> Any:
-    (found,), _ = LmEvalNames().leaves(name)
+    (found,), _ = ours().LmEvalNames().leaves(name)
     return found
 
 
@@ -91,10 +95,10 @@ def test_a_document_is_never_an_example_of_itself(tmp_path: Path, monkeypatch: A
         made.config.fewshot_split = "test"
         return made
 
-    task = LmEvalTask(stock(), None, TaskOptions(num_fewshot=4), 0)
+    task = ours().LmEvalTask(stock(), None, TaskOptions(num_fewshot=4), 0)
     whole = stock()
     whole.set_config("num_fewshot", 4)
-    sampler = lm_eval_tasks.get_sampler("default")(list(whole.fewshot_docs()), rnd=None)
+    sampler = ours().get_sampler("default")(list(whole.fewshot_docs()), rnd=None)
     whole.sampler = sampler
     whole.set_fewshot_seed(1234)
     whole.build_all_requests()
@@ -112,7 +116,7 @@ def test_too_many_examples_are_refused() -> None:
 
 
 def test_a_group_has_the_harness_s_leaves() -> None:
-    names = LmEvalNames()
+    names = ours().LmEvalNames()
     leaves, is_group = names.leaves("mmlu")
     assert is_group and len(leaves) == 57
     assert {one.data[0] for one in leaves} == {"cais/mmlu"}
@@ -122,7 +126,7 @@ def test_a_group_has_the_harness_s_leaves() -> None:
 def test_repeats_are_requests_of_their_own() -> None:
     stock = leaf("gsm8k").load_stock(lean=True)
     stock.set_config("repeats", 3)
-    task = LmEvalTask(stock, None, TaskOptions(num_fewshot=0), 0)
+    task = ours().LmEvalTask(stock, None, TaskOptions(num_fewshot=0), 0)
     asked = task.requests_of(1)
     assert [request.index for request in asked] == [0, 1, 2]
     assert len({request.key for request in asked}) == 3
@@ -133,7 +137,7 @@ def test_a_rolling_request_is_the_whole_text() -> None:
     from lm_eval.api.instance import Instance
 
     instance = Instance("loglikelihood_rolling", {}, ("a whole text",), 0, ("wikitext", 3, 1))
-    (request,) = as_requests("wikitext", 3, [instance])
+    (request,) = ours().as_requests("wikitext", 3, [instance])
     assert (request.kind, request.context, request.doc_id) == ("rolling", "a whole text", 3)
 
 
@@ -149,6 +153,8 @@ def test_a_rolling_request_is_the_whole_text() -> None:
     ],
 )
 def test_generation_options_are_read_as_the_harness_does(options: dict[str, Any]) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     expected = normalize_gen_kwargs(options, 256)
     writing = writing_of("a", options, 256)
     assert writing.max_new_tokens == expected["max_gen_toks"]

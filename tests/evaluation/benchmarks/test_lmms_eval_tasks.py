@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from gemoe_ds.errors import DataError
-from gemoe_ds.evaluation.benchmarks.lmms_eval_tasks import LmmsEvalNames
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 
 
@@ -18,6 +17,8 @@ def in_miniature(miniature: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaf(name: str) -> Any:
+    from gemoe_ds.evaluation.benchmarks.lmms_eval_tasks import LmmsEvalNames
+
     (found,), _ = LmmsEvalNames().leaves(name)
     return found
 

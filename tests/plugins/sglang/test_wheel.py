@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from gemoe_ds import __version__
 from tests.helpers import repository
-from tests.test_rooms import imported
+from tests.imports import imported
 
 
 def test_the_routing_code_is_that_of_training_and_of_the_other_plugin(sglang_installed):
