@@ -39,6 +39,11 @@ def _to_ours(standing: Row) -> dict[tuple[str, float], Row]:
     return found
 
 
+def _interval(k: float, value: float, low: float, high: float) -> str:
+    """In points."""
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}] at k {k:g}"
+
+
 def _sign(difference: Row) -> int:
     """1 or -1 for a 95 % interval that leaves out 0, else 0."""
     return (difference["low"] > 0) - (difference["high"] < 0)
@@ -93,10 +98,15 @@ def _table_of_runs(results: Results) -> str:
 
 
 def _not_run(results: Results) -> str:
-    """Rows of the grid without a run of the first model."""
-    first = _standings(results)[0]["backbone"]
-    ran = {m["row"] for m in results.json(MEASURED)["measured"] if m["backbone"] == first}
-    return f"No runs yet: {_and(_code(row for row in _contest_rows(results) if row not in ran))}."
+    """Rows of the grid without a run of the first model, by training set."""
+    measured, first = results.json(MEASURED)["measured"], _standings(results)[0]["backbone"]
+    rows = [row for row, of in _contest_rows(results).items() if of["gates"] != "untouched"]
+    parts = []
+    for training in ("mixed", "captions"):
+        ran = {m["row"] for m in measured if (m["backbone"], m["training"]) == (first, training)}
+        if lacking := [row for row in rows if row not in ran]:
+            parts.append(f"{_and(_code(lacking))} ({training})")
+    return f"No runs of `{first}` yet: {'; '.join(parts)}." if parts else f"All ran on `{first}`."
 
 
 def _at_each_k(standing: Row, wanted: Callable[[int], bool]) -> dict[float, list[str]]:
@@ -121,14 +131,19 @@ def _better(standing: Row) -> str:
 
 
 def _first_model(results: Results) -> str:
-    first, ours = _standings(results)[0], "`threshold` is significantly better than"
-    parts = []
-    for k, rows in _at_each_k(first, lambda sign: sign >= 0).items():
-        parts.append(f"all but {_and(_code(rows))} at {k:g}" if rows else f"all others at {k:g}")
+    first = _standings(results)[0]
     return (
-        f"On `{first['backbone']}` {_better(first)}. Of the rows that reach a mean k, {ours} "
-        f"{_and(parts, 'none')}."
+        f"On `{first['backbone']}` {_better(first)}. Of the rows that reach a mean k, `threshold` "
+        f"is significantly better than {_worse(first)}."
     )
+
+
+def _worse(standing: Row) -> str:
+    """The rows that ours is significantly better than, by naming the others at each mean k."""
+    parts = []
+    for k, rows in _at_each_k(standing, lambda sign: sign >= 0).items():
+        parts.append(f"all but {_and(_code(rows))} at {k:g}" if rows else f"all others at {k:g}")
+    return _and(parts, "none")
 
 
 def _other_models(results: Results) -> str:
@@ -151,15 +166,41 @@ def _other_models(results: Results) -> str:
 
 def _captions(results: Results) -> str:
     """Ours minus the best row without training, where ours saw captions alone."""
-    (found,) = [one for one in _standings(results) if one["training"] == "captions"]
-    grid, parts = _contest_rows(results), []
+    found, grid, parts = _on_captions(results), _contest_rows(results), []
     for k in sorted({k for _, k in _to_ours(found)}):
         free = [row for row, at in _to_ours(found) if at == k and grid[row]["gates"] == "untouched"]
         best = max(free, key=lambda row: float(found["at"][f"{row} {k:g}"]["accuracy"]["value"]))
         to_ours = _to_ours(found)[best, k]
         value, low, high = (-100 * to_ours[name] for name in ("value", "high", "low"))
-        parts.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}] at k {k:g}")
+        parts.append(_interval(k, value, low, high))
     return f"minus the best rule without training is {_and(parts)}"
+
+
+def _rivals_on_captions(results: Results) -> str:
+    """The same of the rows that train."""
+    found, grid = _on_captions(results), _contest_rows(results)
+    kept = {n: one for n, one in found["at"].items() if grid[n.split()[0]]["gates"] != "untouched"}
+    trained = found | {"at": kept}
+    return (
+        f"Of the rows that were trained on captions, too, {_better(trained)}; it is significantly "
+        f"better than {_worse(trained)}."
+    )
+
+
+def _on_captions(results: Results) -> Row:
+    (found,) = [one for one in _standings(results) if one["training"] == "captions"]
+    return found
+
+
+def _entropy_input(results: Results) -> str:
+    """GeMoE with its predictor on the entropy minus GeMoE on tokens, on the demo's tasks."""
+    parts = []
+    for name, one in _standings(results)[0]["at"].items():
+        row, k = name.split(" ")
+        if row == "gemoe_entropy":
+            found = (100 * one["to_reference"][bound] for bound in ("value", "low", "high"))
+            parts.append(_interval(float(k), *found))
+    return f"`entropy` minus `token` is {_and(parts)}"
 
 
 def _free_experts(results: Results) -> str:
@@ -211,12 +252,14 @@ CLAIMS = [
             date="2026-11-28",
         ),
     ),
+    Claim(PAGE, _entropy_input),
     Claim(PAGE, _what_has_run),
     Claim(PAGE, _table_of_runs),
     Claim(PAGE, _not_run),
     Claim(PAGE, _first_model),
     Claim(PAGE, _other_models),
     Claim(PAGE, _captions),
+    Claim(PAGE, _rivals_on_captions),
     Claim(PAGE, _free_experts),
 ]
 
