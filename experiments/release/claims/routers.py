@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments.release.claim import ByHand, Claim
-from experiments.release.claims.readme import CONTEST, MEASURED
+from experiments.release.claims.readme import CONTEST, MEASURED, trained_on_captions
 from experiments.release.results import Results, Row
 
 PAGE, ANALYSIS = "docs/routers.md", "docs/analysis.md"
@@ -166,7 +166,7 @@ def _other_models(results: Results) -> str:
 
 def _captions(results: Results) -> str:
     """Ours minus the best row without training, where ours saw captions alone."""
-    found, grid, parts = _on_captions(results), _contest_rows(results), []
+    found, grid, parts = trained_on_captions(results), _contest_rows(results), []
     for k in sorted({k for _, k in _to_ours(found)}):
         free = [row for row, at in _to_ours(found) if at == k and grid[row]["gates"] == "untouched"]
         best = max(free, key=lambda row: float(found["at"][f"{row} {k:g}"]["accuracy"]["value"]))
@@ -178,18 +178,13 @@ def _captions(results: Results) -> str:
 
 def _rivals_on_captions(results: Results) -> str:
     """The same of the rows that train."""
-    found, grid = _on_captions(results), _contest_rows(results)
+    found, grid = trained_on_captions(results), _contest_rows(results)
     kept = {n: one for n, one in found["at"].items() if grid[n.split()[0]]["gates"] != "untouched"}
     trained = found | {"at": kept}
     return (
         f"Of the rows that were trained on captions, too, {_better(trained)}; it is significantly "
         f"better than {_worse(trained)}."
     )
-
-
-def _on_captions(results: Results) -> Row:
-    (found,) = [one for one in _standings(results) if one["training"] == "captions"]
-    return found
 
 
 def _entropy_input(results: Results) -> str:
