@@ -167,9 +167,11 @@ class Plan:
         )
         if where.trial is not None and row.trials:
             setting = row.trials[where.trial]
+        router, *options = overrides(self.grid, row, value, setting)
         return [
             self.grid.recipe,
-            *overrides(self.grid, row, value, setting),
+            *([router] if row.trains else []),  # of others --k or --router says it
+            *options,
             f"model.checkpoint={self.grid.backbones[where.backbone]}",
             f"seed={where.seed}",
         ]

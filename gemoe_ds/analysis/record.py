@@ -73,6 +73,15 @@ class EvalRecord(ConfigModel):
     train_seconds: float | None = Field(default=None, ge=0)  # of the router's training, if any
     tokens: int = Field(ge=0)
     checkpoint: str | None
+    # What it is of. Records of earlier versions do not say.
+    router: dict[str, Any] = {}  # its name and options, and how its budget was met
+    dtype: str | None = None  # of activations and frozen weights
+    base_digest: str | None = None
+    trained_digest: str | None = None  # None: the untouched model
+    training: dict[str, Any] = {}  # its options, the seed aside
+    data: str | None = None
+    data_fingerprint: str | None = None
+    limit: int | None = None  # only the first so many samples
     command: str
     commit: str | None
     machine: str

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemoe_ds.analysis.ablation import Ablation
+from gemoe_ds.analysis.comparable import check_seeds
 from gemoe_ds.analysis.gains import Gain
 from gemoe_ds.analysis.record import EvalRecord, Key, load_json
 from gemoe_ds.errors import DataError
@@ -181,7 +182,7 @@ def build_results(
         have = ", ".join(f"{r.method} k={r.k}" if r.k is not None else r.method for r in records)
         raise DataError(
             f"no evaluation of {BASELINE} with k={backbone_k} is among those given ({have}), and "
-            f"retention is measured against it: evaluate with model.router.k={backbone_k} too"
+            f"retention is measured against it: evaluate the model with --k {backbone_k} too"
         )
     base = statistics.fmean(bases)
     if base == 0:
@@ -211,6 +212,13 @@ def build_results(
     return Results(rows=rows, meta=meta)
 
 
+# What records that say it must have in common, beside their shapes.
+_SAME = {
+    "base weights": ("base_digest",),
+    "samples (--data, --limit)": ("data_fingerprint", "limit"),
+}
+
+
 def _check_comparable(records: Sequence[EvalRecord]) -> None:
     """Same backbone and questions everywhere, and every method, k and seed once."""
     if not records:
@@ -221,7 +229,10 @@ def _check_comparable(records: Sequence[EvalRecord]) -> None:
         budget = "" if record.budget_k is None else f" held to {record.budget_k:g}"
         name = f"{record.method} k={record.k}{budget} seed={record.seed}"
         if record.key in seen:
-            raise DataError(f"two of the evaluations are {name}: give each one once")
+            raise DataError(
+                f"two of the evaluations are {name}: give each one once, or evaluate one of them "
+                "with another --name"
+            )
         seen.add(record.key)
         for field in ("backbone_k", "num_experts", "num_layers", "num_questions_by_kind"):
             here, there = getattr(record, field), getattr(first, field)
@@ -231,6 +242,19 @@ def _check_comparable(records: Sequence[EvalRecord]) -> None:
                     f"{first.method} k={first.k} seed={first.seed}: they cannot share a table; "
                     "evaluate the same backbone on the same data"
                 )
+        for what, fields in _SAME.items():
+            here, there = (tuple(getattr(r, f) for f in fields) for r in (record, first))
+            if here[0] and there[0] and here != there:
+                raise DataError(
+                    f"{name} is of other {what} than {first.method} k={first.k} "
+                    f"seed={first.seed}: they cannot share a table; evaluate the same backbone on "
+                    "the same data"
+                )
+    rows: dict[tuple, list[tuple[str, EvalRecord]]] = {}
+    for record in records:
+        rows.setdefault(record.key[:-1], []).append((f"seed {record.seed}", record))
+    for (method, *_), members in rows.items():
+        check_seeds(method, members)
 
 
 def read_results(path: Path) -> Results:

@@ -41,7 +41,10 @@ def session_parser(description: str | None) -> Parser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     add_routing(parser)
     parser.add_argument(
-        "--batch", type=at_least_one, default=64, help="samples per rank in one forward pass (64)"
+        "--batch",
+        type=at_least_one,
+        default=64,
+        help="samples a forward pass of a rank, at most (64)",
     )
     return parser
 
@@ -129,8 +132,12 @@ def check_evaluation(arguments: argparse.Namespace) -> None:
         )
     if arguments.flips and arguments.skip_done:
         raise ConfigError("--flips compares what is evaluated now; leave --skip-done out")
-    if arguments.name and not re.fullmatch(r"[a-z0-9_]+", arguments.name):
-        raise ConfigError(f"--name {arguments.name}: lower case letters, digits and _ only")
+    check_name(arguments.name)
+
+
+def check_name(name: str | None) -> None:
+    if name and not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ConfigError(f"--name {name}: lower case letters, digits and _ only")
 
 
 def modes(arguments: argparse.Namespace, routers: Iterable[str] = ()) -> list[RoutingMode]:

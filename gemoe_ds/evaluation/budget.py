@@ -5,11 +5,13 @@ Works for every router that declares a `dial`, whatever it was trained for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.moe.router import Router
+from gemoe_ds.registry import ConfigModel
 
 TOLERANCE = 0.005  # of the target, on the calibration samples: where the search stops
 MOST_OFF = 0.02  # the same: where it has failed
@@ -27,12 +29,21 @@ class Budget:
 
     def __str__(self) -> str:
         """The options, as a command line takes them."""
-        words = []
+        return " ".join(f"model.router.{name}={text}" for name, text in self._texts().items())
+
+    def options_of_router(self, router: type[Router], config: ConfigModel) -> str:
+        """The same for one of --router, with what else it was given."""
+        given = config.model_dump(mode="json", exclude_unset=True)
+        texts = {name: json.dumps(value) for name, value in given.items()} | self._texts()
+        told = "".join(f", {name}: {text}" for name, text in texts.items())
+        return f"--router '{{name: {router.name}{told}}}'"
+
+    def _texts(self) -> dict[str, str]:
+        found = {}
         for option, values in self.options.items():
-            text = ",".join(f"{value:.6g}" for value in values)
-            one = len(set(values)) == 1
-            words.append(f"model.router.{option}={text.partition(',')[0] if one else f'[{text}]'}")
-        return " ".join(words)
+            texts = [f"{value:.6g}" for value in values]
+            found[option] = texts[0] if len(set(values)) == 1 else f"[{','.join(texts)}]"
+        return found
 
     def apply(self, routers: Sequence[Router]) -> None:
         for option, values in self.options.items():

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,19 @@ from gemoe_ds.analysis.routing_sums import MAX_TOKENS
 from gemoe_ds.cluster.stopping import StopRequest
 from gemoe_ds.cluster.watchdog import watched
 from gemoe_ds.config import RunConfig
-from gemoe_ds.data.sample import open_samples
+from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.data.token_kinds import TOKEN_KINDS
-from gemoe_ds.engine.world import distributed, gather_objects
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.engine.world import broadcast_from_first, distributed, gather_objects
+from gemoe_ds.errors import ConfigError, as_written
 from gemoe_ds.evaluation.arguments import (
     RoutingMode,
     check_evaluation,
     evaluate_parser,
     modes,
 )
+from gemoe_ds.evaluation.origin import Origin, origin_of
 from gemoe_ds.evaluation.score import Scores
-from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
+from gemoe_ds.evaluation.session import EvalSession, chosen_routers, routing_of, session_config
 from gemoe_ds.evaluation.untrained import is_rule
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.train.monitor import seconds_in
@@ -121,10 +123,12 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
         session.check_budgets(asked)
+        origin = origin_of(config.model.checkpoint, arguments.trained, world)
         for mode in asked:
             out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
             folders.append(out)
-            if arguments.skip_done and gather_objects((out / RECORD).exists())[0]:
+            told = told_of(arguments, config, mode, origin, samples)
+            if broadcast_from_first(partial(is_done, arguments, out, told), world):
                 session.say(f"done before: {out}")
                 continue
             session.set_routing(mode)
@@ -136,7 +140,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
             scores = session.scored(samples, arguments.limit, max_tokens)
             if world.is_first:
                 seconds = time.perf_counter() - began
-                write_scores(session, mode, out, scores, k, seconds)
+                write_scores(session, mode, out, scores, k, seconds, told)
         if arguments.flips:
             session.say("evaluating in float32, for the k that differ")
             in_float32 = session_config(arguments, "model.dtype=float32")
@@ -148,6 +152,47 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     return folders
 
 
+def told_of(
+    arguments: Namespace,
+    config: RunConfig,
+    mode: RoutingMode,
+    origin: Origin,
+    samples: SampleFolder,
+) -> dict[str, Any]:
+    """What eval.json says, and is known before, of what is evaluated on what."""
+    static = {} if mode.k is None else {"k": mode.k}
+    return {
+        "router": routing_of(arguments, config, mode) | static,
+        "dtype": config.model.dtype,
+        **origin.told(),
+        "data": named_from_here(samples.path),
+        "data_fingerprint": samples.fingerprint,
+        "limit": arguments.limit,
+    }
+
+
+def is_done(arguments: Namespace, out: Path, told: Mapping[str, Any]) -> bool:
+    """Whether the evaluation is there and --skip-done keeps it; says what is written over.
+
+    ConfigError where --skip-done meets the evaluation of something else.
+    """
+    if not (out / RECORD).exists():
+        return False
+    found, _ = read_record(out)
+    if found.data_fingerprint is None:  # an earlier version did not say
+        return bool(arguments.skip_done)
+    other = [name for name in told if name != "data" and getattr(found, name) != told[name]]
+    if not other:
+        return bool(arguments.skip_done)
+    what = f"{other[0]} {as_written(getattr(found, other[0]))}, not {as_written(told[other[0]])}"
+    if arguments.skip_done:
+        raise ConfigError(
+            f"{out} holds another evaluation ({what}): give another --out, or remove it"
+        )
+    print(f"{out}: another evaluation was there ({what}) and is written over", flush=True)
+    return False
+
+
 def write_scores(
     session: EvalSession,
     mode: RoutingMode,
@@ -155,7 +200,9 @@ def write_scores(
     scores: Scores,
     k: int | None,
     seconds: float,
+    told: dict[str, Any],
 ) -> None:
+    """`told`: by `told_of`."""
     arguments = session.arguments
     record = record_of(
         session.model,
@@ -167,6 +214,7 @@ def write_scores(
         seconds=seconds,
         train_seconds=seconds_in(arguments.trained) if arguments.trained else None,
         checkpoint=named_from_here(session.checkpoint or session.config.model.checkpoint),
+        **told,
     )
     write_record(out, record, scores.routing, scores.questions, scores.samples)
     session.say(

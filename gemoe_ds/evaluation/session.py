@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,16 +98,17 @@ class EvalSession:
     def stream(
         self, samples: SampleList, *, limit: int | None = None, prompts: bool = False
     ) -> EvalStream:
-        number, batch = min(len(samples), limit or len(samples)), self.arguments.batch
-        if number <= batch * (self.world.size - 1):
+        """Every rank has one at least: batches are smaller than --batch where samples are few."""
+        number = min(len(samples), limit or len(samples))
+        if number < self.world.size:
             raise ConfigError(
-                f"{samples.path}: {number:,} samples in batches of {batch} are too few for "
-                f"{self.world.size} ranks: use fewer ranks or a smaller --batch"
+                f"{samples.path}: {number:,} samples are too few for {self.world.size} ranks: use "
+                "fewer ranks, or more samples (--limit, --calibration-samples)"
             )
         return EvalStream(
             samples,
             self.collator,
-            batch=batch,
+            batch=min(self.arguments.batch, number // self.world.size),
             rank=self.world.rank,
             world=self.world.size,
             limit=limit,
@@ -173,7 +176,7 @@ class EvalSession:
                     )
                 router.k = router.static_k = mode.k  # type: ignore[assignment]
         self.model.to(self.world.device)
-        return None if mode.mean_k is None else self.fit_budget(routers, mode.mean_k)
+        return None if mode.mean_k is None else self.fit_budget(routers, mode.mean_k, mode.router)
 
     def check_budgets(self, modes: Iterable[RoutingMode]) -> None:
         """ConfigError for a mean k that its router cannot have, before any of them is measured."""
@@ -192,8 +195,11 @@ class EvalSession:
 
         return again
 
-    def fit_budget(self, routers: list[Router], mean_k: float) -> Budget:
-        """Move the dial until the model uses so many experts on what it is calibrated on."""
+    def fit_budget(self, routers: list[Router], mean_k: float, chosen: str | None = None) -> Budget:
+        """Move the dial until the model uses so many experts on what it is calibrated on.
+
+        `chosen`: which of --router it is, if it is one.
+        """
         arguments, first = self.arguments, routers[0]
         known = self.calibration or self._calibration_samples()
         if first.budgets_by_sensitivity and not arguments.per_layer:
@@ -204,8 +210,9 @@ class EvalSession:
         else:
             target = [mean_k] * len(routers) if arguments.per_layer else mean_k
             budget = fit_budget_to(routers, target, known.mean_k_L, rescale=arguments.rescale)
+        found = budget.options_of_router(*chosen_routers(arguments)[chosen]) if chosen else budget
         self.say(
-            f"mean k {budget.mean_k:.3f} on {known.place} after {budget.passes} passes: {budget}"
+            f"mean k {budget.mean_k:.3f} on {known.place} after {budget.passes} passes: {found}"
         )
         return budget
 
@@ -232,6 +239,21 @@ def chosen_routers(arguments: argparse.Namespace) -> dict[str, Chosen]:
     return choose(arguments.router or [])
 
 
+def routing_of(
+    arguments: argparse.Namespace, config: RunConfig, mode: RoutingMode
+) -> dict[str, Any]:
+    """The router's name and options, and how its budget is met."""
+    if mode.k is not None:
+        return {"name": "top_k"}
+    router, options = config.model.router.router_class, config.model.router.config
+    if mode.router is not None:
+        router, options = chosen_routers(arguments)[mode.router]
+    met = {"per_layer": arguments.per_layer, "rescale": arguments.rescale}
+    told = {"name": router.name, **options.model_dump()} | (met if mode.mean_k else {})
+    plain: dict[str, Any] = json.loads(json.dumps(told))  # as it is read back
+    return plain
+
+
 def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     """The recipe, with a static router where nothing trained is loaded.
 
@@ -242,6 +264,11 @@ def session_config(arguments: argparse.Namespace, *more: str) -> RunConfig:
     chosen = chosen_routers(arguments)
     overrides = list(arguments.overrides)
     if not arguments.trained:
+        if unused := [one for one in overrides if one.startswith("model.router")]:
+            raise ConfigError(
+                f"{unused[0]} would not be used: without --trained the model routes as --k and "
+                "--router say; give --k K, or --router '{name: NAME, OPTION: VALUE}'"
+            )
         k = arguments.k[0] if arguments.k else None
         overrides.append("model.router={name: top_k" + ("" if k is None else f", k: {k}") + "}")
     if not any(override.startswith("parallel.ep_size=") for override in overrides):

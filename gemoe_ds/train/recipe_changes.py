@@ -57,6 +57,11 @@ def model_changes(found: Checkpoint, config: RunConfig) -> str:
     return _table(f"the model is not as it was trained in {found.folder}:", old, new, given)
 
 
+def recipe_of(found: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its recipe, by dotted names; {} for one of an older version."""
+    return _flat(_recipe_of(found))
+
+
 def _table(title: str, old: dict[str, Any], new: dict[str, Any], given: Container[str]) -> str:
     """What differs; what the version of then did not have counts only if it is in `given`."""
     known = [key for key in new if key in old or key in given]

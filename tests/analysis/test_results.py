@@ -83,12 +83,41 @@ def test_a_method_that_is_not_known_here_is_shown_by_its_name() -> None:
     ("records", "expected"),
     [
         ([], "no evaluation was given"),
-        ([gemoe(0)], r"no evaluation of top_k with k=8 .*\(gemoe\).*model.router.k=8 too"),
+        ([gemoe(0)], r"no evaluation of top_k with k=8 .*\(gemoe\).*the model with --k 8 too"),
         (
             [record("top_k", 5, {"fact": 0.9}), record("top_k_tuned", 8, {"fact": 0.9})],
             r"no evaluation of top_k with k=8 .*\(top_k k=5, top_k_tuned k=8\)",
         ),
         ([TOP_8, gemoe(1), gemoe(1)], "two of the evaluations are gemoe k=None seed=1"),
+        (
+            [
+                record("top_k", 8, {"fact": 0.9}, data_fingerprint="a"),
+                record("top_k", 5, {"fact": 0.9}, data_fingerprint="b"),
+            ],
+            r"top_k k=5 seed=0 is of other samples \(--data, --limit\) than top_k k=8 seed=0",
+        ),
+        (
+            [
+                record("top_k", 8, {"fact": 0.9}, data_fingerprint="a"),
+                record("top_k", 5, {"fact": 0.9}, data_fingerprint="a", limit=9),
+            ],
+            "is of other samples",
+        ),
+        (
+            [
+                record("top_k", 8, {"fact": 0.9}, base_digest="a"),
+                record("top_k", 5, {"fact": 0.9}, base_digest="b"),
+            ],
+            "is of other base weights",
+        ),
+        (
+            [
+                TOP_8,
+                gemoe(0).model_copy(update={"training": {"optim.lr": 0.1}}),
+                gemoe(1).model_copy(update={"training": {"optim.lr": 0.2}}),
+            ],
+            r"seed 0 and seed 1 are both gemoe, and their trainings differ in optim.lr \(0.1, 0.2",
+        ),
         ([record("top_k", 8, {"fact": 0.0})], "answers no question right"),
         (
             [TOP_8, record("top_k", 5, {"count": 0.9})],

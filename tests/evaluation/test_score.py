@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from gemoe_ds.data.collate import Collator
 from gemoe_ds.data.sample import Message, Sample, Turn, of_turns, open_samples, write_samples
 from gemoe_ds.data.stream import EvalStream
 from gemoe_ds.engine.world import ALONE
-from gemoe_ds.errors import DataError
+from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.score import Scores, evaluate
+from gemoe_ds.evaluation.session import EvalSession
 from gemoe_ds.models.inputs import ModelInputs
 from gemoe_ds.models.tokenizer import load_tokenizer
 from tests.data.turns import cut_image, turns_of, with_turns
@@ -200,6 +202,24 @@ def test_every_sample_is_seen_once(setting, number, batch, world, steps, tmp_pat
     assert [len(some) for some in batches] == [len(stream) for stream in streams] == [steps] * world
     rows = [row for some in batches for one in some if one is not None for row in one.rows]
     assert sorted(rows) == list(range(number))
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_few_samples_are_for_all_ranks(setting, tmp_path, world):
+    """As many as 512 of --calibration-samples are on 32 GPUs: in smaller batches."""
+    _, _, collator = setting
+    samples = open_samples(write_data(tmp_path / "data", 10))
+    for rank in range(world):
+        session = SimpleNamespace(
+            arguments=SimpleNamespace(batch=64),
+            world=SimpleNamespace(rank=rank, size=world),
+            collator=collator,
+        )
+        first, *_ = EvalSession.stream(session, samples)  # type: ignore[arg-type]
+        assert first is not None and len(first.rows) == 10 // world
+    session.world.size = 11
+    with pytest.raises(ConfigError, match="10 samples are too few for 11 ranks"):
+        EvalSession.stream(session, samples)  # type: ignore[arg-type]
 
 
 def _next_token(model, text: list[int], images: dict) -> int:

@@ -41,9 +41,8 @@ def test_budgets_on_the_untouched_gates(setting, config, tmp_path, capsys):
     for name, record in list(found.items())[1:]:
         assert record.method == name.split("_")[0] and record.k is None
         assert record.mean_k == pytest.approx(record.budget_k, rel=0.02)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "threshold=" in line)
-    threshold = float(line.split("threshold=")[1])
-    again = {"name": "score", "threshold": threshold}
+    line = next(line for line in capsys.readouterr().out.splitlines() if "threshold: " in line)
+    again = line.split("--router '")[1].removesuffix("'")
     same = gemoe_ds.evaluate(config, out=tmp_path / "b", data=setting["data"], router=again)
     first = found["score_mean_k_2.5"]
     assert same["."].mean_k_per_layer == first.mean_k_per_layer and same["."].budget_k is None
@@ -56,7 +55,7 @@ def test_every_layer_meets_the_budget(setting, config, tmp_path, capsys):
     given = {"data": setting["data"], "out": tmp_path, "mean_k": 3, "router": "score"}
     (record,) = gemoe_ds.evaluate(config, per_layer=True, **given).values()
     assert record.mean_k_per_layer == pytest.approx([3, 3], rel=0.02)
-    assert "threshold=[0." in capsys.readouterr().out
+    assert "--router '{name: score, threshold: [0." in capsys.readouterr().out
 
 
 def test_alloc_moe_shares_the_budget_out(setting, config, tmp_path, capsys):
@@ -64,7 +63,9 @@ def test_alloc_moe_shares_the_budget_out(setting, config, tmp_path, capsys):
     found = gemoe_ds.evaluate(config, out=tmp_path / "a", **given)
     for record in found.values():
         assert record.mean_k == pytest.approx(record.budget_k, rel=0.02)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "router.k=" in line]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "{name: alloc_moe, k: " in line
+    ]
     assert len(lines) == 2 and "after 8 passes" in lines[0]  # 1 + 2 layers * 3, and that of the k
 
 

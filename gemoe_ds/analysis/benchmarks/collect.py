@@ -155,11 +155,12 @@ def _answered(folder: Path) -> Answered:
 def _add(first: ModeRun, second: ModeRun) -> None:
     """Tasks that `first` lacks; a task of both must have the same scores."""
     trained, other = first.mode.checkpoint, second.mode.checkpoint
-    if trained != other:
+    digests = first.mode.trained_digest, second.mode.trained_digest
+    if digests[0] != digests[1] if all(digests) else trained != other:
         raise DataError(
             f"{first.folder} ({trained}) and {second.folder} ({other}) are two trainings of one "
-            "method with one seed: they cannot share a row; give one of them, or train again with "
-            "another seed"
+            "method with one seed: they cannot share a row; give one of them, answer one with "
+            "another --name, or train it again with another seed"
         )
     for task, answered in second.tasks.items():
         known = first.tasks.setdefault(task, answered)

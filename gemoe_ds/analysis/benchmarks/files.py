@@ -41,6 +41,10 @@ class Mode(ConfigModel):
     backbone: str  # model.backbone.name
     base: str | None  # the base checkpoint; None: random weights
     checkpoint: str | None  # what was trained; None: the untouched model
+    # Of their weights, and the options of the training; those of earlier versions do not say.
+    base_digest: str | None = None
+    trained_digest: str | None = None
+    training: dict[str, Any] = {}
     dtype: str | None = None  # of activations and frozen weights
     router: dict[str, Any] = {}  # its name and options
     choices: dict[str, Any] = {}  # how prompts were made, where the paper does not say

@@ -17,6 +17,7 @@ from gemoe_ds.analysis.benchmarks.collect import ModeRun, check_comparable
 from gemoe_ds.analysis.benchmarks.columns import COLUMNS, Column
 from gemoe_ds.analysis.benchmarks.intervals import INTERVALS, mean_of_columns, resampled_means
 from gemoe_ds.analysis.benchmarks.results import Cell, Difference
+from gemoe_ds.analysis.comparable import check_seeds
 from gemoe_ds.analysis.paired import Accuracies
 from gemoe_ds.errors import DataError
 
@@ -109,13 +110,15 @@ def _model(backbone: str, base: str | None, members: dict[tuple, list[ModeRun]])
     check_comparable(model.runs)
     first = model.runs[0]
     for run in model.runs:
-        for name in ("backbone_k", "num_experts", "parameters_per_expert"):
+        for name in ("backbone_k", "num_experts", "parameters_per_expert", "base_digest"):
             here, there = getattr(run.mode, name), getattr(first.mode, name)
-            if here != there:
+            if here != there and here and there:
                 raise DataError(
                     f"{run.folder} has {name} = {here}, {first.folder} has {there}, and both say "
                     f"that they are of {base or backbone}: answer both from the same checkpoint"
                 )
+    for group in groups:
+        check_seeds(group.label, [(str(run.folder), run.mode) for run in group.runs])
     return model
 
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
         start = adopt_launcher()
         find_run(arguments)
         from gemoe_ds.evaluation.benchmarks.answer_modes import answer_all, task_options
-        from gemoe_ds.evaluation.benchmarks.load_tasks import load_tasks, resolve
+        from gemoe_ds.evaluation.benchmarks.load_tasks import load_tasks, resolve, without_examples
         from gemoe_ds.evaluation.benchmarks.needs import unmet_needs
 
         if start.rank == 0:
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> None
                 print(f"note: {need} to `gemoe benchmark score`", flush=True)
         options = task_options(arguments)
         tasks = load_tasks(arguments.tasks, options)
+        if (note := without_examples(tasks, options)) and start.rank == 0:
+            print(f"note: {note}", flush=True)
         words = arguments.calibrate_tasks
         known = load_tasks(words, options) if words else []
         answer_all(arguments, tasks, known, options.style, stop)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemoe_ds.config.load import read_recipe
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.evaluation.arguments import add_routing, check_routing
+from gemoe_ds.evaluation.arguments import add_routing, check_name, check_routing
 from gemoe_ds.parser import Parser, at_least_one
 
 _CONFIG = "config.yaml"
@@ -62,7 +62,8 @@ def answer_parser(description: str | None) -> Parser:
         metavar="TOKENS",
         help="tokens of a batch on a rank, padding included (default: auto, as memory allows)",
     )
-    parser.set_defaults(batch=64, name=None)  # samples that --calibrate reads at a time
+    parser.add_argument("--name", help="of the method in tables (default: the router's)")
+    parser.set_defaults(batch=64)  # samples that --calibrate reads at a time
     return parser
 
 
@@ -91,3 +92,4 @@ def find_run(arguments: argparse.Namespace) -> None:
             "--out is where the answers go; only a run's folder has a place of its own"
         )
     check_routing(arguments)
+    check_name(arguments.name)

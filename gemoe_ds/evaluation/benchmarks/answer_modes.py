@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gemoe_ds.evaluation.arguments import RoutingMode, modes
 from gemoe_ds.evaluation.benchmarks.answering import Answerer, answer_blocks
 from gemoe_ds.evaluation.benchmarks.batch_size import AUTO, tokens_that_fit
 from gemoe_ds.evaluation.benchmarks.calibration import calibration_on
+from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL
 from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
 from gemoe_ds.evaluation.benchmarks.parts import (
     ANSWERS,
@@ -46,9 +47,10 @@ from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts, refuse_pictures
 from gemoe_ds.evaluation.budget import Budget
+from gemoe_ds.evaluation.origin import Origin, origin_of
 from gemoe_ds.evaluation.records import method_name
 from gemoe_ds.evaluation.routing import RoutingCounter
-from gemoe_ds.evaluation.session import EvalSession, chosen_routers, session_config
+from gemoe_ds.evaluation.session import EvalSession, chosen_routers, routing_of, session_config
 from gemoe_ds.files import write_text
 from gemoe_ds.train.assemble import meta_collator, named_backbone
 
@@ -56,6 +58,7 @@ ASKED, BUDGET = "asked.json", "budget.json"
 _LONGEST = 8_192  # tokens; no prompt of the paper's benchmarks has as many
 # What must be the same for answers of two starts to be of one model.
 _SAME = ("k", "budget_k", "seed", "backbone", "base", "checkpoint", "dtype", "router")
+_PLACES = {"base": "base_digest", "checkpoint": "trained_digest"}
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,18 @@ class Asked:
     plans: list[TaskPlan]
     reader: Reader
     choices: dict[str, Any]
+    style: dict[str, str]  # of vision tasks
 
     def of(self, number: int) -> dict[str, Any]:
         """asked.json of a task."""
         task, plan = self.tasks[number], self.plans[number]
+        style = self.style if task.harness != LM_EVAL else {}
         told = {
             "harness": task.harness,
             "group": task.group,
             "num_documents": plan.doc_D.size,
             "num_requests": plan.num_requests,
-            "choices": {**task.choices, **self.choices},
+            "choices": {**task.choices, **self.choices, **style},
             "fingerprint": plan.fingerprint,
         }
         plain: dict[str, Any] = json.loads(json.dumps(told))  # as it is read back
@@ -110,8 +115,9 @@ def answer_all(
     check_calibration(arguments, config, calibrate_tasks)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         asked = read_tasks(whole_context(arguments, config), tasks, style, world)
+        origin = origin_of(config.model.checkpoint, arguments.trained, world)
         for mode in asked_modes:
-            check_folder(arguments, config, mode, asked)
+            check_folder(arguments, config, mode, asked, origin)
         if all(
             _is_done(arguments.out / m.folder, asked, n) for m in asked_modes for n in _all(asked)
         ):
@@ -123,7 +129,7 @@ def answer_all(
         if calibrate_tasks:
             session.calibration = calibration_on(session, calibrate_tasks, asked.reader)
         for mode in asked_modes:
-            answer_mode(session, mode, asked)
+            answer_mode(session, mode, asked, origin)
         session.say(f"next: gemoe benchmark score {arguments.out}")
 
 
@@ -174,7 +180,7 @@ def read_tasks(config: RunConfig, tasks: Sequence[Task], style: PromptStyle, wor
     refuse_pictures(collator, tasks, style)
     reader = Reader(collator, VisionPrompts(collator, style), config.data.num_workers)
     plans = plan_tasks(tasks, reader, gather_objects, world.rank, world.size)
-    return Asked(tasks, plans, reader, {"max_length": collator.max_length, **style.told()})
+    return Asked(tasks, plans, reader, {"max_length": collator.max_length}, style.told())
 
 
 def whole_context(arguments: Namespace, config: RunConfig) -> RunConfig:
@@ -189,7 +195,9 @@ def whole_context(arguments: Namespace, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def identity(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict[str, Any]:
+def identity(
+    arguments: Namespace, config: RunConfig, mode: RoutingMode, origin: Origin
+) -> dict[str, Any]:
     """What mode.json says that is known before a model is read."""
     is_trained = arguments.trained and mode.k is None
     base = config.model.checkpoint
@@ -202,40 +210,43 @@ def identity(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict
         "checkpoint": named_from_here(newest(arguments.trained)) if is_trained else None,
         "dtype": config.model.dtype,
         "router": routing_of(arguments, config, mode),
+        **(origin if is_trained else origin.untouched).told(),
     }
 
 
-def routing_of(arguments: Namespace, config: RunConfig, mode: RoutingMode) -> dict[str, Any]:
-    """The router's name and options, and how its budget is met."""
-    if mode.k is not None:
-        return {"name": "top_k"}
-    router, options = config.model.router.router_class, config.model.router.config
-    if mode.router is not None:
-        router, options = chosen_routers(arguments)[mode.router]
-    met = {"per_layer": arguments.per_layer, "rescale": arguments.rescale}
-    told = {"name": router.name, **options.model_dump()} | (met if mode.mean_k else {})
-    plain: dict[str, Any] = json.loads(json.dumps(told))  # as it is read back
-    return plain
+def _agree(name: str, found: Mode, new: Mapping[str, Any]) -> bool:
+    """A place may be written from another working directory, and another may have its name: what
+    is there counts, by its digest, if the version of then has noted it."""
+    here, there = getattr(found, name), new[name]
+    if name in _PLACES:
+        digests = getattr(found, _PLACES[name]), new[_PLACES[name]]
+        if all(digests):
+            return digests[0] == digests[1]
+        return here == there or bool(here and there and Path(here).name == Path(there).name)
+    return bool(here == there)
 
 
-def _agree(name: str, found: Any, new: Any) -> bool:
-    """A place may be written from another working directory."""
-    if name in ("base", "checkpoint") and found and new:
-        return Path(found).name == Path(new).name
-    return bool(found == new)
-
-
-def check_folder(arguments: Namespace, config: RunConfig, mode: RoutingMode, asked: Asked) -> None:
+def check_folder(
+    arguments: Namespace, config: RunConfig, mode: RoutingMode, asked: Asked, origin: Origin
+) -> None:
     """ConfigError if a mode's folder holds answers of another model or to other questions."""
     folder = arguments.out / mode.folder
     if (folder / MODE).exists():
-        found, new = read_mode(folder), identity(arguments, config, mode)
+        found, new = read_mode(folder), identity(arguments, config, mode, origin)
         for name in _SAME:
-            if not _agree(name, getattr(found, name), new[name]):
+            if not _agree(name, found, new):
+                told = [str(getattr(found, name)), str(new[name])]
+                if told[0] == told[1]:  # its weights have changed
+                    told = [f"{told[0]} {of}" for of in ("as it was", "as it is now")]
                 raise ConfigError(
-                    f"{folder} holds answers of another model: its {name} is "
-                    f"{getattr(found, name)}, not {new[name]}; give another --out, or remove it"
+                    f"{folder} holds answers of another model: its {name} is {told[0]}, not "
+                    f"{told[1]}; give another --out, or remove it"
                 )
+        if arguments.name and mode.k is None and arguments.name != found.method:
+            raise ConfigError(
+                f"{folder} holds answers under the name {found.method}, not --name "
+                f"{arguments.name}; give another --out, or remove it"
+            )
     for number, task in enumerate(asked.tasks):
         path = folder / task.name / ASKED
         if path.exists() and json.loads(path.read_bytes()) != asked.of(number):
@@ -253,7 +264,7 @@ def _all(asked: Asked) -> range:
     return range(len(asked.tasks))
 
 
-def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked) -> None:
+def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked, origin: Origin) -> None:
     """What is not answered yet. Collective."""
     world, folder = session.world, session.arguments.out / mode.folder
     todo = [number for number in _all(asked) if not _is_done(folder, asked, number)]
@@ -267,7 +278,7 @@ def answer_mode(session: EvalSession, mode: RoutingMode, asked: Asked) -> None:
 
     def begin() -> tuple[Path, dict]:
         with writing_answers(folder):
-            write_mode(session, mode, folder, asked.choices)
+            write_mode(session, mode, folder, asked.choices | asked.style, origin)
             for number in todo:
                 (folder / asked.tasks[number].name).mkdir(exist_ok=True)
                 path = folder / asked.tasks[number].name / ASKED
@@ -351,17 +362,17 @@ def _batch(session: EvalSession, reader: Reader, folder: Path) -> int:
 
 
 def write_mode(
-    session: EvalSession, mode: RoutingMode, folder: Path, choices: dict[str, Any]
+    session: EvalSession, mode: RoutingMode, folder: Path, choices: dict[str, Any], origin: Origin
 ) -> None:
     model = session.model
     content = Mode(
-        method=method_name(session, mode),
+        method="top_k" if mode.k is not None else method_name(session, mode),
         choices=choices,
         backbone_k=model.routing[0].top_k,
         num_experts=model.routing[0].num_experts,
         total_parameters=model.num_parameters,
         parameters_per_expert=tuple(model.params_per_expert),
-        **identity(session.arguments, session.config, mode),
+        **identity(session.arguments, session.config, mode, origin),
         **provenance(),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from gemoe_ds.analysis.benchmarks import columns
 from gemoe_ds.errors import ConfigError, DataError, GemoeError, in_a_line
 from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL, LMMS_EVAL, check_installed, label
 from gemoe_ds.evaluation.benchmarks.local_data import data_of
+from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 from gemoe_ds.evaluation.benchmarks.tasks import Task
 
@@ -57,6 +58,16 @@ def resolve(names: Sequence[str]) -> list[Asked]:
     return list(found.values())
 
 
+def all_names() -> list[tuple[str, str]]:
+    """Harness and name of every task, group and tag, sorted."""
+    check_installed()
+    from gemoe_ds.evaluation.benchmarks.lm_eval_tasks import LmEvalNames
+    from gemoe_ds.evaluation.benchmarks.lmms_eval_tasks import LmmsEvalNames
+
+    known: dict[str, Any] = {LM_EVAL: LmEvalNames(), LMMS_EVAL: LmmsEvalNames()}
+    return sorted((harness, name) for harness in known for name in known[harness].everything)
+
+
 def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Task]:
     """Every leaf task, ready to be asked. Before a model is read, and before a process group or
     CUDA is there: some tasks fork while they load."""
@@ -68,8 +79,30 @@ def load_tasks(names: Sequence[str], options: TaskOptions) -> list[Task]:
             raise ConfigError(f"--num-fewshot {options.num_fewshot} must be 0 at least")
         if all(one.leaf.harness == LMMS_EVAL for one in asked):
             raise ConfigError("--num-fewshot: none of --tasks is a language task; leave it out")
+    if options.style.name != DefaultStyle.name and not any(
+        one.leaf.harness == LMMS_EVAL for one in asked
+    ):
+        raise ConfigError(
+            f"--prompt-style {options.style.name}: none of --tasks is a vision task; leave it out"
+        )
     with data_of([one.leaf for one in asked], options.data):
         return _load_all(asked, options)
+
+
+def without_examples(tasks: Iterable[Task], options: TaskOptions) -> str:
+    """A note on the tasks whose own files fix 0 examples, whatever --num-fewshot says; "" if
+    there is none. ConfigError if --num-fewshot changes nothing at all."""
+    if not options.num_fewshot:
+        return ""
+    language = [task for task in tasks if task.harness == LM_EVAL]
+    kept = [task.name for task in language if task.choices["num_fewshot"] == 0]
+    if not kept:
+        return ""
+    some = f"{', '.join(kept[:3])}{f' and {len(kept) - 3} more' if len(kept) > 3 else ''}"
+    told = f"--num-fewshot {options.num_fewshot} changes nothing in {some}, whose files fix 0"
+    if len(kept) == len(language):
+        raise ConfigError(f"{told}; leave it out")
+    return told
 
 
 def _load_all(asked: Sequence[Asked], options: TaskOptions) -> list[Task]:

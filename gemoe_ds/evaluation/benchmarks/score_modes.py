@@ -12,7 +12,7 @@ from gemoe_ds.errors import ConfigError, DataError
 from gemoe_ds.evaluation.benchmarks import code
 from gemoe_ds.evaluation.benchmarks.answered import ANSWERS, ASKED, AnsweredTask
 from gemoe_ds.evaluation.benchmarks.harnesses import LM_EVAL, LMMS_EVAL
-from gemoe_ds.evaluation.benchmarks.load_tasks import members, resolve
+from gemoe_ds.evaluation.benchmarks.load_tasks import resolve
 from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces, data_of
 from gemoe_ds.evaluation.benchmarks.needs import (
     check_needs,
@@ -35,7 +35,10 @@ def score_all(
     folders: Sequence[Path], options: ScoreOptions, say: Callable[[str], None]
 ) -> list[Path]:
     """The folders of the tasks that were scored. Whatever is missing is said before any is."""
-    modes = [_tasks_of(mode.resolve(), options) for mode in find_modes(folders)]
+    modes = [_answered(mode.resolve()) for mode in find_modes(folders)]
+    if options.tasks:
+        wanted = {(one.leaf.harness, one.leaf.task_name) for one in resolve(options.tasks)}
+        modes = [[one for one in mode if (one.harness, one.name) in wanted] for mode in modes]
     answered = [one for mode in modes for one in mode]
     if not answered:
         raise DataError(
@@ -60,14 +63,9 @@ def score_all(
     return done
 
 
-def _tasks_of(mode: Path, options: ScoreOptions) -> list[AnsweredTask]:
-    """Those that are answered in a mode, and wanted."""
+def _answered(mode: Path) -> list[AnsweredTask]:
     folders = [path.parent for path in sorted(mode.glob(f"*/{ANSWERS}"))]
-    found = [AnsweredTask.read(path) for path in folders if (path / ASKED).exists()]
-    if not options.tasks:
-        return found
-    wanted = {name for name, _ in members(options.tasks)}
-    return [one for one in found if {one.name, one.group} & wanted]
+    return [AnsweredTask.read(path) for path in folders if (path / ASKED).exists()]
 
 
 def _leaves(names: Sequence[str]) -> list[Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from gemoe_ds.analysis.benchmarks.collect import find_modes, read_modes
 from gemoe_ds.analysis.benchmarks.files import ShownAnswer, read_shown, shown_line
+from gemoe_ds.analysis.benchmarks.groups import models_of
 from gemoe_ds.analysis.benchmarks.tables import build_results
 from gemoe_ds.errors import DataError, GemoeError
 from tests.analysis.benchmarks.folders import (
@@ -130,6 +131,45 @@ def test_two_trainings_are_no_row(tmp_path: Path) -> None:
         write_mode(tmp_path / name, "trained", mode, {task: np.ones(3)})
     with pytest.raises(DataError, match="are two trainings of one method with one seed"):
         read_modes([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_training_is_known_by_its_weights(tmp_path: Path) -> None:
+    """By a digest, where it is noted: a folder may move, and another have its name."""
+    place = "runs/{}/checkpoints/step-000200"
+    for name, at, digest, task in (
+        ("a", "a", "one", "gsm8k"),
+        ("moved", "c", "one", "pope"),
+        ("next", "a", "two", "pope"),
+    ):
+        mode = mode_of("gemoe", checkpoint=place.format(at), trained_digest=digest)
+        write_mode(tmp_path / name, "trained", mode, {task: np.ones(3)})
+    (found,) = read_modes([tmp_path / "a", tmp_path / "moved"])
+    assert sorted(found.tasks) == ["gsm8k", "pope"]
+    with pytest.raises(DataError, match="are two trainings of one method .* another --name"):
+        read_modes([tmp_path / "a", tmp_path / "next"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"training": {"optim.lr": 0.5}}, r"trainings differ in optim.lr \(0.001, 0.5\)"),
+        ({"base_digest": "other"}, "has base_digest = other, .* has base"),
+        ({}, None),
+    ],
+)
+def test_seeds_differ_in_nothing_else(
+    tmp_path: Path, changed: dict[str, object], message: str | None
+) -> None:
+    known = {"training": {"optim.lr": 0.001}, "base_digest": "base"}
+    for seed, more in ((0, {}), (1, changed)):
+        mode = mode_of("gemoe", seed=seed, **known | more)
+        write_mode(tmp_path / str(seed), "trained", mode, {"gsm8k": np.ones(3)})
+    runs = read_modes([tmp_path / "0", tmp_path / "1"])
+    if message is None:
+        assert len(models_of(runs)[0].groups) == 1
+        return
+    with pytest.raises(DataError, match=message):
+        models_of(runs)
 
 
 @pytest.mark.parametrize("task", ["mmlu_pro_law", "gsm8k_cot", "ai2d_no_mask", "mmlu", "pope_adv"])

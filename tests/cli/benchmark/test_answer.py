@@ -66,7 +66,9 @@ def test_a_run_answers_tasks_of_both_harnesses(run, miniature, capsys):  # noqa:
     assert trained.checkpoint and trained.num_layers == 2 and trained.dtype == "float32"
     asked = json.loads((out / "k_2/mmlu_anatomy/asked.json").read_text())
     assert (asked["harness"], asked["num_documents"], asked["num_requests"]) == ("lm_eval", 2, 8)
-    assert asked["choices"]["limit"] == 2 and asked["choices"]["prompt_style"] == "default"
+    assert asked["choices"]["limit"] == 2 and "prompt_style" not in asked["choices"]
+    asked = json.loads((out / "k_2/mme/asked.json").read_text())
+    assert asked["choices"]["prompt_style"] == "default"
     lines = (out / "mean_k_2/mme/answers.jsonl").read_text().splitlines()
     assert len(lines) == 2 and "text" in json.loads(lines[0])
     capsys.readouterr()

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from gemoe_ds.errors import ConfigError
-from gemoe_ds.evaluation.benchmarks.load_tasks import SETS, load_tasks, resolve
+from gemoe_ds.evaluation.benchmarks.load_tasks import (
+    SETS,
+    load_tasks,
+    resolve,
+    without_examples,
+)
 from gemoe_ds.evaluation.benchmarks.local_data import DataPlaces
+from gemoe_ds.evaluation.benchmarks.prompt_styles.molmo import MolmoStyle
 from gemoe_ds.evaluation.benchmarks.task_options import TaskOptions
 
 
@@ -71,3 +77,21 @@ def test_options_that_cannot_be(miniature: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_tasks(["pope"], options)
+
+
+def test_tasks_that_fix_no_examples_are_named(miniature: Path) -> None:
+    options = TaskOptions(num_fewshot=3, limit=1, data=DataPlaces(miniature))
+    both = load_tasks(["gsm8k", "humaneval", "pope"], options)
+    assert [task.choices["num_fewshot"] for task in both] == [3, 0, 0]
+    assert without_examples(both, options).endswith(
+        "changes nothing in humaneval, whose files fix 0"
+    )
+    assert without_examples(both[:1], options) == ""
+    with pytest.raises(ConfigError, match="changes nothing in humaneval, .*; leave it out"):
+        without_examples(both[1:], options)
+
+
+def test_a_prompt_style_is_for_vision_tasks(miniature: Path) -> None:
+    options = TaskOptions(style=MolmoStyle(), data=DataPlaces(miniature))
+    with pytest.raises(ConfigError, match="--prompt-style molmo: none of --tasks is a vision"):
+        load_tasks(["gsm8k"], options)

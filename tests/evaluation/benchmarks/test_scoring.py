@@ -166,6 +166,16 @@ def test_a_limit_and_a_chat_template(bench: Bench) -> None:
     assert bench.right("gsm8k") == bench.right("pope") == [1.0] * 3
 
 
+def test_sets_and_groups_take_what_was_answered_by_its_own_name(bench: Bench) -> None:
+    bench.answer("bbh_cot_fewshot_navigate", "gsm8k", "pope")
+    bench.score(tasks=["bbh_cot_fewshot"])
+    assert [one.parent.name for one in bench.out.glob("*/*/scores.json")] == [
+        "bbh_cot_fewshot_navigate"
+    ]
+    bench.score(tasks=["paper-language"])
+    assert len(list(bench.out.glob("*/*/scores.json"))) == 2
+
+
 def test_half_a_pair_of_mme_is_named(bench: Bench) -> None:
     bench.answer("mme", options={"limit": 3})
     with pytest.raises(
@@ -174,12 +184,24 @@ def test_half_a_pair_of_mme_is_named(bench: Bench) -> None:
         bench.score()
 
 
-def test_pope_s_periods_are_told(bench: Bench) -> None:
-    bench.answer("pope", answer=saying(lambda one: "Yes." if one.doc_id < 4 else None))
+@pytest.mark.parametrize("said", ["Yes.", "yes, there is"])
+def test_pope_s_other_answers_are_told(bench: Bench, said: str) -> None:
+    """F1 is of the rest alone: 100 here."""
+    bench.answer("pope", answer=saying(lambda one: said if one.doc_id < 4 else None))
     bench.score()
     (told,) = bench.warnings
-    assert "4 of 9 answers end in a period, which counts as wrong" in told
+    assert "4 of 9 answers are not yes or no and nothing else" in told
     assert bench.metrics("pope")["pope_accuracy,none"] == pytest.approx(5 / 9)
+    assert bench.metrics("pope")["pope_f1_score,none"] == 1
+
+
+def test_standard_errors_are_those_of_the_harness(bench: Bench) -> None:
+    bench.answer("gsm8k", answer=saying(lambda one: "?" if one.doc_id < 2 else None))
+    bench.score()
+    found = bench.metrics("gsm8k")
+    right, number = 5 / 7, 7  # the sample deviation of the mean, as lm-eval's mean_stderr
+    expected = (right * (1 - right) / (number - 1)) ** 0.5
+    assert found["exact_match_stderr,strict-match"] == pytest.approx(expected)
 
 
 def test_mmmu_s_guesses_are_counted_and_the_same_again(bench: Bench) -> None:
