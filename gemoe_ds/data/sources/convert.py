@@ -27,9 +27,10 @@ from gemoe_ds.data.shards import ArrowShard
 from gemoe_ds.data.sources.formats import RowFormat
 from gemoe_ds.data.sources.formats.base import Columns
 from gemoe_ds.data.sources.kinds import read_kinds, repeated_ids
+from gemoe_ds.data.sources.options import refuse_unused
 from gemoe_ds.data.sources.pictures import PictureReader
 from gemoe_ds.data.sources.rows import Converted, Reader, converted, format_of, look
-from gemoe_ds.data.sources.stores import open_store
+from gemoe_ds.data.sources.stores import Store, open_store
 from gemoe_ds.data.sources.unusable import Unusable
 from gemoe_ds.data.turn import Sample
 from gemoe_ds.errors import DataError, Stopped
@@ -224,12 +225,18 @@ def _reader(settings: Settings) -> Reader:
     """What the source is; DataError if it is nothing that is known."""
     if settings.images is not None and not settings.images.is_dir():
         raise DataError(f"--images {settings.images}: no such folder")
+    if settings.source and settings.columns.source:
+        raise DataError(
+            f"--source {settings.source} and --source-column {settings.columns.source}: give one"
+        )
     store = open_store(
         settings.path,
         split=settings.split,
         config=settings.config,
         documents=settings.documents,
     )
+    given = _given(settings)
+    refuse_unused(given, store, Store.known())
     columns = settings.columns
     if settings.format is not None:
         chosen = RowFormat.named(settings.format)
@@ -237,11 +244,32 @@ def _reader(settings: Settings) -> Reader:
         try:
             chosen = format_of(store, columns) or RowFormat.named("conversations")
         except Unusable as why:
-            raise DataError(f"{settings.path}: {why}") from None
+            raise DataError(f"{settings.path}: {_read_as(store)}{why}") from None
+    refuse_unused(given, chosen, RowFormat.known())
     if settings.kinds is not None:
         columns = columns.with_kinds(read_kinds(settings.kinds, store))
-    pictures = PictureReader(settings.images or store.folder, settings.min_image_size)
+    pictures = PictureReader((settings.images or store.folder,), settings.min_image_size)
     return Reader(store, chosen, columns, pictures, settings.source)
+
+
+def _read_as(store: Store) -> str:
+    """Of a folder of which not all is read, what is not: the rows may be there."""
+    return f"{store.title}; {remark}: " if (remark := store.remark()) else ""
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    """The options that not every store or format uses, of those that were given."""
+    columns = settings.columns
+    options = {
+        "--split": settings.split,
+        "--config": settings.config,
+        "--documents": settings.documents if settings.documents != "file" else None,
+        "--images": settings.images,
+        "--text-column": columns.text if columns.text != Columns.text else None,
+        "--image-column": columns.image,
+        "--question": columns.question,
+    }
+    return {option: value for option, value in options.items() if value is not None}
 
 
 def _files_of(settings: Settings, reader: Reader) -> list[Path]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+from gemoe_ds.data.sources.picture_names import is_picture
 from gemoe_ds.data.sources.unusable import Unusable, cut, is_empty, short
 
 # Keys whose content would be lost, in a row or in one of its messages; what to call it. A key is
@@ -58,14 +59,28 @@ def refuse_lost(row: Mapping[str, Any], read: Container[str], *, has_pictures: b
                 "of the loss one by one)",
             )
         lost = _lost(key, value, _NOT_SUPPORTED)
-        if not lost and not has_pictures and _PICTURE.fullmatch(_letters(key)):
-            raise Unusable(
-                "picture elsewhere",
-                f"its picture is under {key!r}, not under 'image' or 'images'; --image-column "
-                f"{key} reads it",
-            )
+        if not lost and not has_pictures and _is_of_picture(key, value):
+            raise Unusable("picture elsewhere", elsewhere(key))
         if lost:
             raise _unsupported("it", key, lost)
+
+
+def picture_key(row: Mapping[str, Any]) -> str | None:
+    """The first key that names or holds a picture, whatever the row is read as."""
+    found = (key for key, value in row.items() if not is_empty(value))
+    return next((key for key in found if _is_of_picture(key, row[key])), None)
+
+
+def elsewhere(key: str) -> str:
+    """That the key has a row's picture, and how it is read."""
+    return (
+        f"its picture is under {key!r}, not under 'image' or 'images'; --image-column {key} reads "
+        "it, and without the key the row has none"
+    )
+
+
+def _is_of_picture(key: str, value: Any) -> bool:
+    return bool(_PICTURE.fullmatch(_letters(key))) or is_picture(value)
 
 
 def loss_of(

@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -28,10 +28,15 @@ _KNOWN = {"bytes", "path", "url", "detail", "data", "media_type", "type"}
 
 @dataclass(frozen=True)
 class PictureReader:
-    """Finds files in `folder`; `min_size`: of the shorter side, in pixels."""
+    """Finds files in the first of `folders` that has them; `min_size`: of the shorter side, in
+    pixels."""
 
-    folder: Path
+    folders: tuple[Path, ...]
     min_size: int = 1
+
+    def beside(self, folder: Path) -> PictureReader:
+        """The same, which looks there at last."""
+        return self if folder in self.folders else replace(self, folders=(*self.folders, folder))
 
     def __call__(self, named: Any) -> Picture:
         """Unusable says why there is none."""
@@ -83,7 +88,9 @@ class PictureReader:
 
     def _of_file(self, name: str) -> tuple[str, bytes]:
         try:
-            return f"image {name}", (self.folder / name).read_bytes()
+            paths = [folder / name for folder in self.folders]
+            path = next((path for path in paths if path.exists()), paths[0])
+            return f"image {name}", path.read_bytes()
         except OSError as error:
             if len(name) >= _SHORTEST and _BASE64.fullmatch(name) and _is_picture(name):
                 return "image (base64)", _of_base64(name)

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gemoe_ds.console import Progress
@@ -14,11 +15,14 @@ from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.data.images import has_more_frames
 from gemoe_ds.data.sources.formats import RowFormat
 from gemoe_ds.data.sources.formats.base import Columns, Draft
+from gemoe_ds.data.sources.lost_keys import elsewhere, picture_key
 from gemoe_ds.data.sources.pictures import PictureReader
 from gemoe_ds.data.sources.stores import Store
 from gemoe_ds.data.sources.unusable import Unusable, printable, short
 from gemoe_ds.data.turn import Sample, fault
+from gemoe_ds.errors import DataError
 
+Numbered = tuple[int, tuple[Path, Any]]  # a row, the folder of its file and its number
 _CHUNK = 16  # rows that a thread takes at once
 _AHEAD = 2  # chunks a thread that may wait to be written
 _SNIFFED = 100  # rows by which the format is chosen
@@ -43,22 +47,22 @@ class Reader:
     pictures: PictureReader
     source: str = ""
 
-    def draft(self, number: int, row: Any) -> tuple[str, Draft]:
-        """The id of row `number` and what it says; Unusable says why not."""
+    def draft(self, number: int, row: Any) -> tuple[Draft, str]:
+        """What row `number` says, and its source; Unusable says why not."""
         if isinstance(row, Unusable):
             raise row
         if not isinstance(row, Mapping):
             raise Unusable("not an object", f"the row is {short(row)}, not an object")
-        row_id = id_of(number, row)
-        return row_id, self.format.read(row, self.columns, self.columns.kinds.get(row_id))
+        kinds = self.columns.kinds.get(id_of(number, row))
+        return self.format.read(row, self.columns, kinds), self._source_of(row)
 
-    def convert(self, number: int, row: Any) -> Converted:
-        """A row as a Sample, or the reason why it cannot be one."""
+    def convert(self, number: int, row: Any, folder: Path) -> Converted:
+        """A row of a file in `folder` as a Sample, or the reason why it cannot be one."""
         row_id = id_of(number, row)
         try:
-            _, draft = self.draft(number, row)
-            images = tuple(map(self.pictures, draft.pictures))
-            sample = Sample(row_id, draft.messages, images, self._source_of(row))
+            draft, source = self.draft(number, row)
+            images = tuple(map(self.pictures.beside(folder), draft.pictures))
+            sample = Sample(row_id, draft.messages, images, source)
             if why := fault(sample):
                 raise Unusable("not a conversation", why)
         except Unusable as why:
@@ -112,25 +116,37 @@ def format_of(store: Store, columns: Columns) -> type[RowFormat] | None:
 def _unknown(row: Any) -> str:
     if isinstance(row, Unusable):
         return str(row)
-    what = f"has the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else short(row)
-    known = ", ".join(f"{known.name}" for known in RowFormat.known())
-    return f"no format fits: the first row {what}; known are {known} (--format, --text-column)"
+    if not isinstance(row, Mapping):
+        return f"no format fits: the first row is {short(row)}, not an object"
+    keys = f"no format fits: the first row has the keys {', '.join(map(str, row))}"
+    if key := picture_key(row):
+        return f"{keys}; {elsewhere(key)}"
+    known = ", ".join(RowFormat.names())
+    return (
+        f"{keys}; known are {known} (--format); --text-column names the column of a plain text; "
+        'of a chat write {"messages": [{"role": "user", "content": ...}, {"role": "assistant", '
+        '"content": ...}]}'
+    )
 
 
 def look(reader: Reader, name: str, max_bad: float, *, all_rows: bool) -> int | None:
     """Read the texts before any picture is decoded; the number of rows, if all were read.
 
-    DataError at once if too many rows are of another format.
+    DataError at once if too many rows are of another format, or none has the column of pictures.
     """
-    dropped, total = DropList(), 0
+    dropped, total, column = DropList(), 0, reader.columns.image
+    has_column = column is None
     rows = reader.store.rows()
     for number, row in enumerate(rows if all_rows else itertools.islice(rows, _LOOKED_AT)):
         total += 1
+        has_column = has_column or (isinstance(row, Mapping) and column in row)
         try:
             reader.draft(number, row)
         except Unusable as why:
             dropped.append(Dropped(id_of(number, row), printable(str(why)), why.group))
     dropped.check(name, total, max_bad)
+    if not has_column and (all_rows or total < _LOOKED_AT):
+        raise DataError(f"{name}: --image-column {column}: no row has this key")
     return total if all_rows else None
 
 
@@ -143,11 +159,11 @@ def converted(
     killed while it sends a picture leaves its parent waiting for the rest. Few rows are under way
     at a time, because what is converted waits in memory until it is written.
     """
-    pending = itertools.islice(enumerate(reader.store.rows()), start, None)
+    pending = itertools.islice(enumerate(reader.store.placed_rows()), start, None)
     under_way = deque[Future[list[Converted]]]()
 
-    def convert_chunk(chunk: list[tuple[int, Any]]) -> list[Converted]:
-        return [reader.convert(number, row) for number, row in chunk]
+    def convert_chunk(chunk: list[Numbered]) -> list[Converted]:
+        return [reader.convert(number, row, folder) for number, (folder, row) in chunk]
 
     bar = Progress(total=total, initial=start, desc="converting", unit="row")
     pool = ThreadPoolExecutor(workers)
@@ -165,5 +181,5 @@ def converted(
         bar.close()
 
 
-def _take(pending: Iterator[tuple[int, Any]]) -> list[tuple[int, Any]]:
+def _take(pending: Iterator[Numbered]) -> list[Numbered]:
     return list(itertools.islice(pending, _CHUNK))

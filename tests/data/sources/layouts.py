@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -81,16 +82,41 @@ def table(split: str = "train") -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=features, split=split)
 
 
-def write_tar(path: Path) -> None:
-    """As webdataset's own writer does it: files of one name are a row."""
+def write_tar(path: Path, files: dict[str, bytes] | None = None) -> None:
+    """Of these files, or of the rows as webdataset's own writer does it: one name is a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for row_id, pictures, chat in CHATS:
-            files = {"json": json.dumps({"messages": messages(chat)}).encode()}
-            files |= {f"{number}.png": data for number, data in enumerate(pictures)}
-            for suffix, content in files.items():
-                member = tarfile.TarInfo(f"train/{row_id}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        for name, content in (_row_files() if files is None else files).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _row_files() -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for row_id, pictures, chat in CHATS:
+        files[f"train/{row_id}.json"] = json.dumps({"messages": messages(chat)}).encode()
+        files |= {f"train/{row_id}.{n}.png": data for n, data in enumerate(pictures)}
+    return files
+
+
+def write_texts(folder: Path, names: list[str]) -> None:
+    """Files of one row, whose text is the name, of the kind that their endings say."""
+    for name in names:
+        (path := folder / name).parent.mkdir(parents=True, exist_ok=True)
+        row = json.dumps({"text": name})
+        match name.removesuffix(".gz").rpartition(".")[2]:
+            case "tar":
+                write_tar(path, {"0.json": row.encode()})
+            case "csv" | "tsv":
+                path.write_text(f"text\n{name}\n")
+            case "json":
+                path.write_text(f"[{row}]")
+            case "jsonl":
+                pack = gzip.compress if name.endswith(".gz") else bytes
+                path.write_bytes(pack(row.encode()))
+            case _:
+                path.write_text(name)
 
 
 def write(folder: Path, layout: str) -> Path:

@@ -9,8 +9,6 @@ import tarfile
 import datasets
 import pytest
 
-from gemoe_ds.cli.data.convert import main
-from gemoe_ds.data.sample import open_samples
 from gemoe_ds.data.turn import Message
 from tests.data.sources.layouts import CHATS, RED, png, table, write, write_pictures
 
@@ -24,20 +22,6 @@ READS_AS = {
     "hub": "a table (parquet, arrow, save_to_disk, a copy from the hub) of messages",
     "webdataset": "WebDataset tars of messages",
 }
-
-
-@pytest.fixture
-def convert(tmp_path, capsys):
-    def run(source, *options):
-        try:
-            main([str(word) for word in (source, "--out", tmp_path / "out", *options)])
-        except SystemExit as stop:
-            (line,) = capsys.readouterr().err.strip().splitlines()
-            assert stop.code == 2 and not (tmp_path / "out").exists()
-            return line
-        return open_samples(tmp_path / "out", verify=True)
-
-    return run
 
 
 @pytest.mark.parametrize("layout", READS_AS)
@@ -76,7 +60,7 @@ def test_a_hub_set_of_several_configurations_names_them(tmp_path, convert, capsy
     capsys.readouterr()
     samples = convert(tmp_path / "set", "--config", "code", "--split", "test")
     assert len(samples) == 4 and (
-        "split test of code: 1 files; not read: 3, chat/test-00000-of-00001.parquet first"
+        "split test of code: 1 files; not read: 3 files, chat/test-00000-of-00001.parquet first"
         in capsys.readouterr().out.splitlines()[0]
     )
 
@@ -108,7 +92,7 @@ def test_files_that_a_split_does_not_have_are_said(tmp_path, convert, capsys):
         (tmp_path / "set").mkdir(exist_ok=True)
         table().to_parquet(tmp_path / f"set/{name}.parquet")
     assert len(convert(tmp_path / "set")) == 4
-    words = "split train: 1 files; not read: 1, more.parquet first"
+    words = "split train: 1 files; not read: 1 files, more.parquet first"
     assert words in capsys.readouterr().out.splitlines()[0]
 
 
@@ -234,7 +218,9 @@ def test_json_lines_under_another_name_and_one_row(tmp_path, convert, capsys):
         ("a.json", json.dumps([{"question": "a"}]), "no format fits: the first row has the keys q"),
         ("a.json", json.dumps({"data": [{"id": 1}]}), "jq '.[\"data\"]'"),
         ("a.jsonl", '{"messages": 1}\n{"mess', "line 2 column 2 (char 17)"),
-        ("a.csv", "a,b\n1,2\n", "not valid JSON: Expecting value: line 1 column 1"),
+        ("a.csv", "a,b\n1,2\n", "no format fits: the first row has the keys a, b; known are"),
+        ("b.csv", 'a,b\n1,"2', "line 2: unexpected end of data"),
+        ("c.csv", "a,a\n1,2\n", "its first line has the key 'a' twice"),
         ("a.parquet", "PAR1 but not really", "`datasets` cannot read it: "),
         ("a.tar", "no tar", "it is no whole tar file"),
         ("a.txt", b"\xff\xfe", "it is no text of UTF-8"),
@@ -254,7 +240,7 @@ def test_what_is_not_there_is_one_line(tmp_path, convert, monkeypatch):
         "allenai/tulu"
     )
     (tmp_path / "empty").mkdir()
-    assert "it is a folder with none of these: a table (" in convert("empty")
+    assert "it is a folder with none of these: CSV or TSV, a table (" in convert("empty")
     for name in "ab":
         (tmp_path / f"empty/{name}.json").write_text("[]")
     assert "it has 2 JSON files; give one, such as empty/a.json" in convert("empty")

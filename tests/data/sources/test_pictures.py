@@ -44,14 +44,14 @@ LARGE = encoded((64, 64), "BMP")
 )
 def test_all_ways_to_give_one(tmp_path, named):
     (tmp_path / "a.png").write_bytes(PNG)
-    assert PictureReader(tmp_path)(named) == Picture(PNG, 9, 6)
+    assert PictureReader((tmp_path,))(named) == Picture(PNG, 9, 6)
 
 
 def test_long_base64_and_a_file_url_and_the_size_as_shown(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     (tmp_path / "b c.jpg").write_bytes(encoded((9, 3), "JPEG", exif=turned))
-    read = PictureReader(tmp_path)
+    read = PictureReader((tmp_path,))
     assert read(f"file://{tmp_path}/b%20c.jpg") == Picture(
         (tmp_path / "b c.jpg").read_bytes(), 3, 9
     )
@@ -86,6 +86,6 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path, image, group, words):
     turned[0x0112] = 6
     Image.new("RGB", (9, 3)).save(tmp_path / "flat.jpg", exif=turned)
     with pytest.raises(Unusable) as why:
-        PictureReader(tmp_path, 4)(image)
+        PictureReader((tmp_path,), 4)(image)
     assert words in str(why.value) and why.value.group == group
     assert len(str(why.value)) < 500

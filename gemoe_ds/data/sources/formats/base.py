@@ -48,6 +48,7 @@ class RowFormat(Registered):
 
     title: ClassVar[str]  # what `reads as:` says after "rows of"
     rank: ClassVar[int] = 0  # of two that accept a row, the higher one reads it
+    options: ClassVar[frozenset[str]] = frozenset({"--images", "--image-column"})  # that it uses
 
     @classmethod
     def accepts(cls, row: Mapping[str, Any], columns: Columns) -> bool:

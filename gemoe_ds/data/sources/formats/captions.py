@@ -16,11 +16,13 @@ _CAPTIONS = ("txt", "caption", "text")
 
 
 class Captions(RowFormat):
-    """One picture with `txt`, `caption` or the text column; the question is the user's."""
+    """One picture with `txt`, `caption`, `text`, or the text column if one is named; the question
+    is the user's."""
 
     name: ClassVar[str] = "captions"
     title: ClassVar[str] = "pictures and captions"
     rank: ClassVar[int] = -2
+    options: ClassVar[frozenset[str]] = RowFormat.options | {"--text-column", "--question"}
 
     @classmethod
     def accepts(cls, row: Mapping[str, Any], columns: Columns) -> bool:
@@ -48,5 +50,5 @@ class Captions(RowFormat):
 
     @staticmethod
     def _key(row: Mapping[str, Any], columns: Columns) -> str | None:
-        names = (*_CAPTIONS, columns.text)
+        names = _CAPTIONS if columns.text == Columns.text else (columns.text,)
         return next((name for name in names if not is_empty(row.get(name))), None)

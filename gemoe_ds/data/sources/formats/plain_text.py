@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from gemoe_ds.data.sources.formats import checks
 from gemoe_ds.data.sources.formats.base import Columns, Draft, RowFormat, pictures_of
-from gemoe_ds.data.sources.lost_keys import refuse_lost, unread
+from gemoe_ds.data.sources.lost_keys import picture_key, refuse_lost, unread
 from gemoe_ds.data.sources.unusable import Unusable
 from gemoe_ds.data.turn import MARK, Message
 
@@ -18,10 +18,13 @@ class PlainText(RowFormat):
     name: ClassVar[str] = "text"
     title: ClassVar[str] = "plain text"
     rank: ClassVar[int] = -1  # many sets have their chats once more as `text`
+    options: ClassVar[frozenset[str]] = frozenset({"--text-column"})
 
     @classmethod
     def accepts(cls, row: Mapping[str, Any], columns: Columns) -> bool:
-        return isinstance(row.get(columns.text), str) and not pictures_of(row, columns)
+        others = {key: value for key, value in row.items() if key != columns.text}
+        is_alone = not pictures_of(row, columns) and picture_key(others) is None
+        return is_alone and isinstance(row.get(columns.text), str)
 
     @classmethod
     def read(cls, row: Mapping[str, Any], columns: Columns, kinds: Any) -> Draft:

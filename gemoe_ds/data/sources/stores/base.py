@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemoe_ds.data.sources.packed import unpacked_name
+from gemoe_ds.data.sources.stores.files import with_suffix
+from gemoe_ds.data.sources.stores.splits import of_split
 from gemoe_ds.errors import DataError
 from gemoe_ds.registry import Registered
 
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+# What may hold rows: a file that ends so and is not read is said.
+_DATA = (
+    *(".parquet", ".arrow", ".tar", ".tgz", ".zip", ".csv", ".tsv", ".txt"),
+    *(".json", ".jsonl", ".ndjson", ".jsonlines"),
+)
+# Of `datasets`: they say what other files are.
+_NO_DATA = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 class Store(Registered):
@@ -20,6 +28,7 @@ class Store(Registered):
     title: ClassVar[str]  # what `reads as:` says
     rank: ClassVar[int] = 0  # of two that see a path, the higher one reads it
     is_cheap: ClassVar[bool] = True  # to read all rows once more, without their pictures
+    options: ClassVar[frozenset[str]] = frozenset()  # of --split, --config, --documents: it has
 
     def __init__(
         self,
@@ -43,11 +52,42 @@ class Store(Registered):
 
     def rows(self) -> Iterator[Any]:
         """All of them; an Unusable in the place of a row that is none, DataError for a file."""
+        return (row for _, row in self.placed_rows())
+
+    def placed_rows(self) -> Iterator[tuple[Path, Any]]:
+        """The same, each with the folder of its file, where pictures that it names may lie."""
+        for file in self.files():
+            for row in self.rows_of(file):
+                yield file.parent, row
+
+    def rows_of(self, file: Path) -> Iterator[Any]:
+        """Those of one of `files`."""
         raise NotImplementedError
 
     def remark(self) -> str:
-        """What of the path is read and what is not, if that is not all."""
-        return ""
+        """What of the folder is read and what is not, if that is not all."""
+        if not self.path.is_dir():
+            return ""
+        read = self.read_files()
+        known = {file.resolve() for file in read}
+        there = [file for file in with_suffix(self.path, *_DATA) if file.name not in _NO_DATA]
+        left = [file for file in there if file.resolve() not in known]
+        if not left:
+            return ""
+        split = f"{which}: {len(read)} files; " if (which := self._which()) else ""
+        return f"{split}not read: {len(left)} files, {left[0].relative_to(self.path)} first"
+
+    def _which(self) -> str:
+        """The split that is read, if the set has splits."""
+        return f"split {self.split}" if self.split else ""
+
+    def read_files(self) -> list[Path]:
+        """Those of `files` that hold the rows."""
+        return self.files()
+
+    def _with_suffix(self, *suffixes: str) -> list[Path]:
+        """The files of the split that end so."""
+        return of_split(self.path, with_suffix(self.path, *suffixes), self.split)
 
     @property
     def folder(self) -> Path:
@@ -67,31 +107,6 @@ def open_store(path: Path, **options: Any) -> Store:
     titles = ", ".join(store.title for store in Store.known())
     what = "a folder with" if path.is_dir() else "a file of"
     raise DataError(f"{path}: it is {what} none of these: {titles}")
-
-
-def with_suffix(path: Path, *suffixes: str) -> list[Path]:
-    """The file, or the files of a folder and below in the order of their names, that end so, packed
-    or not (packed.py). What begins with a dot is of other programs: copies, the like of thumbnails.
-    """
-    if path.is_file():
-        return [path] if unpacked_name(path).endswith(suffixes) else []
-    found = (below for below in path.rglob("*") if unpacked_name(below).endswith(suffixes))
-    return sorted(b for b in found if b.is_file() and not _is_hidden(b.relative_to(path)))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def begins_with(path: Path, *begins: bytes) -> bool:
-    """Whether a file does, whatever its name."""
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(8).startswith(begins)
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
 
 
 def _hub_hint(path: Path) -> str:

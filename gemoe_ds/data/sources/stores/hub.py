@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemoe_ds.data.sources.stores.base import Store, begins_with, with_suffix
+from gemoe_ds.data.sources.stores.base import Store
+from gemoe_ds.data.sources.stores.files import begins_with, stem_of, with_suffix
+from gemoe_ds.data.sources.stores.splits import split_of
 from gemoe_ds.errors import DataError
 
 _SAVED = ("state.json", "dataset_dict.json")
 _TABLES = (".parquet", ".arrow")
-_LINES = (".jsonl", ".ndjson")
 
 
 class Hub(Store):
@@ -28,43 +29,40 @@ class Hub(Store):
     title: ClassVar[str] = "a table (parquet, arrow, save_to_disk, a copy from the hub)"
     rank: ClassVar[int] = 3
     is_cheap: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset({"--split", "--config"})
 
     @classmethod
     def sees(cls, path: Path) -> bool:
         if path.is_file():
             return begins_with(path, b"PAR1", b"ARROW1") or path.suffix == ".arrow"
-        return any((path / name).is_file() for name in _SAVED) or bool(with_suffix(path, *_TABLES))
+        if any((path / name).is_file() for name in _SAVED):
+            return True
+        tables = with_suffix(path, *_TABLES)
+        return bool(tables) and not _of_tars(path, tables)
 
     def files(self) -> list[Path]:
         return with_suffix(self.path, *_TABLES, ".json", ".jsonl", ".md")
 
-    def rows(self) -> Iterator[Any]:
+    def placed_rows(self) -> Iterator[tuple[Path, Any]]:
         self._check_ends()
         number = 0
         try:
             with self._named():
                 for row in self._opened():
-                    yield row
+                    yield self.folder, row
                     number += 1
         except _Unreadable as error:
             raise DataError(f"{error} (behind {number} rows)") from error
 
-    def remark(self) -> str:
-        """Of a folder of several configurations or splits, or with files that are in none."""
-        if self.path.is_file():
-            return ""
+    def read_files(self) -> list[Path]:
         with self._named():
-            if (saved := self._saved()) is not None:
-                return f"split {self._split(list(saved))}" if isinstance(saved, dict) else ""
-            builder = self._builder()
-            files = {split: set(map(str, f)) for split, f in builder.config.data_files.items()}
-        split = self._split(list(files))
-        there = {str(file.resolve()) for file in with_suffix(self.path, *_TABLES, *_LINES)}
-        if not (left := sorted(there - {str(Path(file).resolve()) for file in files[split]})):
-            return ""
-        first = Path(left[0]).relative_to(self.path.resolve())
-        which = f"split {split}" + (f" of {self.config}" if self.config else "")
-        return f"{which}: {len(files[split])} files; not read: {len(left)}, {first} first"
+            splits = self._splits()
+        return splits[self._split(list(splits))]
+
+    def _which(self) -> str:
+        with self._named():
+            split = self._split(list(self._splits()))
+        return f"split {split}" + (f" of {self.config}" if self.config else "")
 
     def _check_ends(self) -> None:
         """DataError for a parquet file that was cut short, before a row of another is read."""
@@ -78,26 +76,38 @@ class Hub(Store):
     def _opened(self) -> Any:
         import datasets
 
-        if (saved := self._saved()) is not None:
-            if isinstance(saved, dict):
-                saved = saved[self._split(list(saved))]
-            return saved.to_iterable_dataset().decode(False)
-        if self.path.is_dir() and (builder := self._builder()):
-            split = self._split(list(builder.config.data_files))
-            return builder.as_streaming_dataset(split).decode(False)
-        self._one_of("split", self.split, ["train"])
+        if self.path.is_dir():
+            split = self._split(list(self._splits()))
+            if (saved := self._saved()) is None:
+                return self._builder().as_streaming_dataset(split).decode(False)
+            one = saved[split] if isinstance(saved, dict) else saved
+            return one.to_iterable_dataset().decode(False)
+        self._split([split_of(Path(self.path.name)) or "train"])
+        self._no_config()
         kind = "parquet" if begins_with(self.path, b"PAR1") else "arrow"
         files = {"train": str(self.path)}
         return datasets.load_dataset(kind, data_files=files, split="train", streaming=True).decode(
             False
         )
 
+    def _splits(self) -> dict[str, list[Path]]:
+        """The files of each split of a folder."""
+        if (saved := self._saved()) is None:
+            found = self._builder().config.data_files
+            return {str(split): [Path(file) for file in files] for split, files in found.items()}
+        sets = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        return {
+            split: [Path(file["filename"]) for file in one.cache_files]
+            for split, one in sets.items()
+        }
+
     def _saved(self) -> Any:
-        """What `save_to_disk` has written; None for another folder or a file."""
+        """What `save_to_disk` has written; None for another folder."""
         import datasets
 
         if not any((self.path / name).is_file() for name in _SAVED):
             return None
+        self._no_config()
         return datasets.load_from_disk(str(self.path))
 
     def _builder(self) -> Any:
@@ -107,6 +117,7 @@ class Hub(Store):
         folder = str(self.path)
         tables = with_suffix(self.path, *_TABLES)
         if all(table.suffix not in _TABLES for table in tables):  # capitals, which it does not know
+            self._no_config()
             kind = "parquet" if begins_with(tables[0], b"PAR1") else "arrow"
             return datasets.load_dataset_builder(kind, data_files=list(map(str, tables)))
         configs = datasets.get_dataset_config_names(folder)
@@ -114,6 +125,10 @@ class Hub(Store):
 
     def _split(self, splits: list[str]) -> str:
         return self._one_of("split", self.split, splits)
+
+    def _no_config(self) -> None:
+        if self.config:
+            raise DataError(f"{self.path}: --config {self.config}: it has no configurations")
 
     def _one_of(self, what: str, asked: str | None, known: list[str]) -> str:
         """The one that is asked for, or the only one."""
@@ -137,6 +152,12 @@ class Hub(Store):
 
 class _Unreadable(DataError):
     """What `datasets` said."""
+
+
+def _of_tars(path: Path, tables: list[Path]) -> bool:
+    """Whether each has a tar of its name beside it: img2dataset writes what is in the tar twice."""
+    tars = {stem_of(tar) for tar in with_suffix(path, ".tar", ".tgz")}
+    return all(stem_of(table) in tars for table in tables)
 
 
 def _last(file: Path, number: int) -> bytes:

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from gemoe_ds.data.sources import json_rows
 from gemoe_ds.data.sources.json_file import read_json
 from gemoe_ds.data.sources.packed import unpacked_name
-from gemoe_ds.data.sources.stores.base import Store, with_suffix
+from gemoe_ds.data.sources.stores.base import Store
+from gemoe_ds.data.sources.stores.files import with_suffix
+from gemoe_ds.data.sources.stores.splits import of_split
 from gemoe_ds.errors import DataError
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -29,8 +31,7 @@ class JsonList(Store):
     def files(self) -> list[Path]:
         return [self.path] if self.path.is_file() else with_suffix(self.path, ".json")
 
-    def rows(self) -> Iterator[Any]:
-        (file,) = self.files()
+    def rows_of(self, file: Path) -> Iterator[Any]:
         if json_rows.first_character(file) != "[":
             read_json(file, list)  # which says what it is
             raise DataError(f"{file}: not a JSON list")
@@ -43,6 +44,7 @@ class JsonLines(Store):
     name: ClassVar[str] = "json_lines"
     title: ClassVar[str] = "JSON lines"
     rank: ClassVar[int] = 1
+    options: ClassVar[frozenset[str]] = frozenset({"--split"})
 
     @classmethod
     def sees(cls, path: Path) -> bool:
@@ -53,12 +55,13 @@ class JsonLines(Store):
         return _has_two_objects(path)
 
     def files(self) -> list[Path]:
-        return [self.path] if self.path.is_file() else with_suffix(self.path, *_LINES)
+        if self.path.is_file():  # whatever its name
+            return of_split(self.path, [self.path], self.split)
+        return self._with_suffix(*_LINES)
 
-    def rows(self) -> Iterator[Any]:
-        for file in self.files():
-            is_list = json_rows.first_character(file) == "["
-            yield from json_rows.list_items(file) if is_list else json_rows.lines(file)
+    def rows_of(self, file: Path) -> Iterator[Any]:
+        is_list = json_rows.first_character(file) == "["
+        return json_rows.list_items(file) if is_list else json_rows.lines(file)
 
 
 def _has_two_objects(path: Path) -> bool:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from gemoe_ds.data.sources.json_file import no_key_twice
 from gemoe_ds.data.sources.packed import open_unpacked
-from gemoe_ds.data.sources.stores.base import Store, with_suffix
+from gemoe_ds.data.sources.stores.base import Store
+from gemoe_ds.data.sources.stores.files import with_suffix
 from gemoe_ds.data.sources.unusable import Unusable, is_empty
 from gemoe_ds.errors import DataError
 
@@ -45,21 +46,21 @@ class WebDataset(Store):
     title: ClassVar[str] = "WebDataset tars"
     rank: ClassVar[int] = 2
     is_cheap: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset({"--split"})
 
     @classmethod
     def sees(cls, path: Path) -> bool:
         return bool(with_suffix(path, *_TARS))
 
     def files(self) -> list[Path]:
-        return with_suffix(self.path, *_TARS)
+        return self._with_suffix(*_TARS)
 
-    def rows(self) -> Iterator[Any]:
-        for file in self.files():
-            try:
-                with open_unpacked(file) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-                    yield from _rows(file, tar)
-            except (tarfile.TarError, EOFError, OSError) as error:
-                raise DataError(f"{file}: it is no whole tar file: {error}") from None
+    def rows_of(self, file: Path) -> Iterator[Any]:
+        try:
+            with open_unpacked(file) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                yield from _rows(file, tar)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"{file}: it is no whole tar file: {error}") from None
 
 
 def _rows(file: Path, tar: tarfile.TarFile) -> Iterator[dict[str, Any] | Unusable]:
