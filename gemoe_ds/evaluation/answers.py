@@ -151,7 +151,7 @@ def answered(
         sample = samples.outline(row)
         ended = ids and ids[-1] in session.collator.end_ids
         text = tokenizer.decode(ids[:-1] if ended else ids).strip()  # <|ref|> is text as well
-        question, expected = sample.questions[-1], sample.answers[-1].content
+        question, expected = sample.questions[-1], sample.answers[-1].content.strip()
         found.append(
             {"id": sample.id, "question": question, "answer": text, "expected": expected}
             | {"tokens": len(ids)}

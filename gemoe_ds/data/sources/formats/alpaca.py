@@ -47,7 +47,10 @@ class Alpaca(RowFormat):
         if not is_empty(row.get("input")):
             asked.append(checks.checked_text("'input'", row["input"]))
         roles += ["user", "assistant"]
-        texts += ["\n".join(filter(None, asked)), checks.checked_text(f"'{pair[1]}'", row[pair[1]])]
+        texts += [
+            "\n".join(filter(str.strip, asked)),
+            checks.checked_text(f"'{pair[1]}'", row[pair[1]]),
+        ]
         is_learned = [role == "assistant" for role in roles]
         spoken = conversation(roles, texts, is_learned, pictures, kinds)
         notes = tuple(f"the key {key!r} is ignored" for key in unread(row, read))

@@ -101,26 +101,33 @@ def conversation(
     pictures: Sequence[Any],
     kinds: Any,
 ) -> tuple[Message, ...]:
-    """Messages in order, checked as a whole; an empty system prompt is none."""
+    """Messages in order, checked as a whole; an empty system prompt is none.
+
+    Texts stay as they are, but for white space before a picture that a question begins with.
+    """
     checks.check_markers(roles, texts, len(pictures))
-    if not all(text for role, text in zip(roles, texts, strict=True) if role == "assistant"):
+    texts = [bare if (bare := text.lstrip()).startswith(MARK) else text for text in texts]
+    spoken = list(zip(roles, texts, is_learned, strict=True))
+    if not all(text.strip() for role, text, _ in spoken if role == "assistant"):
         raise Unusable("empty answer", "an answer is empty")
     if not any(is_learned):
         raise Unusable("weights of the loss", "none of its answers is to be learned")
     names = iter(checks.checked_kinds(kinds, roles.count("assistant")))
     return tuple(
         Message(role, text, loss, next(names) if role == "assistant" else None)
-        for role, text, loss in zip(roles, texts, is_learned, strict=True)
-        if text or role != "system"
+        for role, text, loss in spoken
+        if text.strip() or role != "system"
     )
 
 
 def picture_first(question: str) -> str:
-    """A marker at either end of a question goes before it, as in LLaVA's own loader.
+    """A marker at either end of a question goes before it, and white space around that question
+    goes, as in LLaVA's own loader.
 
     A marker within a text stays where it stands.
     """
-    at_an_end = question.startswith(MARK) or question.endswith(MARK)
+    bare = question.strip()
+    at_an_end = bare.startswith(MARK) or bare.endswith(MARK)
     if question.count(MARK) != 1 or not at_an_end:
         return question
     return f"{MARK}\n{question.replace(MARK, '').strip()}"

@@ -19,7 +19,7 @@ _OTHER_MARKER = re.compile(
 
 
 def checked_text(where: str, value: Any) -> str:
-    """A text without the white space around it; Unusable if it is none."""
+    """The text as it is; Unusable if it is none."""
     if value is None:
         raise Unusable("no text", f"{where} has no text")
     if not isinstance(value, str):
@@ -29,7 +29,7 @@ def checked_text(where: str, value: Any) -> str:
             value.encode()
         except UnicodeEncodeError:  # half a surrogate pair
             raise Unusable("not Unicode", f"{where} is not valid Unicode") from None
-    return value.strip()
+    return value
 
 
 def check_order(roles: Sequence[str], called: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ class PlainText(RowFormat):
             raise Unusable("kinds", "plain text has no questions that kinds could name")
         read = {columns.text, *columns.around}
         refuse_lost(row, read, has_pictures=False)
-        if not checks.checked_text(f"{columns.text!r}", text):
+        if not checks.checked_text(f"{columns.text!r}", text).strip():
             raise Unusable("no text", f"its {columns.text!r} is empty")
         if MARK in str(text):
             raise Unusable(

@@ -21,10 +21,10 @@ def said(draft: Draft) -> list[tuple[str, str]]:
 
 
 def test_rows_as_they_are_published():
-    draft = read(instruction=" Add. ", input="1 and 2", output="3", id=7, lang="en")
-    assert said(draft) == [("user", "Add.\n1 and 2"), ("assistant", "3")]
+    draft = read(instruction=" Add:", input="    1\n", output="3\n", id=7, lang="en")
+    assert said(draft) == [("user", " Add:\n    1\n"), ("assistant", "3\n")]
     assert draft.notes == ("the key 'lang' is ignored",)
-    assert said(read(instruction="Go", input="", output="3")) == [
+    assert said(read(instruction="Go", input=" ", output="3")) == [
         ("user", "Go"),
         ("assistant", "3"),
     ]

@@ -51,7 +51,6 @@ TURN = turns(Turn("Hi", "Hello"))
         talk(("human", "Hi", {"weight": 1, "train": False}), ("gpt", "Hello", {"train": True})),
         talk(*HI, image=None, image_path=None, label=3),
         talk(*HI, image_id=7, video_id="v", num_frames=9, masked=False),
-        talk(("human", " Hi\r\n"), ("gpt", "\nHello ")),
     ],
 )
 def test_what_loses_nothing_is_used(row):
@@ -59,10 +58,19 @@ def test_what_loses_nothing_is_used(row):
 
 
 def test_texts_stay_what_they_are():
-    for text in ("use <video> and <img> tags", "</s> <|image_pad|>", "a\0b", "\ufeffx", "你好 🐈"):
+    for text in (
+        "use <video> and <img> tags",
+        "</s> <|image_pad|>",
+        "a\0b",
+        "\ufeffx",
+        "你好 🐈",
+        "    return x\n",
+    ):
         row = talk(("human", "Hi"), ("gpt", text))
         assert read(row).messages == turns(Turn("Hi", text))
     assert read(talk(("human", 'A <img src="a"> tag?'), ("gpt", "No")))
+    draft = read(talk(("system", "\n s "), ("human", "  f(x)\n"), ("gpt", "\r\n\ty ")))
+    assert [m.content for m in draft.messages] == ["\n s ", "  f(x)\n", "\r\n\ty "]
     draft = read(talk(*SEE, image="a.png", image_url="http://x"))
     assert draft.messages == turns(Turn("What?", "A cat."), image=b"x")
     assert draft.pictures == ("a.png",)
@@ -189,6 +197,9 @@ def test_pictures_stand_where_their_markers_do():
 
     assert first("<image>\nWhat?", image="a") == ("<image>\nWhat?", ("a",))
     assert first("What?\n<image>", image="a") == ("<image>\nWhat?", ("a",))
+    assert first(" What?\n<image>\n", image="a") == ("<image>\nWhat?", ("a",))
+    assert first("\n<image> f(x)\n", images=["a"]) == ("<image> f(x)\n", ("a",))
+    assert first("\nSee <image> here\n", image="a") == ("\nSee <image> here\n", ("a",))
     assert first("See <image> here", image="a") == ("See <image> here", ("a",))
     assert first("What?\n<image>", images=["a"]) == ("What?\n<image>", ("a",))
     two = "A <image> and B\n<image>"

@@ -26,7 +26,7 @@ def test_a_caption_answers_the_given_question(key):
     row = {"images": [b"x"], key: " A cat. "}
     assert CAPTIONS.accepts(row, Columns()) and not TEXT.accepts(row, Columns())
     draft = CAPTIONS.read(row, ASKS, None)
-    assert [m.content for m in draft.messages] == ["<image>\nDescribe it.", "A cat."]
+    assert [m.content for m in draft.messages] == ["<image>\nDescribe it.", " A cat. "]
     assert draft.pictures == (b"x",)
 
 
