@@ -59,10 +59,13 @@ def list_items(path: Path) -> Iterator[Any]:
 
 
 def lines(path: Path) -> Iterator[Any]:
-    """The values of a file that has them one behind the other, a line each or more."""
+    """The values of a file that has them one behind the other, a line each or more.
+
+    A value that is cut takes the lines behind it for its own: an error says where it began.
+    """
     with _Text(path) as text:
         while text.peek():
-            yield text.value()
+            yield text.value(says_begin=True)
 
 
 class _Text:
@@ -104,8 +107,8 @@ class _Text:
     def skip(self, number: int) -> None:
         self._at += number
 
-    def value(self) -> Any:
-        """The JSON value that begins here."""
+    def value(self, *, says_begin: bool = False) -> Any:
+        """The JSON value that begins here; an error says its line if it is another."""
         self.peek()
         while True:
             try:
@@ -113,7 +116,8 @@ class _Text:
             except json.JSONDecodeError as error:
                 is_cut = error.pos >= len(self._text) - _MARGIN or "Unterminated" in error.msg
                 if self._is_whole or not is_cut:
-                    raise self.error(error.msg, error.pos) from None
+                    begin = self.line() if says_begin else None
+                    raise self.error(error.msg, error.pos, begin) from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}: not valid JSON: {error}") from None
             else:
@@ -132,8 +136,8 @@ class _Text:
         """The number of the line here, from 1."""
         return self._lines + self._text.count("\n", 0, self._at) + 1
 
-    def error(self, said: str, at: int | None = None) -> DataError:
-        """As `json` words it, of the place in the file."""
+    def error(self, said: str, at: int | None = None, begin: int | None = None) -> DataError:
+        """As `json` words it, of the place in the file; `begin`: the line of the value's begin."""
         at = self._at if at is None else at
         while not self._is_whole and len(self._text) < at + _QUOTED:
             at -= self._at
@@ -143,6 +147,9 @@ class _Text:
         line = self._lines + self._text.count("\n", 0, at) + 1
         place = f"{said}: line {line} column {column} (char {self._chars + at})"
         is_last = at >= len(self._text.rstrip()) or said.startswith("Unterminated")
+        if begin is not None and begin < line:
+            place = f"the value that begins in line {begin} is not whole: {place}"
+            is_last = False
         return not_json(self.path, place, self._text[at : at + _QUOTED], is_cut=is_last)
 
     def _more(self) -> None:

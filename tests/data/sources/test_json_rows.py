@@ -70,6 +70,29 @@ def test_a_harmed_list_has_the_words_of_one_that_is_read_whole(tmp_path, pieces)
     assert errors > 100
 
 
+@pytest.mark.parametrize("cut", [4, 17])
+@pytest.mark.parametrize("at", [0, 5, 8])
+def test_a_line_that_is_cut_is_named_by_its_own_number(tmp_path, pieces, at, cut):
+    """The lines behind it are read as its own, until one cannot be."""
+    path = tmp_path / "rows.jsonl"
+    whole = ['{"id": 1, "c": [{"a": 1}]}'] * 10
+    path.write_text("\n".join([*whole[:at], whole[at][:cut], *whole[at + 1 :]]))
+    said = str(outcome(json_rows.lines, path))
+    assert f"line {at + 1} " in said and "downloaded" not in said
+    own = f"the value that begins in line {at + 1} is not whole: "
+    assert own in said or f": line {at + 1} column" in said
+
+
+@pytest.mark.parametrize(
+    "last, is_cut", [('{"id": [', True), ('{"id": "x', True), ("[\n1,", False)]
+)
+def test_a_last_line_that_is_cut_may_be_of_a_download(tmp_path, pieces, last, is_cut):
+    (path := tmp_path / "rows.jsonl").write_text(f'{{"id": 1}}\n{last}\n')
+    path.write_text(path.read_text().rstrip())
+    said = str(outcome(json_rows.lines, path))
+    assert said.endswith("was it downloaded whole?") == is_cut and "line 2 " in said
+
+
 @pytest.mark.parametrize("content", [b'["a", "\xe4"]', '["a"]'.encode("utf-16"), b"PAR1"])
 def test_what_is_no_text(tmp_path, pieces, content):
     path = tmp_path / "rows.json"

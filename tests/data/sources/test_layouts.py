@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from gemoe_ds.data.turn import Message
-from tests.data.sources.layouts import CHATS, RED, png, table, write, write_pictures
+from tests.data.sources.layouts import CHATS, RED, png, table, write, write_pictures, write_tar
 
 READS_AS = {
     "llava": "a JSON list of conversations (LLaVA, ShareGPT)",
@@ -232,6 +232,24 @@ def test_what_cannot_be_read_is_one_line(tmp_path, convert, name, content, words
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = convert(path)
     assert line.startswith(f"error: {path}: ") and words in line
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"page_1.0.json": '{"text": "a"}', "page_1.1.json": '{"text": "b"}'},
+        {"page_1.txt": "a", "page_1.json": '{"txt": "b"}'},
+        {"page_1.json": '{"txt": "b"}', "page_1.txt": "a"},
+    ],
+)
+def test_no_file_of_a_tar_overwrites_another(tmp_path, convert, files):
+    write_tar(tmp_path / "0.tar", {name: said.encode() for name, said in files.items()})
+    line = convert(tmp_path / "0.tar", "--format", "text")
+    assert "two files of the row page_1 have a 'txt'" in line or "are files of one row" in line
+    assert "the name ends at its first dot" in line
+    equal = {"page_1.txt": b"a", "page_1.json": b'{"txt": "a", "__key__": "7"}'}
+    write_tar(tmp_path / "0.tar", equal)
+    assert len(convert(tmp_path / "0.tar", "--text-column", "txt")) == 1
 
 
 def test_what_is_not_there_is_one_line(tmp_path, convert, monkeypatch):

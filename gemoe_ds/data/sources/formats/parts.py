@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemoe_ds.data.sources.lost_keys import loss_of
+from gemoe_ds.data.sources.picture_names import is_picture
 from gemoe_ds.data.sources.unusable import Unusable, is_empty, short
 from gemoe_ds.data.turn import MARK
 
 TEXTS = {"text", "input_text", "output_text"}
 PICTURES = {"image", "image_url", "input_image"}
 _PLACES = ("image_url", "image", "url", "path", "bytes", "data", "base64", "source")
+_CONTENTS = ("bytes", "base64")
 READ = {"type", "text", "index", *_PLACES}
 
 _OTHER = re.compile("(video|audio)")
@@ -54,8 +56,12 @@ def as_text(where: str, parts: Sequence[Any], listed: Listed) -> tuple[str, list
             text = part.get("text")
             if not isinstance(text, str):
                 raise Unusable("parts", f"{where} has a text part without a text: {short(part)}")
+            if picture := next((key for key in _PLACES if _has_picture(part, key)), None):
+                raise _both(where, picture, part)
             texts.append(text)
         elif kind in PICTURES:
+            if not is_empty(part.get("text")):
+                raise _both(where, "text", part)
             pictures.append(_picture(where, part, listed))
             texts.append(MARK)
         else:
@@ -70,6 +76,20 @@ def as_text(where: str, parts: Sequence[Any], listed: Listed) -> tuple[str, list
     if pictures and joined.count(MARK) > len(pictures):
         raise Unusable("parts", f"{where} has pictures as parts, and {MARK} in its text as well")
     return joined, pictures
+
+
+def _has_picture(part: Mapping[str, Any], key: str) -> bool:
+    """Whether a text has one; `source` and `url` may say where the text is from."""
+    value = part.get(key)
+    return not is_empty(value) and ("image" in key or key in _CONTENTS or is_picture(value))
+
+
+def _both(where: str, key: str, part: Mapping[str, Any]) -> Unusable:
+    return Unusable(
+        "parts",
+        f"{where} has a part of type {short(part['type'])} with {key!r} in it; write the text and "
+        "the picture as two parts",
+    )
 
 
 def _picture(where: str, part: Mapping[str, Any], listed: Listed) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ PICTURES = {
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<field>[^/]+)")
 _TEXTS = ("txt", "text", "caption", "cls", "id", "key")
 _MAC = re.compile(r"(^|/)(\._[^/]*$|__MACOSX/)")  # what macOS adds to every file
+_DOT = "because the name ends at its first dot; write no dot before the ending, or other keys"
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -93,21 +94,44 @@ def _rows(file: Path, tar: tarfile.TarFile) -> Iterator[dict[str, Any] | Unusabl
 def _row(key: str, fields: dict[str, bytes]) -> dict[str, Any] | Unusable:
     row: dict[str, Any] = {"__key__": key}
     pictures = dict[str, bytes]()
-    for field, content in fields.items():
-        kind = field.rpartition(".")[2].lower()
-        try:
+    jsons = [field for field in fields if field.rpartition(".")[2].lower() == "json"]
+    if len(jsons) > 1:
+        said = f"{key}.{jsons[0]} and {key}.{jsons[1]} are files of one row"
+        return Unusable("two of a name", f"{said}, {_DOT}")
+    try:
+        for field, content in fields.items():
+            kind = field.rpartition(".")[2].lower()
             if kind in PICTURES:
                 pictures[field] = content
-            elif kind == "json":
-                said = json.loads(content, object_pairs_hook=no_key_twice)
-                row |= said if isinstance(said, dict) else {"conversations": said}
-            elif kind in _TEXTS:
-                row[field] = content.decode()
             else:
-                row[next((name for name, kinds in _OTHERS if kind in kinds), field)] = content
-        except (ValueError, RecursionError) as error:
-            return Unusable("not valid", f"{key}.{field}: not valid {kind}: {error}")
+                _add(row, key, _content(key, field, kind, content))
+    except Unusable as why:
+        return why
     return _with_pictures(row, key, pictures) if pictures else row
+
+
+def _content(key: str, field: str, kind: str, content: bytes) -> dict[str, Any]:
+    """What a file that is no picture adds to its row."""
+    try:
+        if kind == "json":
+            said = json.loads(content, object_pairs_hook=no_key_twice)
+            return said if isinstance(said, dict) else {"conversations": said}
+        if kind in _TEXTS:
+            return {field: content.decode()}
+    except (ValueError, RecursionError) as error:
+        raise Unusable("not valid", f"{key}.{field}: not valid {kind}: {error}") from None
+    return {next((name for name, kinds in _OTHERS if kind in kinds), field): content}
+
+
+def _add(row: dict[str, Any], key: str, said: Mapping[str, Any]) -> None:
+    """Unusable for what another file of the row says otherwise."""
+    for name, value in said.items():
+        if name != "__key__" and row.get(name, value) != value:
+            raise Unusable(
+                "two of a name",
+                f"two files of the row {key} have a {name!r}, and not the same, {_DOT}",
+            )
+        row[name] = value
 
 
 def _with_pictures(row: dict[str, Any], key: str, pictures: dict[str, bytes]) -> dict[str, Any]:

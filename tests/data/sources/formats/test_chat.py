@@ -264,6 +264,9 @@ def test_parts_that_stand_for_pictures_of_the_row():
         ([part("input_audio", input_audio={})], {}, "audio", "text and image can be used"),
         ([part("file", file={})], {}, "parts", "of type 'file'"),
         ([3], {}, "parts", "the part 3, which is no object"),
+        ([part("image", image="a", text="What?")], {}, "parts", "of type 'image' with 'text'"),
+        ([part("text", text="What?", image="a")], {}, "parts", "of type 'text' with 'image'"),
+        ([part("text", text="What?", url="a.png")], {}, "parts", "as two parts"),
         ([part("text", text="x", video="a.mp4")], {}, "video", "has 'video'"),
     ],
 )
@@ -281,5 +284,6 @@ def test_notes_say_what_is_not_read():
         "the key 'id' of a message is ignored",
     ]
     assert not read(talk(*HI)).notes
+    assert not asked_in(part("text", text="x", image=None, source="wiki", url="x.org")).pictures
     cached = asked_in(part("text", text="x", cache_control={"type": "ephemeral"}))
     assert list(cached.notes) == ["the key 'cache_control' of a part is ignored"]
