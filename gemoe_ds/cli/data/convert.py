@@ -34,7 +34,11 @@ def _parser() -> Parser:
     add("path", nargs="?", type=Path, metavar="SOURCE", help="file or folder to convert")
     add("--out", type=Path, required=True, help="folder to write; must not exist")
     add("--images", type=Path, help="folder of the picture files (default: beside SOURCE)")
-    add("--format", help="conversations, messages, alpaca, text or captions (default: as seen)")
+    add(
+        "--format",
+        help="conversations, conversation, messages, alpaca, texts, text or captions (default: as "
+        "seen)",
+    )
     add("--split", help="of a set that has several, such as train")
     add("--config", help="configuration of a hub's set that has several")
     add("--source", default="", help="a name that every sample has, for metrics by source")

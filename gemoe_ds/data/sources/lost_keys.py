@@ -36,6 +36,7 @@ _NOT_SUPPORTED_IN_MESSAGES = _NOT_SUPPORTED | {
 }
 # Where else a row may name its picture; beside one that is read they are metadata.
 _PICTURE = re.compile(f"(image|img|picture)s?{_FILE}")
+_NOTHING = ("[]", "{}", "null")  # as JSON in a text
 _COUNTS = re.compile(
     "((sample|row|turn|message)?weight"
     "|(compute|do|is)?(loss|train|training|trainable|learn)(weight|scale)?)"
@@ -50,7 +51,7 @@ def refuse_lost(row: Mapping[str, Any], read: Container[str], *, has_pictures: b
     these are from.
     """
     for key, value in row.items():
-        if key in read or is_empty(value):
+        if key in read or is_empty(value) or value in _NOTHING:
             continue
         if _is_of_loss(key) and not _is_one(key, value):
             raise Unusable(

@@ -14,7 +14,7 @@ from gemoe_ds.console import Progress
 from gemoe_ds.data.dropped import DropList, Dropped
 from gemoe_ds.data.images import has_more_frames
 from gemoe_ds.data.sources.formats import RowFormat
-from gemoe_ds.data.sources.formats.base import Columns, Draft
+from gemoe_ds.data.sources.formats.base import Columns, Draft, pictures_of
 from gemoe_ds.data.sources.lost_keys import elsewhere, picture_key
 from gemoe_ds.data.sources.pictures import PictureReader
 from gemoe_ds.data.sources.stores import Store
@@ -110,15 +110,17 @@ def format_of(store: Store, columns: Columns) -> type[RowFormat] | None:
         return accepted.most_common(1)[0][0]
     if first is None:
         return None
-    raise Unusable("unknown", _unknown(first))
+    raise Unusable("unknown", _unknown(first, columns))
 
 
-def _unknown(row: Any) -> str:
+def _unknown(row: Any, columns: Columns) -> str:
     if isinstance(row, Unusable):
         return str(row)
     if not isinstance(row, Mapping):
         return f"no format fits: the first row is {short(row)}, not an object"
     keys = f"no format fits: the first row has the keys {', '.join(map(str, row))}"
+    if pictures_of(row, columns):
+        return f"{keys}: a picture, and no text under txt, caption or text; --text-column names one"
     if key := picture_key(row):
         return f"{keys}; {elsewhere(key)}"
     known = ", ".join(RowFormat.names())

@@ -30,4 +30,6 @@ def cut(text: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    return value is None or (not value and isinstance(value, _SIZED))
+    """Nothing, a text or list without content, or NaN, which pandas writes for nothing."""
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or (not value and isinstance(value, _SIZED))

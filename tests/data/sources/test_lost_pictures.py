@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gemoe_ds.data.sources.picture_names import is_picture
-from tests.data.sources.layouts import BLUE, RED, write_texts
+from tests.data.sources.layouts import BLUE, RED, write_tar, write_texts
 
 TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 SEE = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
@@ -33,6 +33,13 @@ def test_the_way_out_names_the_key(tmp_path, convert, row, key):
         known = "is for" if "conversations" in row or "messages" in row or "output" in row else ""
         if not (options and known):  # --question is refused there
             assert f"its picture is under {key!r}" in line and f"--image-column {key} reads" in line
+
+
+def test_a_picture_without_a_text_is_said(tmp_path, convert):
+    write_tar(tmp_path / "0.tar", {"7.jpg": RED, "7.v1.txt": b"A cat."})
+    line = convert(tmp_path / "0.tar", *ASK)
+    assert "the keys __key__, v1.txt, images: a picture, and no text under txt, caption" in line
+    assert len(convert(tmp_path / "0.tar", *ASK, "--text-column", "v1.txt")) == 1
 
 
 def test_what_is_a_picture():

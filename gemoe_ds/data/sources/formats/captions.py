@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from gemoe_ds.data.sources.formats import checks
 from gemoe_ds.data.sources.formats.base import Columns, Draft, RowFormat, pictures_of
 from gemoe_ds.data.sources.formats.chat import conversation
-from gemoe_ds.data.sources.lost_keys import refuse_lost, unread
+from gemoe_ds.data.sources.lost_keys import elsewhere, picture_key, refuse_lost, unread
 from gemoe_ds.data.sources.unusable import Unusable, is_empty
 from gemoe_ds.data.turn import MARK
 
@@ -31,6 +31,8 @@ class Captions(RowFormat):
     @classmethod
     def read(cls, row: Mapping[str, Any], columns: Columns, kinds: Any) -> Draft:
         key, pictures = cls._key(row, columns), pictures_of(row, columns)
+        if not pictures and (other := picture_key(row)):
+            raise Unusable("picture elsewhere", elsewhere(other))
         if key is None or len(pictures) != 1:
             raise Unusable(
                 "not a caption", f"it has {len(pictures)} pictures and a caption under {key!r}"

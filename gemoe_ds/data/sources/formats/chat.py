@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from gemoe_ds.data.sources.formats import checks
 from gemoe_ds.data.sources.formats.base import Columns, Draft, RowFormat, pictures_of
+from gemoe_ds.data.sources.formats.listed import as_list
 from gemoe_ds.data.sources.formats.parts import READ, Listed, as_text
 from gemoe_ds.data.sources.lost_keys import loss_of, refuse_lost, unread
 from gemoe_ds.data.sources.unusable import Unusable, cut, is_empty, short
@@ -72,9 +73,7 @@ class Chat(RowFormat):
         messages = row.get(cls.key)
         if messages is None:
             raise Unusable(*_other_format(row, cls.key))
-        if not isinstance(messages, list):
-            raise Unusable("not conversations", f"{cls.key} is {short(messages)}, not a list")
-        return messages
+        return as_list(cls.key, messages)
 
 
 class Conversations(Chat):
@@ -84,6 +83,14 @@ class Conversations(Chat):
     title: ClassVar[str] = "conversations (LLaVA, ShareGPT)"
     key: ClassVar[str] = "conversations"
     moves_picture: ClassVar[bool] = True
+
+
+class Conversation(Chat):
+    """The same under the name that WildChat and LMSYS-Chat have for it."""
+
+    name: ClassVar[str] = "conversation"
+    title: ClassVar[str] = "conversation (WildChat, LMSYS-Chat)"
+    key: ClassVar[str] = "conversation"
 
 
 class Messages(Chat):

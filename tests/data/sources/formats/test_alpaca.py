@@ -41,11 +41,33 @@ def test_rows_as_they_are_published():
 
 
 @pytest.mark.parametrize(
+    "row, expected",
+    [
+        (dict(instruction="q", context="c", response="a", category="x"), ["q\nc", "a"]),
+        (dict(prompt="q", completion="a"), ["q", "a"]),
+        (dict(system_prompt="s", question="q", response="a"), ["s", "q", "a"]),
+        (dict(system_prompt="", question="q", answer="a", text="q a"), ["q", "a"]),
+        (dict(prompt="q", response="a", text="q a"), ["q", "a"]),
+        (dict(question="q", answer="a", image=b"x"), ["<image>\nq", "a"]),
+        (dict(question="See <image>?", answer="a", image=b"x"), ["See <image>?", "a"]),
+    ],
+)
+def test_other_names_of_question_and_answer(row, expected):
+    assert [content for _, content in said(read(**row))] == expected
+
+
+def test_beside_a_conversation_they_are_its_keys():
+    row = {"prompt": "q", "response": "a", "messages": [{}]}
+    assert not ALPACA.accepts(row, Columns())
+    assert ALPACA.accepts({"prompt": "q", "response": "a", "messages": None}, Columns())
+
+
+@pytest.mark.parametrize(
     "row, group",
     [
         ({"output": " "}, "empty answer"),
         ({"output": None}, "no text"),
-        ({"output": ["a", "b"]}, "no text"),
+        ({"output": {"a": "b"}}, "no text"),
         ({"input": {"a": 1}}, "no text"),
         ({"history": ["q", "a"]}, "earlier turns"),
         ({"history": [["q", None]]}, "no text"),
@@ -55,6 +77,10 @@ def test_rows_as_they_are_published():
         ({"images": ["a"]}, "picture without a marker"),
         ({"weight": 0}, "weights of the loss"),
         ({"messages": [{}]}, "a second conversation"),
+        ({"output": [{"role": "assistant"}]}, "messages under two keys"),
+        ({"input": "a", "context": "b"}, "more of a question"),
+        ({"options": ["a", "b"]}, "more of a question"),
+        ({"system": "a", "system_prompt": "b"}, "a second system prompt"),
     ],
 )
 def test_what_would_be_lost_is_named(row, group):

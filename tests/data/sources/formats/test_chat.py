@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ TURN = turns(Turn("Hi", "Hello"))
         talk(*HI, weight=1, loss=True, train=1.0),
         talk(("human", "Hi", {"weight": 0}), ("gpt", "Hello", {"weight": 1, "loss": True})),
         talk(("human", "Hi", {"weight": 1, "train": False}), ("gpt", "Hello", {"train": True})),
+        talk(*HI, image=NAN, images=NAN, tools="[]", functions="{}", weight=NAN),
         talk(*HI, image=None, image_path=None, label=3),
         talk(*HI, image_id=7, video_id="v", num_frames=9, masked=False),
     ],
@@ -136,9 +138,12 @@ MARKERS = "other markers"
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "OpenAI's roles"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "not pairs", "it is from user"),
         ({"instruction": "a", "output": "b"}, "alpaca", "(alpaca: "),
-        ({"question": "a", "answer": "b"}, "no conversations", "its keys: question, answer"),
+        ({"asked": "a", "said": "b"}, "no conversations", "its keys: asked, said"),
         ({}, "no conversations", "its keys: none"),
-        ({"conversations": "[]"}, "not conversations", "conversations is '[]', not a list"),
+        ({"conversations": "[]"}, "not pairs", "from nobody"),
+        ({"conversations": "Hi"}, "not conversations", "conversations is 'Hi', not a list"),
+        ({"conversations": {"from": ["human"], "value": []}}, "not conversations", "not a list"),
+        ({"conversations": {"from": "human"}}, "not conversations", "not a list"),
         ({"conversations": [["q", "a"]]}, "not conversations", "message 0 is ['q', 'a'], not"),
         (talk(HI[0], gpt(None)), "no text", "message 1 has no text"),
         (talk(HI[0], gpt(3)), "no text", "message 1 is 3, not a text"),
@@ -180,6 +185,16 @@ def test_speakers_of_all_formats_and_systems_first():
     openai = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello"))]
     assert read({"messages": openai, "system": "s"}, form="messages").messages == expected
     assert read({"conversations": openai}).messages == TURN
+
+
+def test_lists_of_messages_as_tables_keep_them():
+    said = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
+    assert read({"conversations": said}).messages == TURN
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert read({"messages": json.dumps(messages)}, form="messages").messages == TURN
+    row = {"conversation": [message | {"turn": 1} for message in messages], "model": "x"}
+    assert RowFormat.named("conversation").accepts(row, Columns())
+    assert read(row, form="conversation").messages == TURN
 
 
 @pytest.mark.parametrize("key, value", [("weight", 0), ("loss", False), ("is_masked", True)])

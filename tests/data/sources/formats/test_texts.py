@@ -9,6 +9,7 @@ from gemoe_ds.data.sources.formats.base import Columns
 from gemoe_ds.data.sources.unusable import Unusable
 from gemoe_ds.data.turn import Message
 
+TURNS = RowFormat.named("texts")
 TEXT, CAPTIONS = RowFormat.named("text"), RowFormat.named("captions")
 ASKS = Columns(question="Describe it.")
 
@@ -33,6 +34,9 @@ def test_a_caption_answers_the_given_question(key):
 @pytest.mark.parametrize(
     "form, row, columns, group",
     [
+        (TURNS, {"texts": [{"user": "a"}]}, Columns(), "no texts"),
+        (TURNS, {"texts": [{"user": "a", "assistant": None}]}, Columns(), "no text"),
+        (TURNS, {"texts": [{"user": "a", "assistant": "b", "audio": "c"}]}, Columns(), "audio"),
         (TEXT, {"text": "\n"}, Columns(), "no text"),
         (TEXT, {"text": 3}, Columns(), "no text"),
         (TEXT, {"text": "an <image> tag"}, Columns(), "marker without a picture"),
@@ -42,6 +46,7 @@ def test_a_caption_answers_the_given_question(key):
         (CAPTIONS, {"image": b"x", "txt": "a"}, Columns(), "captions without a question"),
         (CAPTIONS, {"images": [b"x", b"y"], "txt": "a"}, ASKS, "not a caption"),
         (CAPTIONS, {"image": b"x"}, ASKS, "not a caption"),
+        (CAPTIONS, {"image_path": "a.png", "caption": "a"}, ASKS, "picture elsewhere"),
         (CAPTIONS, {"image": b"x", "txt": " "}, ASKS, "empty answer"),
     ],
 )
@@ -51,13 +56,32 @@ def test_what_would_be_lost_is_named(form, row, columns, group):
     assert why.value.group == group
 
 
+def test_turns_of_user_and_assistant():
+    turns = [{"user": "What?", "assistant": "A cat.", "source": "vqa"}]
+    turns.append({"user": "And?", "assistant": "A dog.", "loss": False})
+    row = {"images": [b"x", b"y"], "texts": turns, "source": "a"}
+    draft = TURNS.read(row, Columns(), None)
+    assert [(m.content, m.loss) for m in draft.messages] == [
+        ("<image><image>\nWhat?", False),
+        ("A cat.", True),
+        ("And?", False),
+        ("A dog.", False),
+    ]
+    assert draft.pictures == (b"x", b"y")
+    assert draft.notes == ("the key 'source' is ignored", "the key 'source' of a turn is ignored")
+    marked = {"images": [b"x"], "texts": [{"user": "See <image>?", "assistant": "Yes"}]}
+    assert TURNS.read(marked, Columns(), None).messages[0].content == "See <image>?"
+
+
 def test_every_format_has_its_own_rows():
     """Of a row that several could read, one does, by its rank."""
     rows = {
         "conversations": {"conversations": [], "text": "x"},
         "messages": {"messages": [], "text": "x", "prompt": "x"},
         "alpaca": {"instruction": "a", "output": "b", "text": "Below is an instruction ..."},
+        "conversation": {"conversation": [], "text": "x", "prompt": "x"},
         "text": {"text": "x"},
+        "texts": {"texts": [{"user": "a", "assistant": "b"}], "image": b"x", "caption": "x"},
         "captions": {"image": b"x", "text": "x"},
     }
     assert sorted(rows) == RowFormat.names()
