@@ -38,13 +38,16 @@ class ConfigModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """A bool (`yes` is one in YAML) is no number, and none here needs more than 53 bits."""
+        """A bool (`yes` is one in YAML) is no number, and none here needs more than 53 bits; what
+        may be null is not `None`, which is a text in YAML."""
         kinds = _plain_types(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and kinds and bool not in kinds and kinds & {int, float}:
             raise ConfigError(
                 f"{str(value).lower()} is no number (yes, no, on, off are words for "
                 "true and false in YAML); give a number" + ", or null" * (NoneType in kinds)
             )
+        if value == "None" and NoneType in kinds:
+            raise ConfigError("None is a text in YAML; null says that there is none")
         if isinstance(value, int) and abs(value) > _MOST:
             raise ConfigError(f"{str(value)[:30]} is too large; {_MOST} is the most")
         return value

@@ -18,17 +18,22 @@ from gemoe_ds.errors import ConfigError
 _DEFAULT_BUCKET = 5 * 10**8  # DeepSpeed's, elements
 _MANY = 64  # ranks
 _RECIPE_ONLY = ("bf16", "fp16", "optimizer", "scheduler")
+_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 
 
-def deepspeed_config(config: RunConfig, world_size: int, hidden_size: int) -> dict[str, Any]:
-    """The file that `config.deepspeed` names, with batch sizes, clipping and "auto" filled in.
+def deepspeed_config(
+    config: RunConfig, world_size: int, hidden_size: int, *, may_write: bool = True
+) -> dict[str, Any]:
+    """The file that `config.deepspeed` names, with batch sizes, clipping and "auto" filled in;
+    unless it `may_write` without the sections that write metrics.
 
     Precision stays with the model (`model.dtype`) and the optimizer and its schedule with
     `optim`, so the result has no such section. Raises ConfigError as `check_deepspeed` does.
     """
     check_deepspeed(config, world_size)
     file = config.deepspeed_file
-    kept = {k: v for k, v in file.options.items() if k not in _RECIPE_ONLY}
+    left_out = _RECIPE_ONLY if may_write else (*_RECIPE_ONLY, *_MONITORS)
+    kept = {k: v for k, v in file.options.items() if k not in left_out}
     filled = {key: value for key, (_, value) in _from_recipe(config, world_size).items()}
     result = kept | filled
     if ZERO in kept:

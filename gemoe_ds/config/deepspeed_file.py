@@ -32,6 +32,11 @@ FROM_HIDDEN_SIZE = (
 )
 _KEPT_AUTO = {f"{ZERO}.{name}" for name in FROM_HIDDEN_SIZE}
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+# Keys that the nearest name would not lead to: of other programs, and a former one.
+_INSTEAD = {
+    "moe": "remove it; parallel.ep_size of the recipe says over how many ranks experts go",
+    "aio.thread_count": "it is intra_op_parallelism now",
+}
 _SHOWN = 3
 
 
@@ -288,6 +293,8 @@ def _same(value: Any, off: str) -> bool:
 
 def _nearest(path: str) -> str:
     """Where the user may have meant to write: the right name beside it, or its right section."""
+    if path in _INSTEAD:
+        return _INSTEAD[path]
     section, _, name = path.rpartition(".")
     elsewhere = [known for known in KEYS if known.rpartition(".")[2] == name]
     if elsewhere:
@@ -296,7 +303,6 @@ def _nearest(path: str) -> str:
     near = difflib.get_close_matches(name, beside, n=1, cutoff=0.6) or difflib.get_close_matches(
         name, [known.rpartition(".")[2] for known in KEYS], n=1, cutoff=0.8
     )
-    near = near or difflib.get_close_matches(name, beside, n=1, cutoff=0.0)
     return f"did you mean {near[0]}?" if near else "remove it"
 
 

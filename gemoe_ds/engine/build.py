@@ -28,8 +28,11 @@ from gemoe_ds.models.moe_model import MoEModel
 _OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
-    """The engine, checked: every parameter that trains is in its optimizer, and no other.
+def initialize(
+    model: MoEModel, config: RunConfig, world: World, *, may_write: bool = True
+) -> Engine:
+    """The engine, checked: every parameter that trains is in its optimizer, and no other. Unless it
+    `may_write` DeepSpeed's own monitors are off.
 
     With frozen experts DeepSpeed sees an ordinary dense model: they are buffers, and no
     `expert_parallel` section exists. It runs in float32 mode (no `bf16` section): the frozen part
@@ -58,7 +61,7 @@ def initialize(model: MoEModel, config: RunConfig, world: World) -> Engine:
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
             opt, schedule(config.optim, config.num_steps, model.updates_per_batch)
         ),
-        config=deepspeed_config(config, world.size, model.routing[0].d_model),
+        config=deepspeed_config(config, world.size, model.routing[0].d_model, may_write=may_write),
     )
     check_optimizer_holds(engine, model)
     create_moments(engine)

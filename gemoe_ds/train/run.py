@@ -82,7 +82,7 @@ def train(
                     say(world, line)
             give_back_freed_memory()
             forget_peak(world.device)  # a run does not look at it
-        engine = resume(run, model, checkpoint)
+        engine = resume(run, model, checkpoint, may_write=not dry_run)
         stream = _stream(run, model, checkpoint.step if checkpoint else 0)
         if dry_run:
             take_dry_step(
@@ -115,13 +115,15 @@ def build(run: Prepared) -> MoEModel:
     return model
 
 
-def resume(run: Prepared, model: MoEModel, checkpoint: Checkpoint | None) -> Engine:
+def resume(
+    run: Prepared, model: MoEModel, checkpoint: Checkpoint | None, *, may_write: bool = True
+) -> Engine:
     """The engine, with what the checkpoint holds if there is one. Collective."""
     config, world = run.config, run.world
     if checkpoint:
         state.load_trained_weights(model, checkpoint.folder, world)
     with run.timer("engine"):
-        engine = initialize(model, config, world)
+        engine = initialize(model, config, world, may_write=may_write)
         if checkpoint:
             state.load_optimizer_state(engine, model, checkpoint, world)
     stop_together(run.stop, world, BEFORE)

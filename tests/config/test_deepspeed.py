@@ -49,6 +49,14 @@ def test_other_keys_pass_and_auto_inside_is_filled_in(tmp_path: Path) -> None:
     assert not result.keys() & {"bf16", "fp16", "optimizer"}  # the model's and the recipe's own
 
 
+def test_what_writes_metrics_is_left_out_of_a_dry_run(tmp_path: Path) -> None:
+    content = ZERO_2 | {"csv_monitor": {"enabled": True}, "comms_logger": {"enabled": True}}
+    config = loaded(tmp_path, content)
+    assert "csv_monitor" in deepspeed_config(config, 2, 20)
+    dry = deepspeed_config(config, 2, 20, may_write=False)
+    assert "comms_logger" in dry and "csv_monitor" not in dry
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

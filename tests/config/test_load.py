@@ -167,6 +167,7 @@ TRIAL = repository() / "launch/recipes/trial.yaml"
         ("train: null", "train=null: should be a mapping of options; train has steps,"),
         ("optim: {betas: [0.9, 0.99, 0.999]}", "should be a list of 2"),
         ("optim: {betas: 0.9}", "should be a list, such as"),
+        ("monitor: {wandb: None}", "None is a text in YAML; null says that there is none"),
         ("train: {steps: 12.5}", "train.steps=12.5: should be a whole number"),
         ("monitor: {sample_log: perhaps}", 'monitor.sample_log="perhaps": should be true or false'),
         ("train.steps: 5", "nest the mappings"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -166,7 +167,11 @@ def test_a_teacher_is_listened_to_at_so_many_positions(setting, tmp_path, tokens
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_dry_run_says_what_was_estimated_and_needed_and_writes_nothing(setting, tmp_path, dtype):
     """On a machine like those that the process's share was measured on."""
-    config = make_config(setting, tmp_path / "out", parallel__ep_size=1, model__dtype=dtype)
+    file = json.loads((repository() / "ds_configs/zero2.json").read_text())
+    file["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path / "out")}
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    own = {"model__dtype": dtype, "deepspeed": str(tmp_path / "ds.json")}
+    config = make_config(setting, tmp_path / "out", parallel__ep_size=1, **own)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.dump_yaml())
     command = [sys.executable, repository() / "launch/train.py", recipe, "--dry-run"]
