@@ -6,6 +6,7 @@ library's cache.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -56,12 +57,11 @@ class Hub(Store):
 
     def read_files(self) -> list[Path]:
         with self._named():
-            splits = self._splits()
-        return splits[self._split(list(splits))]
+            return self._splits[self._split(list(self._splits))]
 
     def _which(self) -> str:
         with self._named():
-            split = self._split(list(self._splits()))
+            split = self._split(list(self._splits))
         return f"split {split}" + (f" of {self.config}" if self.config else "")
 
     def _check_ends(self) -> None:
@@ -77,7 +77,7 @@ class Hub(Store):
         import datasets
 
         if self.path.is_dir():
-            split = self._split(list(self._splits()))
+            split = self._split(list(self._splits))
             if (saved := self._saved()) is None:
                 return self._builder().as_streaming_dataset(split).decode(False)
             one = saved[split] if isinstance(saved, dict) else saved
@@ -90,6 +90,7 @@ class Hub(Store):
             False
         )
 
+    @functools.cached_property
     def _splits(self) -> dict[str, list[Path]]:
         """The files of each split of a folder."""
         if (saved := self._saved()) is None:
