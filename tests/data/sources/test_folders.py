@@ -119,6 +119,13 @@ def test_texts_are_splits_if_all_are_named_so(tmp_path):
     assert len(texts(tmp_path)) == 3
 
 
+def test_the_folder_in_which_one_stands(tmp_path, convert, monkeypatch):
+    (tmp_path / "set").mkdir()
+    table().to_parquet(tmp_path / "set/0.parquet")
+    monkeypatch.chdir(tmp_path / "set")
+    assert len(convert(".")) == 4
+
+
 def test_tables_know_their_split(tmp_path, convert):
     table("test").to_parquet(tmp_path / "test-0.parquet")
     assert "--split train: no such split; it has test" in convert(

@@ -115,7 +115,7 @@ class Hub(Store):
         """What `datasets` takes a folder for."""
         import datasets
 
-        folder = str(self.path)
+        folder = str(self.path.absolute())  # `.` has no name for it
         tables = with_suffix(self.path, *_TABLES)
         if all(table.suffix not in _TABLES for table in tables):  # capitals, which it does not know
             self._no_config()
