@@ -117,7 +117,7 @@ def test_alpaca_and_text_from_tables_and_files(tmp_path, convert, capsys):
     samples = convert(tmp_path / "books")
     assert "reads as: text files (.txt) of plain text" in capsys.readouterr().out
     assert [s.id for s in samples] == ["a/c.txt", "b.txt"]
-    assert samples[0].messages == (Message("text", "One.\n\nTwo.\nThree.\n"),)
+    assert samples[0].messages == (Message("text", "One.\n\nTwo.\nThree."),)
     (tmp_path / "out").rename(tmp_path / "second")
     for what, number in (("paragraph", 2), ("line", 3)):
         samples = convert(tmp_path / "books" / "b.txt", "--documents", what)
@@ -164,7 +164,7 @@ def test_tars_of_captions_and_what_they_hold_beside(tmp_path, convert):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for n in range(9):
             add(tar, f"{n:05d}.jpg", RED)
-            add(tar, f"{n:05d}.txt", f"A cat {n}.".encode())
+            add(tar, f"{n:05d}.txt", f"A cat {n}.\n".encode())
             add(tar, f"{n:05d}.json", json.dumps({"url": "http://x", "status": "ok"}).encode())
         add(tar, "clip.mp4", b"x")
         add(tar, "clip.txt", b"A film.")

@@ -74,7 +74,7 @@ class TextFiles(Store):
                 if self.documents == "line":
                     yield from (line.rstrip("\n") for line in lines)
                     return
-                text = lines.read()
+                text = lines.read().rstrip("\n")  # the last line's end is the file's
         except OSError as error:
             raise DataError(f"{file}: cannot read it: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -117,7 +117,7 @@ def _content(key: str, field: str, kind: str, content: bytes) -> dict[str, Any]:
             said = json.loads(content, object_pairs_hook=no_key_twice)
             return said if isinstance(said, dict) else {"conversations": said}
         if kind in _TEXTS:
-            return {field: content.decode()}
+            return {field: content.decode().rstrip("\r\n")}  # the last line's end is the file's
     except (ValueError, RecursionError) as error:
         raise Unusable("not valid", f"{key}.{field}: not valid {kind}: {error}") from None
     return {next((name for name, kinds in _OTHERS if kind in kinds), field): content}
