@@ -134,6 +134,11 @@ def candidates(output: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def is_of(folder: Path, output: Path) -> bool:
+    """Whether a checkpoint is one of the run in `output`, or a copy beside them."""
+    return folder.resolve().parent == (output / "checkpoints").resolve()
+
+
 def step_of(folder: Path) -> int:
     """The step in a folder's name; -1 for a name that is none of ours."""
     number = folder.name.removeprefix("step-")

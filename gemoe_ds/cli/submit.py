@@ -103,13 +103,31 @@ def _check(arguments: argparse.Namespace, job: Job) -> Path:
     """Whatever can be known before the job waits in a queue for hours; the run's folder."""
     from gemoe_ds.config import load_config, validate_run
 
-    config = load_config(job.recipe, list(job.overrides))
+    config = load_config(job.recipe, _overrides(arguments, job))
     if job.nodes > 1 and arguments.launcher != "srun" and not job.hosts:
         raise ConfigError(f"--launcher {arguments.launcher} on {job.nodes} nodes needs --hosts")
     if arguments.launcher == "srun" and job.hosts:
         raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
     validate_run(config, job.nodes * job.ranks_per_node, inputs_are_here=not arguments.dry_run)
     return Path(config.output_dir)
+
+
+def _overrides(arguments: argparse.Namespace, job: Job) -> list[str]:
+    """Those of the run; the template gives a SLURM job --resume auto, so that a requeue goes on."""
+    from gemoe_ds.config import load_config
+    from gemoe_ds.config.cli_help import with_flags
+
+    own = list(job.overrides)
+    if arguments.launcher != "srun":
+        return own
+    found = with_flags(own, {"resume": "auto"})
+    resume = load_config(job.recipe, own).resume
+    if resume not in ("none", "auto"):
+        raise ConfigError(
+            f"resume={resume} in {job.recipe}: a SLURM job has --resume auto, so that it goes on "
+            f"when it is requeued; add resume=auto start_from={resume} to begin there"
+        )
+    return found
 
 
 def _submit(arguments: argparse.Namespace, job: Job, output: Path) -> None:

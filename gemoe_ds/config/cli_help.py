@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from gemoe_ds.config.choices import Choice
-from gemoe_ds.config.load import load_config
+from gemoe_ds.config.load import load_config, parse_yaml
 from gemoe_ds.config.paths import shipped
 from gemoe_ds.config.schema import RunConfig
 from gemoe_ds.errors import ConfigError
@@ -42,17 +42,45 @@ def parse_cli(argv: Sequence[str]) -> tuple[RunConfig, Flags]:
         raise ConfigError(
             f"--deepspeed {files[0]} and --deepspeed_config {files[1]} name two files; give one"
         )
-    flag_overrides = [
-        f"{key}={json.dumps(value)}"  # quoted: a path is never another YAML type
-        for key, value in (("deepspeed", files[0] if files else None), ("resume", arguments.resume))
-        if value is not None
-    ]
-    config = load_config(arguments.recipe, [*arguments.overrides, *flag_overrides])
+    resumes = list(dict.fromkeys(arguments.resume or []))
+    if len(resumes) > 1:
+        first = next((one for one in resumes if one not in ("none", "auto")), resumes[0])
+        both = " and ".join(f"--resume {one}" for one in resumes)
+        raise ConfigError(f"{both} contradict each other; {_one_of('resume', first)}")
+    flags = {"deepspeed": files[0] if files else None, "resume": next(iter(resumes), None)}
+    config = load_config(arguments.recipe, with_flags(arguments.overrides, flags))
     return config, Flags(
         arguments.dry_run,
         arguments.print_config,
         arguments.estimate,
         arguments.gpu_memory,
+    )
+
+
+def with_flags(overrides: Sequence[str], flags: Mapping[str, str | None]) -> list[str]:
+    """The overrides, and behind them those that flags mean; None: the flag was not given.
+
+    Raises ConfigError for an override that says something else than the flag of its name.
+    """
+    found = list(overrides)
+    for key, value in flags.items():
+        if value is None:
+            continue
+        for override in overrides:
+            name, _, text = override.partition("=")
+            if name == key and parse_yaml(text, override) != value:
+                raise ConfigError(f"--{key} {value} contradicts {override}; {_one_of(key, text)}")
+        found.append(f"{key}={json.dumps(value)}")  # quoted: a path is never another YAML type
+    return found
+
+
+def _one_of(key: str, text: str) -> str:
+    """The way out for an option that is given twice."""
+    if key != "resume" or text in ("none", "auto"):
+        return "give one of them"
+    return (
+        f"give one of them, or start_from={text}, which --resume auto (as SLURM jobs have it) "
+        "begins with where output_dir has no checkpoint"
     )
 
 
@@ -86,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--deepspeed", metavar="FILE", help="same as deepspeed=FILE")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="same as --deepspeed FILE")
-    parser.add_argument("--resume", metavar="auto|none|DIR", help="same as resume=...")
+    parser.add_argument(
+        "--resume", action="append", metavar="auto|none|DIR", help="same as resume=..."
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, take one step, write nothing"
     )

@@ -211,6 +211,9 @@ class RunConfig(ConfigModel):
     resume: Annotated[str, Reads(words=("none", "auto"))] = Field(
         "none", description="none: a new run; auto: newest checkpoint in output_dir; or a folder"
     )
+    start_from: Annotated[str | None, Reads()] = Field(
+        None, description="checkpoint that resume=auto begins with where output_dir has none"
+    )
     _places: Places = PrivateAttr(default_factory=Places.beside)  # where its paths are looked for
     _num_steps: int | None = PrivateAttr(None)  # what train.epochs comes to
 

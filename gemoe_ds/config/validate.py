@@ -19,6 +19,11 @@ def validate_run(config: RunConfig, world_size: int, *, inputs_are_here: bool = 
     config.validate_world(world_size)
     if inputs_are_here:
         config.check_paths()
+    if config.start_from is not None and config.resume != "auto":
+        raise ConfigError(
+            f"start_from={config.start_from}: is what resume=auto begins with, and "
+            f"resume={config.resume}; set resume=auto, or start_from=null"
+        )
     check_deepspeed(config, world_size)
     if config.model.compile == "dense" and config.zero_stage == 3:
         raise ConfigError(

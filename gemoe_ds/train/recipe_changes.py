@@ -17,7 +17,7 @@ from gemoe_ds.config.old_names import with_new_names
 from gemoe_ds.errors import as_written
 
 FILE = "config.yaml"  # of a run, the newest; load_config reads it
-_WHERE = ("resume", "output_dir")  # not what is trained
+_WHERE = ("resume", "start_from", "output_dir")  # not what is trained
 _DEEPSPEED = "DeepSpeed's file"  # what is in it
 _MISSING = "not set"
 

@@ -231,7 +231,10 @@ def _checkpoint_to_resume(
     checkpoint, skipped = state.find_together(config.resume, output, identity, world)
     for reason in skipped:
         say(world, f"skipped: {reason}")
-    if checkpoint is None and gather_objects(bool(manifest.candidates(output)))[0]:
+    if checkpoint is None and config.start_from is not None:
+        checkpoint, _ = state.find_together(config.start_from, output, identity, world)
+    is_own = checkpoint is not None and manifest.is_of(checkpoint.folder, output)
+    if not is_own and gather_objects(bool(manifest.candidates(output)))[0]:
         raise ConfigError(
             f"output_dir={output} already holds a run; continue it with resume=auto, "
             "or choose another folder"

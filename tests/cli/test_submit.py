@@ -108,6 +108,10 @@ def test_the_scripts_wait_for_the_requeue_code():
         ([RECIPE, "--hosts", "a"], "SLURM chooses them"),
         ([RECIPE, "--nodes", "4"], "no such file or folder"),
         ([RECIPE, "--nodes", "4", "optim.rate=1", "--dry-run"], "optim.rate: no such option"),
+        (
+            [RECIPE, "--nodes", "4", "resume=DIR", "--dry-run"],
+            "give one of them, or start_from=DIR",
+        ),
     ],
 )
 def test_mistakes_cost_a_line(arguments, words, capsys, monkeypatch):
@@ -117,6 +121,17 @@ def test_mistakes_cost_a_line(arguments, words, capsys, monkeypatch):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+def test_a_job_takes_the_checkpoint_that_it_starts_from(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: {repository() / RECIPE}\nresume: DIR\n")
+    job = ["--nodes", "4", "--dry-run"]
+    with pytest.raises(SystemExit):
+        main([str(recipe), *job])
+    assert f"resume=DIR in {recipe}: a SLURM job has" in capsys.readouterr().err
+    main([str(recipe), *job, "resume=auto", "start_from=DIR"])
+    assert f" {recipe} resume=auto start_from=DIR --resume auto\n" in capsys.readouterr().out
 
 
 if __name__ == "__main__":

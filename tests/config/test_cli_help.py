@@ -67,3 +67,24 @@ def test_two_files_on_a_command_line_are_refused(tmp_path: Path) -> None:
     recipe.write_text(MINIMAL)
     with pytest.raises(ConfigError, match="--deepspeed a and --deepspeed_config b name two files"):
         parse_cli([str(recipe), "--deepspeed", "a", "--deepspeed_config", "b"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["resume=F", "--resume", "auto"], "--resume auto contradicts resume=F; .*start_from=F, "),
+        (["--resume=F", "--resume=auto"], "--resume F and --resume auto contr.* start_from=F, "),
+        (["resume=none", "--resume", "auto"], "contradicts resume=none; give one of them$"),
+        (["deepspeed=a", "--deepspeed", "b"], "--deepspeed b contradicts deepspeed=a; give one"),
+    ],
+)
+def test_a_flag_hides_no_override_and_no_other_flag(
+    recipe: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_cli([str(recipe), *words])
+
+
+def test_a_flag_may_say_what_an_override_says(recipe: Path) -> None:
+    config, _ = parse_cli([str(recipe), "resume='auto'", "--resume", "auto", "--resume=auto"])
+    assert config.resume == "auto"
