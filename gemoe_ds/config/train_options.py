@@ -39,7 +39,10 @@ class TrainConfig(ConfigModel):
         "micro_batch_size",
     )
     max_skipped_steps: int = Field(
-        10, ge=0, description="steps skipped for a NaN or Inf before the run saves and stops"
+        10,
+        ge=0,
+        description="steps that may be skipped for a NaN or Inf, counted from each start; at more "
+        "the run saves and stops",
     )
     eval_every: int = Field(
         0,

@@ -13,7 +13,7 @@ from torch import Tensor
 from gemoe_ds.checkpoint.manifest import MANIFEST, read
 from gemoe_ds.files import whole_lines
 from gemoe_ds.moe.context import Stat, TokenContext
-from gemoe_ds.moe.metrics import layer_stats
+from gemoe_ds.moe.metrics import IN_SHORT, layer_stats
 
 METRICS = "metrics.jsonl"
 
@@ -71,3 +71,10 @@ def seconds_in(run: Path) -> float | None:
         return None
     lines = map(json.loads, whole_lines(run / METRICS))
     return sum(line.get("throughput/seconds", 0.0) for line in lines if line["step"] <= last)
+
+
+def in_short(values: dict[str, float | Tensor]) -> dict[str, str]:
+    """For the progress bar."""
+    shown = {"loss": "loss/total"} | {name: name for name in IN_SHORT}
+    shown |= {"tokens/s": "throughput/tokens_per_second", "validation": "validation/loss"}
+    return {name: f"{float(values[key]):.4g}" for name, key in shown.items() if key in values}

@@ -31,7 +31,7 @@ from gemoe_ds.moe.step_context import StepContext
 from gemoe_ds.moe.step_counts import StepCounts
 from gemoe_ds.progress import COMPUTE, DATA, PROGRESS, UPDATE
 from gemoe_ds.train.hooks import Hook, StepResult, by_name
-from gemoe_ds.train.monitor import StatSum
+from gemoe_ds.train.monitor import StatSum, in_short
 from gemoe_ds.train.source_metrics import SourceMetrics
 
 
@@ -50,8 +50,9 @@ class Trainer:
     A step is one global batch, and one update of the optimizer unless the router wants more of the
     same samples (`Router.updates_per_batch`). An update whose gradient holds a NaN or Inf anywhere
     changes nothing, on no rank: it is counted, and after `config.train.max_skipped_steps` of them
-    the run saves and stops. `updates` are those that were not skipped. A step of which no sample
-    can be used is empty: no rank computes anything, and the learning rate waits for the next one.
+    since this start the run saves and stops. `updates` are those that were not skipped. A step of
+    which no sample can be used is empty: no rank computes anything, and the learning rate waits for
+    the next one.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         self.num_groups = config.train.micro_batch_size // config.train.loss_batch_size
         self.empty_steps = resumed.empty_steps if resumed else 0
         self.skipped = (self.step - self.empty_steps) * self.updates_per_batch - self.updates
+        self.before = self.step, self.skipped  # this start
         self.stop = stop or StopRequest()
         if bad_samples is None:
             bad_samples = BadSampleLog(config.data.max_bad_samples, 2**63, gather_objects)
@@ -133,12 +135,17 @@ class Trainer:
             result = StepResult(step, tokens, seconds, self._metrics() if due else {})
             for hook in self.hooks.values():
                 hook.after_step(self, result)
-            shown |= _in_short(result.metrics)
+            shown |= in_short(result.metrics)
             if result.metrics:
                 bar.set_postfix(shown)
-            if self.skipped > config.train.max_skipped_steps:
+            if self.newly_skipped > config.train.max_skipped_steps:
                 self._give_up()
         bar.close()
+
+    @property
+    def newly_skipped(self) -> int:
+        """Since this start: what the run has skipped before it is no reason to stop again."""
+        return self.skipped - self.before[1]
 
     def end(self, reason: str) -> None:
         """Take no further step; `reason` ends a line. All ranks must call it at the same step."""
@@ -157,9 +164,10 @@ class Trainer:
     def _give_up(self) -> NoReturn:
         limit = self.config.train.max_skipped_steps
         error = DataError(
-            f"step {self.step}: the gradient is not finite (NaN or Inf); steps skipped for that: "
-            f"{self.skipped}, and train.max_skipped_steps={limit}; look at the samples of that "
-            "step (monitor.sample_log=true) or lower optim.lr"
+            f"step {self.step}: the gradient is not finite (NaN or Inf); steps skipped for that "
+            f"since step {self.before[0]}: {self.newly_skipped}, and "
+            f"train.max_skipped_steps={limit}; look at the samples of that step "
+            "(monitor.sample_log=true), lower optim.lr, or raise train.max_skipped_steps"
         )
         self.end_with(error)
 
@@ -335,9 +343,9 @@ class Trainer:
         values = self.stats.reduced(sum_over_ranks, self.world.device)
         losses = {name: float(v) for name, v in values.items() if name.startswith("loss/")}
         bad = [f"{name}={value}" for name, value in losses.items() if not math.isfinite(value)]
-        if bad or self.skipped:
+        if bad or self.newly_skipped:
             raise DataError(
-                f"the step was {'skipped' if self.skipped else 'taken'}: "
+                f"the step was {'skipped' if self.newly_skipped else 'taken'}: "
                 f"{', '.join(bad) or 'its gradient'} is not finite (NaN or Inf); look at the first "
                 "samples, and try model.dtype=float32"
             )
@@ -379,13 +387,6 @@ class Trainer:
         if norm is not None and self.rates:  # not in a step that was left out
             values["grad_norm"] = float(norm)
         return values
-
-
-def _in_short(values: dict[str, float | Tensor]) -> dict[str, str]:
-    """For the progress bar."""
-    shown = {"loss": "loss/total"} | {name: name for name in metrics.IN_SHORT}
-    shown |= {"tokens/s": "throughput/tokens_per_second", "validation": "validation/loss"}
-    return {name: f"{float(values[key]):.4g}" for name, key in shown.items() if key in values}
 
 
 def micro_batch_seed(seed: int, block: int) -> int:
