@@ -76,10 +76,58 @@ def test_a_transformers_model_under_pytorch_trainer_and_deepspeed(names, tmp_pat
     pytest.importorskip("accelerate")
     run("With Trainer", names)
     assert (tmp_path / "trainer/checkpoint-2/model.safetensors").exists()
+    handle = names["handle"]
+    trained = [trainer_of(names, tmp_path, accumulation) for accumulation in (1, 2)]
+    assert_eval_loss_is_the_cross_entropy(names, trained)
+    assert_threshold_gives_its_mean_k(names, tmp_path)
+    names["handle"] = handle
     with distributed():
         run("With DeepSpeed", names)
     for name, p in names["handle"].trainable_parameters().items():
         assert not (p == before[name]).all(), name
+
+
+def trainer_of(names, folder, accumulation: int, router="gemoe", **options):
+    """The documented subclass with a model of its own."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM, TrainingArguments
+
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM(OlmoeConfig(**names["sizes"], num_experts=8, num_experts_per_tok=4))
+    handle = names["convert"](model, router=router, **options)
+    arguments = TrainingArguments(
+        folder / "other",
+        max_steps=20,
+        learning_rate=0.0,
+        gradient_accumulation_steps=accumulation,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = names["rows"]
+    callbacks = [handle.trainer_callback()]
+    return handle, names["MoETrainer"](
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks
+    )
+
+
+def assert_eval_loss_is_the_cross_entropy(names, trained) -> None:
+    """Before a training and after it, whatever the accumulation."""
+    for handle, trainer in trained:
+        names["handle"] = handle
+        with torch.no_grad():
+            expected = float(handle.model.eval()(**names["batch"]).loss)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+
+
+def assert_threshold_gives_its_mean_k(names, folder) -> None:
+    handle, trainer = trainer_of(names, folder, 1, "threshold", mean_k=2.0, train_mean_k=(1, 4))
+    names["handle"] = handle
+    trainer.train()
+    trainer.evaluate()
+    assert torch.stack(handle.k_per_layer).float().mean() == pytest.approx(2, abs=0.2)
 
 
 def test_a_whole_run(names, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,9 @@ from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router
 from gemoe_ds.moe.step_context import Assign, Read
 from gemoe_ds.moe.step_counts import StepCounts
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 _WAY_OUT = "call handle.begin(is_valid) before the model"
 
@@ -96,10 +99,20 @@ class MoEHandle:
     ) -> None:
         """Call after `optimizer.step()`: the routers with a controller or a schedule work here.
 
-        As `MoELayer.after_step`, for all layers together. Collective.
+        As `MoELayer.after_step`, for all layers together. Collective. Trainer of transformers does
+        it by `trainer_callback`. A router that has counted in training for nothing warns when it is
+        evaluated.
         """
         layers = [(layer.router, layer.experts) for layer in self.layers]
         after_step(layers, self._counts, step, total_steps, assign_, read_param)
+
+    def trainer_callback(
+        self, *, assign_: Assign | None = None, read_param: Read | None = None
+    ) -> TrainerCallback:
+        """For `Trainer(..., callbacks=[handle.trainer_callback()])`: calls `after_step` there."""
+        from gemoe_ds.models.trainer_callback import AfterStep
+
+        return AfterStep(self, assign_, read_param)
 
     def begin(self, is_valid: Tensor, is_vision: Tensor | None = None) -> None:
         """Say for the next forward which tokens are no padding, and which are of an image.
@@ -177,6 +190,8 @@ class MoEHandle:
         self.ctx.end(failed=output is None)
         if self.model.training and torch.is_grad_enabled() and output is not None:
             self._counts.add(self.ctx)
+        elif not self.model.training:
+            self._counts.warn_if_unread(self.layers[0].router.name)
 
     def _vision(self, given: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         config = getattr(self.model, "config", None)

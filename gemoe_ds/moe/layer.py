@@ -200,6 +200,8 @@ class MoELayer(nn.Module):
         self.ctx.end_alone(ctx)
         if self.training and torch.is_grad_enabled() and not in_backward():
             self._counts.add(self.ctx)
+        elif not self.training:
+            self._counts.warn_if_unread(self.router.name)
 
     def aux_loss(self) -> Tensor:
         """The auxiliary losses of the last forward: sum of weight * value, to be added to the loss.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ class StepCounts:
 
     def __init__(self, num_layers: int) -> None:
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+        self._is_read = False  # at least once, or it has been warned
 
     def add(self, ctx: TokenContext) -> None:
         """After a forward that trains."""
@@ -25,8 +27,21 @@ class StepCounts:
                 value = value.double()
                 sums[name] = sums[name] + value if name in sums else value
 
+    def warn_if_unread(self, router: str) -> None:
+        """In a forward that evaluates: once, if training was counted and nobody has asked."""
+        if self._is_read or not any(self.layers):
+            return
+        self._is_read = True
+        warnings.warn(
+            f"router {router!r} is evaluated after training in which after_step(step, total_steps) "
+            "was never called: it knows nothing of what it counted there; call it after each "
+            "optimizer.step(), in Trainer by callbacks=[handle.trainer_callback()]",
+            stacklevel=2,
+        )
+
     def reduced(self, sum_over_ranks: Sum) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Sums of each layer and of all of them, and a fresh start. One collective, or none."""
+        self._is_read = True
         layers, self.layers = self.layers, [{} for _ in self.layers]
         flat = [value.reshape(-1) for sums in layers for value in sums.values()]
         if not flat:

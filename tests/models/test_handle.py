@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,3 +58,41 @@ def test_masks_say_the_same_in_two_and_in_four_dimensions():
             assert all(map(torch.equal, handle.k_per_layer, want))
         with pytest.raises(RuntimeError, match=r"\[2, 1, 1, 7\] does not say.*handle.begin"):
             model(given["input_ids"], four[:, :, :1])
+
+
+def trained(name: str, **options):
+    model, handle = converted(name, **options)
+    (model.train()(**batch()).loss + handle.aux_loss()).backward()
+    return model.eval(), handle
+
+
+@pytest.mark.parametrize("name", ["threshold", "dtop_p", "remoe", "dynmoe"])
+def test_a_router_that_has_counted_for_nothing_warns_once_when_it_is_evaluated(name):
+    model, handle = trained(name)
+    with pytest.warns(UserWarning, match=f"router '{name}' is evaluated after .*trainer_callback"):
+        model(**batch())
+    with warnings.catch_warnings(action="error"):
+        model(**batch())
+
+
+def test_nobody_is_warned_who_calls_after_step_or_need_not():
+    with warnings.catch_warnings(action="error"):
+        model, handle = trained("gemoe", k_low=1)
+        model(**batch())
+        model, handle = converted("threshold")
+        model.eval()(**batch())  # before any training
+        model, handle = trained("threshold")
+        handle.after_step(1, 2)
+        model(**batch())
+        (model.train()(**batch()).loss + handle.aux_loss()).backward()
+        model.eval()(**batch())  # between two steps
+
+
+def test_the_callback_hands_on_how_zero_writes_and_how_far_trainer_is():
+    model, handle = trained("threshold")
+    callback, state = handle.trainer_callback(assign_=print), SimpleNamespace(max_steps=9)
+    seen = []
+    handle.after_step = lambda *given, **named: seen.append((given, named))
+    for state.global_step in (0, 8):
+        callback.on_optimizer_step(None, state, None, model=model)
+    assert seen == [((n, 9), {"assign_": print, "read_param": None}) for n in (1, 9)]

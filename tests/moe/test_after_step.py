@@ -1,5 +1,7 @@
 """What routers do between two steps, by hand."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -36,3 +38,12 @@ def test_controllers_work_after_a_step():
         layer.after_step(2, 10)
     with pytest.raises(ValueError, match="step=0: from 1 to"):
         layer.after_step(0, 10)
+
+
+def test_a_layer_that_has_counted_for_nothing_warns_once():
+    layer, x = build("threshold"), tokens(2, 5)
+    (layer(x).sum() + layer.aux_loss()).backward()
+    with pytest.warns(UserWarning, match="router 'threshold' is evaluated after training in which"):
+        layer.eval()(x)
+    with warnings.catch_warnings(action="error"):
+        layer(x)
