@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gemoe_ds.errors import ConfigError, GemoeError, OutputError
 
@@ -79,7 +82,65 @@ def write_text(path: Path, text: str) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """All lines but a last one that a crash has cut."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(True) if line[-1] == "\n"]
+
+
+def step_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every whole line of a file of JSON objects that name their `step`, and its object.
+
+    Those that a crash has damaged are left out, and a line says how many.
+    """
+    lines = [(line, _step_in(line)) for line in whole_lines(path)]
+    found = [(line, entry) for line, entry in lines if entry is not None]
+    if damaged := len(lines) - len(found):
+        print(f"{path}: {damaged} damaged lines are left out", flush=True)
+    return found
+
+
+def _step_in(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+@contextmanager
+def flocked(path: Path, flags: int = os.O_RDONLY) -> Iterator[int | None]:
+    """The descriptor of a file or folder that no other process has locked; None if one has.
+
+    The lock ends with the block or the process. Where the file system has no locks, nothing is
+    locked. Raises OSError if the path cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            if not _flock(descriptor):
+                yield None
+                return
+            if _is_at(descriptor, path):  # and not removed by the one that had it
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def fsync_path(path: Path) -> None:

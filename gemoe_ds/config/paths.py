@@ -121,3 +121,21 @@ def located(model: M, places: Places) -> M:
             with suppress(ConfigError):  # which `check_paths` raises
                 update[name] = str(places.locate(name, value, marks[0]))
     return model.model_copy(update=update) if update else model
+
+
+def check_output(output_dir: str) -> None:
+    """Raise ConfigError for an output_dir that is, or lies in, or holds as its checkpoints, what is
+    no folder."""
+    output = Path(output_dir).absolute()
+    try:
+        output.exists()
+    except OSError as error:  # a name that is too long, a folder that is not ours to enter
+        raise ConfigError(
+            f"output_dir={output_dir:.200}: {error.strerror}; give another folder"
+        ) from None
+    folders = (output / "checkpoints", output, *output.parents)
+    there = next(path for path in folders if os.path.lexists(path))
+    if not there.is_dir():
+        what = "a link to nothing" if not there.exists() else "a file"
+        said = f"output_dir={output_dir}: " + ("" if there == output else f"{there} ")
+        raise ConfigError(f"{said}is {what}; give a folder")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -24,7 +23,7 @@ from gemoe_ds.config.choices import BackboneChoice, RouterChoice
 from gemoe_ds.config.data_options import DataConfig
 from gemoe_ds.config.deepspeed_file import AUTO, DeepSpeedFile, in_base64, read_deepspeed_file
 from gemoe_ds.config.numbers import Fraction, Momentum, NonNegative, Positive
-from gemoe_ds.config.paths import Places, inputs, located, shipped
+from gemoe_ds.config.paths import Places, check_output, inputs, located, shipped
 from gemoe_ds.config.train_options import TrainConfig
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.registry import ConfigModel, Reads
@@ -383,18 +382,4 @@ class RunConfig(ConfigModel):
             if is_path and (not keys or key.startswith(keys)):
                 self._places.locate(key, text, reads)
         if not keys:
-            self._check_output()
-
-    def _check_output(self) -> None:
-        output = Path(self.output_dir).absolute()
-        try:
-            output.exists()
-        except OSError as error:  # a name that is too long, a folder that is not ours to enter
-            raise ConfigError(
-                f"output_dir={self.output_dir:.200}: {error.strerror}; give another folder"
-            ) from None
-        there = next(path for path in (output, *output.parents) if os.path.lexists(path))
-        if not there.is_dir():
-            what = "a link to nothing" if not there.exists() else "a file"
-            said = f"output_dir={self.output_dir}: " + ("" if there == output else f"{there} ")
-            raise ConfigError(f"{said}is {what}; give a folder")
+            check_output(self.output_dir)

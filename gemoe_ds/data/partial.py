@@ -10,9 +10,7 @@ alone, and on what the shards before it hold, so that whoever goes on writes the
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,7 +23,7 @@ from gemoe_ds.data.dropped import DropList
 from gemoe_ds.data.sample_writer import WrittenShard
 from gemoe_ds.data.schema import MANIFEST
 from gemoe_ds.errors import DataError, OutputError
-from gemoe_ds.files import check_new, commit_folder, fsync_path, sha256_of, write_text
+from gemoe_ds.files import check_new, commit_folder, flocked, fsync_path, sha256_of, write_text
 
 _IDENTITY = "conversion.json"
 Identity = dict[str, Any]
@@ -206,20 +204,13 @@ def _differs(key: str, found: Identity, known: Identity) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """DataError if another process has the folder; it is free again when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with flocked(folder) as descriptor:
+        if descriptor is None:
             raise DataError(
                 f"{folder}: another process is converting into it; wait for it, or choose another "
                 "--out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint_of(files: Iterable[Path]) -> list[list[Any]]:

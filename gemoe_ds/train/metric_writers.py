@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gemoe_ds.config import RunConfig
 from gemoe_ds.errors import ConfigError, writing_to
-from gemoe_ds.files import whole_lines
+from gemoe_ds.files import step_lines
 from gemoe_ds.train.hooks import Hook, StepResult, Training
 from gemoe_ds.train.monitor import METRICS
 
@@ -41,7 +41,7 @@ class JsonLines:
     def __init__(self, output: Path, start_step: int) -> None:
         path, kept = output / METRICS, []
         if start_step and path.exists():
-            kept = [x for x in whole_lines(path) if json.loads(x)["step"] <= start_step]
+            kept = [line for line, entry in step_lines(path) if entry["step"] <= start_step]
         path.write_text("".join(kept), encoding="utf-8")
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
 

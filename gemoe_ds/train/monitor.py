@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemoe_ds.checkpoint.manifest import MANIFEST, read
-from gemoe_ds.files import whole_lines
+from gemoe_ds.files import step_lines
 from gemoe_ds.moe.context import Stat, TokenContext
 from gemoe_ds.moe.metrics import IN_SHORT, layer_stats
 
@@ -69,8 +68,8 @@ def seconds_in(run: Path) -> float | None:
         run, last = run.resolve().parent.parent, read(run).step
     if not (run / METRICS).is_file():
         return None
-    lines = map(json.loads, whole_lines(run / METRICS))
-    return sum(line.get("throughput/seconds", 0.0) for line in lines if line["step"] <= last)
+    entries = [entry for _, entry in step_lines(run / METRICS) if entry["step"] <= last]
+    return sum(entry.get("throughput/seconds", 0.0) for entry in entries)
 
 
 def in_short(values: dict[str, float | Tensor]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from gemoe_ds.train.early_stop import best_of, early_stops
 from gemoe_ds.train.first_sample import first_sample
 from gemoe_ds.train.hooks import Hook
 from gemoe_ds.train.metric_writers import MetricsLog, MetricWriter, open_writers
+from gemoe_ds.train.own_folder import own_folder
 from gemoe_ds.train.prepare import BEFORE, Prepared, prepare, say
 from gemoe_ds.train.profiling import forget_peak
 from gemoe_ds.train.recipe_changes import changes, described, keep_recipes
@@ -58,7 +59,11 @@ def train(
     With `dry_run` build everything, take one step and write nothing: None. `hooks` join those of
     the recipe. Raises Stopped on all ranks, with the step saved, once `stop` was set on any.
     """
-    with distributed() as world, watched(world, config.monitor.stall_seconds):
+    with ExitStack() as stack:
+        world = stack.enter_context(distributed())
+        stack.enter_context(watched(world, config.monitor.stall_seconds))
+        if not dry_run:
+            stack.enter_context(own_folder(Path(config.output_dir), world))
         samples = open_training(config.data.train_path)
         # Another run's folder is refused before anything is measured, loaded or written.
         unread = dict.fromkeys(_model_folders(config))

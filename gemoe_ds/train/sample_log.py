@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemoe_ds.data.collate import Batch
 from gemoe_ds.errors import writing_to
-from gemoe_ds.files import whole_lines, write_text
+from gemoe_ds.files import step_lines, write_text
 from gemoe_ds.train.hooks import Hook, Training
 
 FOLDER = "sample_log"
@@ -58,7 +58,7 @@ def forget_after(output: Path, step: int, share: tuple[int, int] = (0, 1)) -> No
     for path in sorted((output / FOLDER).glob("rank-*.jsonl")):
         if int(path.stem.removeprefix("rank-")) % share[1] != share[0]:
             continue
-        text = path.read_text(encoding="utf-8")
-        kept = "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(line for line, entry in step_lines(path) if entry["step"] <= step)
         if kept != text:
             write_text(path, kept)

@@ -146,6 +146,7 @@ def test_what_is_nowhere_is_said_with_the_places(
         ("file/run", "output_dir=file/run: {h}/file is a file; give a folder"),
         ("link", "output_dir=link: is a link to nothing; give a folder"),
         ("link/run", "output_dir=link/run: {h}/link is a link to nothing; give a folder"),
+        ("run", "output_dir=run: {h}/run/checkpoints is a file; give a folder"),
         ("x" * 300, "File name too long; give another folder"),
         ("new/run", ""),
         (".", ""),
@@ -156,6 +157,8 @@ def test_an_output_folder_that_cannot_be(
 ) -> None:
     (here / "file").touch()
     (here / "link").symlink_to("/gone/away")
+    (here / "run").mkdir()
+    (here / "run/checkpoints").touch()
     config = load_config(recipe, [f"output_dir={output}"])
     if not message:
         config.check_paths()

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gemoe_ds.errors import ConfigError
 from gemoe_ds.train.metric_writers import JsonLines, TensorBoard, check_writers, open_writers
-from gemoe_ds.train.monitor import METRICS
+from gemoe_ds.train.monitor import METRICS, seconds_in
 from tests.train.resuming import make_config
 
 
@@ -42,6 +42,20 @@ def test_a_lost_stretch_is_dropped_and_a_cut_line_too(tmp_path):
     second.close()
     lines = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 9)]
+
+
+def test_damaged_lines_end_no_continuation(tmp_path, capsys):
+    first = JsonLines(tmp_path, 0)
+    first.write(1, {"throughput/seconds": 2.0})
+    first.close()
+    with open(tmp_path / METRICS, "ab") as file:
+        file.write(b'\0\0\0\n{"step": 7,\n[5]\n\xff\n{"step": 2, "throughput/seconds": 3.0}\n')
+    assert seconds_in(tmp_path) == 5
+    assert capsys.readouterr().out == f"{tmp_path / METRICS}: 4 damaged lines are left out\n"
+    JsonLines(tmp_path, 2).close()
+    assert "4 damaged lines" in capsys.readouterr().out
+    lines = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    assert [line["step"] for line in lines] == [1, 2]
 
 
 class StandIn(ModuleType):
