@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
-from gemoe_ds.checkpoint.manifest import BEST
+from gemoe_ds.checkpoint.manifest import BEST, read
 from gemoe_ds.checkpoint.writer import Saver
 from gemoe_ds.engine.world import gather_objects
-from gemoe_ds.errors import ConfigError
+from gemoe_ds.errors import CheckpointError, ConfigError
 from gemoe_ds.progress import PROGRESS
 from gemoe_ds.train.early_stop import Best
 from gemoe_ds.train.hooks import Hook, StepResult, Training
@@ -28,10 +29,12 @@ class Saving(Hook):
     def before_run(self, trainer: Training) -> None:
         self.saved = trainer.step
         _states(trainer)
-        best = self.best
-        if best and best.value is not None:
-            if not gather_objects((self.saver.root / BEST).exists())[0]:
+        if best := self.best:
+            kept = gather_objects(_kept(self.saver.root / BEST))[0]
+            if kept is None:
                 best.value = None  # gone with an abandoned stretch, or deleted
+            elif kept and best.value is None:  # of a run before the last, which asked for none
+                best.load_state_dict(kept)
 
     def after_step(self, trainer: Training, result: StepResult) -> None:
         is_best = bool(self.best and self.best.update(result))
@@ -63,6 +66,18 @@ class Saving(Hook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.best:
             self.best.load_state_dict(state["best"])
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """The best value as the best checkpoint has it; {} if it does not say, None without one."""
+    if not folder.exists():
+        return None
+    try:
+        states = read(folder).manifest.get("hooks", {})
+    except CheckpointError:
+        return {}
+    found: dict[str, Any] = states.get(Saving.name, {}).get("best", {})
+    return found
 
 
 def _states(trainer: Training) -> dict[str, dict[str, Any]]:
