@@ -151,6 +151,8 @@ class MoEHandle:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():  # the whole model is recomputed: its layers find the forward it was
             return
+        if model.training:
+            self._refuse_narrow_routers()
         given = dict(zip(self._names, args, strict=False)) | kwargs
         if given.get("output_router_logits"):
             raise RuntimeError(
@@ -182,6 +184,16 @@ class MoEHandle:
         self._shape = shape
         valid_BS = None if is_valid_BS is None else is_valid_BS.to(device) != 0
         self.ctx.begin(valid_BS, is_vision_BS.to(device) != 0)
+
+    def _refuse_narrow_routers(self) -> None:
+        """DeepSpeed's bf16 and fp16 write into every parameter; `model.to` lets routers be."""
+        parameters = (p for router in self.routers for p in router.parameters())
+        for dtype in (p.dtype for p in parameters if p.requires_grad and p.itemsize < 4):
+            raise RuntimeError(
+                f"the routers have become {dtype}, and train in float32: leave bf16 and fp16 out "
+                "of DeepSpeed's configuration, and load the model with dtype=torch.bfloat16 before "
+                "convert(), which keeps it for all but the routers"
+            )
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: object, output: object) -> None:

@@ -7,9 +7,9 @@ Words: *logits* are raw, *scores* come after the softmax, *mask* says which expe
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,17 @@ class Router(Registered, nn.Module):
         self.gate = RouterLinear(spec.d_model, spec.num_experts)
         self.free = ZeroComputationExperts(free, spec.d_model) if free else None
         self.free_gate = RouterLinear(spec.d_model, len(free)) if free else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `bfloat16` and so on do: a router moves, and keeps its precision."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            is_less = tensor.is_floating_point() and found.itemsize < tensor.itemsize
+            return tensor.to(found.device) if is_less else found
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def score(self, x_TD: Tensor, ctx: TokenContext) -> Tensor:
         """logits_TE (logits_TN with free experts) in float32, or float64 for float64 input."""

@@ -96,3 +96,25 @@ def test_the_callback_hands_on_how_zero_writes_and_how_far_trainer_is():
     for state.global_step in (0, 8):
         callback.on_optimizer_step(None, state, None, model=model)
     assert seen == [((n, 9), {"assign_": print, "read_param": None}) for n in (1, 9)]
+
+
+def test_routers_keep_their_precision_whatever_the_model_is_moved_to():
+    model, handle = converted("threshold")
+    model.to(torch.bfloat16)
+    state = [*handle.routers[0].parameters(), *handle.routers[0].buffers()]
+    assert {tensor.dtype for tensor in state} == {torch.float32}
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    (model.train()(**batch()).loss + handle.aux_loss()).backward()
+    assert model.to("meta").double() and {
+        p.device.type for p in handle.routers[0].parameters()
+    } == {"meta"}
+    assert {p.dtype for p in handle.routers[0].parameters()} == {torch.float64}
+
+
+def test_routers_that_something_else_has_made_narrow_do_not_train():
+    model, handle = converted()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()  # as DeepSpeed's bf16 does
+    with pytest.raises(RuntimeError, match="have become torch.bfloat16, .* load the model with"):
+        model.train()(**batch())
+    model.eval()(**batch())
