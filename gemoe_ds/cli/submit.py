@@ -109,7 +109,13 @@ def _check(arguments: argparse.Namespace, job: Job) -> Path:
     if arguments.launcher == "srun" and job.hosts:
         raise ConfigError("--hosts: SLURM chooses them; take --launcher deepspeed, or leave it out")
     validate_run(config, job.nodes * job.ranks_per_node, inputs_are_here=not arguments.dry_run)
-    return Path(config.output_dir)
+    output = Path(config.output_dir)
+    if not os.path.abspath(output).strip("/"):
+        raise ConfigError(
+            f"output_dir={output}: the script is kept beside it, and nothing is beside it; give "
+            "another folder"
+        )
+    return output if output.name not in ("", "..") else Path(os.path.abspath(output))
 
 
 def _overrides(arguments: argparse.Namespace, job: Job) -> list[str]:

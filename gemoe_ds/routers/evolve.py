@@ -60,7 +60,10 @@ class EvolveRouter(Router):
 
     def before_steps(self, experts: Experts, read_param: Read, broadcast_from_first: Read) -> None:
         if not any(p.requires_grad for p in experts.parameters()):
-            raise ConfigError("router 'evolve' trains an expert: set model.trainable=experts")
+            raise ConfigError(
+                "router 'evolve' trains an expert: set model.trainable=experts in a recipe, or "
+                "give trainable='experts' to convert()"
+            )
         for name, parameter in experts.named_parameters():
             self._before[name] = broadcast_from_first(read_param(parameter)[0]).clone()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_the_scripts_wait_for_the_requeue_code():
         ([RECIPE, "--nodes", "4", "--launcher", "mpirun"], "on 4 nodes needs --hosts"),
         ([RECIPE, "--hosts", "a"], "SLURM chooses them"),
         ([RECIPE, "--nodes", "4"], "no such file or folder"),
+        ([RECIPE, "--nodes", "4", "output_dir=/", "--dry-run"], "output_dir=/: the script is kept"),
         ([RECIPE, "--nodes", "4", "optim.rate=1", "--dry-run"], "optim.rate: no such option"),
         (
             [RECIPE, "--nodes", "4", "resume=DIR", "--dry-run"],
@@ -121,6 +123,29 @@ def test_mistakes_cost_a_line(arguments, words, capsys, monkeypatch):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize("given, kept", [(".", "here.sbatch"), ("../here/..", "{above}.sbatch")])
+def test_the_script_of_a_run_in_this_folder_is_beside_it(
+    given, kept, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    main([RECIPE, "--nodes", "4", "--dry-run", f"output_dir={given}"])
+    above = tmp_path if given == "." else tmp_path.parent
+    assert f"# {above / kept.format(above=tmp_path.name)}\n" in capsys.readouterr().out
+
+
+def test_options_of_an_array_keep_their_spaces():
+    script = (repository() / "launch/slurm/array.sbatch").read_text()
+    source = re.search(r"-c '(.*?)' ", script, re.DOTALL)[1]
+    line = "optim.betas=[0.9, 0.95] model.router={name: gemoe, k_low: 1} seed=0"
+    done = subprocess.run([sys.executable, "-c", source, line], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "optim.betas=[0.9, 0.95]",
+        "model.router={name: gemoe, k_low: 1}",
+        "seed=0",
+    ]
 
 
 def test_a_job_takes_the_checkpoint_that_it_starts_from(capsys, tmp_path):

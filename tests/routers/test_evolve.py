@@ -69,3 +69,12 @@ def test_wrong_settings_are_refused():
         router.before_steps(frozen, lambda p: p, lambda t: t)
     with pytest.raises(ConfigError, match=r"\[0.9, 0.2\] is not a range"):
         make_router("evolve", {"beta": ((0.9, 0.2),)}, SPEC)
+
+
+def test_frozen_experts_are_refused_in_the_words_of_recipes_and_of_convert():
+    from tests.models.stock import converted
+
+    with pytest.raises(
+        ConfigError, match="trainable=experts in a recipe, or give trainable='experts'"
+    ):
+        converted("evolve")
