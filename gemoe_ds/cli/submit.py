@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -48,7 +49,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-gpus", action="store_true", help="run ranks on CPUs")
     for option in OPTIONS:
-        parser.add_argument(f"--{option}", help=f"sbatch's --{option}")
+        reads = _time if option == "time" else str
+        parser.add_argument(f"--{option}", type=reads, help=f"sbatch's --{option}")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        type=_sbatch_option,
+        metavar="NAME[=VALUE]",
+        help="any other option of sbatch, such as mem=64G or exclusive; may be repeated",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print everything, start nothing")
     return parser.parse_or_exit(argv)
 
@@ -57,6 +67,28 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
         raise argparse.ArgumentTypeError(f"{text:.20} is no port, a number from 1 to 65535")
     return int(text)
+
+
+def _sbatch_option(text: str) -> tuple[str, str]:
+    name, _, value = text.removeprefix("--").partition("=")
+    if not re.fullmatch("[a-z][a-z-]*", name) or re.search(r"\s", value):
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: write NAME or NAME=VALUE, without spaces")
+    if name in (*OPTIONS, "nodes"):
+        raise argparse.ArgumentTypeError(f"{name} is an option of its own: --{name}")
+    if name == "ntasks-per-node":
+        raise argparse.ArgumentTypeError(f"{name} is --ranks-per-node")
+    return name, value
+
+
+def _time(text: str) -> str:
+    """As sbatch reads it: it would refuse other text after the script is written."""
+    if not re.fullmatch(
+        r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", text, re.IGNORECASE | re.ASCII
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.40} is no time limit; write minutes, hours:minutes:seconds or days-hours"
+        )
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 def _job(arguments: argparse.Namespace) -> Job:
     given = {o: getattr(arguments, o.replace("-", "_")) for o in OPTIONS}
     sbatch = {option: value for option, value in given.items() if value is not None}
+    sbatch |= dict(arguments.sbatch)
     if arguments.no_gpus:
         sbatch["gpus-per-node"] = "0"
     return Job(

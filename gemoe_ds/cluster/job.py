@@ -33,7 +33,9 @@ class Job:
     ranks_per_node: int = 8
     hosts: tuple[str, ...] = ()
     port: int = PORT
-    sbatch: Mapping[str, str] = field(default_factory=dict)  # --time and so on, by name
+    sbatch: Mapping[str, str] = field(
+        default_factory=dict
+    )  # --time and so on, by name; "": no value
     variables: tuple[str, ...] = ()  # of the environment, that ssh would not carry over
     program: tuple[str, ...] = ("launch/train.py",)  # or -m and a module
     scripts: str = "launch/slurm"  # where run.sh is
@@ -67,7 +69,7 @@ class Job:
             template = re.sub(r"^#SBATCH --gpus-per-node=.*\n", "", template, flags=re.MULTILINE)
             del wanted["gpus-per-node"]
         for name, value in wanted.items():
-            line = f"#SBATCH --{name}={value}"
+            line = f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
             known = rf"^#SBATCH --{name}(=.*)?$"
             if re.search(known, template, flags=re.MULTILINE):
                 template = re.sub(known, line, template, flags=re.MULTILINE)

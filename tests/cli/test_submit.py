@@ -136,6 +136,35 @@ def test_the_script_of_a_run_in_this_folder_is_beside_it(
     assert f"# {above / kept.format(above=tmp_path.name)}\n" in capsys.readouterr().out
 
 
+def test_any_option_of_sbatch_goes_into_the_script(capsys):
+    given = ["--sbatch", "mem=64G", "--sbatch", "exclusive", "--sbatch=gres=gpu:h200:8"]
+    main([*CASES["srun"], *given, "--dry-run"])
+    script = capsys.readouterr().out
+    for line in ("--mem=64G", "--exclusive", "--gres=gpu:h200:8", "--time=12:00:00"):
+        assert f"\n#SBATCH {line}\n" in script
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--time", "2days"], "'2days' is no time limit; write minutes"),
+        (["--sbatch", "mem 64G"], "'mem 64G': write NAME or NAME=VALUE"),
+        (["--sbatch", "time=1:00:00"], "time is an option of its own: --time"),
+        (["--sbatch", "ntasks-per-node=4"], "ntasks-per-node is --ranks-per-node"),
+    ],
+)
+def test_wrong_options_of_sbatch_cost_a_line(given, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*CASES["srun"], *given, "--dry-run"])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["90", "12:00:00", "2-0", "2-12:30:00", "infinite"])
+def test_times_that_sbatch_reads(time, capsys):
+    main([RECIPE, "--nodes", "4", "--time", time, "--dry-run"])
+    assert f"\n#SBATCH --time={time}\n" in capsys.readouterr().out
+
+
 def test_options_of_an_array_keep_their_spaces():
     script = (repository() / "launch/slurm/array.sbatch").read_text()
     source = re.search(r"-c '(.*?)' ", script, re.DOTALL)[1]
