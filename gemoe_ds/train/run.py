@@ -61,9 +61,9 @@ def train(
     """
     with ExitStack() as stack:
         world = stack.enter_context(distributed())
-        stack.enter_context(watched(world, config.monitor.stall_seconds))
-        if not dry_run:
+        if not dry_run:  # which may take minutes, more than a watched step
             stack.enter_context(own_folder(Path(config.output_dir), world))
+        stack.enter_context(watched(world, config.monitor.stall_seconds))
         samples = open_training(config.data.train_path)
         # Another run's folder is refused before anything is measured, loaded or written.
         unread = dict.fromkeys(_model_folders(config))
