@@ -60,7 +60,7 @@ class OfTransformers(Contender):
     @property
     def routers(self) -> list[Router]:
         """Of an exported folder."""
-        return [m.gemoe_router for m in self.model.modules() if hasattr(m, "gemoe_router")]
+        return [m.gemoe.router for m in self.model.modules() if hasattr(m, "gemoe")]
 
     def written(self, ids_BS: Tensor, new_tokens: int) -> list[list[int]]:
         written_BS = self.model.generate(

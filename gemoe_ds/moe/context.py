@@ -142,6 +142,11 @@ class TokenContext:
             setattr(empty, switch, getattr(self, switch))
         return empty.__dict__
 
+    @property
+    def may_go_backward(self) -> bool:
+        """A forward that ran here had gradients: a layer that is recomputed may belong to it."""
+        return bool(self._passes)
+
     def begin(
         self,
         is_valid_BS: Tensor | None,

@@ -156,7 +156,7 @@ with torch.no_grad():
         folder, trust_remote_code=True, dtype=torch.bfloat16
     ).eval()
     coarse = half(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()})
-    dtypes = {str(p.dtype) for n, p in half.named_parameters() if "gemoe_router" in n}
+    dtypes = {str(p.dtype) for n, p in half.named_parameters() if ".gemoe." in n}
 torch.save((results, written, ids, coarse.logits, dtypes), out)
 """
 

@@ -82,9 +82,7 @@ def answers(folder, asked):
         found["static"] = static(**batch, **LAST).logits
         half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, **TRUST).eval()
         found["half"] = half(**batch, **LAST).logits
-        found["dtypes"] = {
-            (str(p.dtype), "gemoe_router" in name) for name, p in half.named_parameters()
-        }
+        found["dtypes"] = {(str(p.dtype), ".gemoe." in name) for name, p in half.named_parameters()}
     tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
     found["tokenizer"] = [tokenizer.padding_side, tokenizer.chat_template]
     return found

@@ -21,13 +21,14 @@ from gemoe_ds.models.backbone import Backbone
 from gemoe_ds.models.moe_model import MoEModel
 from gemoe_ds.models.tokenizer import load_tokenizer
 from gemoe_ds.moe.router import Router
-from tests.models.cases import CASES
+from tests.models.cases import CASES, write_case
 from tests.models.published import write_published
 from tests.models.small import make_model, noise
 from tests.models.upcycled.small import load as load_upcycled
 from tests.models.upcycled.small import write_dense
 from tests.tiny import write_tokenizer
 
+STOCK = ("olmoe", "qwen3_vl_moe")  # transformers' own model and processor
 FAMILIES = ("deepseek_vl2", "molmoe", "moe_llava_stablelm", "moe_llava_qwen", "upcycled")
 
 
@@ -126,6 +127,9 @@ def write_exported(name: str, root: Path, router: str = "gemoe", **options: Any)
         write_tokenizer(tokenizer)
         base = write_dense(root / "base")
         model = load_upcycled({"tokenizer": tokenizer}, base, router)
+    elif name in STOCK:
+        base, tokenizer = write_case(name, root)
+        model = make_model(name, base, router)
     else:
         write_published(name, tokenizer)
         vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
