@@ -5,6 +5,7 @@ Shapes: T tokens, D model, E experts, F expert width, G = 2 F.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemoe_ds.export.contexts import Contexts, on
+from gemoe_ds.export.offloaded import check_there, device_of, fetched, owners
 from gemoe_ds.moe.context import TokenContext
 from gemoe_ds.moe.dispatch import LocalDispatcher, known_sizes
 from gemoe_ds.moe.experts.module import Experts
@@ -26,31 +28,45 @@ class RoutedBlock(nn.Module):
     """
 
     _block: nn.Module
+    _owners: list[nn.Module]  # of the expert weights
 
     def __init__(
         self, block: nn.Module, router: Router, contexts: Contexts, entry: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.router = router
+        experts = owners(block, (entry["gate_up"], entry["down"]))
+        self.router = router.requires_grad_(False).to(device_of(experts[0]))
         self.contexts = contexts
         self.experts = BlockExperts(block, entry["gate_up"], entry["down"])
         self.dispatcher = LocalDispatcher()
         self._shared: str | None = entry.get("shared")
         # not as a submodule: the block holds this one
         object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_owners", experts)
 
     def take_over(self) -> None:
         """From now on the block computes this."""
         block: Any = self._block
         block.gemoe = self
-        block.forward = self.forward
+        # accelerate's hook, if the block has one, stays around it
+        setattr(block, "_old_forward" if hasattr(block, "_hf_hook") else "forward", self.forward)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedBlock:
+        """The router moves with the model, but keeps its dtype: routing stays float32."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     # Not compiled: how many rows an expert gets differs in every forward.
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         ctx, slot = self.contexts.of_block(), self.router.spec.slot
-        with ctx.writing(slot, len(x_TD)):
+        with ctx.writing(slot, len(x_TD)), fetched(self._owners):
+            check_there(self.router, *self._owners)
             y_TD = self._routed(x_TD, on(x_TD.device, ctx))
             ctx.watch(slot, y_TD, training=self.training)
         return y_TD.view(hidden_states.shape)

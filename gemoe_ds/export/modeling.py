@@ -70,7 +70,6 @@ class GemoeForConditionalGeneration(Stock):
             prefix = f"{slot}."
             own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             router.load_state_dict(own)
-            router.requires_grad_(False).to(next(block.parameters()).device)
             RoutedBlock(block, router, self.contexts, entry).take_over()
         self._names = list(inspect.signature(self.forward).parameters)
         self.register_forward_pre_hook(_begin, with_kwargs=True)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from gemoe_ds.export import settings
 from gemoe_ds.export.settings import local_folder
 from tests.export.families import write_exported
+from tests.export.loaded import batches, load, logits
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,41 @@ def test_embeddings_alone_do_not_say_what_is_of_an_image(model):
     embedded = model.get_input_embeddings()(torch.tensor([[5, 6]]))
     with pytest.raises(RuntimeError, match="inputs_embeds alone: give input_ids"):
         model(inputs_embeds=embedded)
+
+
+CONVERTED = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "of a part": lambda model: model.model.bfloat16() and model,
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_routing_stays_float32_when_the_model_is_converted(olmoe_folder, name):
+    model = CONVERTED[name](load(olmoe_folder))
+    dtype = model.model.embed_tokens.weight.dtype
+    assert dtype != torch.float32
+    wanted = load(olmoe_folder, dtype=dtype)
+    routers = [{n: p for n, p in m.named_parameters() if ".gemoe." in n} for m in (model, wanted)]
+    assert routers[0] and {p.dtype for p in routers[0].values()} == {torch.float32}
+    torch.testing.assert_close(*routers, rtol=0, atol=0)
+    logits(model.to(dtype), batches()[0]), logits(wanted, batches()[0])
+    assert all(map(torch.equal, model.k_per_layer, wanted.k_per_layer))
+
+
+def test_routers_move_with_the_model(olmoe_folder):
+    model = load(olmoe_folder).to("meta", torch.bfloat16)
+    found = {(p.device.type, p.dtype) for n, p in model.named_parameters() if ".gemoe." in n}
+    assert found == {("meta", torch.float32)}
+
+
+def test_in_float64_all_is_float64_but_the_routers(olmoe_folder):
+    model, batch = load(olmoe_folder), batches()[0]
+    wanted = logits(model, batch)
+    found = logits(model.double(), batch)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-4)
 
 
 WHERE = {"revision": "abc", "local_files_only": True, "force_download": False}
