@@ -15,7 +15,7 @@ from torch import Tensor
 from gemoe_ds import __version__
 from gemoe_ds.export.code import Code, code_of, image_mark, processor_map, prompt_section
 from gemoe_ds.export.code_record import KEY, MADE_FROM, PROVENANCE, checksums
-from gemoe_ds.export.modeling import ROUTERS
+from gemoe_ds.export.saving import ROUTERS
 from gemoe_ds.files import whole_folder
 from gemoe_ds.hf_io.companions import TEMPLATES, TOKENIZER, companions, write_index
 from gemoe_ds.hf_io.hf_config import in_own_format, quantisation_of, read_config

@@ -7,6 +7,7 @@ folder; there it needs torch, transformers and pydantic, but neither gemoe_ds no
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from gemoe_ds.export.block import RoutedBlock
 from gemoe_ds.export.contexts import Contexts
 from gemoe_ds.export.hub import where
 from gemoe_ds.export.image_rows import aligned
+from gemoe_ds.export.saving import ROUTERS, add_to_saved, router_prefixes, routers_in
+from gemoe_ds.hf_io.safetensors_reader import INDEX
 from gemoe_ds.moe.padding import valid_tokens
 from gemoe_ds.moe.passes import in_backward
 from gemoe_ds.moe.router import Router, RoutingSpec
-
-ROUTERS = "routers.safetensors"  # every router's parameters, float32
 
 
 class GemoeForConditionalGeneration(Stock):
@@ -71,9 +72,40 @@ class GemoeForConditionalGeneration(Stock):
             own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             router.load_state_dict(own)
             RoutedBlock(block, router, self.contexts, entry).take_over()
+        prefixes = tuple(router_prefixes(self))
+        ours = [name for name in self.state_dict() if name.startswith(prefixes)]
+        self._keys_to_ignore_on_save = [*(self._keys_to_ignore_on_save or ()), *ours]
         self._names = list(inspect.signature(self.forward).parameters)
         self.register_forward_pre_hook(_begin, with_kwargs=True)
         self.register_forward_hook(_end, always_call=True)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A folder that loads as the exported one does: weights, routers, config and code.
+
+        Tokenizer and processor stay in the exported folder. ValueError for `push_to_hub`.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True would leave out the routers: save to a folder, then "
+                "model.push_to_hub(NAME)"
+            )
+        state = self.state_dict() if state_dict is None else state_dict
+        routers, named = routers_in(state, router_prefixes(self)), self.config.architectures
+        folder = Path(save_directory)
+        if is_main_process:
+            (folder / INDEX).unlink(missing_ok=True)  # of an earlier save into this folder
+        try:
+            super().save_pretrained(folder, is_main_process, state_dict, **kwargs)
+        finally:
+            self.config.architectures = named
+        if is_main_process:
+            add_to_saved(folder, self, routers)
 
     @property
     def k_per_layer(self) -> list[Tensor]:

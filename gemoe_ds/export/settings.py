@@ -15,7 +15,8 @@ from gemoe_ds.models.chat import ChatTemplate
 
 NOT_SAVED = (
     "its files are written by `gemoe export` only, under the names of the base; copy the exported "
-    "folder, or train on with it as model.checkpoint"
+    "folder, or train on with it as model.checkpoint; a Trainer of transformers takes "
+    "save_strategy='no', and torch.save(model.state_dict(), FILE) keeps what it learned"
 )
 
 
