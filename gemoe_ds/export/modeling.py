@@ -48,7 +48,10 @@ class GemoeForConditionalGeneration(Stock):
         if "stop_ids" in described:
             model.generation_config.eos_token_id = described["stop_ids"]
             model.generation_config.pad_token_id = described["pad_id"]
-        if not described.get("enabled", True):
+        enabled = described.get("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"config.json: gemoe.enabled={enabled!r}; it is true or false")
+        if not enabled:
             return loaded
         model.__class__ = cls
         file = cached_file(
@@ -123,6 +126,7 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if in_backward():  # the whole model is recomputed: its blocks find the forward it was
         return
     given = dict(zip(model._names, args, strict=False)) | kwargs
+    _refuse_router_logits(model.config, given.get("output_router_logits"))
     ids = given.get("input_ids")
     tokens = given["inputs_embeds"] if ids is None else ids
     shape, device = tokens.shape[:2], tokens.device
@@ -138,6 +142,18 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             )
         is_vision_BS = torch.isin(ids, torch.tensor(image_tokens, device=device))
     model.contexts.begin(None if is_valid_BS is None else is_valid_BS.to(device), is_vision_BS)
+
+
+def _refuse_router_logits(config: Any, asked: bool | None) -> None:
+    """Where they are asked for, by an argument or, if there is none, in config.json."""
+    if asked is None:
+        parts = config, getattr(config, "text_config", None)
+        asked = any(getattr(part, "output_router_logits", False) for part in parts)
+    if asked:
+        raise RuntimeError(
+            "output_router_logits=True, as an argument or in config.json: the stock routers do not "
+            "run, so there are no logits of theirs and no auxiliary loss; make it False"
+        )
 
 
 @torch.compiler.disable

@@ -82,6 +82,31 @@ def test_in_float64_all_is_float64_but_the_routers(olmoe_folder):
     torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_enabled_is_true_or_false(olmoe_folder):
+    config = load(olmoe_folder).config
+    config.gemoe["enabled"] = "false"
+    with pytest.raises(ValueError, match="gemoe.enabled='false'; it is true or false"):
+        load(olmoe_folder, config=config)
+
+
+def test_logits_of_routers_that_do_not_run_are_refused(olmoe_folder, model):
+    said = "output_router_logits=True, as an argument or in config.json: .* make it False"
+    text = load(olmoe_folder)
+    for asked in (text, model):
+        with pytest.raises(RuntimeError, match=said):
+            asked(**batches()[0], output_router_logits=True)
+    text.config.output_router_logits = True
+    with pytest.raises(RuntimeError, match=said):
+        text(**batches()[0])
+    assert text(**batches()[0], output_router_logits=False).logits.isfinite().all()
+    model.config.text_config.output_router_logits = True
+    try:
+        with pytest.raises(RuntimeError, match=said):
+            model(**batches()[0])
+    finally:
+        del model.config.text_config.output_router_logits
+
+
 WHERE = {"revision": "abc", "local_files_only": True, "force_download": False}
 
 

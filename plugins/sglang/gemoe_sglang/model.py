@@ -31,8 +31,10 @@ class Gemoe:
     def __init__(self, config: Any, quant_config: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, quant_config, *args, **kwargs)
         self.gemoe: dict[int, Any] | None = None
-        found = getattr(config, "gemoe", None)
-        if not found:
+        found = described.trained_routing(config)
+        if found is None:
+            if getattr(config, "gemoe", None):
+                logger.warning("gemoe: config.json has gemoe.enabled: false, so k is static")
             return
         versions.check()
         if quant_config is not None:

@@ -19,7 +19,8 @@ class GemoeDeepseekVL2(Gemoe, deepseek_vl2.DeepseekVLV2ForCausalLM):
         self, vision_config: Any, quant_config: Any, prefix: str = ""
     ) -> nn.Module:
         """The tower that was trained with, which is DeepSeek's: 27 x 27 patches of a tile of 384 x
-        384 pixels, and the tanh form of GELU. vLLM's own makes 28 x 28 patches, and takes erf."""
+        384 pixels, and the tanh form of GELU. vLLM's own makes 28 x 28 patches, and takes erf.
+        Where `gemoe.enabled` is false too: the static k was trained with the same tower."""
         if not getattr(self.config, "gemoe", None):
             return super()._init_vision_module(vision_config, quant_config, prefix)
         import timm  # as vLLM does for this tower alone

@@ -18,6 +18,20 @@ FILE = "routers.safetensors"  # in the exported folder
 FACTOR = "k_scale"  # the factor on k that some routers have beside their dial
 
 
+def trained_routing(config: Any) -> Mapping[str, Any] | None:
+    """`gemoe` of config.json; None: the static k is served, as the folder's own code does.
+
+    That is where there is no `gemoe`, or its `enabled` is false. ConfigError if that is no boolean.
+    """
+    found: Mapping[str, Any] | None = getattr(config, "gemoe", None)
+    if not found:
+        return None
+    enabled = found.get("enabled", True)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"config.json: gemoe.enabled={enabled!r}; it is true or false")
+    return found if enabled else None
+
+
 def make_routers(described: Mapping[str, Any], options: Options) -> dict[int, Router]:
     """By the number of its layer, the router of each MoE block, on the CPU and without its state.
 

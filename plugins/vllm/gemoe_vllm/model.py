@@ -30,8 +30,11 @@ class Gemoe:
     blocks_in: ClassVar[ModuleType]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        found = getattr(vllm_config.model_config.hf_config, "gemoe", None)
-        if not found:
+        config = vllm_config.model_config.hf_config
+        found = described.trained_routing(config)
+        if found is None:
+            if getattr(config, "gemoe", None):
+                logger.info("gemoe: config.json has gemoe.enabled: false, so k is static")
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.gemoe = None
             return
