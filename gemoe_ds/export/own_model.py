@@ -36,6 +36,7 @@ class OwnModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = _INNER
     blocks_below = f"{_INNER}."  # what stands before the paths of MoE blocks in config.json
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -94,8 +95,9 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         image_rows: Tensor | None = None,
         image_tiles: Tensor | None = None,
         image_mask: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As every causal language model of transformers; of pictures what the processor gives.
 
         Raises ValueError for pictures without `image_rows`.
@@ -115,6 +117,7 @@ class OwnModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -122,13 +125,15 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(
+        found = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return found if wants_dict else found.to_tuple()
 
     def _with_pictures(
         self,

@@ -99,6 +99,8 @@ class OwnProcessor(ProcessorMixin):
         padding_side: str = "left",
         add_special_tokens: bool = False,
         return_tensors: str | None = "pt",
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` [B, S], `pixel_values` [N, ...] and what goes with them.
 
@@ -107,13 +109,15 @@ class OwnProcessor(ProcessorMixin):
                 which they take as many as they have marks. PIL, paths, URLs, uint8 [H, W, 3].
             text: prompts. Nothing is added to them, whatever `add_special_tokens` says.
             videos, audio, audios: nothing, or empty.
-            padding: False only if all prompts are of one length.
+            padding: to the longest prompt; False only if all are of one length.
+            truncation, max_length: nothing, as a prompt is never cut.
 
         Raises:
             ValueError: pictures and marks do not fit, or this model cannot read what is given.
         """
         if videos or audio or audios:
             raise ValueError("this model reads text and pictures; leave videos and audio out")
+        _refuse_lengths(truncation, max_length, padding)
         if text is None:
             raise ValueError("text is missing: give the prompts, from apply_chat_template")
         prompts = [text] if isinstance(text, str) else list(text)
@@ -172,6 +176,18 @@ class OwnProcessor(ProcessorMixin):
         if tensors is None:
             return BatchFeature({name: tensor.tolist() for name, tensor in found.items()})
         return BatchFeature(found, tensor_type=tensors)
+
+
+def _refuse_lengths(truncation: Any, max_length: int | None, padding: Any) -> None:
+    """ValueError for what would cut prompts or fill them to a length."""
+    asked = [f"truncation={truncation!r}"] if truncation not in (None, False) else []
+    asked += [f"max_length={max_length}"] if max_length is not None else []
+    asked += [f"padding={padding!r}"] if padding == "max_length" else []
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: a prompt is whole, as a cut may go through a picture; prompts "
+            "are padded to the longest of them. Leave it out, and shorten texts before the call"
+        )
 
 
 def _shares(images: Any, marks: list[int], is_one: bool) -> list[list[Any]]:

@@ -39,6 +39,8 @@ def test_pictures_may_come_in_one_list_in_lists_or_without_marks(processor):
     first = bare["image_rows"][0].tolist()
     assert first[0] == -1 and first[1] >= 0 and bare["image_tiles"].numel() == 2
     right = processor(text=["a", "a b c"], padding_side="right", return_tensors="np")
+    uncut = {"truncation": False, "max_length": None, "padding": "longest"}
+    assert processor(text=["a", "a b c"], **uncut)["input_ids"].shape == right["input_ids"].shape
     assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
 
 
@@ -52,6 +54,11 @@ def test_pictures_may_come_in_one_list_in_lists_or_without_marks(processor):
         ({"images": PICTURES}, "text is missing"),
         ({"text": "a", "videos": [1]}, "reads text and pictures"),
         ({"text": ["a", "a b c"], "padding": False}, "leave padding=True"),
+        (
+            {"text": "a", "truncation": True, "max_length": 2048},
+            "truncation=True, max_length=2048: a prompt is whole",
+        ),
+        ({"text": "a", "padding": "max_length"}, "padding='max_length': a prompt is whole"),
         ({"text": ASKED, "images": np.zeros((4, 4))}, "give uint8 [height, width, 3]"),
     ],
 )
