@@ -96,7 +96,8 @@ class MoEPlusPlusRouter(FreeTopK):
             return logits_TN
         before_TN = ctx.layers[self.spec.slot - 1].logits_TE
         assert before_TN is not None, "the layer before has been routed"
-        residual_TN: Tensor = self.residual(before_TN)
+        # layers may lie on several devices
+        residual_TN: Tensor = self.residual(before_TN.to(logits_TN.device))
         return logits_TN + residual_TN
 
     def weigh(self, scores_TN: Tensor, mask_TN: Tensor) -> Tensor:

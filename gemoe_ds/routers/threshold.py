@@ -207,7 +207,8 @@ class ThresholdRouter(ScoreRule):
             self.record_of(ctx).cache["scores_H"] = count_scores(log_TK, ctx.is_valid_T)
         elif self.config.hold:
             self._followed(ctx)
-            ctx.memory["fresh_H"] += count_scores(log_TK, ctx.is_valid_T)
+            fresh_H = ctx.memory["fresh_H"]  # on the device of the first layer
+            fresh_H += count_scores(log_TK, ctx.is_valid_T).to(fresh_H.device)
 
     def _followed(self, ctx: TokenContext) -> Tensor:
         """The running histogram of all layers before this forward; at first that of training."""
@@ -219,7 +220,7 @@ class ThresholdRouter(ScoreRule):
             fresh_H = memory.get("fresh_H", torch.zeros_like(known_H)).to(known_H)
             cache["followed_H"] = known_H * (-fresh_H.sum() / most).exp() + fresh_H
             memory["followed_H"], memory["fresh_H"] = cache["followed_H"], torch.zeros_like(known_H)
-        return cache["followed_H"]
+        return cache["followed_H"].to(self.scores_H.device)
 
     def step_counts(self, decision: Decision, ctx: TokenContext) -> dict[str, Tensor]:
         return {"scores_H": self.record_of(ctx).cache["scores_H"]}

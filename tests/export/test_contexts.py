@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gemoe_ds.export.contexts import Contexts, on
 from tests.export.loaded import batches, load, logits
+from tests.routers.cases import SPEC, all_variants, case_id, make_router
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,34 @@ def test_masks_are_where_the_block_is():
     masks = moved.is_valid_T, moved.is_vision_T, moved.sequence_T
     assert {mask.device.type for mask in masks} == {"meta"} and moved.layers is ctx.layers
     assert ctx.is_valid_T.device.type == "cpu"
+
+
+def route_on_two_devices(name, options):
+    """The second layer lies on another device: that of shapes alone."""
+    contexts, valid = Contexts(2), torch.arange(6)[None] > 1
+    contexts.begin(valid, ~valid)
+    for slot, device in enumerate(("cpu", "meta")):
+        spec = replace(SPEC, slot=slot, num_layers=2)
+        router = make_router(name, options, spec, seed=slot).eval().to(device)
+        x_TD = torch.randn(6, SPEC.d_model).to(device)
+        ctx = on(x_TD.device, contexts.own)
+        decision, logits_TE = router.decide(ctx.without_padding(x_TD), ctx)
+        router.record_of(ctx).logits_TE = logits_TE
+        assert decision.mask_TE.device == decision.weights_TE.device == x_TD.device
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", all_variants(), ids=case_id)
+def test_layers_may_lie_on_two_devices(case, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
+    route_on_two_devices(*case)
+
+
+@torch.no_grad()
+def test_what_layers_count_together_moves_to_the_first(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        route_on_two_devices("threshold", {"hold": True})
 
 
 def test_it_can_be_compiled(model):
