@@ -47,7 +47,7 @@ class RoutedBlock(nn.Module):
     def take_over(self) -> None:
         """From now on the block computes this."""
         block: Any = self._block
-        block.gemoe = self
+        block.gemoe = self.train(block.training)
         # accelerate's hook, if the block has one, stays around it
         setattr(block, "_old_forward" if hasattr(block, "_hf_hook") else "forward", self.forward)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gemoe_ds.export import settings
 from gemoe_ds.export.settings import local_folder
@@ -80,6 +80,12 @@ def test_in_float64_all_is_float64_but_the_routers(olmoe_folder):
     found = logits(model.double(), batch)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_are_in_the_mode_of_the_model_from_the_start(olmoe_folder):
+    """Some draw numbers while they train; from_pretrained gives a model that does not."""
+    model = AutoModelForCausalLM.from_pretrained(olmoe_folder, trust_remote_code=True)
+    assert {module.training for module in model.modules()} == {False}
 
 
 def test_enabled_is_true_or_false(olmoe_folder):
