@@ -5,7 +5,6 @@ Shapes: T tokens, D model, E experts, F expert width, G = 2 F.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,15 +49,6 @@ class RoutedBlock(nn.Module):
         block.gemoe = self.train(block.training)
         # accelerate's hook, if the block has one, stays around it
         setattr(block, "_old_forward" if hasattr(block, "_hf_hook") else "forward", self.forward)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedBlock:
-        """The router moves with the model, but keeps its dtype: routing stays float32."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
-
-        return super()._apply(moved, recurse)
 
     # Not compiled: how many rows an expert gets differs in every forward.
     @torch.compiler.disable

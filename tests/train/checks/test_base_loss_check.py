@@ -187,7 +187,7 @@ def test_a_step_that_is_not_fine(monkeypatch, loss, skipped, words):
     monkeypatch.setattr(trainer, "sum_over_ranks", lambda tensor: None)
     stats, world = StatSum(), SimpleNamespace(device=torch.device("cpu"))
     stats.add("loss/total", Stat(torch.tensor(loss)))
-    taken = SimpleNamespace(stats=stats, world=world, skipped=skipped)
+    taken = SimpleNamespace(stats=stats, world=world, newly_skipped=skipped)
     if words is None:
         assert trainer.Trainer.refuse_bad_losses(taken) == loss
         return
