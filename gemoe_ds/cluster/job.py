@@ -33,9 +33,7 @@ class Job:
     ranks_per_node: int = 8
     hosts: tuple[str, ...] = ()
     port: int = PORT
-    sbatch: Mapping[str, str] = field(
-        default_factory=dict
-    )  # --time and so on, by name; "": no value
+    sbatch: Mapping[str, str] = field(default_factory=dict)  # --time ...; "": without a value
     variables: tuple[str, ...] = ()  # of the environment, that ssh would not carry over
     program: tuple[str, ...] = ("launch/train.py",)  # or -m and a module
     scripts: str = "launch/slurm"  # where run.sh is
