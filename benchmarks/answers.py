@@ -40,6 +40,7 @@ from gemoe_ds.evaluation.benchmarks.prompt_styles.default import DefaultStyle
 from gemoe_ds.evaluation.benchmarks.reading import Reader
 from gemoe_ds.evaluation.benchmarks.requests import Answer, Request, Writing
 from gemoe_ds.evaluation.benchmarks.vision_prompts import VisionPrompts
+from gemoe_ds.evaluation.origin import origin_of
 from gemoe_ds.evaluation.session import EvalSession, session_config
 from gemoe_ds.files import write_text
 from gemoe_ds.models.random_checkpoint import write_word_tokenizer
@@ -151,6 +152,7 @@ class Ours:
         self.session = EvalSession(self.arguments, config, world)
         collator = meta_collator(config)
         self.reader = Reader(collator, VisionPrompts(collator, DefaultStyle()), 1)
+        self.origin = origin_of(config.model.checkpoint, None, world)
 
     def answers(self, task: Texts, k: int) -> list[tuple[float | str, bool]]:
         """In the order of the requests."""
@@ -158,7 +160,8 @@ class Ours:
             self.arguments.out = Path(folder)
             plans = plan_tasks([task], self.reader, gather_objects, 0, 1)
             mode = RoutingMode(f"k_{k}", k=k)
-            answer_mode(self.session, mode, Asked([task], plans, self.reader, {}))
+            asked = Asked([task], plans, self.reader, choices={}, style={})
+            answer_mode(self.session, mode, asked, self.origin)
             lines = (Path(folder) / mode.folder / task.name / "answers.jsonl").read_text()
         found = [Answer.from_json(line) for line in lines.splitlines()]
         found.sort(key=lambda answer: (answer.doc_id, answer.index))
