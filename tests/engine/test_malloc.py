@@ -68,7 +68,7 @@ multiplies_bfloat16 = pytest.mark.skipif(
 
 @multiplies_bfloat16
 def test_kernels_of_ever_new_shapes_are_not_all_kept():
-    assert grown("bound") < 50 << 20
+    assert grown("bound") < 100 << 20, "some 10 MB; more where the system takes idle pages back"
 
 
 @pytest.mark.slow  # it is oneDNN alone that is measured
