@@ -102,8 +102,9 @@ def test_pictures(tmp_path):
     template = tmp_path / "template.jinja"
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     template.write_text(
-        "{% for part in messages[0]['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-        "{% else %}" + picture + "{% endif %}{% endfor %}"
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}" + picture + "{% endif %}"
+        "{% endfor %}{% endfor %}"
     )
     with serving(folder, tmp_path / "log", EAGER, "--chat-template", str(template)) as server:
         for picture in (noise(16, 16), noise(12, 20)):
