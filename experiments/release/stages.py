@@ -65,7 +65,7 @@ STAGES = (
         "gemoe evaluate runs/demo/gemoe/config.yaml model.dtype=bfloat16 --trained runs/demo/gemoe "
         "--data runs/demo/data/validation --out results/k_flips --flips",
         2,
-        ("k_flips",),
+        ("k_flips/k_flips.json",),
     ),
     Stage("trials", "make compare-trials", 180, anew=(_TRIALS, "runs/demo/compare")),
     Stage("compare", "make compare", 480, ("compare",), anew=("results/compare",)),
