@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemoe_ds.checkpoint.manifest import WEIGHTS, Checkpoint, newest, read
+from gemoe_ds.checkpoint.manifest import WEIGHTS, Checkpoint, read
 from gemoe_ds.engine.world import World, broadcast_from_first
 from gemoe_ds.hf_io.safetensors_reader import open_stored
 from gemoe_ds.train.recipe_changes import recipe_of
@@ -31,9 +32,10 @@ _IDENTITY = ("data", "samples per step")  # of a checkpoint
 
 @dataclass(frozen=True)
 class Origin:
-    """`trained` and `training` are empty for the untouched model."""
+    """All but `base` is empty for the untouched model."""
 
     base: str | None  # a digest; None: random weights
+    checkpoint: Path | None = None
     trained: str | None = None  # of what was trained, too
     training: Mapping[str, Any] = field(default_factory=dict)  # its options, the seed aside
 
@@ -50,14 +52,14 @@ class Origin:
         }
 
 
-def origin_of(base: str | None, trained: Path | None, world: World) -> Origin:
-    """Of a base folder, and of a run or checkpoint. Collective: the first rank reads."""
+def origin_of(base: str | None, checkpoint: Path | None, world: World) -> Origin:
+    """Of a base folder, and of a checkpoint that is whole. Collective: the first rank reads."""
 
     def found() -> Origin:
-        if trained is None:
+        if checkpoint is None:
             return Origin(base_digest(base))
-        checkpoint = read(newest(trained))
-        return Origin(base_digest(base), trained_digest(checkpoint), training_of(checkpoint))
+        one = read(checkpoint)
+        return Origin(base_digest(base), checkpoint, trained_digest(one), training_of(one))
 
     return broadcast_from_first(found, world)
 
@@ -70,11 +72,14 @@ def base_digest(folder: str | None) -> str | None:
     config = Path(folder) / "config.json"
     if config.is_file():
         total.update(config.read_bytes())
-    for key, tensor in sorted(open_stored(Path(folder)).items()):
-        total.update(f"{key} {tensor.shape} {tensor.dtype}\0".encode())
-        with open(tensor.file, "rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            total.update(file.read(min(_SAMPLE, tensor.num_bytes)))
+    stored = open_stored(Path(folder))
+    with ExitStack() as stack:
+        paths = {tensor.file for tensor in stored.values()}
+        files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
+        for key, tensor in sorted(stored.items()):
+            total.update(f"{key} {tensor.shape} {tensor.dtype}\0".encode())
+            files[tensor.file].seek(tensor.offset)
+            total.update(files[tensor.file].read(min(_SAMPLE, tensor.num_bytes)))
     return total.hexdigest()[:16]
 
 

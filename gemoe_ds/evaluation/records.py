@@ -18,6 +18,7 @@ from gemoe_ds.analysis.provenance import named_from_here, provenance
 from gemoe_ds.analysis.record import (
     RECORD,
     EvalRecord,
+    load_json,
     read_record,
     routing_summary,
     write_record,
@@ -29,7 +30,7 @@ from gemoe_ds.config import RunConfig
 from gemoe_ds.data.sample import SampleFolder, open_samples
 from gemoe_ds.data.token_kinds import TOKEN_KINDS
 from gemoe_ds.engine.world import broadcast_from_first, distributed, gather_objects
-from gemoe_ds.errors import ConfigError, as_written
+from gemoe_ds.errors import ConfigError, DataError, as_written
 from gemoe_ds.evaluation.arguments import (
     RoutingMode,
     check_evaluation,
@@ -123,7 +124,7 @@ def evaluate_all(arguments: Namespace, stop: StopRequest | None) -> list[Path]:
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         session = EvalSession(arguments, config, world, stop)
         session.check_budgets(asked)
-        origin = origin_of(config.model.checkpoint, arguments.trained, world)
+        origin = origin_of(config.model.checkpoint, session.checkpoint, world)
         for mode in asked:
             out = arguments.out / (mode.folder if len(asked) > 1 or mode.mean_k else "")
             folders.append(out)
@@ -178,7 +179,12 @@ def is_done(arguments: Namespace, out: Path, told: Mapping[str, Any]) -> bool:
     """
     if not (out / RECORD).exists():
         return False
-    found, _ = read_record(out)
+    try:
+        found = load_json(out / RECORD, EvalRecord, "run the evaluation again")
+    except DataError:
+        if arguments.skip_done:
+            raise
+        return False
     if found.data_fingerprint is None:  # an earlier version did not say
         return bool(arguments.skip_done)
     other = [name for name in told if name != "data" and getattr(found, name) != told[name]]

@@ -4,7 +4,6 @@ own, so that requests which are answered at once do not mix."""
 from __future__ import annotations
 
 import threading
-from copy import copy
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def on(device: torch.device, ctx: TokenContext) -> TokenContext:
     """The same forward, its masks on the device of the block that asks; records are shared."""
     if ctx.is_valid_T.device == device:
         return ctx
-    moved = copy(ctx)
+    moved = TokenContext.__new__(TokenContext)  # a copy would begin empty
     moved.__dict__.update(ctx.__dict__)
     for name in ("is_valid_T", "is_vision_T", "sequence_T"):
         setattr(moved, name, getattr(ctx, name).to(device))

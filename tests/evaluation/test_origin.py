@@ -108,6 +108,12 @@ def test_an_evaluation_is_skipped_only_for_what_it_is_of(setting, runs, tmp_path
         assert re.search(message, told), told
     main([*words, "--k", "3"])
     assert "another evaluation was there" in capsys.readouterr().out
+    (tmp_path / "out/eval.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([*words, "--k", "3", "--skip-done"])
+    assert "eval.json is damaged" in capsys.readouterr().err
+    main([*words, "--k", "3"])
+    assert json.loads((tmp_path / "out/eval.json").read_text())["k"] == 3
 
 
 def test_options_that_would_be_dropped_are_refused(setting, runs, tmp_path):

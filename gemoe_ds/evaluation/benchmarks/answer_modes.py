@@ -115,7 +115,9 @@ def answer_all(
     check_calibration(arguments, config, calibrate_tasks)
     with distributed() as world, watched(world, config.monitor.stall_seconds):
         asked = read_tasks(whole_context(arguments, config), tasks, style, world)
-        origin = origin_of(config.model.checkpoint, arguments.trained, world)
+        run = arguments.trained
+        checkpoint = broadcast_from_first(lambda: newest(run), world) if run else None
+        origin = origin_of(config.model.checkpoint, checkpoint, world)
         for mode in asked_modes:
             check_folder(arguments, config, mode, asked, origin)
         if all(
@@ -199,18 +201,18 @@ def identity(
     arguments: Namespace, config: RunConfig, mode: RoutingMode, origin: Origin
 ) -> dict[str, Any]:
     """What mode.json says that is known before a model is read."""
-    is_trained = arguments.trained and mode.k is None
     base = config.model.checkpoint
+    own = origin if mode.k is None else origin.untouched
     return {
         "k": mode.k,
         "budget_k": mode.mean_k,
         "seed": config.seed,
         "backbone": config.model.backbone.name,
         "base": named_from_here(base) if base else None,
-        "checkpoint": named_from_here(newest(arguments.trained)) if is_trained else None,
+        "checkpoint": named_from_here(own.checkpoint) if own.checkpoint else None,
         "dtype": config.model.dtype,
         "router": routing_of(arguments, config, mode),
-        **(origin if is_trained else origin.untouched).told(),
+        **own.told(),
     }
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemoe_ds.data.sources.packed import open_unpacked, unpacked_name
+from gemoe_ds.data.sources.packed import unpacked_name
 from gemoe_ds.data.sources.stores.base import Store
-from gemoe_ds.data.sources.stores.files import with_suffix
+from gemoe_ds.data.sources.stores.files import has_rows, opened_text, with_suffix
 from gemoe_ds.data.sources.unusable import Unusable
 from gemoe_ds.errors import DataError
 
@@ -27,9 +26,7 @@ class CsvFiles(Store):
 
     @classmethod
     def sees(cls, path: Path) -> bool:
-        return bool(with_suffix(path, *_ENDINGS)) and not (
-            path.is_dir() and with_suffix(path, ".tar", ".parquet", ".arrow", ".json", ".jsonl")
-        )
+        return bool(with_suffix(path, *_ENDINGS)) and not has_rows(path)
 
     def files(self) -> list[Path]:
         return self._with_suffix(*_ENDINGS)
@@ -38,7 +35,7 @@ class CsvFiles(Store):
         csv.field_size_limit(_LONGEST)
         mark = "\t" if unpacked_name(file).endswith(".tsv") else ","
         try:
-            with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig", newline="") as text:
+            with opened_text(file, newline="") as text:
                 lines = csv.reader(text, delimiter=mark, strict=True)
                 keys = _keys(file, next(lines, []))
                 for cells in filter(None, lines):
@@ -50,10 +47,6 @@ class CsvFiles(Store):
                             f"the row up to line {lines.line_num} of {file.name} has {len(cells)} "
                             f"cells, and the first line {len(keys)}",
                         )
-        except OSError as error:
-            raise DataError(f"{file}: cannot read it: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: it is no text of UTF-8: {error}") from None
         except csv.Error as error:
             raise DataError(f"{file}: line {lines.line_num}: {error}") from None
 

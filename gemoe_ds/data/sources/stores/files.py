@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from gemoe_ds.data.sources.packed import unpacked_name
+from gemoe_ds.data.sources.packed import open_unpacked, unpacked_name
 from gemoe_ds.errors import DataError
+
+_ROWS = (".tar", ".parquet", ".arrow", ".json", ".jsonl")
 
 
 def with_suffix(path: Path, *suffixes: str) -> list[Path]:
@@ -18,6 +23,23 @@ def with_suffix(path: Path, *suffixes: str) -> list[Path]:
     if path.is_file():
         return [path] if unpacked_name(path).endswith(suffixes) else []
     return sorted(file for file in _below(path, suffixes) if file.is_file())
+
+
+def has_rows(path: Path) -> bool:
+    """Whether it is a folder with files that are read before .csv and .txt."""
+    return path.is_dir() and bool(with_suffix(path, *_ROWS))
+
+
+@contextmanager
+def opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text of UTF-8, packed or not; DataError for what goes wrong while it is read."""
+    try:
+        with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig", newline=newline) as text:
+            yield text
+    except OSError as error:
+        raise DataError(f"{file}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: it is no text of UTF-8: {error}") from None
 
 
 def _below(top: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemoe_ds.data.sources.packed import open_unpacked, unpacked_name
+from gemoe_ds.data.sources.packed import unpacked_name
 from gemoe_ds.data.sources.picture_names import ENDINGS
 from gemoe_ds.data.sources.stores.base import Store
-from gemoe_ds.data.sources.stores.files import stem_of, with_suffix
+from gemoe_ds.data.sources.stores.files import has_rows, opened_text, stem_of, with_suffix
 from gemoe_ds.data.sources.stores.splits import of_split, split_of
 from gemoe_ds.errors import DataError
 
@@ -34,7 +33,7 @@ class TextFiles(Store):
         if path.is_file():
             return bool(found)
         is_more = not all(_OF_A_SET.fullmatch(unpacked_name(file)) for file in found)
-        return is_more and not with_suffix(path, ".tar", ".parquet", ".arrow", ".json", ".jsonl")
+        return is_more and not has_rows(path)
 
     def files(self) -> list[Path]:
         """Of documents one or the other may be called `test`: these are splits if all have one."""
@@ -69,14 +68,9 @@ class TextFiles(Store):
             )
 
     def _documents(self, file: Path) -> Iterator[str]:
-        try:
-            with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig") as lines:
-                if self.documents == "line":
-                    yield from (line.rstrip("\n") for line in lines)
-                    return
-                text = lines.read().rstrip("\n")  # the last line's end is the file's
-        except OSError as error:
-            raise DataError(f"{file}: cannot read it: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: it is no text of UTF-8: {error}") from None
+        with opened_text(file) as lines:
+            if self.documents == "line":
+                yield from (line.rstrip("\n") for line in lines)
+                return
+            text = lines.read().rstrip("\n")  # the last line's end is the file's
         yield from _BLANK.split(text) if self.documents == "paragraph" else [text]
