@@ -35,7 +35,7 @@ def step(model, optimizer, batch):
     return {"loss": loss.detach()} | grads
 
 
-def check(base, recompute, backend):
+def check(base, recompute, backend, rounding=1.0):
     pair = [
         make_model(base, train="all", activation_checkpointing=recompute).train() for _ in range(2)
     ]
@@ -52,7 +52,7 @@ def check(base, recompute, backend):
         want, found = (step(m, o, batch) for m, o in zip(pair, optimizers, strict=True))
         assert want.keys() == found.keys() and len(want) > 20
         for name, value in want.items():
-            bound = FLOAT32_BOUND * max(float(value.abs().max()), 1e-3)
+            bound = rounding * FLOAT32_BOUND * max(float(value.abs().max()), 1e-3)
             assert (found[name] - value).abs().max() <= bound, name
         graphs.append(counters["stats"]["unique_graphs"])
     # No length has one of its own, and two layers share theirs.
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_eager_mode(base):
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_so_they_are_with_the_compiler(base, recompute):
-    check(base, recompute, "inductor")
+    check(base, recompute, "inductor", rounding=2.0)  # its sums have another order: 1.1 on AVX-512
 
 
 def test_a_copy_has_regions_of_its_own(base):
