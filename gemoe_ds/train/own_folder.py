@@ -54,9 +54,9 @@ def _held(output: Path) -> Iterator[None]:
             descriptor = stack.enter_context(flocked(path, os.O_RDWR | os.O_CREAT))
             if descriptor is None:
                 raise _in_use(output)
+            stack.callback(_leave, path, made)  # also where the disk has no room for the name
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
-            stack.callback(_leave, path, made)
         yield
 
 

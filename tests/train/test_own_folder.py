@@ -76,6 +76,16 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path, group):
     assert os.listdir(tmp_path / "old") == []
 
 
+def test_nothing_is_left_on_a_full_disk(tmp_path, group, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "write", refuse)
+    with own_folder(tmp_path / "new/run", ALONE):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_system_without_locks_stops_nobody(tmp_path, group, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
