@@ -37,6 +37,12 @@ class GemoeForConditionalGeneration(Stock):
     contexts: Contexts
     _names: list[str]  # of what its forward takes by position
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Not run by `from_pretrained`: the model of a config alone has no routers yet."""
+        super().__init__(config, *args, **kwargs)
+        if config.gemoe.get("enabled", True):
+            self.register_forward_pre_hook(_refuse_without_routers)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         # Loaded as the stock class and then made ours: transformers maps the names in a checkpoint
@@ -142,6 +148,14 @@ def _begin(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             )
         is_vision_BS = torch.isin(ids, torch.tensor(image_tokens, device=device))
     model.contexts.begin(None if is_valid_BS is None else is_valid_BS.to(device), is_vision_BS)
+
+
+def _refuse_without_routers(model: Any, args: tuple) -> None:
+    if not hasattr(model, "contexts"):
+        raise RuntimeError(
+            "this model was made from its config, without the trained routers: load it by "
+            "from_pretrained(FOLDER, trust_remote_code=True)"
+        )
 
 
 def _refuse_router_logits(config: Any, asked: bool | None) -> None:

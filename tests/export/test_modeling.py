@@ -41,6 +41,23 @@ def test_padding_is_told_by_masks_of_every_kind_however_they_are_given(model):
             model(ids, attention_mask=wide[:, :, :1])
 
 
+def test_a_model_made_from_its_config_does_not_route_as_stock(model):
+    made = AutoModelForImageTextToText.from_config(model.config, trust_remote_code=True).eval()
+    with pytest.raises(RuntimeError, match="without the trained routers: load it by from_pre"):
+        made(input_ids=torch.tensor([[5, 6]]))
+    own = model.state_dict()
+    routers = {
+        f"{slot}.{name}": value
+        for slot, entry in enumerate(model.config.gemoe["blocks"])
+        for name, value in model.get_submodule(entry["path"]).gemoe.router.state_dict().items()
+    }
+    made.attach_routers(routers)
+    made.load_state_dict(own)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_embeddings_alone_do_not_say_what_is_of_an_image(model):
     embedded = model.get_input_embeddings()(torch.tensor([[5, 6]]))
     with pytest.raises(RuntimeError, match="inputs_embeds alone: give input_ids"):
