@@ -189,6 +189,25 @@ def test_deepspeed_gives_the_gradients_of_plain_pytorch():
         torch.testing.assert_close(found[n], want[n], msg=n)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_in_bfloat16_is_refused(stage):
+    import deepspeed
+
+    from gemoe_ds.engine.world import distributed
+
+    model, handle = converted()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage},
+    }
+    with distributed():
+        optimizer = torch.optim.AdamW(list(handle.trainable_parameters().values()), lr=0.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with pytest.raises(RuntimeError, match="leave bf16 and fp16 out of DeepSpeed's"):
+            engine(**batch())
+
+
 def test_trainer_gives_the_gradients_of_plain_pytorch(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
