@@ -23,6 +23,7 @@ from gemoe_ds.engine.optimizer import GlobalNormAdamW
 from gemoe_ds.engine.world import World
 from gemoe_ds.engine.zero import Engine, create_moments, full_shape, full_value, is_held
 from gemoe_ds.models.moe_model import MoEModel
+from gemoe_ds.moe.experts.quantised import QuantisedWeight
 
 # Names that torch has given up and DeepSpeed calls in every step; nothing that a user can change.
 _OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
@@ -134,7 +135,7 @@ def check_optimizer_holds(engine: Engine, model: MoEModel) -> None:
 
 
 def group_summary(model: MoEModel, optim: OptimConfig) -> str:
-    """Counts per optimizer group and of what is frozen, one line each."""
+    """Counts per optimizer group and of what is frozen, with its precision, one line each."""
     lines, trained = [], 0
     for group in parameter_groups(model, optim):
         ranks = model.shard.num_ranks if group.get("moe") else 1
@@ -145,7 +146,12 @@ def group_summary(model: MoEModel, optim: OptimConfig) -> str:
             f"lr {group['lr']:g}"
         )
     total = model.num_parameters + model.num_added_parameters
-    return "\n".join([*lines, f"  {'frozen':<9} {total - trained:>13,} parameters"])
+    frozen = {
+        str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad
+    }
+    frozen |= {part.name for part in model.modules() if isinstance(part, QuantisedWeight)}
+    kept = f"parameters in {' and '.join(sorted(frozen))}" if frozen else "parameters"
+    return "\n".join([*lines, f"  {'frozen':<9} {total - trained:>13,} {kept}"])
 
 
 class MovedCheck:

@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from gemoe_ds.config.load import config_from_dict
+from gemoe_ds.config.schema import OptimConfig
 from gemoe_ds.data.sample import open_samples
 from gemoe_ds.engine import host_memory
+from gemoe_ds.engine.build import group_summary
 from gemoe_ds.engine.groups import expert_shard
 from gemoe_ds.engine.read_once import ReadOnce
 from gemoe_ds.engine.world import distributed
@@ -78,6 +80,9 @@ def test_a_folder_is_quantised_while_it_is_read(tmp_path, name, experts_dtype, r
     shard = ExpertShard(rank, ep_size)
     model, plain = (load(name, tmp_path, one, shard=shard) for one in (experts_dtype, None))
     check_quantised(model, plain, experts_dtype)
+    said = [group_summary(one, OptimConfig(lr=0.1)).splitlines()[-1] for one in (model, plain)]
+    assert said[0].endswith(f" parameters in float32 and {experts_dtype}")
+    assert said[1].endswith(" parameters in float32")
 
 
 def read_by_one(rank: int, folder: str) -> None:
