@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemoe_ds.data.dropped import DropList, Dropped
+from gemoe_ds.data.dropped import LISTED_DROPS, DropList, Dropped
 from gemoe_ds.errors import DataError
 
 
@@ -15,3 +15,15 @@ def test_as_many_as_allowed_and_no_more():
         drops.check("rows.json", 4, 0.25)
     with pytest.raises(DataError, match="none of 2 rows can be used"):
         drops.check("rows.json", 2, 1.0)
+
+
+def test_the_first_of_all_parts_are_listed():
+    total = DropList()
+    for part, number in enumerate((2, LISTED_DROPS - 3, 9)):
+        drops = DropList()
+        for row in range(number):
+            drops.append(Dropped(f"{part}/{row}", "no image"))
+        total.add(DropList.of_state(drops.state()))
+    assert len(total) == LISTED_DROPS + 8 and len(total.first) == LISTED_DROPS
+    assert [one.id for one in total.first[:3]] == ["0/0", "0/1", "1/0"]
+    assert total.first[-1].id == "2/0"

@@ -66,6 +66,7 @@ def test_it_goes_on_behind_the_finished_shards(begun, tmp_path, capsys):
         *(f"part-{n:05d}.{end}" for n in range(3) for end in ("arrow", "json")),
     }
     assert set(files(partial)) == names | {"part-00003.arrow"}
+    (partial / "part-00009.arrow").write_bytes(b"of an end without a word")
     convert(begun)
     assert "3 shards of 12 samples are finished" in capsys.readouterr().out
     assert files(tmp_path / "out") == whole(begun, tmp_path)

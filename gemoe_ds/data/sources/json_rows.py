@@ -121,7 +121,8 @@ class _Text:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}: not valid JSON: {error}") from None
             else:
-                if end < len(self._text) or self._is_whole:  # or a number that goes on
+                # or a number that goes on: what is read of 1e+5 may be 1e+, which scans as 1
+                if end + 2 < len(self._text) or self._is_whole:
                     self._at = end
                     return value
             self._more()

@@ -51,6 +51,15 @@ def test_lists_and_lines_are_read(tmp_path, pieces, before, behind, indent, asci
     assert list(json_rows.list_items(path)) == []
 
 
+@pytest.mark.parametrize("gap", range(5))
+def test_a_number_may_be_cut_anywhere(tmp_path, pieces, gap):
+    numbers = [12, 345, -6.25e-7, 8e-20, 1]
+    (path := tmp_path / "rows.json").write_text(" " * gap + json.dumps(numbers))
+    assert list(json_rows.list_items(path)) == numbers
+    path.write_text(" " * gap + "\n".join(map(json.dumps, numbers)))
+    assert list(json_rows.lines(path)) == numbers
+
+
 def test_a_harmed_list_has_the_words_of_one_that_is_read_whole(tmp_path, pieces):
     """Cut, or with a character less, another or one more, at any place; the oracle reads it all."""
     rng, text = random.Random(0), json.dumps(ROWS[:3], indent=1, ensure_ascii=False)
