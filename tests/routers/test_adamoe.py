@@ -98,3 +98,11 @@ def test_coefficient_falls_at_half_time():
 def test_more_choices_than_there_are():
     with pytest.raises(ConfigError, match=r"k=6 exceeds the backbone's 4 experts \+ 1 free"):
         make_router("adamoe", {"nulls": 1, "k": 6}, SPEC)
+
+
+@pytest.mark.parametrize("nulls, copied", [(2, [0, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3])])
+def test_null_rows_are_copies_from_all_over_the_gate(nulls, copied):
+    router = make_router("adamoe", {"nulls": nulls}, SPEC)
+    gate_ED = torch.arange(16.0).view(4, 4)
+    router.adopt_gate(gate_ED)
+    assert torch.equal(router.free_gate.weight, gate_ED[copied])
