@@ -189,7 +189,7 @@ def test_deepspeed_gives_the_gradients_of_plain_pytorch():
         torch.testing.assert_close(found[n], want[n], msg=n)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])  # 3 would change torch's linear for this process
 def test_deepspeed_in_bfloat16_is_refused(stage):
     import deepspeed
 
