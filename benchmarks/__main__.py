@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_or_exit(argv)
+    timing.keep_kernels()
     with exit_on_error():
         if flags.rows:
             _ranks(flags)

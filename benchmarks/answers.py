@@ -28,7 +28,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from benchmarks import CHECKOUT
-from benchmarks.timing import measure, paired
+from benchmarks.timing import keep_kernels, measure, paired
 from gemoe_ds.analysis.provenance import provenance
 from gemoe_ds.engine.world import World, distributed, gather_objects
 from gemoe_ds.errors import ConfigError, exit_on_error
@@ -220,6 +220,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="default: results/answers_DEVICE.json")
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other tasks")
     flags = parser.parse_or_exit(argv)
+    keep_kernels()
     with exit_on_error():
         origin = provenance()  # before its own results make it dirty
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ def provenance() -> dict[str, Any]:
     """command, commit, machine and date of this process, as `EvalRecord` wants them."""
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
         "machine": _machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -37,17 +37,24 @@ def _program() -> list[str]:
     return [Path(sys.executable).name, *run]
 
 
-def _commit() -> str | None:
-    """Of the checkout that this package is in; `-dirty` where tracked files were changed."""
-    root = Path(__file__).resolve().parents[2]
+def commit_of(root: Path) -> str | None:
+    """40 digits, of a checkout; `-dirty` where tracked files were changed, but for those in
+    results/, which runs write."""
     if not (root / ".git").exists():
         return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+    def said(*command: str) -> str:
+        done = subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, timeout=30
+        )
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+        commit = said("rev-parse", "HEAD")
+        changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return f"{commit}-dirty" if commit and changed else commit or None
 
 
 def _machine() -> str:

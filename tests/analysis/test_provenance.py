@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
-from gemoe_ds.analysis.provenance import named_from_here, provenance
+from gemoe_ds.analysis.provenance import commit_of, named_from_here, provenance
 from tests.analysis.evaluations import record
 
 
@@ -24,3 +25,19 @@ def test_a_path_within_the_working_directory_says_nothing_of_the_machine(
     assert named_from_here("runs/a") == "runs/a"
     assert named_from_here("/elsewhere/b") == "/elsewhere/b"
     assert named_from_here(None) == "None"
+
+
+def test_what_a_run_wrote_into_results_does_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) is None
+    (tmp_path / "results").mkdir()
+    files = tmp_path / "code.py", tmp_path / "results/a.json"
+    for file in files:
+        file.write_text("1")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    clean = commit_of(tmp_path)
+    assert clean and len(clean) == 40
+    files[1].write_text("2")
+    assert commit_of(tmp_path) == clean
+    files[0].write_text("2")
+    assert commit_of(tmp_path) == f"{clean}-dirty"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from benchmarks import suites, timing
 from benchmarks.__main__ import main
+from gemoe_ds.engine.malloc import MOST_KERNELS, bound_kernel_caches
 from gemoe_ds.engine.world import World
 from tests.helpers import run_here, run_python
 
@@ -51,6 +54,17 @@ def test_sent_bytes_are_counted(results):
         assert 0 < traffic["pairs"] <= 96
         forwarded = traffic["row_bytes_if_every_assignment_travelled"]
         assert forwarded >= traffic["row_bytes"] * (1.5 if row["mean_k"] > 3 else 1)
+
+
+def test_contenders_do_not_push_out_each_others_kernels():
+    with patch.dict(os.environ, clear=True):
+        timing.keep_kernels()
+        bound_kernel_caches()  # as every run of ours does
+        assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) > 10 * MOST_KERNELS
+        assert int(os.environ["LRU_CACHE_CAPACITY"]) > 10 * MOST_KERNELS
+    with patch.dict(os.environ, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}, clear=True):
+        timing.keep_kernels()  # the user's own stays
+        assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "9"
 
 
 def test_page_names_its_source_and_what_was_not_run(results):
