@@ -61,7 +61,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a part under torchrun
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_or_exit(argv)
-    timing.keep_kernels()
     with exit_on_error():
         if flags.rows:
             _ranks(flags)
@@ -111,6 +110,7 @@ def _all(flags: argparse.Namespace) -> None:
         )
         write_report(out)
 
+    timing.keep_kernels()  # in the processes that are started here, too
     for ep_size in flags.ep if "ep" in flags.suites else ():
         save(on_ranks(flags, "ep", ep_size, out))
     if "timeline" in flags.suites:

@@ -220,7 +220,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="default: results/answers_DEVICE.json")
     parser.add_argument("--keep", action="store_true", help="keep the file's rows of other tasks")
     flags = parser.parse_or_exit(argv)
-    keep_kernels()
     with exit_on_error():
         origin = provenance()  # before its own results make it dirty
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,6 +236,7 @@ def main(argv: list[str]) -> None:
 def run(flags: argparse.Namespace) -> list[dict[str, Any]]:
     bound = 1e-4 if flags.dtype == "float32" else 0.5
     rows = []
+    keep_kernels()
     with tempfile.TemporaryDirectory() as place, distributed() as world:
         folder = Path(place) / "model"
         write_model(folder, flags.dtype)

@@ -45,16 +45,16 @@ def commit_of(root: Path) -> str | None:
 
     def said(*command: str) -> str:
         done = subprocess.run(
-            ["git", *command], cwd=root, capture_output=True, text=True, timeout=30
+            ["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=30
         )
         return done.stdout.strip()
 
     try:
         commit = said("rev-parse", "HEAD")
         changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit}-dirty" if commit and changed else commit or None
+    return f"{commit}-dirty" if changed else commit
 
 
 def _machine() -> str:

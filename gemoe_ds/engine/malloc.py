@@ -24,15 +24,15 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def bound_kernel_caches() -> None:
-    """Before the first product: keep so many kernels, unless the user's environment says how many.
+def bound_kernel_caches(onednn: int = MOST_KERNELS, torch: int = 1) -> None:
+    """Before the first product: keep so many kernels, unless the environment says how many.
 
     oneDNN makes a kernel of 0.6 to 3 MB for every shape of a bfloat16 product, and keeps 1,024 of
     them; PyTorch keeps as many again. Experts meet new numbers of rows in every step, so that a
     process would grow by gigabytes. PyTorch's cache must have a place (0 ends in a fault).
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MOST_KERNELS))
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(onednn))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(torch))
 
 
 def give_back_freed_memory() -> None:

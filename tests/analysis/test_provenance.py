@@ -34,6 +34,7 @@ def test_what_a_run_wrote_into_results_does_not_make_a_commit_dirty(tmp_path: Pa
     for file in files:
         file.write_text("1")
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        assert commit_of(tmp_path) is None
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
     clean = commit_of(tmp_path)
     assert clean and len(clean) == 40

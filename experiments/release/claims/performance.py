@@ -246,7 +246,7 @@ CLAIMS = [
     Claim(PAGE, _run),
     Claim(
         PAGE,
-        "are too kind to ours**, by about 7 %",
+        "are too kind to ours**, on a Zen 5 by about 7 %",
         ByHand(
             command="python -m benchmarks --suites layer --mean-ks 5.1 8 --modes forward frozen "
             "--rounds 3, with ONEDNN_PRIMITIVE_CACHE_CAPACITY 256 and 4096",
